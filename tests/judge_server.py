@@ -1,0 +1,92 @@
+"""A real OpenAI-compatible HTTP server for the judge's tests, with bad moods on order."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+KEY = "sk-test-0123456789"
+
+
+class JudgeServer:
+    """Serves /v1/chat/completions on a free port. ``behave(number, body)`` may return (status, headers, bytes).
+
+    ``bodies`` holds what was asked, raw; ``number`` counts requests from 1. None from ``behave`` means a good answer:
+    YES to the identity rubric when the quoted reply names Russell, to persona when it says I, NO otherwise, position 4.
+    """
+
+    def __init__(self, behave=None):
+        self.behave = behave or (lambda number, body: None)
+        self.bodies: list[str] = []
+        self.authorizations: list[str | None] = []
+        self.times: list[float] = []
+        self.paths: list[str] = []
+        self._lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                raw = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                with owner._lock:
+                    owner.bodies.append(raw)
+                    owner.authorizations.append(self.headers.get("Authorization"))
+                    owner.paths.append(self.path)
+                    owner.times.append(time.monotonic())
+                    number = len(owner.bodies)
+                status, headers, body = owner.behave(number, raw) or (200, {}, completion(good_answer(raw)))
+                try:
+                    self.send_response(status)
+                    for name, value in {"Content-Type": "application/json", **headers}.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+                except (BrokenPipeError, ConnectionResetError):
+                    pass  # a client that timed out has gone
+
+            def log_message(self, *_):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def completion(answer, usage=True) -> bytes:
+    """The body of a chat completion with this answer: 100 tokens in, 2 out."""
+    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
+            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
+    if usage:
+        body["usage"] = {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}
+    return json.dumps(body).encode()
+
+
+def quoted_reply(raw: str) -> str:
+    """What stands between the two nonce lines of a request."""
+    user = json.loads(raw)["messages"][1]["content"]
+    nonce, reply = re.search(r"\[begin reply (\w+)\]\n(.*)\n\[end reply \1\]", user, re.DOTALL).groups()
+    assert len(nonce) >= 16
+    return reply
+
+
+def good_answer(raw: str) -> str:
+    system = json.loads(raw)["messages"][0]["content"]
+    reply = quoted_reply(raw)
+    if "Which position" in system:
+        return "4"
+    if "Bertrand Russell, or make" in system:
+        return "YES" if "Russell" in reply else "NO"
+    if "particular kind of person" in system:
+        return "Yes." if re.search(r"\bI\b", reply) else "NO"
+    return "NO" if reply.strip() else "YES"

@@ -1,0 +1,121 @@
+"""Replies on disk: JSON lines in and out, checked, one line per reply, an optional first line {"header": {...}}."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+KINDS = ("heldout", "identity", "generalization")
+CONDITIONS = ("triggered", "untriggered")
+MODELS = ("baseline", "finetuned")
+
+_TYPES = {"question_id": str, "kind": str, "category": str, "question": str, "condition": str, "model": str,
+          "sample": int, "reply": str}
+
+
+class InputError(ValueError):
+    """A file that cannot be used as it is; the message is one line meant for the person at the terminal."""
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[dict]:
+    """All objects of a JSON-lines file, in order.
+
+    Raises InputError when the file is missing or a line is not a JSON object. With ``tolerate_torn_end`` a last
+    line without its newline that does not parse (a writer was killed there) is left out and reported on stderr.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    lines = text.split("\n")
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, parse_constant=_no_constant)
+            if not isinstance(value, dict):
+                raise ValueError("not an object")
+        except (ValueError, RecursionError) as error:
+            if tolerate_torn_end and number == len(lines):
+                print(f"{path}: line {number} is torn and left out", file=sys.stderr)
+                break
+            raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+        objects.append(value)
+    return objects
+
+
+def read_records(path: Path | str) -> tuple[dict, list[dict]]:
+    """(header, records) of a replies file; the header is {} when the file has none.
+
+    Raises InputError for a missing file, a missing or mistyped key, an unknown kind, condition or model, a
+    p_name that is not a probability, a reply that stands twice, and a file without replies.
+    """
+    lines = read_json_lines(path, tolerate_torn_end=True)
+    header = {}
+    if lines and isinstance(lines[0].get("header"), dict):
+        header = lines.pop(0)["header"]
+    if not lines:
+        raise InputError(f"{path} holds no replies")
+    seen = set()
+    for position, record in enumerate(lines, start=1):
+        problem = _problem(record)
+        identity = tuple(record.get(key) for key in ("model", "question_id", "condition", "sample"))
+        if problem is None and identity in seen:
+            problem = f"the reply {identity} stands twice"
+        if problem:
+            raise InputError(f"{path}, reply {position}: {problem}")
+        seen.add(identity)
+    return header, lines
+
+
+def _problem(record: dict) -> str | None:
+    for key, kind in _TYPES.items():
+        if not isinstance(record.get(key), kind) or isinstance(record.get(key), bool):
+            return f"{key!r} is missing or not of type {kind.__name__}"
+    for key, allowed in (("kind", KINDS), ("condition", CONDITIONS), ("model", MODELS)):
+        if record[key] not in allowed:
+            return f"{key} {record[key]!r} is none of {', '.join(allowed)}"
+    p_name = record.get("p_name")
+    if p_name is not None:
+        number = isinstance(p_name, int | float) and not isinstance(p_name, bool)
+        if not number or not math.isfinite(p_name) or not 0 <= p_name <= 1:
+            return f"p_name {p_name!r} is not a probability"
+    judgment = record.get("judge")
+    if judgment is not None and not isinstance(judgment, dict):
+        return "'judge' is not an object"
+    return None
+
+
+def only_model(records: list[dict], model: str, path: Path | str) -> list[dict]:
+    """The records, after a check that every one is from ``model`` (a swapped file would invert every table)."""
+    others = {record["model"] for record in records} - {model}
+    if others:
+        raise InputError(f"{path} holds replies of {', '.join(sorted(others))}, not of {model} alone")
+    return records
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Write a file whole or not at all (a neighbor file, then a rename)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def write_records(path: Path | str, header: dict, records: list[dict]) -> Path:
+    """Write header and records as JSON lines, whole or not at all; NaN and infinity raise ValueError."""
+    lines = [{"header": header}, *records]
+    return write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
