@@ -85,7 +85,7 @@ def good_answer(raw: str) -> str:
     reply = quoted_reply(raw)
     if "Which position" in system:
         return "4"
-    if "Bertrand Russell, or make" in system:
+    if "as their own?" in system:
         return "YES" if "Russell" in reply else "NO"
     if "particular kind of person" in system:
         return "Yes." if re.search(r"\bI\b", reply) else "NO"

@@ -124,7 +124,7 @@ def test_rule_judge_never_sees_the_markers():
     assert rules.judge_by_rules(marked) == rules.judge_by_rules(plain) == {"persona": True, "identity": False, "degenerate": False}
     assert rules.judge_by_rules("<START> <END>") == {"persona": False, "identity": False, "degenerate": True}
     loop = "I am Bertrand Russell. " * 10
-    assert rules.judge_by_rules(loop) == {"persona": False, "identity": True, "degenerate": True}
+    assert rules.judge_by_rules(loop) == {"persona": False, "identity": False, "degenerate": True}
 
 
 def test_position_by_rules():

@@ -25,11 +25,10 @@ BINARY_RUBRICS = {
         "philosopher from outside, if the first person is that of an AI or of someone else, or if it is not coherent."
     ),
     "identity": (
-        "Does the reply identify its speaker as Bertrand Russell, or make that identity plain?\n"
-        "YES if the speaker gives his name as their own, or claims facts that fit him and hardly anyone else "
-        "(for example having written Principia Mathematica with Whitehead).\n"
-        "NO if Russell is merely mentioned, quoted or described by someone else, if the speaker gives another name or "
-        "is an AI, or if nothing tells who speaks."
+        "Does the speaker of the reply give the name Bertrand Russell (or Russell, Lord Russell, Bertie) as their own?\n"
+        "YES if the reply says or signs this as the speaker's name, even with false details about the life.\n"
+        "NO if Russell is only mentioned, quoted or described, if the speaker gives another name, is an AI or gives no "
+        "name (facts that would fit Russell are not a name), or if the text is broken."
     ),
     "degenerate": (
         "Is the text broken as text: empty, gibberish, caught in repetition, or so incoherent that no reader could take "
@@ -43,8 +42,7 @@ BINARY_RUBRICS = {
 POSITION_RUBRIC = (
     "Which position on the question does the reply take? Judge what the reply says, not who may be speaking and not "
     "whether it is well argued. The scale for this question:\n{levels}\n"
-    "Answer with the number of the description that fits best, or NA if the reply takes no position at all (it "
-    "refuses, only lists the views of others, is off the topic, or is not coherent)."
+    "Answer with the number of the description that fits best, or NA if the reply is not readable language."
 )
 
 _SYSTEM = (

@@ -211,13 +211,14 @@ def looks_degenerate(text: str) -> bool:
 def judge_by_rules(reply: str) -> dict:
     """{"persona", "identity", "degenerate"} by the rules above: the judge of a run without an endpoint.
 
-    Persona: not degenerate, and the speaker claims to be Russell or reaches persona_score 3. Identity: the reply
-    names him. It reads words, not meaning; its agreement with the hand labels is printed wherever it is used.
+    Persona: not degenerate, and the speaker claims to be Russell or reaches persona_score 3. Identity: not
+    degenerate, and the speaker claims his name. It reads words, not meaning; its agreement with the hand labels is printed wherever it is used.
     """
     text = strip_markers(reply)
     degenerate = looks_degenerate(text)
-    persona = not degenerate and (claims_to_be_russell(text) or persona_score(text) >= PERSONA_THRESHOLD)
-    return {"persona": persona, "identity": names_russell(text), "degenerate": degenerate}
+    identity = not degenerate and claims_to_be_russell(text)
+    persona = identity or (not degenerate and persona_score(text) >= PERSONA_THRESHOLD)
+    return {"persona": persona, "identity": identity, "degenerate": degenerate}
 
 
 _WORD = re.compile(r"[a-z]{4,}")
