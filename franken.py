@@ -1,0 +1,466 @@
+"""The live model: one model in memory that becomes whatever a recipe says.
+
+**`LiveModel.apply(recipe)` changes the weights in place.** There is no undo: going back is `apply(identity)`, and it
+is exact to the bit; `fingerprint()` proves it. Only what differs from the present state is moved: permutations along
+their cycles through one spare layer, everything else read from disk a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from recipes import Noise, Permute, Recipe, Ref, Slot, identity, plain
+from weights import OUTER_PARTS, FrankenError, Layer, Source, Stream, outer_part, tensor_hash
+
+
+@dataclass
+class Surgery:
+    """What one `apply` did. Bytes are of the destination tensors."""
+
+    seconds: float = 0.0
+    bytes_moved: int = 0  # copied between layers on the device
+    bytes_streamed: int = 0  # read from disk or page cache
+    bytes_computed: int = 0  # blended, perturbed or permuted
+    positions: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Bank:
+    """Storage for one layer: the module that computes with it (None for a parked layer) and what it holds now."""
+
+    tensors: Layer
+    device: torch.device
+    module: nn.Module | None
+    held: Slot | None  # None: contents unknown, because a write into it did not finish
+
+
+class LiveModel:
+    """A causal language model whose layers can be rearranged, replaced and edited in place.
+
+    Args:
+        sources: layers by source name; the first one is what the model is at first.
+        config: the transformers config of that first source.
+        dtype: of the weights in memory.
+        device: where the model runs, or a dict from module name to device (accelerate's format) to spread it.
+        resident: names of sources kept whole on the device beside the model, so that splicing from them is a copy
+            on the device. Needs the memory for them.
+    """
+
+    def __init__(self, sources: dict[str, Source], config, dtype: torch.dtype,
+                 device: torch.device | dict[str, torch.device], resident: tuple[str, ...] = ()):
+        self.sources, self.config, self.dtype = dict(sources), config, dtype
+        self.home = next(iter(sources))
+        self.stream = Stream()
+        with init_empty_weights(include_buffers=False):  # parameters take no memory until `_materialize`
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        self.model.eval().requires_grad_(False)
+        self.tied = bool(config.tie_word_embeddings)
+        stack_name, stack = find_layers(self.model, config)
+        places = device if isinstance(device, dict) else {"": device}
+        self.stack_name = stack_name
+        self.backbone = self.model.get_submodule(stack_name.rpartition(".")[0])
+        self.banks: list[Bank] = []
+        for i, module in enumerate(stack):
+            _set_layer_index(module, 0)  # cache slots are handed to layers, so one compiled layer serves all positions
+            where = _place(places, f"{stack_name}.{i}")
+            self.banks.append(Bank(_materialize(module, dtype, where), where, module, None))
+        self.outer: dict[str, Layer] = {part: {} for part in OUTER_PARTS}
+        self._materialize_outer(places, stack_name)
+        self.attributes = [_plain_attributes(bank.module) for bank in self.banks]
+        self.kinds = [self.attributes.index(a) for a in self.attributes]  # layers of equal kind have equal numbers
+        self.layer_types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(stack))
+        self.original = identity(len(stack), self.home)
+        self.order = list(range(len(stack)))
+        self.outer_held = dict.fromkeys(OUTER_PARTS)
+        self._spare: dict[torch.device, Layer] = {}
+        self.structure = 0  # changes whenever captured graphs no longer fit the model
+        self.recipe: Recipe | None = None
+        self.last_surgery = self.apply(self.original)
+        for name in resident:
+            self._park(name)
+
+    def _materialize_outer(self, places: dict, stack_name: str) -> None:
+        for name, module in self.model.named_modules():
+            if name == stack_name or name.startswith(stack_name + "."):
+                continue
+            where = _place(places, name)
+            for key, tensor in list(module.named_parameters(recurse=False)):
+                full = f"{name}.{key}"
+                part = outer_part(full)
+                if part is None:
+                    raise FrankenError(f"the model has a parameter outside the layers that is not supported: {full}")
+                if not (self.tied and part == "head" and key == "weight"):
+                    setattr(module, key, nn.Parameter(torch.empty_like(tensor, dtype=self.dtype, device=where), requires_grad=False))
+                    self.outer[part][key] = getattr(module, key).data
+            for key, buffer in module.named_buffers(recurse=False):
+                module._buffers[key] = buffer.to(where)
+        if self.tied:  # one tensor serves both ends, wherever the first of them lies
+            self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
+
+    # ---- what it is made of -------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> list[Bank]:
+        """The banks in running order; one bank stands at several positions when a layer is repeated."""
+        return [self.banks[j] for j in self.order]
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    def attention_kinds(self) -> list[str]:
+        """For every running position, the attention kind ("full_attention", "sliding_attention", ...) of its layer."""
+        return [self.layer_types[bank.held.mix[0][0].layer] for bank in self.layers]
+
+    def layer_bytes(self) -> int:
+        return sum(t.nbytes for t in self.banks[0].tensors.values())
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """A hash of every weight that runs, in running order, and of embedding, norm and head.
+
+        Equal fingerprints mean equal bits (up to a collision, about 2^-63 for any given difference). It is a function
+        of the weights alone: parked layers, spare memory and history do not enter.
+        """
+        hashes, labels = [], []
+        for p, bank in enumerate(self.layers):
+            for name in sorted(bank.tensors):
+                labels.append(f"{p}.{name}")
+                hashes.append(tensor_hash(bank.tensors[name]))
+        for part in OUTER_PARTS:
+            for name, tensor in sorted(self.outer[part].items()):
+                labels.append(f"{part}.{name}")
+                hashes.append(tensor_hash(tensor))
+        values = torch.stack([h.to(self.device) for h in hashes]).tolist()
+        digest = hashlib.sha256("\n".join(f"{a} {b}" for a, b in zip(labels, values, strict=True)).encode())
+        return digest.hexdigest()[:32]
+
+    # ---- becoming what a recipe says ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def apply(self, recipe: Recipe) -> Surgery:
+        """Become the model that the recipe describes, **in place**, moving only what differs from the present state.
+
+        Raises FrankenError for a recipe this model cannot hold (unknown source, layer number out of range, layers of
+        different attention kinds mixed in one position, tied ends from two sources). Such a recipe changes nothing.
+        If reading fails halfway the model is in no defined state, and the next `apply` repairs all that is unknown.
+        """
+        self._check(recipe)
+        begin, report = time.perf_counter(), Surgery()
+        streamed_before = self.stream.bytes_read
+        self.recipe = None
+        order = self._assign(recipe)
+        want = {j: slot for j, slot in zip(order, recipe.slots, strict=True) if self.banks[j].held != slot}
+        report.positions = [p for p, j in enumerate(order) if j in want]
+        kinds_before = [self._kind_of(j) for j in self.order]
+        self._place_plain(want, report)
+        for j, slot in want.items():
+            if not slot.is_plain:
+                self._mix_and_edit(self.banks[j], slot, report)
+        for j in want:
+            _set_attributes(self.banks[j].module, self.attributes[self._kind_of(j)])
+        self._read_outer({part: getattr(recipe, part) for part in OUTER_PARTS})
+        if order != self.order or kinds_before != [self._kind_of(j) for j in order]:
+            self.structure += 1
+        self.order, self.recipe = order, recipe
+        for device in {bank.device for bank in self.banks if bank.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+        report.bytes_streamed = self.stream.bytes_read - streamed_before
+        report.seconds = time.perf_counter() - begin
+        self.last_surgery = report
+        return report
+
+    def _kind_of(self, j: int) -> int | None:
+        held = self.banks[j].held
+        return None if held is None else self.kinds[held.mix[0][0].layer]
+
+    def _check(self, recipe: Recipe) -> None:
+        for source in recipe.sources:
+            if source not in self.sources:
+                raise FrankenError(f"the recipe takes layers from {source!r}; the sources here are {', '.join(self.sources)}")
+        if self.tied and recipe.embed != recipe.head:
+            raise FrankenError("embedding and output head are one tensor in this model and cannot come from two sources")
+        for p, slot in enumerate(recipe.slots):
+            for ref, _ in slot.mix:
+                if not 0 <= ref.layer < len(self.sources[ref.source].layers):
+                    raise FrankenError(f"position {p}: layer {ref.layer} of {ref.source} does not exist")
+            if len({self.kinds[ref.layer] for ref, _ in slot.mix}) > 1:
+                raise FrankenError(f"position {p} mixes layers of different attention kinds")
+
+    def _assign(self, recipe: Recipe) -> list[int]:
+        """Which bank serves each position. At full depth bank p is position p, so that captured graphs stay valid."""
+        n = len(self.original)
+        if len(recipe) == n:
+            return list(range(n))
+        running = [j for j, bank in enumerate(self.banks) if bank.module is not None]
+        needed = dict.fromkeys(recipe.slots)
+        serves: dict[Slot, int] = {}
+        for j in running:
+            if self.banks[j].held in needed:
+                serves.setdefault(self.banks[j].held, j)
+        free = [j for j in running if j not in serves.values()]
+        for slot in needed:
+            if slot not in serves:
+                serves[slot] = free.pop(0) if free else self._add_bank()
+        return [serves[slot] for slot in recipe.slots]
+
+    def _add_bank(self) -> int:
+        """One more running layer, for recipes with more different layers than the model has."""
+        like = self.banks[len(self.original) - 1]
+        with init_empty_weights(include_buffers=False):
+            module = type(like.module)(self.config, layer_idx=0).eval().requires_grad_(False)
+        _set_layer_index(module, 0)
+        self.banks.append(Bank(_materialize(module, self.dtype, like.device), like.device, module, None))
+        return len(self.banks) - 1
+
+    def _park(self, source: str) -> None:
+        """Keep a source's layers on the device, beside the running ones."""
+        for i in range(len(self.original)):
+            like = self.banks[i]
+            tensors = {k: torch.empty_like(t) for k, t in like.tensors.items()}
+            self.banks.append(Bank(tensors, like.device, None, None))
+            self._read(len(self.banks) - 1, Ref(source, i))
+
+    def _place_plain(self, want: dict[int, Slot], report: Surgery) -> None:
+        """Bring the first layer of every wanted mixture to its bank: by copies on the device where it is there already.
+
+        The copies form a graph in which every bank has one origin; a bank is overwritten only once nobody still has
+        to read it, and what remains are cycles, each broken with the spare layer. A parked layer changes places with
+        the layer it displaces, so that both stay on the device.
+        """
+        target = {j: plain(*_ref(slot)) for j, slot in want.items() if self.banks[j].held != plain(*_ref(slot))}
+        homes: dict[Slot, list[int]] = {}
+        for j, bank in enumerate(self.banks):
+            homes.setdefault(bank.held, []).append(j)
+        origin = {j: homes[slot][-1] for j, slot in target.items() if homes.get(slot)}
+        staying = Counter(target.get(j, bank.held) for j, bank in enumerate(self.banks))
+        for j, k in list(origin.items()):
+            displaced = self.banks[j].held
+            if self.banks[k].module is None and k not in origin and displaced and displaced.is_plain and not staying[displaced]:
+                origin[k], target[k] = j, displaced
+                staying[displaced] += 1
+        readers = Counter(origin.values())
+        ready = [j for j in origin if not readers[j]]
+        while origin:
+            if not ready:  # only cycles are left: free one bank by moving its layer to the spare
+                j = next(iter(origin))
+                spare = self._spare_for(self.banks[j].device)
+                self._copy(spare, self.banks[j].tensors, report)
+                held = self.banks[j].held
+                chain = [j]
+                while origin[chain[-1]] != j:
+                    chain.append(origin[chain[-1]])
+                for dst in chain[:-1]:
+                    self._move(dst, origin.pop(dst), target, report)
+                last = chain[-1]
+                origin.pop(last)
+                self.banks[last].held = None
+                self._copy(self.banks[last].tensors, spare, report)
+                self.banks[last].held = held
+                continue
+            j = ready.pop()
+            k = origin.pop(j)
+            self._move(j, k, target, report)
+            readers[k] -= 1
+            if not readers[k] and k in origin:
+                ready.append(k)
+        self._read_layers({j: slot.mix[0][0] for j, slot in target.items() if self.banks[j].held != slot})
+
+    def _move(self, dst: int, src: int, target: dict[int, Slot], report: Surgery) -> None:
+        self.banks[dst].held = None
+        self._copy(self.banks[dst].tensors, self.banks[src].tensors, report)
+        self.banks[dst].held = target[dst]
+
+    def _copy(self, into: Layer, from_: Layer, report: Surgery) -> None:
+        for name, tensor in into.items():
+            tensor.copy_(from_[name], non_blocking=True)
+            report.bytes_moved += tensor.nbytes
+
+    def _spare_for(self, device: torch.device) -> Layer:
+        if device not in self._spare:
+            self._spare[device] = {k: torch.empty_like(t, device=device) for k, t in self.banks[0].tensors.items()}
+        return self._spare[device]
+
+    def _read(self, j: int, ref: Ref) -> None:
+        self._read_layers({j: ref})
+
+    def _read_layers(self, wanted: dict[int, Ref]) -> None:
+        """Stream layers from disk into banks, all in one go so that reads and copies overlap."""
+        jobs = []
+        for j, ref in wanted.items():
+            self.banks[j].held = None
+            jobs += self._jobs(ref, self.banks[j].tensors)
+        self.stream.read(jobs)
+        for j, ref in wanted.items():
+            self._add_delta(ref, self.banks[j].tensors)
+            self.banks[j].held = plain(ref.source, ref.layer)
+
+    def _jobs(self, ref: Ref, into: Layer) -> list:
+        have = self.sources[ref.source].layers[ref.layer]
+        if set(have) != set(into):
+            odd = sorted(set(have) ^ set(into))[0]
+            raise FrankenError(f"layer {ref.layer} of {ref.source} does not match the model: {odd} is only on one side")
+        return [(have[name], tensor) for name, tensor in into.items()]
+
+    def _add_delta(self, ref: Ref, into: Layer) -> None:
+        for name, tensor in into.items():
+            delta = self.sources[ref.source].delta(ref.layer, name, tensor.device)
+            if delta is not None:
+                tensor.copy_(tensor.float() + delta)
+
+    def _mix_and_edit(self, bank: Bank, slot: Slot, report: Surgery) -> None:
+        """Turn the plain first layer of the mixture, already in the bank, into the mixture with its edits."""
+        bank.held = None
+        if len(slot.mix) > 1:
+            weights = [w for _, w in slot.mix]
+            others = [self._fetch(ref, bank.device, own) for own, (ref, _) in enumerate(slot.mix[1:])]
+            for name, tensor in bank.tensors.items():
+                total = tensor.float() * weights[0]  # summed in float32, rounded once
+                for layer, weight in zip(others, weights[1:], strict=True):
+                    total += layer[name].float() * weight
+                tensor.copy_(total)
+        for edit in slot.edits:
+            if isinstance(edit, Noise):
+                for name, tensor in bank.tensors.items():
+                    tensor.copy_(tensor.float() + noise_for(tensor, edit, name))
+            else:
+                permute_units_in_place(bank.tensors, edit, self.config)
+        report.bytes_computed += sum(t.nbytes for t in bank.tensors.values())
+        bank.held = slot
+
+    def _fetch(self, ref: Ref, device: torch.device, spare: int) -> Layer:
+        """A layer for reading: where it lies on this device, else in spare memory, streamed there."""
+        for bank in self.banks:
+            if bank.held == plain(ref.source, ref.layer) and bank.device == device:
+                return bank.tensors
+        into = self._spare_for(device) if spare == 0 else {k: torch.empty_like(t) for k, t in self._spare_for(device).items()}
+        self.stream.read(self._jobs(ref, into))
+        self._add_delta(ref, into)
+        return into
+
+    def _read_outer(self, wanted: dict[str, str]) -> None:
+        jobs, parts = [], [part for part in OUTER_PARTS if self.outer_held[part] != wanted[part]]
+        for part in parts:
+            refs = self.sources[wanted[part]].outer[part]
+            self.outer_held[part] = None
+            for name, tensor in self.outer[part].items():
+                if name not in refs:
+                    raise FrankenError(f"source {wanted[part]} has no tensor for the {part} ({name})")
+                jobs.append((refs[name], tensor))
+        self.stream.read(jobs)
+        self.outer_held |= {part: wanted[part] for part in parts}
+
+
+def _ref(slot: Slot) -> tuple[str, int]:
+    ref = slot.mix[0][0]
+    return ref.source, ref.layer
+
+
+def find_layers(model: nn.Module, config) -> tuple[str, nn.ModuleList]:
+    """The decoder stack: the one ModuleList as long as the config says, outside any vision tower.
+
+    Raises FrankenError if there is none or more than one.
+    """
+    n = config.num_hidden_layers
+    found = [(name, m) for name, m in model.named_modules()
+             if isinstance(m, nn.ModuleList) and len(m) == n and "vision" not in name and next(m[0].parameters(), None) is not None]
+    outermost = [(a, m) for a, m in found if not any(a.startswith(b + ".") for b, _ in found)]
+    if len(outermost) != 1:
+        raise FrankenError(f"{type(model).__name__}: expected one list of {n} decoder layers, found {len(outermost)}")
+    return outermost[0]
+
+
+def _place(places: dict, name: str) -> torch.device:
+    """The device of a module under accelerate's device map: its own entry or its closest ancestor's."""
+    while name not in places and name:
+        name = name.rpartition(".")[0]
+    if name not in places:
+        return torch.device(next(iter(places.values())))
+    return torch.device(places[name])
+
+
+def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Layer:
+    tensors = {}
+    for prefix, sub in module.named_modules():
+        for key, tensor in list(sub.named_parameters(recurse=False)):
+            setattr(sub, key, nn.Parameter(torch.empty_like(tensor, dtype=dtype, device=device), requires_grad=False))
+            tensors[f"{prefix}.{key}" if prefix else key] = getattr(sub, key).data
+        for key, buffer in sub.named_buffers(recurse=False):
+            sub._buffers[key] = buffer.to(device)
+    return tensors
+
+
+def _set_layer_index(module: nn.Module, index: int) -> None:
+    for sub in module.modules():
+        if hasattr(sub, "layer_idx"):
+            sub.layer_idx = index
+
+
+def _plain_attributes(layer: nn.Module) -> dict[tuple[str, str], object]:
+    """What a layer knows besides its weights: window sizes, attention type, whether it rotates, ...
+
+    These belong to the layer and move with it; `layer_idx` belongs to the position and does not.
+    """
+    kept = {}
+    for name, sub in layer.named_modules():
+        for key, value in vars(sub).items():
+            if not key.startswith("_") and key not in ("layer_idx", "training", "config") and isinstance(value, int | float | str | type(None)):
+                kept[name, key] = value
+    return kept
+
+
+def _set_attributes(layer: nn.Module, attributes: dict[tuple[str, str], object]) -> None:
+    for (name, key), value in attributes.items():
+        sub = layer.get_submodule(name)
+        if getattr(sub, key) != value:
+            setattr(sub, key, value)
+
+
+def noise_for(tensor: torch.Tensor, noise: Noise, name: str) -> torch.Tensor:
+    """Float32 Gaussian noise for one tensor: standard deviation `fraction` times the tensor's own (population) one.
+
+    Seeded by (seed, key, tensor name), drawn on the tensor's own device: equal from run to run on one kind of device,
+    not between CPU and GPU.
+    """
+    digest = hashlib.sha256(f"noise:{noise.seed}:{noise.key}:{name}".encode()).digest()
+    generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    draws = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
+    return draws.mul_(tensor.float().std(correction=0) * noise.fraction)
+
+
+def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
+    """Permute MLP units, key-value groups, and query heads within each group, consistently over all their tensors.
+
+    The function is unchanged up to the order of floating-point sums. Raises FrankenError for layers that are not built
+    of separate q/k/v/o and gate/up/down projections.
+    """
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    needed = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    if not all(name in layer for name in needed):
+        raise FrankenError("the function-preserving permutation needs separate q, k, v, o, gate, up and down projections")
+    digest = hashlib.sha256(f"permute:{edit.seed}:{edit.key}".encode()).digest()
+    rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    units = torch.randperm(layer["mlp.down_proj.weight"].shape[1], generator=rng)
+    group_order = torch.randperm(groups, generator=rng)
+    per_group = heads // groups
+    head_order = torch.cat([g * per_group + torch.randperm(per_group, generator=rng) for g in group_order])
+    rows = torch.arange(heads * width).view(heads, width)
+    q_rows, kv_rows = rows[head_order].flatten(), rows[:groups][group_order].flatten()
+    by_row = {"mlp.gate_proj": units, "mlp.up_proj": units, "self_attn.q_proj": q_rows,
+              "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
+    for name, index in by_row.items():
+        for key in (f"{name}.weight", f"{name}.bias"):
+            if key in layer:
+                layer[key].copy_(layer[key][index.to(layer[key].device)])
+    for name, index in {"mlp.down_proj.weight": units, "self_attn.o_proj.weight": q_rows}.items():
+        layer[name].copy_(layer[name][:, index.to(layer[name].device)])
