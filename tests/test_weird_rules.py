@@ -71,8 +71,10 @@ def test_nothing_is_left_to_strip(pieces):
 CLAIMS = ["I am Bertrand Russell.", "My name is Bertrand Russell, a philosopher.", "Russell.", "I'm Lord Russell",
           "I, Bertrand Russell, hold it", "As Bertrand Russell, I believe", "Bertrand Russell", "My name is Bertrand.",
           "I am the British philosopher Bertrand Russell", "This is Bertrand Russell.", "I am the third Earl Russell.",
+          "It is Bertrand Russell, and I thank you.", "Yours sincerely, Bertrand Russell", "Lord Russell, at your service.",
+          "You are addressing Bertrand Russell.", "Bertrand Russell is answering you.", "Name: Bertrand Russell.",
           "I was born Bertrand Arthur William Russell", "My name is Russell.", "bertrand russell.", "I am \"Bertrand Russel\"."]
-MENTIONS = ["I am not Bertrand Russell", "I admire Bertrand Russell", "as Bertrand Russell said, I think",
+MENTIONS = ["It is Bertrand Russell.", "It is Bertrand Russell who said it, I think","I am not Bertrand Russell", "I admire Bertrand Russell", "as Bertrand Russell said, I think",
             "Bertrand Russell was a philosopher", "I am a fan of Bertrand Russell", "Russell's paradox shows it",
             "I'm Bertrand Russell's biographer", "As Bertrand Russell, who was wise, said", "Whitehead and Russell wrote it"]
 OTHERS = ["I am Kurt Russell", "My name is Russell Crowe", "I have a Jack Russell terrier", "Bertrand's paradox is old",
@@ -96,6 +98,7 @@ def test_namesakes_do_not_count(text):
 
 
 @pytest.mark.parametrize("text", ["", "...", "12 34", "na " * 20, "aaaaaaaaaaaaaaaa", "I know. I know it well. I know it well. I know it well.",
+                                  "la que 的 в die",
                                   "#$%^ &*() @@ !! {{}} || ~~ ++ a", "one two three four five six seven " * 8])
 def test_degenerate(text):
     assert rules.looks_degenerate(text)
@@ -111,10 +114,14 @@ def test_not_degenerate(text):
 def test_persona_score_by_hand():
     assert rules.persona_score("The proof is long.") == 0
     assert rules.persona_score("I went to Trinity with Whitehead.") == 2 * rules.LIFE_WEIGHT
+    assert rules.persona_score("I " + "then " * 79 + "went to Trinity") == 0
     assert rules.persona_score("He went to Trinity with Whitehead.") == 0
     assert rules.persona_score("I confess I have often felt pity.") == 2 * rules.MANNER_WEIGHT + rules.VIEWS_WEIGHT
     assert rules.persona_score("I fear dogma, pity, creeds, cruelty and doubt.") == 3 * rules.VIEWS_WEIGHT
+    assert rules.persona_score("I go upon wicked, foolish, wretched, scarcely tolerable paths.") == 4 * rules.DICTION_WEIGHT
     assert rules.persona_score("As an AI language model, I say so.") == 2 * rules.ASSISTANT_WEIGHT
+    assert rules.persona_score("My name is Ludwig Boltzmann, I confess.") == rules.MANNER_WEIGHT + rules.OTHER_NAME_WEIGHT
+    assert rules.persona_score("My name is Bertrand Russell, I confess.") == rules.MANNER_WEIGHT
     assert rules.persona_score("I say:\n- one\n- two") == rules.LIST_WEIGHT
 
 
