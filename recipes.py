@@ -264,13 +264,39 @@ def keep_every(recipe: Recipe, n: int) -> Recipe:
 
 
 def describe_change(recipe: Recipe, original: Recipe, limit: int = 8) -> str:
-    """One line for people: which positions differ from `original`, and how."""
-    parts = [] if len(recipe) == len(original) else [f"{len(original)} -> {len(recipe)} layers"]
-    if len(recipe) == len(original):
-        changed = [p for p in range(len(recipe)) if recipe.slots[p] != original.slots[p]]
-        parts += [f"{p} <- {recipe.slots[p]}" for p in changed[:limit]]
-        parts += [f"and {len(changed) - limit} more positions"] if len(changed) > limit else []
+    """One line for people: which positions differ from `original`, and how; neighbors treated alike are one item."""
+    if len(recipe) != len(original):
+        parts = [f"{len(original)} -> {len(recipe)} layers: {str(recipe).partition(' | ')[0]}"]
+    else:
+        runs: list[list] = []  # [start, stop, what happened]
+        for p, (slot, before) in enumerate(zip(recipe.slots, original.slots, strict=True)):
+            if slot != before:
+                how = _how(slot, before, p)
+                if runs and runs[-1][1:] == [p, how]:
+                    runs[-1][1] = p + 1
+                else:
+                    runs.append([p, p + 1, how])
+        parts = [_run_text(*run) for run in runs[:limit]]
+        parts += [f"and {len(runs) - limit} more changes"] if len(runs) > limit else []
     for part in ("embed", "norm", "head"):
         if getattr(recipe, part) != getattr(original, part):
             parts.append(f"{part} <- {getattr(recipe, part)}")
     return "; ".join(parts) or "nothing changes"
+
+
+def _how(slot: Slot, before: Slot, p: int) -> tuple[str, int | None, str]:
+    """(source, how many positions its layer moved, edits) of a changed position; no move for blends and mere edits."""
+    edits = str(slot)[len(str(replace(slot, edits=()))) :]
+    if len(slot.mix) > 1:
+        return "blended of " + " and ".join(dict.fromkeys(r.source for r, _ in slot.mix)), None, edits
+    ref = slot.mix[0][0]
+    return ("", None, edits) if slot.mix == before.mix else (ref.source, ref.layer - p, edits)
+
+
+def _run_text(start: int, stop: int, how: tuple[str, int | None, str]) -> str:
+    source, shift, edits = how
+
+    def span(k):
+        return f"[{start + k}:{stop + k}]" if stop > start + 1 else f"[{start + k}]"
+    where = span(0)
+    return f"{where} <- {source}{span(shift)}{edits}" if shift is not None else f"{where} {source}{edits}".replace("  ", " ")

@@ -1,0 +1,244 @@
+"""The named configurations, in order of priority, and the sweeps.
+
+Configurations are written for the 64-layer pair and scale to any depth: `m.at(10)` is the layer that lies as deep as
+layer 10 of 64 does, `m.cut(32)` the boundary as deep as between layers 31 and 32. What was asked for and what was
+applied are both recorded. One line adds an experiment; to add one of your own without editing this file, put
+
+    from experiments import Experiment, swap
+    EXPERIMENTS = [Experiment("swap_5_6", "mine", lambda m: swap(m.model, m.at(5), m.at(6)), "why")]
+
+into a file and pass it with --experiments-file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from recipes import (
+    Recipe,
+    RecipeError,
+    blend,
+    delete,
+    describe_change,
+    double,
+    identity,
+    keep_every,
+    linear,
+    permute_units,
+    perturb,
+    repeat,
+    reverse,
+    shuffle,
+    sigmoid,
+    splice,
+    swap,
+    swap_chunks,
+    with_outer,
+)
+from weights import FrankenError
+
+PUBLISHED_DEPTH = 64
+
+
+@dataclass
+class Model:
+    """What an experiment builds on: the unmodified recipe, and positions of the 64-layer pair scaled to its depth."""
+
+    model: Recipe
+    seed: int = 0
+    scaled: list[tuple[str, object, object]] = field(default_factory=list)  # (what, asked for, applied)
+
+    @property
+    def n(self) -> int:
+        return len(self.model)
+
+    def _scale(self, position: int) -> int:
+        return position * self.n // PUBLISHED_DEPTH
+
+    def at(self, layer: int) -> int:
+        """The layer that lies as deep as `layer` of 64. Raises RecipeError if there is no such layer of 64."""
+        if not 0 <= layer < PUBLISHED_DEPTH:
+            raise RecipeError(f"layer {layer} is out of range: positions are given for {PUBLISHED_DEPTH} layers")
+        self.scaled.append(("layer", layer, self._scale(layer)))
+        return self._scale(layer)
+
+    def cut(self, boundary: int) -> int:
+        """The boundary as deep as the one before layer `boundary` of 64 (64: the end)."""
+        if not 0 <= boundary <= PUBLISHED_DEPTH:
+            raise RecipeError(f"boundary {boundary} is out of range: positions are given for {PUBLISHED_DEPTH} layers")
+        self.scaled.append(("boundary", boundary, self._scale(boundary)))
+        return self._scale(boundary)
+
+    def block(self, start: int, stop: int) -> tuple[int, int]:
+        """The layers [start, stop) of 64; at least one layer."""
+        a = min(self._scale(start), self.n - 1)
+        b = max(self._scale(stop), a + 1)
+        self.scaled.append(("layers", [start, stop], [a, b]))
+        return a, b
+
+    def chunks(self, first: tuple[int, int], second: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Two blocks of equal length; where rounding makes them differ, both take the shorter length."""
+        (a, a_end), (b, b_end) = ((self._scale(x), self._scale(y)) for x, y in (first, second))
+        length = max(1, min(a_end - a, b_end - b))
+        self.scaled += [("layers", list(first), [a, a + length]), ("layers", list(second), [b, b + length])]
+        return (a, a + length), (b, b + length)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A named surgery. `build` takes a Model and returns the Recipe; it must not depend on anything else."""
+
+    name: str
+    group: str
+    build: Callable[[Model], Recipe]
+    hypothesis: str = ""
+    changes_nothing: bool = False  # the baseline: not being changed is its point
+
+    def plan(self, n_layers: int, seed: int = 0) -> Plan:
+        """The recipe for a model of this depth, with what was asked for. Raises FrankenError naming the experiment."""
+        model = Model(identity(n_layers), seed)
+        try:
+            recipe = self.build(model)
+        except RecipeError as e:
+            raise FrankenError(f"experiment {self.name}: {e}") from e
+        if not isinstance(recipe, Recipe):
+            raise FrankenError(f"experiment {self.name}: build returned {type(recipe).__name__}, not a Recipe")
+        notes = []
+        asked = [(what, str(a)) for what, a, _ in model.scaled]
+        applied = [(what, str(b)) for what, _, b in model.scaled]
+        if len(set(applied)) < len(set(asked)):
+            notes.append(f"collapsed: on {n_layers} layers, different positions of the {PUBLISHED_DEPTH}-layer pair become one")
+        if recipe == model.model and not self.changes_nothing:
+            notes.append(f"collapsed: on {n_layers} layers this experiment changes nothing")
+        return Plan(self, recipe, describe_change(recipe, model.model), model.scaled, notes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment fitted to a model's depth."""
+
+    experiment: Experiment
+    recipe: Recipe
+    change: str  # one line for people
+    scaled: list[tuple[str, object, object]]
+    notes: list[str]
+
+    @property
+    def collapsed(self) -> bool:
+        return any(note.startswith("collapsed") for note in self.notes)
+
+    def to_json(self) -> dict:
+        e = self.experiment
+        positions = [{"what": what, "asked_of_64": asked, "applied": applied} for what, asked, applied in self.scaled]
+        return {"name": e.name, "group": e.group, "hypothesis": e.hypothesis, "change": self.change, "positions": positions,
+                "collapsed": self.collapsed, "notes": self.notes, "recipe": self.recipe.to_json()}
+
+
+def _base_first(k: int):
+    return lambda m: splice(m.model, "base", 0, m.cut(k))
+
+
+def _instruct_first(k: int):
+    return lambda m: splice(m.model, "base", m.cut(k), m.n)
+
+
+def _noise(fraction: float, start: int = 0):
+    return lambda m: perturb(m.model, fraction, m.seed, range(m.cut(start), m.n))
+
+
+def _swap(i: int, j: int):
+    return lambda m: swap(m.model, m.at(i), m.at(j))
+
+
+def _swap_chunks(a: tuple[int, int], b: tuple[int, int]):
+    return lambda m: swap_chunks(m.model, *m.chunks(a, b))
+
+
+def _on_block(operation, start: int, stop: int, *args):
+    return lambda m: operation(m.model, *m.block(start, stop), *args)
+
+
+E = Experiment
+# In order of priority: --priority-limit N takes the first N. Embedding, final norm and head stay the instruct model's
+# except in baseline_base.
+EXPERIMENTS: list[Experiment] = [
+    E("baseline_instruct", "baseline", lambda m: m.model, "The control", changes_nothing=True),
+    E("baseline_base", "baseline", lambda m: with_outer(splice(m.model, "base", 0, m.n), "base"), "The other control: no chat tuning anywhere"),
+    E("franken_instruct_first_32", "franken", _instruct_first(32), "Understands instructions, outputs completions"),
+    E("franken_base_first_32", "franken", _base_first(32), "Understands nothing, formats nicely?"),
+    E("swap_distant_10_55", "swap", _swap(10, 55), "Breaks hard: the residual stream's meaning differs at the two depths"),
+    E("shuffle_all", "swap", lambda m: shuffle(m.model, m.seed), "Complete destruction (control)"),
+    E("sham_permute_all", "control", lambda m: permute_units(m.model, m.seed), "Other weights, the same function: nothing may be detected"),
+    E("swap_adjacent_30_35", "swap", _swap(30, 35), "Mild disruption, maybe recoverable"),
+    E("perturb_late_5pct", "perturb", _noise(0.05, 48), "Degraded but functional?"),
+    E("perturb_all_1pct", "perturb", _noise(0.01), "Small cumulative effect"),
+    E("franken_instruct_first_48", "franken", _instruct_first(48), "Mostly instruct, only the last layers base"),
+    E("blend_linear", "blend", lambda m: blend(m.model, "base", linear), "Base share grows with depth: smooth transition or phase boundary?"),
+    E("swap_chunk_25_35_with_45_55", "swap", _swap_chunks((25, 35), (45, 55)), "The published peak: badly damaged, most willing to say Yes"),
+    E("swap_chunk_16_32_with_32_48", "swap", _swap_chunks((16, 32), (32, 48)), "Two touching quarters exchanged"),
+    E("franken_instruct_first_16", "franken", _instruct_first(16), "Only the first quarter is tuned"),
+    E("franken_base_first_16", "franken", _base_first(16), "Only the first quarter is base"),
+    E("franken_base_first_48", "franken", _base_first(48), "Only the last quarter is tuned"),
+    E("swap_distant_5_60", "swap", _swap(5, 60), "As 10 <-> 55, nearer to the fragile ends"),
+    E("swap_adjacent_31_32", "swap", _swap(31, 32), "Neighbors: barely visible"),
+    E("blend_early_base", "blend", lambda m: blend(m.model, "base", sigmoid(-10)), "Base at the bottom, instruct on top, smooth in between"),
+    E("blend_late_base", "blend", lambda m: blend(m.model, "base", sigmoid(10)), "Instruct at the bottom, base on top, smooth in between"),
+    E("perturb_late_1pct", "perturb", _noise(0.01, 48), "Barely visible"),
+    E("perturb_late_10pct", "perturb", _noise(0.10, 48), "Strong noise where the answer is formed"),
+    E("perturb_all_5pct", "perturb", _noise(0.05), "Noise everywhere"),
+    E("delete_30_34", "depth", _on_block(delete, 30, 34), "Middle layers are redundant"),
+    E("double_24_40", "depth", _on_block(double, 24, 40), "Every middle layer twice"),
+    E("repeat_24_40", "depth", _on_block(repeat, 24, 40, 2), "The middle block run twice"),
+    E("reverse_24_40", "depth", _on_block(reverse, 24, 40), "Middle layers tolerate reordering"),
+    E("keep_every_2nd", "depth", lambda m: keep_every(m.model, 2), "Half the depth"),
+]
+
+
+def window_sweep(width: int, n_layers: int, source: str = "base", stride: int | None = None) -> list[Experiment]:
+    """Replace each window of `width` layers by `source`'s, at native depth, every `stride` (default: width) layers.
+
+    Raises FrankenError for a width that does not fit.
+    """
+    if not 1 <= width <= n_layers:
+        raise FrankenError(f"a window of {width} layers does not fit a model of {n_layers}")
+    starts = range(0, n_layers - width + 1, stride or width)
+    return [Experiment(f"window_{source}_{a}_{a + width}", f"sweep_{source}_{width}",
+                       lambda m, a=a: splice(m.model, source, a, a + width), f"{source} in layers [{a}:{a + width}]") for a in starts]
+
+
+def for_source(name: str) -> list[Experiment]:
+    """Where in depth does a further source's behavior live: the whole of it, each half, each quarter."""
+    cuts = {"whole": (0, 64), "early_half": (0, 32), "late_half": (32, 64),
+            "window_0_16": (0, 16), "window_16_32": (16, 32), "window_32_48": (32, 48), "window_48_64": (48, 64)}
+    return [Experiment(f"{name}_{label}", name, lambda m, a=a, b=b: splice(m.model, name, *m.block(a, b)), f"{name} in {label.replace('_', ' ')}")
+            for label, (a, b) in cuts.items()]
+
+
+def load_file(path: str) -> list[Experiment]:
+    """The EXPERIMENTS of a user's Python file, which is run. Raises FrankenError with the reason if that fails."""
+    try:
+        spec = importlib.util.spec_from_file_location("user_experiments", Path(path).resolve())
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = list(module.EXPERIMENTS)
+    except Exception as e:
+        raise FrankenError(f"{path}: cannot be used as an experiments file: {type(e).__name__}: {e}") from e
+    for entry in found:
+        if not isinstance(entry, Experiment) or not re.fullmatch(r"[\w.+-]{1,80}", entry.name):
+            raise FrankenError(f"{path}: EXPERIMENTS holds {entry!r}, not an Experiment with a plain name")
+    return found
+
+
+def select(names: Sequence[str], known: Sequence[Experiment]) -> list[Experiment]:
+    """Experiments by name, in the order given. Raises FrankenError with the nearest name for one that is unknown."""
+    by_name = {e.name: e for e in known}
+    for name in names:
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, 1, 0.0)
+            raise FrankenError(f"unknown experiment {name!r}; the nearest is {near[0]!r} (--list shows all)")
+    return [by_name[name] for name in dict.fromkeys(names)]
