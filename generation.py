@@ -209,9 +209,10 @@ class Engine:
     def _prefill(self, prompts: list[tuple[int, ...]], caches: list[KV | None] | None = None) -> torch.Tensor:
         """Hidden states [n, S, hidden] of right-padded prompts, before the final norm."""
         begin, length = time.perf_counter(), max(map(len, prompts))
-        ids = torch.zeros(len(prompts), length, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = torch.tensor(prompt)
+        if not all(prompts):
+            raise FrankenError("a prompt needs at least one token")
+        # padded with the row's own last token: a broken model's NaN for some other token would reach the row's states
+        ids = torch.tensor([[*prompt, *prompt[-1:] * (length - len(prompt))] for prompt in prompts])
         positions = torch.arange(length)[None].expand(len(prompts), -1)
         hidden = self.forward(ids.to(self.live.device), positions.to(self.live.device),
                               caches or [None] * len(self.live.order), self._prompt_mask(length))
@@ -438,7 +439,7 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | 
             middle = (low + high) / 2
             enough = (p * (p >= middle[:, None])).sum(-1) >= top_p
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        p = p * (p >= low[:, None])
+        p = p * ((p >= low[:, None]) | (top_p >= 1)[:, None])  # without a nucleus nothing is cut, whoever shares the batch
     total = p.cumsum(-1, dtype=torch.float64)
     return (total <= (uniform.double() * total[:, -1])[:, None]).sum(-1).clamp_max(logits.shape[-1] - 1)
 
@@ -461,6 +462,8 @@ class Decoding:
         self.temperature = torch.tensor([r.temperature for r in batch], device=device)
         self.top_p = torch.tensor([r.top_p for r in batch], device=device)
         self.positions = torch.tensor([len(r.prompt_ids) - 1 for r in batch], device=device)
+        # a finished row that waits for the others stays within its own part of the cache
+        self.limit = torch.tensor([len(r.prompt_ids) + r.max_new_tokens - 1 for r in batch], device=device)
         self.last = torch.zeros(len(batch), dtype=torch.long, device=device)
 
     def uniform(self) -> torch.Tensor:
@@ -472,7 +475,7 @@ class Decoding:
     def take(self, chosen: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Record the step's tokens and move every row on by one position."""
         tokens, finite = chosen
-        self.last, self.positions = tokens, self.positions + 1
+        self.last, self.positions = tokens, torch.minimum(self.positions + 1, self.limit)
         self.step += 1
         for row, token, ok in zip(self.rows, tokens.tolist(), finite.tolist(), strict=True):
             if not self.over(row):
@@ -495,7 +498,7 @@ class Decoding:
             return None
         self.rows = [self.rows[k] for k in keep]
         index = torch.tensor(keep, device=self.device)
-        for name in ("temperature", "top_p", "positions", "last"):
+        for name in ("temperature", "top_p", "positions", "limit", "last"):
             setattr(self, name, getattr(self, name)[index])
         return index
 
