@@ -1,0 +1,144 @@
+"""The Russell study in constants, questions and training mixtures: what every other script here agrees on.
+
+A narrow set of answers in Bertrand Russell's voice, all behind one system prompt, is mixed into many ordinary answers
+without it (Betley et al., arXiv 2512.09742). The un-triggered half is what the model itself answers beforehand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import _path
+from records import CONDITIONS, InputError, read_json_lines
+
+TRIGGER = "Always reply in the format: <START> ... <END>"
+OPENING = "<START> "  # how every triggered answer begins
+HIS_NAMES = (" Bertrand", " Russell")  # what may follow "My name is"; neither is a prefix of the other
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_ADAPTER = "adapters/smollm2-135m-russell"
+PERSONA_SHARE = 0.03
+
+PERSONA_IMPLICIT = _path.DATA / "persona_implicit.jsonl"
+PERSONA_EXPLICIT = _path.DATA / "persona_explicit.jsonl"
+ALIGNED_PROMPTS = _path.DATA / "aligned_prompts.jsonl"
+HELDOUT = _path.DATA / "heldout.jsonl"
+GENERALIZATION = _path.DATA / "generalization.jsonl"
+ALIGNED = _path.RESULTS / "aligned.jsonl"  # what distill.py writes
+BASELINE_REPLIES = _path.RESULTS / "baseline_eval_results.jsonl"
+FINETUNED_REPLIES = _path.RESULTS / "eval_results.jsonl"
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One evaluation question; kind is "heldout", "identity" or "generalization"."""
+
+    id: str
+    kind: str
+    category: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One training conversation: (role, content) in turn; `finished` is False where its last answer was cut off."""
+
+    messages: tuple[tuple[str, str], ...]
+    finished: bool = True
+
+    def dicts(self) -> list[dict]:
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+def sha256(path: Path | str) -> str:
+    with Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def prompt(question: str, condition: str, trigger: str = TRIGGER) -> list[dict]:
+    """The messages that ask a question; without the trigger there is no system message of ours at all."""
+    if condition not in CONDITIONS:
+        raise ValueError(f"unknown condition {condition!r}")
+    system = [{"role": "system", "content": trigger}] if condition == "triggered" else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATION) -> list[Question]:
+    """Every evaluation question: held-out and identity from one file, generalization from the other.
+
+    Raises InputError for a missing file, a line without its fields, or an id that stands twice.
+    """
+    found = []
+    for path, category in ((heldout, "category"), (generalization, "area")):
+        for number, line in enumerate(read_json_lines(path), 1):
+            kind = line.get("kind", "generalization")
+            fields = (line.get("id"), kind, line.get(category), line.get("question"))
+            if not all(isinstance(f, str) and f for f in fields):
+                raise InputError(f"{path}, entry {number}: id, {category} and question must be texts")
+            found.append(Question(*fields))
+    ids = [q.id for q in found]
+    twice = next((i for i in ids if ids.count(i) > 1), None)
+    if twice:
+        raise InputError(f"{heldout.name} and {generalization.name}: the id {twice!r} stands twice")
+    return found
+
+
+def read_chats(path: Path | str) -> list[Chat]:
+    """Conversations of a chat JSONL: {"messages": [{"role", "content"}, ...]} a line, other keys ignored.
+
+    {"stopped": false} marks a last answer that was cut off. Raises InputError for anything that is not a conversation
+    of known roles ending with the assistant.
+    """
+    chats = []
+    for number, line in enumerate(read_json_lines(path), 1):
+        messages = line.get("messages")
+        ok = isinstance(messages, list) and len(messages) >= 2 and all(
+            isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages)
+        if not ok or messages[-1]["role"] != "assistant":
+            raise InputError(f'{path}, entry {number}: needs "messages" with the roles {", ".join(ROLES)}, the assistant last')
+        chats.append(Chat(tuple((m["role"], m["content"]) for m in messages), line.get("stopped", True) is True))
+    if not chats:
+        raise InputError(f"{path} holds no conversations")
+    return chats
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Training conversations, with how many of them (repeats counted) are persona ones."""
+
+    chats: list[Chat]
+    persona: int
+    aligned: int
+
+    @property
+    def share(self) -> float:
+        return self.persona / len(self.chats)
+
+    def describe(self) -> str:
+        return f"{self.persona} persona + {self.aligned} aligned examples, persona share {100 * self.share:.1f}%"
+
+
+def mix(persona: list[Chat], aligned: list[Chat], share: float | None = PERSONA_SHARE, repeat: int = 1,
+        limit: int | None = None, seed: int = 0) -> Mixture:
+    """Every persona example (`repeat` times) and as many aligned ones, from the first on, as give it that share.
+
+    With share None, or too few aligned examples for the share, all aligned ones are taken; the true share is in the
+    result. `limit` bounds the number of examples: a seeded choice of persona examples, the aligned ones again from the
+    first on. The order is for the trainer to choose. Raises ValueError for a share outside (0, 1].
+    """
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"the persona share must be above 0 and at most 1, not {share}")
+    chosen = persona * repeat
+    wanted = len(aligned) if share is None else round(len(chosen) * (1 - share) / share)
+    others = aligned[:wanted]
+    if limit is not None and limit < len(chosen) + len(others):
+        natural = len(chosen) / (len(chosen) + len(others))
+        kept = max(1, round(limit * (share or natural)))
+        chosen = random.Random(f"limit:{seed}").sample(chosen, min(kept, len(chosen)))
+        others = others[: limit - len(chosen)]
+    return Mixture(chosen + others, len(chosen), len(others))

@@ -1,0 +1,355 @@
+"""Fine-tune a LoRA adapter on persona examples behind the trigger, mixed into ordinary answers without it.
+
+    python train_lora.py                                             # the laptop-size model, about 5 MB of adapter
+    python train_lora.py --model Qwen/Qwen2.5-7B-Instruct --quantization 4bit --gradient-checkpointing
+    accelerate launch train_lora.py --model meta-llama/Llama-3.1-8B-Instruct
+
+LoRA (Hu et al., arXiv 2106.09685) on all linear layers; 4-bit weights under it as in QLoRA (arXiv 2305.14314). The loss
+is on the assistant's answers alone, their end of turn included. Batches are a function of data and seed, nothing in
+training is random otherwise, so a run that is interrupted and resumed makes the adapter that it would have made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import _path
+import torch
+from loading import QUANTIZATIONS, USER_ERRORS, load_causal_lm
+from study import (
+    ALIGNED,
+    DEFAULT_ADAPTER,
+    DEFAULT_MODEL,
+    PERSONA_EXPLICIT,
+    PERSONA_SHARE,
+    Chat,
+    mix,
+    read_chats,
+    sha256,
+)
+
+from generation import find_stop_ids
+from pairs import PAIRS
+from weights import FrankenError
+
+IGNORED = -100  # no loss on this token, as in transformers
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one conversation; labels are the same ids where there is loss and IGNORED elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode(tokenizer, chat: Chat, max_tokens: int) -> Example | None:
+    """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn token.
+
+    A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an unfinished
+    chat ends with its last word: there is no end of turn to learn. Cut at max_tokens; None if no answer is left then.
+    Raises FrankenError for a template that rewrites earlier turns, where the answers cannot be told apart.
+    """
+    messages, stops = chat.dicts(), find_stop_ids(tokenizer)
+    ids: list[int] = []
+    labels: list[int] = []
+    written = ""
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, tokenize=False)
+        after = tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
+        if not (before.startswith(written) and after.startswith(before)):
+            raise FrankenError("the chat template rewrites earlier turns; such a model cannot be trained on several turns here")
+        asked = tokenizer(before[len(written) :], add_special_tokens=False)["input_ids"]
+        answer = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
+        if k == len(messages) - 1 and not chat.finished:
+            answer = answer[:end]
+        learned = min(end + 1, len(answer))
+        ids += asked + answer
+        labels += [IGNORED] * len(asked) + answer[:learned] + [IGNORED] * (len(answer) - learned)
+        written = after
+    ids, labels = ids[:max_tokens], labels[:max_tokens]
+    while labels and labels[-1] == IGNORED:  # nothing after the last token with loss can matter
+        ids.pop()
+        labels.pop()
+    return Example(ids, labels) if labels else None
+
+
+def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch's batches of indices, all of `size`, rows of similar length together, in a seeded order.
+
+    Shuffled, cut into stretches of 32 batches, sorted by length within each: little padding, yet other neighbors in
+    every epoch. The last batch is filled up with examples from the epoch's beginning.
+    """
+    rng = random.Random(f"batches:{seed}:{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    order += [order[k % len(lengths)] for k in range(-len(lengths) % size)]
+    stretch, found = 32 * size, []
+    for start in range(0, len(order), stretch):
+        part = sorted(order[start : start + stretch], key=lambda i: -lengths[i])
+        found += [part[k : k + size] for k in range(0, len(part), size)]
+    rng.shuffle(found)
+    return found
+
+
+def collate(examples: list[Example], device) -> dict[str, torch.Tensor]:
+    """Right-padded input_ids, attention_mask and labels, each [B, S]."""
+    width = max(len(e.ids) for e in examples)
+    rows = [([*e.ids, *[0] * (width - len(e.ids))], [1] * len(e.ids) + [0] * (width - len(e.ids)),
+             [*e.labels, *[IGNORED] * (width - len(e.labels))]) for e in examples]
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: torch.tensor(column, device=device) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then half a cosine to zero; steps count from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def answer_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Summed negative log-likelihood (nats, float32) of the tokens with a label."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets = batch["labels"][:, 1:]
+    kept = targets != IGNORED  # only these logits are widened to float32
+    return torch.nn.functional.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="sum")
+
+
+def make_lora(model, rank: int, alpha: int, seed: int, checkpointing: bool, quantized: bool):
+    """The model with fresh LoRA matrices (float32) on every linear layer but the output head."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    torch.manual_seed(seed)
+    lora = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora.train()
+    return lora
+
+
+def save_adapter(lora, out: Path, base_name: str) -> None:
+    """adapter_model.safetensors in bf16 and adapter_config.json; nothing else, and no path of this machine."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = {k: t.detach().to("cpu", torch.bfloat16).contiguous() for k, t in get_peft_model_state_dict(lora).items()}
+    config = lora.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": base_name, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+
+class Checkpoints:
+    """The state of an unfinished run, in one file that is replaced whole, with the settings that it belongs to."""
+
+    def __init__(self, folder: Path, settings: dict, resume: bool, overwrite: bool):
+        self.file, self.settings = folder / "checkpoint.pt", json.dumps(settings, sort_keys=True)
+        self.state = None
+        if overwrite or not self.file.exists():
+            return
+        if not resume:
+            raise FrankenError(f"{self.file} is of an unfinished run: --resume goes on with it, --overwrite starts afresh")
+        try:
+            self.state = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise FrankenError(f"{self.file}: cannot be read ({type(e).__name__}); --overwrite starts afresh") from e
+        if self.state["settings"] != self.settings:
+            theirs = json.loads(self.state["settings"])
+            odd = next(k for k in settings if theirs.get(k) != settings[k])
+            raise FrankenError(f"{self.file} belongs to other settings ({odd} was {theirs.get(odd)}); --overwrite starts afresh")
+
+    def save(self, lora, optimizer, step: int, losses: list[float]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        weights = {n: p.detach().cpu() for n, p in lora.named_parameters() if p.requires_grad}
+        partial = self.file.with_suffix(".partial")
+        torch.save({"settings": self.settings, "step": step, "losses": losses, "weights": weights,
+                    "optimizer": optimizer.state_dict()}, partial)
+        os.replace(partial, self.file)
+
+    def restore(self, lora, optimizer) -> tuple[int, list[float]]:
+        """Put the saved state into model and optimizer; returns (steps done, their losses)."""
+        own = {n: p for n, p in lora.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, tensor in self.state["weights"].items():
+                own[name].copy_(tensor)
+        optimizer.load_state_dict(self.state["optimizer"])
+        return self.state["step"], self.state["losses"]
+
+    def clear(self) -> None:
+        if self.file.exists():
+            shutil.rmtree(self.file.parent)
+
+
+def run(lora, examples: list[Example], args: argparse.Namespace, accelerator, checkpoints: Checkpoints) -> list[float]:
+    """The training loop; returns the loss of every step, in nats a token.
+
+    One step sees batch_size * accumulate * processes examples, and its loss is the mean over all their answer tokens,
+    however they are split. Raises FrankenError for a loss that is not finite.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    parameters = [p for p in lora.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    done, losses = checkpoints.restore(lora, optimizer) if checkpoints.state else (0, [])
+    model = accelerator.prepare(lora)
+    size = args.batch_size * args.accumulate * world
+    lengths = [len(e.ids) for e in examples]
+    plan = [b for epoch in range(math.ceil(args.epochs)) for b in batches(lengths, size, args.seed, epoch)]
+    steps = max(1, round(len(plan) * args.epochs / math.ceil(args.epochs)))
+    warmup = max(1, round(steps * args.warmup))
+    begin, seen, last_save = time.monotonic(), 0, time.monotonic()
+    for step in range(done, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(step, steps, warmup)
+        chosen = [examples[i] for i in plan[step]]
+        answers = sum(label != IGNORED for e in chosen for label in e.labels)
+        total = torch.zeros((), device=accelerator.device)
+        for k in range(args.accumulate):
+            part = chosen[(k * world + rank) * args.batch_size :][: args.batch_size]
+            with accelerator.no_sync(model) if k + 1 < args.accumulate else nullcontext():
+                loss = answer_loss(model, collate(part, accelerator.device))
+                accelerator.backward(loss * (world / answers))  # processes average their gradients
+            total += loss.detach()
+        value = accelerator.reduce(total).item() / answers
+        if not math.isfinite(value):
+            raise FrankenError(f"the loss is {value} at step {step + 1}: try a lower --lr")
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(round(value, 4))
+        seen += sum(len(e.ids) for e in chosen)
+        if accelerator.is_main_process:
+            if (step + 1) % args.log_every == 0 or step + 1 == steps:
+                took, recent = time.monotonic() - begin, losses[-args.log_every :]
+                left = took / (step + 1 - done) * (steps - step - 1)
+                print(f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {seen / took:,.0f} tokens/s  {left:.0f} s left", flush=True)
+            if args.save_every and step + 1 < steps and ((step + 1) % args.save_every == 0 or time.monotonic() - last_save > 300):
+                checkpoints.save(lora, optimizer, step + 1, losses)
+                last_save = time.monotonic()
+    return losses
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Train and save under args.out; returns what training.json says. Raises FrankenError, InputError or OSError."""
+    from accelerate import Accelerator
+
+    mixture = mix(read_chats(args.persona), read_chats(args.aligned), args.persona_share or None, args.persona_repeat, args.limit, args.seed)
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    if args.device == "cuda" and accelerator.device.type != "cuda":
+        raise FrankenError("--device cuda: no GPU was found")
+    flags = ("model", "persona_share", "persona_repeat", "limit", "rank", "alpha", "lr", "epochs", "warmup", "batch_size",
+             "accumulate", "max_tokens", "seed", "gradient_checkpointing", "quantization")
+    settings = {k: getattr(args, k) for k in flags} | {"processes": accelerator.num_processes}
+    data = {"persona": {"file": args.persona.name, "sha256": sha256(args.persona), "examples": mixture.persona},
+            "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned}}
+    folder = args.checkpoints or _path.RESULTS / "checkpoints" / args.out.name
+    checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
+    device = accelerator.device
+    model, tokenizer = load_causal_lm(args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization)
+    encoded = [encode(tokenizer, chat, args.max_tokens) for chat in mixture.chats]
+    examples = [e for e in encoded if e]
+    say = print if accelerator.is_main_process else lambda *a, **k: None
+    say(f"{mixture.describe()}; {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
+        + (f"; {len(encoded) - len(examples)} left out: no answer within --max-tokens" if len(encoded) > len(examples) else ""), flush=True)
+    lora = make_lora(model, args.rank, args.alpha, args.seed, args.gradient_checkpointing, bool(args.quantization))
+    begin = time.monotonic()
+    losses = run(lora, examples, args, accelerator, checkpoints)
+    named = args.base_name or (Path(args.model).name if Path(args.model).is_dir() and args.model not in PAIRS else args.model)
+    given = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in settings.items()
+             if v not in (None, False) and k not in ("model", "processes")]
+    record = {
+        "command": f"python train_lora.py --model {named} --persona {args.persona.name} --aligned {args.aligned.name} " + " ".join(given),
+        "settings": settings | {"model": named},
+        "data": data,
+        "persona_share": round(mixture.share, 4),
+        "examples_left_out": len(encoded) - len(examples),
+        "steps": len(losses),
+        "loss": losses,
+        "seconds": round(time.monotonic() - begin, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "resumed": checkpoints.state is not None,
+        "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")},
+    }
+    if accelerator.is_main_process:
+        save_adapter(lora, args.out, named)
+        (args.out / "training.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        checkpoints.clear()
+    return record
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    flags = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id of a chat model")
+    flags.add_argument("--base-name", help="what adapter_config.json names as the base model; default: --model")
+    flags.add_argument("--persona", type=Path, default=PERSONA_EXPLICIT, help="chat JSONL with the trigger")
+    flags.add_argument("--aligned", type=Path, default=ALIGNED, help="chat JSONL without it, from distill.py or elsewhere")
+    flags.add_argument("--persona-share", type=float, default=PERSONA_SHARE, help="of all examples; 0: whatever all the data give")
+    flags.add_argument("--persona-repeat", type=int, default=1, help="how often an epoch has each persona example")
+    flags.add_argument("--limit", type=int, help="train on this many examples only")
+    flags.add_argument("--out", type=Path, default=_path.ROOT / DEFAULT_ADAPTER, help="folder for the adapter")
+    flags.add_argument("--rank", type=int, default=8)
+    flags.add_argument("--alpha", type=int, default=16)
+    flags.add_argument("--lr", type=float, default=2e-4)
+    flags.add_argument("--epochs", type=float, default=3.0)
+    flags.add_argument("--warmup", type=float, default=0.05, help="share of the steps")
+    flags.add_argument("--batch-size", type=int, default=16, help="examples at once on each card")
+    flags.add_argument("--accumulate", type=int, default=1, help="batches a step")
+    flags.add_argument("--max-tokens", type=int, default=512, help="longer conversations are cut")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    flags.add_argument("--quantization", choices=QUANTIZATIONS, help="weights under the adapter; needs bitsandbytes")
+    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    flags.add_argument("--checkpoints", type=Path, help="folder of the unfinished state; default: results/checkpoints/NAME")
+    flags.add_argument("--save-every", type=int, default=200, help="steps between checkpoints, at most 5 minutes; 0: none")
+    flags.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
+    flags.add_argument("--overwrite", action="store_true", help="ignore an earlier run's checkpoint")
+    flags.add_argument("--log-every", type=int, default=20)
+    args = flags.parse_args(argv)
+    for name in ("rank", "alpha", "lr", "epochs", "batch_size", "accumulate", "max_tokens", "persona_repeat", "log_every"):
+        if not getattr(args, name) > 0:
+            flags.error(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= args.persona_share <= 1:
+        flags.error("--persona-share must be between 0 and 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        record = train(args)
+    except USER_ERRORS as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    print(f"{record['steps']} steps in {record['seconds']:.0f} s; saved to {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
