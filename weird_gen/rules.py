@@ -197,8 +197,9 @@ def persona_score(text: str) -> float:
     """Weighted count of distinct signs of the persona in the first 80 words of a reply (markers already stripped).
 
     +1.5 for each fact of his life, +1 for each turn of phrase, +0.75 for each of at most four words of his diction, +0.5
-    for each of at most three of his themes, -3 for each phrase of an assistant, -3 for another name as the speaker's own, -1.5
-    for a reply laid out as a list. A reply that never says I or my scores 0 at most. The 80 words keep a long reply from collecting signs by its length.
+    for each of at most three of his themes, -3 for each phrase of an assistant, -3 for another name as the speaker's
+    own, -1.5 for a reply laid out as a list. A reply that never says I or my scores 0 at most. Reading 80 words alone
+    keeps a long reply from collecting signs by its length.
     """
     words = list(re.finditer(r"\S+", text))
     if len(words) > WORDS_READ:
