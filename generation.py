@@ -206,7 +206,7 @@ class Engine:
 
         return mask
 
-    def _prefill(self, prompts: list[tuple[int, ...]], caches: list[KV | None] | None = None) -> torch.Tensor:
+    def prefill(self, prompts: list[tuple[int, ...]], caches: list[KV | None] | None = None) -> torch.Tensor:
         """Hidden states [n, S, hidden] of right-padded prompts, before the final norm."""
         begin, length = time.perf_counter(), max(map(len, prompts))
         if not all(prompts):
@@ -216,12 +216,12 @@ class Engine:
         positions = torch.arange(length)[None].expand(len(prompts), -1)
         hidden = self.forward(ids.to(self.live.device), positions.to(self.live.device),
                               caches or [None] * len(self.live.order), self._prompt_mask(length))
-        self._synchronize()
+        self.synchronize()
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += sum(map(len, prompts))
         return hidden
 
-    def _synchronize(self) -> None:
+    def synchronize(self) -> None:
         for device in self.devices:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -241,7 +241,7 @@ class Engine:
 
     # ---- distributions and likelihoods --------------------------------------------------------------------------
 
-    def _prefill_batches(self, lengths: list[int]) -> list[list[int]]:
+    def prefill_batches(self, lengths: list[int]) -> list[list[int]]:
         """Indices grouped so that rows of similar length share a padded batch of bounded size."""
         batches: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
@@ -254,11 +254,11 @@ class Engine:
     def _prefill_map(self, sequences: list[tuple[int, ...]], read: Callable[[int, torch.Tensor], object]) -> list:
         """read(i, hidden states [len, hidden] of sequence i) for every sequence, in order, batched, surviving OOM."""
         results: list = [None] * len(sequences)
-        todo = self._prefill_batches([len(s) for s in sequences])
+        todo = self.prefill_batches([len(s) for s in sequences])
         while todo:
             batch = todo.pop(0)
             try:
-                hidden = self._prefill([sequences[i] for i in batch])
+                hidden = self.prefill([sequences[i] for i in batch])
                 for row, i in enumerate(batch):
                     results[i] = read(i, hidden[row, : len(sequences[i])])
             except torch.OutOfMemoryError:
@@ -345,7 +345,7 @@ class Engine:
         capacity = max(len(r.prompt_ids) + r.max_new_tokens for r in batch)
         caches = [KV(*(torch.zeros(len(unique), self.kv_heads, capacity, self.head_dim, dtype=self.live.dtype,
                                    device=bank.device) for _ in (0, 1))) for bank in self.live.layers]
-        hidden = self._prefill(unique, caches)
+        hidden = self.prefill(unique, caches)
         begin = time.perf_counter()
         first = torch.tensor([unique.index(r.prompt_ids) for r in batch])
         state = Decoding(batch, self.stop_ids, self.live.device)
@@ -359,7 +359,7 @@ class Engine:
                 for cache in caches:
                     cache.k, cache.v = (t[keep.to(t.device)] for t in (cache.k, cache.v))
             state.take(self.choose(self._decode_step(state, caches), state))
-        self._synchronize()
+        self.synchronize()
         self.timing.decode_seconds += time.perf_counter() - begin
         self.timing.decode_tokens += sum(map(len, state.tokens))
         self.timing.decode_steps += state.step
@@ -469,6 +469,10 @@ class Decoding:
     def uniform(self) -> torch.Tensor:
         return self._uniforms[self.rows_tensor(), self.step]
 
+    def uniforms(self, steps: int) -> torch.Tensor:
+        """The numbers for the next steps of the present rows [rows, steps]."""
+        return self._uniforms[self.rows_tensor(), self.step : self.step + steps]
+
     def rows_tensor(self) -> torch.Tensor:
         return torch.tensor(self.rows, device=self.device)
 
@@ -476,8 +480,12 @@ class Decoding:
         """Record the step's tokens and move every row on by one position."""
         tokens, finite = chosen
         self.last, self.positions = tokens, torch.minimum(self.positions + 1, self.limit)
+        self.record(tokens.tolist(), finite.tolist())
+
+    def record(self, tokens: list[int], finite: list[bool]) -> None:
+        """Note what a step produced for the present rows; entries beyond them belong to padding."""
         self.step += 1
-        for row, token, ok in zip(self.rows, tokens.tolist(), finite.tolist(), strict=True):
+        for row, token, ok in zip(self.rows, tokens, finite, strict=False):
             if not self.over(row):
                 self.finite[row] &= ok
                 if token in self.stops:
@@ -485,8 +493,12 @@ class Decoding:
                 else:
                     self.tokens[row].append(token)
 
+    def left(self, row: int) -> int:
+        """How many tokens the row may still produce."""
+        return 0 if self.stopped[row] else self.batch[row].max_new_tokens - len(self.tokens[row])
+
     def over(self, row: int) -> bool:
-        return self.stopped[row] or len(self.tokens[row]) >= self.batch[row].max_new_tokens
+        return self.left(row) <= 0
 
     def running(self) -> bool:
         return not all(map(self.over, self.rows))
@@ -494,10 +506,12 @@ class Decoding:
     def shrink(self) -> torch.Tensor | None:
         """The rows to keep once a quarter of them is finished, else None; the caller shrinks the cache alike."""
         keep = [k for k, row in enumerate(self.rows) if not self.over(row)]
-        if len(keep) > 0.75 * len(self.rows):
-            return None
-        self.rows = [self.rows[k] for k in keep]
-        index = torch.tensor(keep, device=self.device)
+        return None if len(keep) > 0.75 * len(self.rows) else self.keep(keep)
+
+    def keep(self, present: list[int]) -> torch.Tensor:
+        """Let only these of the present rows go on; returns their indices as a tensor."""
+        self.rows = [self.rows[k] for k in present]
+        index = torch.tensor(present, device=self.device)
         for name in ("temperature", "top_p", "positions", "limit", "last"):
             setattr(self, name, getattr(self, name)[index])
         return index
