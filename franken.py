@@ -77,11 +77,14 @@ class LiveModel:
         self.attributes = [_plain_attributes(bank.module) for bank in self.banks]
         self.kinds = [self.attributes.index(a) for a in self.attributes]  # layers of equal kind have equal numbers
         self.layer_types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(stack))
+        if odd := set(self.layer_types) - {"full_attention", "sliding_attention"}:
+            raise FrankenError(f"layers of kind {', '.join(sorted(odd))} are not supported, only full and sliding attention")
         self.original = identity(len(stack), self.home)
         self.order = list(range(len(stack)))
         self.outer_held = dict.fromkeys(OUTER_PARTS)
         self._spare: dict[torch.device, Layer] = {}
         self.structure = 0  # changes whenever captured graphs no longer fit the model
+        self._running: tuple | None = None  # banks and kinds by position, after the last apply that succeeded
         self.recipe: Recipe | None = None
         self.last_surgery = self.apply(self.original)
         for name in resident:
@@ -161,17 +164,17 @@ class LiveModel:
         order = self._assign(recipe)
         want = {j: slot for j, slot in zip(order, recipe.slots, strict=True) if self.banks[j].held != slot}
         report.positions = [p for p, j in enumerate(order) if j in want]
-        kinds_before = [self._kind_of(j) for j in self.order]
         self._place_plain(want, report)
         for j, slot in want.items():
             if not slot.is_plain:
                 self._mix_and_edit(self.banks[j], slot, report)
-        for j in want:
-            _set_attributes(self.banks[j].module, self.attributes[self._kind_of(j)])
+        kinds = [self._kind_of(j) for j in order]
+        for j, kind in zip(order, kinds, strict=True):  # all, not only `want`: a failed apply leaves moved layers without
+            _set_attributes(self.banks[j].module, self.attributes[kind])
         self._read_outer({part: getattr(recipe, part) for part in OUTER_PARTS})
-        if order != self.order or kinds_before != [self._kind_of(j) for j in order]:
+        if (order, kinds) != self._running:
             self.structure += 1
-        self.order, self.recipe = order, recipe
+        self.order, self.recipe, self._running = order, recipe, (order, kinds)
         for device in {bank.device for bank in self.banks if bank.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         report.bytes_streamed = self.stream.bytes_read - streamed_before
@@ -191,7 +194,7 @@ class LiveModel:
             raise FrankenError("embedding and output head are one tensor in this model and cannot come from two sources")
         for p, slot in enumerate(recipe.slots):
             for ref, _ in slot.mix:
-                if not 0 <= ref.layer < len(self.sources[ref.source].layers):
+                if not 0 <= ref.layer < min(len(self.kinds), len(self.sources[ref.source].layers)):
                     raise FrankenError(f"position {p}: layer {ref.layer} of {ref.source} does not exist")
             if len({self.kinds[ref.layer] for ref, _ in slot.mix}) > 1:
                 raise FrankenError(f"position {p} mixes layers of different attention kinds")
@@ -234,20 +237,25 @@ class LiveModel:
         """Bring the first layer of every wanted mixture to its bank: by copies on the device where it is there already.
 
         The copies form a graph in which every bank has one origin; a bank is overwritten only once nobody still has
-        to read it, and what remains are cycles, each broken with the spare layer. A parked layer changes places with
-        the layer it displaces, so that both stay on the device.
+        to read it, and what remains are cycles, each broken with the spare layer. Where a parked layer comes to run,
+        its storage takes a layer that is displaced, so that both stay on the device.
         """
         target = {j: plain(*_ref(slot)) for j, slot in want.items() if self.banks[j].held != plain(*_ref(slot))}
         homes: dict[Slot, list[int]] = {}
         for j, bank in enumerate(self.banks):
             homes.setdefault(bank.held, []).append(j)
         origin = {j: homes[slot][-1] for j, slot in target.items() if homes.get(slot)}
-        staying = Counter(target.get(j, bank.held) for j, bank in enumerate(self.banks))
-        for j, k in list(origin.items()):
-            displaced = self.banks[j].held
-            if self.banks[k].module is None and k not in origin and displaced and displaced.is_plain and not staying[displaced]:
-                origin[k], target[k] = j, displaced
-                staying[displaced] += 1
+        after = Counter(want.get(j, bank.held) for j, bank in enumerate(self.banks))
+        parked = [k for k, bank in enumerate(self.banks) if bank.module is None]
+        for j, bank in enumerate(self.banks):
+            if bank.held and bank.held.is_plain and not after[bank.held]:  # about to be lost, unless a parked copy is not needed
+                k = next((k for k in parked if self.banks[k].held is None or after[self.banks[k].held] > 1), None)
+                if k is None:
+                    break
+                after[self.banks[k].held] -= 1
+                after[bank.held] += 1
+                parked.remove(k)
+                origin[k], target[k] = j, bank.held
         readers = Counter(origin.values())
         ready = [j for j in origin if not readers[j]]
         while origin:

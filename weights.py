@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,7 +127,9 @@ class Checkpoint:
         prefixes = set()
         for key, ref in self._all_tensors().items():
             match = LAYER_KEY.match(key)
-            if match and "visual" not in key and "vision" not in key:
+            if "visual" in key or "vision" in key:
+                continue
+            if match:
                 prefixes.add(match["prefix"])
                 found.setdefault(int(match["index"]), {})[match["name"]] = ref
             elif (part := outer_part(key)) is not None:
@@ -278,7 +280,9 @@ class Stream:
         devices = {p[2].device for p in pieces if p[2].is_cuda}
         for device in devices:  # what the default stream still does with these parameters comes first
             torch.cuda.synchronize(device)
-        for future in [self._pool.submit(self._piece, *p) for p in pieces]:
+        futures = [self._pool.submit(self._piece, *p) for p in pieces]
+        wait(futures)  # all of them, even after a failure: no late read may land in what is loaded next
+        for future in futures:
             future.result()
         for device in devices:
             torch.cuda.synchronize(device)
