@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+"""Results on disk to comparison.json, summary.md, the terminal's table and report.html.
+
+`python report.py results/run_...` makes them again from the experiments' JSON; nothing is measured here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import stats
+from results import SCHEMA_VERSION, Run, write_json, write_text
+from weights import FrankenError
+
+BASELINE = "baseline_instruct"
+
+
+def compare(run: Run, manifest: dict) -> dict:
+    """One row per experiment that has run, contrasted with the baseline: what comparison.json holds."""
+    results = {name: found for name in manifest["experiments"] if (found := run.load(name)) is not None}
+    baseline = results.get(BASELINE)
+    if baseline is not None and baseline["status"] != "done":
+        baseline = None
+    rows = [_row(result, baseline, manifest) for result in results.values()]
+    recipes: dict[str, str] = {}
+    for row, result in zip(rows, results.values(), strict=True):
+        row["same_as"] = recipes.get(str(result["experiment"]["recipe"]))
+        recipes.setdefault(str(result["experiment"]["recipe"]), row["name"])
+    scored = [row for row in rows if row["detection"]]
+    corrected = stats.correct_verdicts([row["detection"] for row in scored])
+    for row, score in zip(scored, corrected, strict=True):
+        row["detection"] = score.to_json()
+    adjusted = stats.holm([(row["capability"] or {}).get("p_value") for row in rows])
+    for row, p in zip(rows, adjusted, strict=True):
+        if row["capability"]:
+            row["capability"]["p_adjusted"] = p
+    return {"schema_version": SCHEMA_VERSION, "run": run.path.name, "baseline": BASELINE if baseline else None,
+            "correction": "Holm, over the experiments of this run", "missing": [n for n in manifest["experiments"] if n not in results],
+            "experiments": rows}
+
+
+def _row(result: dict, baseline: dict | None, manifest: dict) -> dict:
+    experiment, measured = result["experiment"], result["measurements"]
+    row = {"name": experiment["name"], "group": experiment["group"], "change": experiment["change"], "status": result["status"],
+           "error": result["error"] and {k: result["error"][k] for k in ("type", "message")}, "collapsed": experiment["collapsed"],
+           "notes": experiment["notes"], "exact": result["weights"]["exact"], "seconds": result["performance"]["seconds"],
+           "published_probe": None, "detection": None, "capability": None, "perplexity": None, "chat": None, "claims_change": None}
+    against = baseline["measurements"] if baseline and baseline is not result else {}
+    if "binary" in measured:
+        row["published_probe"] = _published(measured["binary"], against.get("binary"))
+        if "binary" in against:
+            row["detection"] = stats.detection_score(paired_probes(against["binary"], measured["binary"]), seed=manifest["protocol"]["seed"])
+    if "capability" in measured:
+        row["capability"] = {k: measured["capability"][k] for k in ("correct", "n", "low", "high")}
+        if "capability" in against:
+            sides = [[item["correct"] for item in side["items"]] for side in (against["capability"], measured["capability"])]
+            found = stats.mcnemar_exact(*sides)
+            row["capability"] |= {"difference": found.value, "difference_low": found.low, "difference_high": found.high, "p_value": found.p_value}
+    if "perplexity" in measured:
+        row["perplexity"] = {k: measured["perplexity"][k] for k in ("perplexity", "nll", "tokens")}
+        if "perplexity" in against:
+            row["perplexity"]["nll_change"] = _perplexity_change(against["perplexity"], measured["perplexity"])
+    if "chat" in measured:
+        row["chat"] = {mode: measured["chat"][mode] for mode in ("chat", "raw")}
+    for suite in ("informed", "blind"):
+        if suite in measured:
+            row["claims_change"] = (row["claims_change"] or {}) | {suite: measured[suite]["claims_change"]}
+    return row
+
+
+def _published(binary: dict, before: dict | None) -> dict:
+    """The published probe's reading, and how far its log-odds and the mean entropy moved from the baseline."""
+    probe = next(p for p in binary["probes"] if p["published"])
+    found = {k: probe[k] for k in ("p_yes_normalized", "mass", "log_odds", "entropy", "answered")}
+    old = next((p for p in before["probes"] if p["published"]), None) if before else None
+    known = old and old["log_odds"] is not None and probe["log_odds"] is not None
+    return found | {"shift": probe["log_odds"] - old["log_odds"] if known else None}
+
+
+def paired_probes(before: dict, after: dict) -> list[stats.Probe]:
+    """Binary probes of two experiments as the detection score takes them. Both wordings and framings of one question
+    are one cluster: they are not independent."""
+    old = {p["id"]: p for p in before["probes"]}
+    return [stats.Probe(p["id"], p["kind"], p["keyed"], old[p["id"]]["log_odds"], p["log_odds"], p["framing"], p["id"].rsplit("-", 2)[0],
+                        old[p["id"]]["mass"], p["mass"]) for p in after["probes"] if p["id"] in old]
+
+
+def _perplexity_change(before: dict, after: dict) -> dict | None:
+    """Change of the mean nats per token, bootstrapped over texts; None where a text's likelihood is undefined."""
+    old = {t["id"]: t for t in before["texts"]}
+    rows = [(old[t["id"]]["nll"], t["nll"], t["tokens"]) for t in after["texts"] if t["id"] in old and t["tokens"]]
+    if not rows or any(x is None or y is None for x, y, _ in rows):
+        return None
+    found = stats.perplexity_contrast(*map(list, zip(*rows, strict=True)))
+    return {"value": found.value, "low": found.low, "high": found.high}
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("experiment", "P(Yes)", "mass", "shift", "detection (95% CI)", "verdict", "capability", "perplexity", "s")
+
+
+def percent(p: float | None) -> str:
+    """A probability as a percentage with two significant digits, however small."""
+    if p is None:
+        return "-"
+    return f"{100 * p:.1f}%" if p >= 0.01 else "0%" if p == 0 else f"{100 * p:.2g}%"
+
+
+def number(x: float | None, form: str = ".2f") -> str:
+    if x is None:
+        return "-"
+    return f"{x:{form}}" if abs(x) < 1e5 else f"{x:.1e}"
+
+
+def cells(row: dict) -> list[str]:
+    """One experiment's cells under COLUMNS."""
+    if row["status"] != "done":
+        return [row["name"], "failed:", (row["error"] or {}).get("type", "")] + [""] * 5 + [number(row["seconds"], ".1f")]
+    probe, found, capability = row["published_probe"] or {}, row["detection"], row["capability"]
+    p_yes = percent(probe.get("p_yes_normalized")) + ("" if probe.get("answered", True) else " (!)")
+    score = "" if found is None else "-" if found["score"] is None else f"{found['score']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), p_yes, percent(probe.get("mass")), number(probe.get("shift"), "+.2f"), score,
+            found["verdict"] if found else "", f"{capability['correct']}/{capability['n']}" if capability else "",
+            number(row["perplexity"]["perplexity"]) if row["perplexity"] else "", number(row["seconds"], ".1f")]
+
+
+LEGEND = ("P(Yes): on the published probe, normalized over Yes and No; mass: what Yes and No hold together, (!) under 1%: not an answer. "
+          "shift: its log-odds against the baseline, in nats. detection: shift of the keyed introspective probes toward noticing, "
+          "beyond what control questions with known answers predict (nats); its verdict is Holm-corrected over the run.")
+
+
+def terminal_table(comparison: dict) -> str:
+    """The table printed at the end of a run."""
+    table = [list(COLUMNS), *map(cells, comparison["experiments"])]
+    widths = [max(len(line[k]) for line in table) for k in range(len(COLUMNS))]
+    lines = ["  ".join(cell.ljust(w) if k in (0, 4, 5) else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+             for line in table]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def markdown_cell(text: str) -> str:
+    """Text that stays within one table cell and is not taken for markup."""
+    return "".join("\\" + c if c in "\\|`*_<>[]" else c for c in text.replace("\n", " "))
+
+
+def summary(comparison: dict, manifest: dict) -> str:
+    """summary.md: what was run, the table, and what to make of it."""
+    lines = [f"# {comparison['run']}", "", f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
+             f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}.", ""]
+    lines += [f"Note: {markdown_cell(note)}." for note in manifest["notes"]]
+    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(map(markdown_cell, cells(row))) + " |" for row in comparison["experiments"]]
+    lines += ["", LEGEND, ""]
+    remarks = []
+    for row in comparison["experiments"]:
+        remarks += [f"{row['name']}: {note}" for note in row["notes"]]
+        if row["same_as"]:
+            remarks.append(f"{row['name']} is the same recipe as {row['same_as']} at this depth")
+        if row["error"]:
+            remarks.append(f"{row['name']} failed: {row['error']['type']}: {row['error']['message']}")
+        if not row["exact"]:
+            remarks.append(f"{row['name']}: THE WEIGHTS DID NOT COME BACK EXACTLY; results after it cannot be trusted")
+    exact = sum(row["exact"] for row in comparison["experiments"])
+    lines += [f"After {exact} of {len(comparison['experiments'])} experiments the original weights were restored to the bit, by fingerprint.", ""]
+    lines += [f"- {markdown_cell(r)}" for r in remarks]
+    if comparison["missing"]:
+        lines += ["", f"Not run yet: {', '.join(comparison['missing'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def write_reports(run: Run) -> str:
+    """Make comparison.json, summary.md and report.html of a run; returns the terminal's table.
+
+    Raises FrankenError if a result is corrupt or the disk refuses.
+    """
+    from html_report import write_html  # matplotlib takes a second to import, which a run need not wait for at its start
+    from results import read_json
+
+    manifest = read_json(run.manifest_path)
+    comparison = compare(run, manifest)
+    write_json(run.path / "comparison.json", comparison)
+    write_text(run.path / "summary.md", summary(comparison, manifest))
+    write_html(run, manifest, comparison)
+    return f"{terminal_table(comparison)}\n\n{LEGEND}\n\nReport: {run.path / 'report.html'}"
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description="Make a run's comparison, summary and HTML report again.")
+    p.add_argument("run", help="a results/run_... folder")
+    try:
+        print(write_reports(Run.resume(p.parse_args().run)[0]))
+    except FrankenError as e:
+        print(f"report.py: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

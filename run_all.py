@@ -1,0 +1,299 @@
+#!/usr/bin/env python3
+"""Run surgeries on a model pair and ask every resulting model the same questions. `--help` lists the options."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shlex
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+DESCRIPTION = "Frankenmodel: change a model's weights and ask whether it can tell."
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    model = p.add_argument_group("model")
+    model.add_argument("--pair", default="qwen2.5-coder-32b", help="qwen2.5-coder-32b, smollm2-135m (laptop size, from the package index), smollm2-135m-hub")
+    model.add_argument("--base", help="path or hub id of a base checkpoint, with --instruct instead of --pair")
+    model.add_argument("--instruct", help="path or hub id of the chat-tuned checkpoint")
+    model.add_argument("--base-revision", help="revision of --base or of the pair's base side")
+    model.add_argument("--instruct-revision", help="revision of --instruct or of the pair's instruct side")
+    model.add_argument("--source", action="append", default=[], metavar="NAME=PATH", help="a further source of layers: a checkpoint or a LoRA adapter; adds experiments NAME_whole, NAME_early_half, ...")
+    model.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
+    model.add_argument("--device-map", default="auto", choices=("auto", "cuda", "cpu", "balanced"), help="auto: one GPU if the model fits, else all of them; a small model also on a CPU")
+    model.add_argument("--resident", action=argparse.BooleanOptionalAction, default=None, help="keep the base layers on the GPU too; default: if they fit")
+    what = p.add_argument_group("what to run")
+    what.add_argument("--experiments", nargs="+", metavar="NAME", help="these experiments, in this order")
+    what.add_argument("--priority-limit", type=int, metavar="N", help="the N experiments of highest priority (6 if nothing is chosen)")
+    what.add_argument("--all", action="store_true", help="all named experiments")
+    what.add_argument("--sweep", action="append", default=[], metavar="WIDTH[:STRIDE]", help="replace each window of WIDTH layers by base layers")
+    what.add_argument("--experiments-file", action="append", default=[], metavar="FILE.py", help="a Python file with EXPERIMENTS = [Experiment(...), ...]; it is run")
+    what.add_argument("--no-baseline", action="store_true", help="do not add baseline_instruct, against which shifts are measured")
+    what.add_argument("--suites", default="all", help="introspection (informed, blind, binary), capability, perplexity, chat, trigger, quick (binary, perplexity), all; comma-separated")
+    what.add_argument("--samples", type=int, default=1, help="replies per free-text probe")
+    what.add_argument("--max-new-tokens", type=int, default=80, help="budget of a free-text reply")
+    what.add_argument("--seed", type=int, default=0)
+    what.add_argument("--perplexity-file", help="measure perplexity on this UTF-8 text instead of the built-in ones")
+    what.add_argument("--execute-code", action="store_true", help="run code answers in a limited process instead of only parsing them")
+    run = p.add_argument_group("the run")
+    run.add_argument("--output", default="results", help="a folder run_<time> is made in it")
+    run.add_argument("--resume", metavar="DIR", help="go on with an interrupted run; its settings are taken from its manifest")
+    run.add_argument("--batch-size", type=int, help="most rows decoded at once; shrinks by itself when memory is short")
+    run.add_argument("--list", action="store_true", help="list the experiments and exit")
+    run.add_argument("--dry-run", action="store_true", help="what would run, what moves, memory and time estimates; loads and downloads nothing")
+    args = p.parse_args(argv)
+    for name in ("samples", "max_new_tokens", "priority_limit", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            p.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def extra_sources(pairs_given: list[str]) -> dict[str, str]:
+    """{name: path} of --source NAME=PATH. Raises FrankenError for another form or a reserved name."""
+    from weights import FrankenError
+
+    found = {}
+    for text in pairs_given:
+        name, _, path = text.partition("=")
+        if not name.isidentifier() or not path or name in ("instruct", "base"):
+            raise FrankenError(f"--source {text}: expected NAME=PATH with a plain name other than instruct and base")
+        found[name] = path
+    return found
+
+
+def choose(args, n_layers: int) -> list:
+    """The experiments asked for, the baseline first. Raises FrankenError for unknown names."""
+    import experiments as ex
+
+    own = [e for path in args.experiments_file for e in ex.load_file(path)]
+    sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
+    swept = []
+    for text in args.sweep:
+        width, _, stride = text.partition(":")
+        if not width.isdigit() or (stride and (not stride.isdigit() or stride == "0")):
+            raise ex.FrankenError(f"--sweep {text}: expected WIDTH or WIDTH:STRIDE in whole layers")
+        swept += ex.window_sweep(int(width), n_layers, stride=int(stride) if stride else None)
+    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept, *own]}
+    if args.experiments:
+        chosen = ex.select(args.experiments, list(known.values()))
+    elif args.all:
+        chosen = list(ex.EXPERIMENTS)
+    elif args.priority_limit:
+        chosen = ex.EXPERIMENTS[: args.priority_limit]
+    else:
+        chosen = [] if own or sourced or swept else ex.EXPERIMENTS[:6]
+    if not args.experiments:
+        chosen = [*chosen, *sourced, *swept, *own]
+    baseline = known["baseline_instruct"]
+    if baseline not in chosen and not args.no_baseline:
+        chosen = [baseline, *chosen]
+    return list({e.name: e for e in chosen}.values())
+
+
+def set_threads() -> None:
+    """As many threads as this process may use: its affinity and its container's quota, unless OMP_NUM_THREADS is set."""
+    import torch
+
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        allowed = min(allowed, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    torch.set_num_threads(min(allowed, torch.get_num_threads()))
+
+
+def peak_memory() -> int:
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return max(torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count()))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_experiment(engine, plan, protocol, original: str, on_progress=None) -> dict:
+    """Apply one plan, measure, go back, prove it. Whatever goes wrong inside is part of the result, not raised."""
+    from dataclasses import asdict
+
+    import torch
+
+    from evaluate import evaluate
+    from franken import Surgery
+    from generation import Timing
+    from results import SCHEMA_VERSION
+
+    live, begin = engine.live, time.perf_counter()
+    engine.timing, surgery, undo = Timing(), Surgery(), Surgery()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    measurements, error, modified, restored, phases = {}, None, None, None, {}
+    try:
+        surgery = live.apply(plan.recipe)
+        modified = live.fingerprint()
+        measurements, phases = evaluate(engine, protocol, on_progress)
+    except Exception as e:
+        error = {"type": type(e).__name__, "message": str(e)[:2000], "traceback": "".join(traceback.format_exception(e)[-3:])[-4000:]}
+        measurements = {}
+    try:
+        undo = live.apply(live.original)
+        restored = live.fingerprint()
+    except Exception as e:
+        error = error or {"type": type(e).__name__, "message": f"going back failed: {e}"[:2000]}
+    timing = asdict(engine.timing)
+    rate = timing["decode_tokens"] / timing["decode_seconds"] if timing["decode_seconds"] else None
+    performance = {
+        "seconds": time.perf_counter() - begin, "surgery_seconds": surgery.seconds, "restore_seconds": undo.seconds,
+        "bytes_moved": surgery.bytes_moved, "bytes_streamed": surgery.bytes_streamed, "bytes_computed": surgery.bytes_computed,
+        "prefill_seconds": timing["prefill_seconds"], "prefill_tokens": timing["prefill_tokens"],
+        "decode_seconds": timing["decode_seconds"], "decode_tokens": timing["decode_tokens"], "decode_tokens_per_second": rate,
+        "peak_memory_bytes": peak_memory(), "out_of_memory": timing["out_of_memory"], "suites": phases,
+        "max_batch": engine.max_batch, "graph_captures": timing["captures"], "capture_seconds": timing["capture_seconds"]}
+    return {"schema_version": SCHEMA_VERSION, "status": "failed" if error else "done", "experiment": plan.to_json(),
+            "weights": {"original": original, "modified": modified, "restored": restored, "exact": restored == original},
+            "measurements": measurements, "error": error, "performance": performance}
+
+
+def run_batch(run, engine, plans: list, protocol, original: str) -> int:
+    """Run what has not been run yet. Returns how many experiments failed, over the whole run.
+
+    Raises FrankenError if going back was not exact or results cannot be written; KeyboardInterrupt on Ctrl-C or SIGTERM.
+    """
+    from tqdm import tqdm
+
+    from weights import FrankenError
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)  # a batch system's kill ends a run as cleanly as Ctrl-C
+    finished = {plan.experiment.name: run.load(plan.experiment.name) for plan in plans}  # all checked before anything runs
+    failed = sum(r is not None and r["status"] == "failed" for r in finished.values())
+    todo = [plan for plan in plans if finished[plan.experiment.name] is None]
+    bar = tqdm(total=len(plans), initial=len(plans) - len(todo), unit="experiment", dynamic_ncols=True)
+    try:
+        for plan in todo:
+            name = plan.experiment.name
+            bar.set_description(name)
+            with tqdm(total=1, leave=False, position=1, dynamic_ncols=True, mininterval=0.5) as inner:
+                def progress(what, done, total, inner=inner, name=name):
+                    inner.total, inner.n = total, done
+                    inner.set_description(f"  {name}: {what}")
+
+                result = run_experiment(engine, plan, protocol, original, progress)
+            run.save(result)
+            failed += result["status"] == "failed"
+            if result["error"]:
+                tqdm.write(f"{name} failed: {result['error']['type']}: {result['error']['message'].splitlines()[0] if result['error']['message'] else ''}")
+            if not result["weights"]["exact"]:
+                raise FrankenError(f"after {name} the weights are not back to the original (fingerprint {result['weights']['restored']}, "
+                                   f"expected {original}); the run stops, its results so far are in {run.path}")
+            bar.update()
+    finally:
+        bar.close()
+        signal.signal(signal.SIGTERM, previous)
+    return failed
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.list:
+        from experiments import EXPERIMENTS
+
+        for k, e in enumerate(EXPERIMENTS, 1):
+            print(f"{k:3} {e.name:32} {e.group:10} {e.hypothesis}")
+        return 0
+    from weights import FrankenError
+
+    try:
+        if args.dry_run:
+            from estimate import dry_run
+
+            return dry_run(args)
+        return execute(args)
+    except FrankenError as e:
+        print(f"run_all.py: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("run_all.py: interrupted before any experiment began", file=sys.stderr)
+        return 130
+
+
+SETTINGS = ("pair", "base", "instruct", "base_revision", "instruct_revision", "source", "dtype", "device_map", "resident",
+            "experiments", "priority_limit", "all", "sweep", "experiments_file", "no_baseline", "suites", "samples",
+            "max_new_tokens", "seed", "perplexity_file", "execute_code")
+
+
+def execute(args) -> int:
+    import evaluate
+    from pairs import PAIRS, open_pair
+    from report import write_reports
+    from results import Run, check_writable, new_manifest, protocol_json
+    from weights import FrankenError
+
+    run = manifest = None
+    if args.resume:
+        run, manifest = Run.resume(args.resume)
+        for name in SETTINGS:
+            setattr(args, name, manifest["settings"][name])
+    suites = evaluate.parse_suites(args.suites)
+    texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
+    protocol = evaluate.Protocol(suites, args.samples, args.max_new_tokens, seed=args.seed, execute_code=args.execute_code, **texts)
+    pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
+    if pair:
+        choose(args, pair.layers)  # unknown names are refused before anything is downloaded
+    if not args.resume:
+        check_writable(args.output)
+    set_threads()
+    begin = time.perf_counter()
+    opened = open_pair(args.pair, args.base, args.instruct, args.base_revision, args.instruct_revision, extra_sources(args.source),
+                       args.dtype, args.device_map, args.resident)
+    live = opened.live
+    original = live.fingerprint()
+    load_seconds = time.perf_counter() - begin
+    from generation import Engine
+
+    engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size)
+    plans = [e.plan(len(live.original), args.seed) for e in choose(args, len(live.original))]
+    recorded = protocol_json(protocol)
+    if manifest is None:
+        manifest = new_manifest(
+            settings={name: getattr(args, name) for name in SETTINGS}, protocol=recorded, experiments=[p.experiment.name for p in plans],
+            pair=args.pair if pair else None, notes=opened.notes, sources=opened.sources, layers=len(live.original), dtype=str(live.dtype).removeprefix("torch."),
+            devices=[str(d) for d in engine.devices], original_fingerprint=original, load_seconds=load_seconds)
+        run = Run.create(args.output, manifest)
+    else:
+        for what, then, now in (("weights", manifest["original_fingerprint"], original), ("protocol", manifest["protocol"], recorded),
+                                ("experiments", manifest["experiments"], [p.experiment.name for p in plans])):
+            if then != now:
+                raise FrankenError(f"{args.resume} was made with other {what}; start a new run")
+    for note in opened.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in {load_seconds:.1f} s; results in {run.path}", file=sys.stderr)
+    try:
+        failed = run_batch(run, engine, plans, protocol, original)
+    except KeyboardInterrupt:
+        write_reports(run)
+        print(f"\nInterrupted. Finished experiments are kept; go on with:\n  python run_all.py --resume {shlex.quote(str(run.path))}", file=sys.stderr)
+        return 130
+    except FrankenError as e:
+        raise FrankenError(f"{e}\n  after mending it: python run_all.py --resume {shlex.quote(str(run.path))}") from e
+    print(write_reports(run))
+    if failed:
+        print(f"{failed} of {len(plans)} experiments failed; their errors are in {run.path / 'experiments'}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
