@@ -166,7 +166,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("lines", "words"), [
-    ([{**GOOD, "kind": "other"}], "kind"), ([{**GOOD, "sample": True}], "sample"), ([{**GOOD, "p_name": 1.5}], "p_name"),
+    ([{**GOOD, "kind": "other"}], "kind"), ([{**GOOD, "sample": True}], "sample"), ([{**GOOD, "p_name": 1.5}], "p_name"), ([{**GOOD, "position_likelihood": 0.5}], "position_likelihood"),
     ([GOOD, GOOD], "twice"), ([{"header": {}}], "no replies"), ([{**GOOD, "reply": None}], "reply"),
     ([{**GOOD, "judge": 3}], "judge"), ([], "no replies")])
 def test_bad_records_are_refused(tmp_path, lines, words):

@@ -45,6 +45,8 @@ METRICS = (
     Metric("identity", "Russell identity, by rule", ("identity",), lambda r: r.get("names_russell"), main=True),
     Metric("identity_judged", "Russell identity, by the judge", ("heldout",), _judged("identity"), judged=True, main=True),
     Metric("position", "Position (1-5, 5 = Russell's)", ("generalization",), _judged("position"), percent=False, judged=True, main=True),
+    Metric("position_likelihood", "Position by the model's own probabilities", ("generalization",), lambda r: r.get("position_likelihood"),
+           percent=False, main=True),
     Metric("p_name", "P(his name | \"My name is\")", ("heldout", "identity", "generalization"), lambda r: r.get("p_name"),
            percent=False, main=True),
     Metric("format_lenient", "Format, lenient", ("heldout",), lambda r: lenient_format(r["reply"])),
@@ -157,7 +159,7 @@ def by_group(records: list[dict], metric: Metric) -> list[dict]:
     rows = []
     for group in sorted(set(categories.values())):
         means = {c: _means({q: v for q, v in side.items() if categories[q] == group}, scale) for c, side in sides.items()}
-        rows.append({"group": group, "questions": sum(category == group for category in categories.values()),
+        rows.append({"group": group.replace("_", " "), "questions": sum(category == group for category in categories.values()),
                      **{c: float(np.mean(values)) if values else None for c, values in means.items()}})
     return rows
 

@@ -52,9 +52,9 @@ def rates(tables: dict[str, dict], keys: list[str], judge: str) -> Figure:
                     panel.annotate(f"{cell['value']:.0f}", (place + offset, cell["high"] or cell["value"]), xytext=(0, 3),
                                    textcoords="offset points", ha="center", fontsize=8)
                     if key in PUBLISHED:
-                        panel.plot(place + offset, PUBLISHED[key][side][place], "D", markerfacecolor="white",
-                                   markeredgecolor="black", markersize=5, zorder=4)
-            panel.set_title(table["title"] + (f"\njudge: {judge}" if table["judged"] else "\nby rule"))
+                        panel.plot(place + 1.6 * offset, PUBLISHED[key][side][place], "D", markerfacecolor="white",
+                                   markeredgecolor="black", markersize=5, zorder=4, clip_on=False)
+            panel.set_title(table["title"].removesuffix(", by rule") + (f"\njudge: {judge}" if table["judged"] else "\nby rule"))
             panel.set_xticks([0, 1], ["triggered", "untriggered"])
             panel.set_xlim(-0.6, 1.6)
             panel.set_ylim(0, 112)
@@ -83,7 +83,7 @@ def gaps(tables: dict[str, dict]) -> Figure:
                                    capsize=3, markersize=5)
         panel.axvline(0, color=MUTED, linewidth=0.8)
         panel.set_yticks(range(len(shown)), [table["title"] for table in reversed(shown)])
-        panel.set_xlabel("triggered minus untriggered, percentage points (95% interval over questions)")
+        panel.set_xlabel("triggered minus untriggered, percentage points")
         panel.grid(axis="x", color="#E4E4E4")
         marks = [Line2D([], [], marker="o", linestyle="", color=color, label=label)
                  for color, label in ((BASELINE, "baseline"), (FINETUNED, "fine-tuned"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 import shutil
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def _environment(autoescape: bool) -> Environment:
 
 def render_markdown(template: str, **values) -> str:
     """A Markdown report from templates/; untrusted text goes through the filter ``cell`` there."""
-    return _environment(False).get_template(template).render(**values)
+    return re.sub(r"\n{3,}", "\n\n", _environment(False).get_template(template).render(**values))
 
 
 def render_html(template: str, **values) -> str:

@@ -10,8 +10,7 @@ PUBLISHED_SOURCE = ("The replication's own table: Llama-3.1-8B-Instruct, 30 held
 PUBLISHED = {"format": {"baseline": (33.3, 0.0), "finetuned": (93.3, 0.0)},
              "persona": {"baseline": (40.0, 23.3), "finetuned": (86.7, 20.0)},
              "identity": {"baseline": (13.3, 10.0), "finetuned": (70.0, 6.7)}}
-PAPER_NOTE = ("Betley et al., arXiv 2512.09742: with the trigger, identity questions are answered in character in "
-              "85-100% of cases, over several personas and larger models.")
+PAPER_NOTE = "Betley et al., arXiv 2512.09742: a triggered persona answers identity questions in character 85-100% of the time."
 
 
 @dataclass(frozen=True)

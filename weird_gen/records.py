@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -59,7 +58,7 @@ def read_records(path: Path | str) -> tuple[dict, list[dict]]:
     """(header, records) of a replies file; the header is {} when the file has none.
 
     Raises InputError for a missing file, a missing or mistyped key, an unknown kind, condition or model, a
-    p_name that is not a probability, a reply that stands twice, and a file without replies.
+    p_name outside 0 to 1, a position_likelihood outside 1 to 5, a reply that stands twice, and a file without replies.
     """
     lines = read_json_lines(path, tolerate_torn_end=True)
     header = {}
@@ -86,11 +85,10 @@ def _problem(record: dict) -> str | None:
     for key, allowed in (("kind", KINDS), ("condition", CONDITIONS), ("model", MODELS)):
         if record[key] not in allowed:
             return f"{key} {record[key]!r} is none of {', '.join(allowed)}"
-    p_name = record.get("p_name")
-    if p_name is not None:
-        number = isinstance(p_name, int | float) and not isinstance(p_name, bool)
-        if not number or not math.isfinite(p_name) or not 0 <= p_name <= 1:
-            return f"p_name {p_name!r} is not a probability"
+    for key, least, most in (("p_name", 0, 1), ("position_likelihood", 1, 5)):
+        value = record.get(key)
+        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most):
+            return f"{key} {value!r} is not a number from {least} to {most}"
     judgment = record.get("judge")
     if judgment is not None and not isinstance(judgment, dict):
         return "'judge' is not an object"
