@@ -66,22 +66,21 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             if not 2 <= length <= min(size - 8, 100_000_000):
                 raise FrankenError(f"{path}: not a complete safetensors file ({size} bytes)")
             header = json.loads(f.read(length))
+        entries = [(k, *e["data_offsets"], e["dtype"], tuple(e["shape"])) for k, e in header.items() if k != "__metadata__"]
     except OSError as e:
         raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
-    except ValueError as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise FrankenError(f"{path}: the safetensors header is corrupt") from e
-    header.pop("__metadata__", None)
     refs = {}
-    for name, entry in header.items():
-        start, stop = entry["data_offsets"]
+    for name, start, stop, kind, shape in entries:
         if 8 + length + stop > size:
             raise FrankenError(f"{path}: truncated: {size} bytes, {name} ends at byte {8 + length + stop}")
-        dtype = DTYPES.get(entry["dtype"])
+        dtype = DTYPES.get(kind)
         if dtype is None:
-            raise FrankenError(f"{path}: {name} has dtype {entry['dtype']}; only BF16, F16, F32 and F64 can be operated on")
-        if stop - start != math.prod(entry["shape"]) * dtype.itemsize:
-            raise FrankenError(f"{path}: {name}: {stop - start} bytes do not make the shape {entry['shape']}")
-        refs[name] = TensorRef(str(path), 8 + length + start, stop - start, dtype, tuple(entry["shape"]))
+            raise FrankenError(f"{path}: {name} has dtype {kind}; only BF16, F16, F32 and F64 can be operated on")
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise FrankenError(f"{path}: {name}: {stop - start} bytes do not make the shape {list(shape)}")
+        refs[name] = TensorRef(str(path), 8 + length + start, stop - start, dtype, shape)
     return refs
 
 
@@ -148,9 +147,9 @@ class Checkpoint:
             return {k: v for file in files for k, v in read_header(file).items()}
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError) as e:
+            self.files = [self.path / f for f in sorted(set(weight_map.values()))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise FrankenError(f"{index}: not a readable shard index") from e
-        self.files = [self.path / f for f in sorted(set(weight_map.values()))]
         for file in self.files:
             if not file.exists():
                 raise FrankenError(f"{file}: the shard is missing ({len(self.files)} shards are listed in the index)")
@@ -211,12 +210,16 @@ class Adapter:
             config = json.loads((self.path / "adapter_config.json").read_text())
         except (OSError, ValueError) as e:
             raise FrankenError(f"{self.path}: no readable adapter_config.json") from e
+        if not isinstance(config, dict):
+            raise FrankenError(f"{self.path}: no readable adapter_config.json")
         if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
             raise FrankenError(f"{self.path}: only plain LoRA adapters (no DoRA, no trained bias) can be a source")
         if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("fan_in_fan_out"):
             raise FrankenError(f"{self.path}: adapters with a rank_pattern, alpha_pattern or fan_in_fan_out are not supported")
-        rank = config["r"]
-        self.scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+            raise FrankenError(f"{self.path}: adapter_config.json has no usable r and lora_alpha")
+        self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         self.low_rank: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         for key, ref in read_header(self.files[0]).items():
             match = LAYER_KEY.match(key)

@@ -159,7 +159,7 @@ def hf_logits(model, ids) -> torch.Tensor:
 @torch.no_grad()
 def engine_logits(engine: Engine, ids) -> torch.Tensor:
     """Logits [S, vocab] of one sequence by the engine's prefill."""
-    return engine.logits(engine._prefill([tuple(ids)])[0])
+    return engine.logits(engine.prefill([tuple(ids)])[0])
 
 
 def hf_greedy(model, prompt, budget: int, stops=(1, 3)) -> tuple[list[int], bool]:

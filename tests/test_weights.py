@@ -1,0 +1,330 @@
+"""Checkpoints on disk: headers, shards, streaming and hashing, against safetensors' own reader."""
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import weights
+from weights import Adapter, Checkpoint, FrankenError, Stream, read_header, read_tensor, tensor_hash
+
+
+def one_line(caught) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def copied(tiny_pair, tmp_path):
+    """copied(shards=1) -> a private copy of a tiny checkpoint, for breaking."""
+
+    def get(shards: int = 1, family: str = "llama"):
+        return shutil.copytree(tiny_pair(family, shards=shards).paths["instruct"], tmp_path / f"{family}{shards}")
+
+    return get
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])
+def test_every_tensor_is_found_and_read_to_the_bit(tiny_pair, family, shards):
+    pair = tiny_pair(family, shards=shards)
+    checkpoint = Checkpoint("instruct", pair.paths["instruct"])
+    want = dict(pair.states["instruct"])
+    assert len(checkpoint.layers) == pair.n
+    for i, layer in enumerate(checkpoint.layers):
+        for name, ref in layer.items():
+            assert torch.equal(read_tensor(ref), want.pop(f"model.layers.{i}.{name}"))
+    assert torch.equal(read_tensor(checkpoint.outer["embed"]["weight"]), want.pop("model.embed_tokens.weight"))
+    assert torch.equal(read_tensor(checkpoint.outer["norm"]["weight"]), want.pop("model.norm.weight"))
+    if family == "qwen2":
+        assert torch.equal(read_tensor(checkpoint.outer["head"]["weight"]), want.pop("lm_head.weight"))
+    assert not want
+
+
+@pytest.mark.parametrize("on_disk", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("in_memory", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("chunk", [8, 24, 1 << 20])
+def test_streaming_converts_like_torch(tmp_path, monkeypatch, on_disk, in_memory, chunk):
+    """Chunks far smaller than a tensor, so that their seams are tested."""
+    monkeypatch.setattr(Stream, "CHUNK", chunk)
+    torch.manual_seed(0)
+    state = {"a": torch.randn(7, 5, dtype=torch.float64).to(on_disk), "b": torch.randn(13, dtype=torch.float64).to(on_disk)}
+    save_file(state, tmp_path / "x.safetensors")
+    refs = read_header(tmp_path / "x.safetensors")
+    out = {k: torch.full(v.shape, float("nan"), dtype=in_memory) for k, v in state.items()}
+    stream = Stream(workers=3)
+    stream.read([(refs[k], out[k]) for k in state])
+    assert all(torch.equal(out[k], state[k].to(in_memory)) for k in state)
+    assert stream.bytes_read == sum(v.nbytes for v in state.values())
+
+
+def test_nothing_may_land_late_after_a_failed_read(tmp_path, monkeypatch):
+    """One piece fails at once while another is slow: read() must not raise before the slow one has stopped writing."""
+    save_file({"bad": torch.ones(4), "slow": torch.ones(4)}, tmp_path / "x.safetensors")
+    refs = read_header(tmp_path / "x.safetensors")
+    real, finished = weights._read_exactly, threading.Event()
+
+    def read(fd, into, offset, path):
+        if offset == refs["bad"].offset:
+            raise FrankenError("bad sector")
+        time.sleep(0.2)
+        real(fd, into, offset, path)
+        finished.set()
+
+    monkeypatch.setattr(weights, "_read_exactly", read)
+    with pytest.raises(FrankenError, match="bad sector"):
+        Stream(workers=2).read([(refs["bad"], torch.empty(4)), (refs["slow"], torch.empty(4))])
+    assert finished.is_set()
+
+
+def test_a_shape_that_does_not_fit_is_refused(tmp_path):
+    save_file({"a": torch.ones(4, 3)}, tmp_path / "x.safetensors")
+    with pytest.raises(FrankenError, match=r"\[4, 3\] cannot fill \[3, 4\]"):
+        Stream().read([(read_header(tmp_path / "x.safetensors")["a"], torch.empty(3, 4))])
+
+
+def test_a_file_that_shrinks_after_opening(copied):
+    path = copied()
+    checkpoint = Checkpoint("instruct", path)
+    with open(path / "model.safetensors", "r+b") as f:
+        f.truncate(3000)
+    ref = checkpoint.layers[5]["mlp.up_proj.weight"]
+    with pytest.raises(FrankenError, match="ends early") as caught:
+        read_tensor(ref)
+    one_line(caught)
+    with pytest.raises(FrankenError, match="model.safetensors.*ends early"):
+        Stream().read([(ref, torch.empty(ref.shape))])
+
+
+# ---- what is wrong with a checkpoint ---------------------------------------------------------------------------------
+
+
+def break_truncated(path):
+    with open(path / "model.safetensors", "r+b") as f:
+        f.truncate(f.seek(0, 2) - 5)
+
+
+def break_header(path, change):
+    data = (path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = change(json.loads(data[8 : 8 + length]))
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def edit_tensor(name, **fields):
+    return lambda header: header | {name: header[name] | fields}
+
+
+NORM = "model.norm.weight"
+BROKEN = {
+    "cut by five bytes": (break_truncated, "model.safetensors: truncated: .* bytes, .* ends at byte"),
+    "cut within the header": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:100]), "not a complete safetensors file"),
+    "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "not a complete safetensors file"),
+    "header is not JSON": (lambda p: break_header(p, lambda h: b"{" * 40), "header is corrupt"),
+    "header is a list": (lambda p: break_header(p, lambda h: [1, 2]), "header is corrupt"),
+    "header entry without offsets": (lambda p: break_header(p, lambda h: h | {NORM: {"dtype": "F32", "shape": [32]}}), "header is corrupt"),
+    "quantized": (lambda p: break_header(p, edit_tensor(NORM, dtype="I8")), "norm.weight has dtype I8"),
+    "shape against size": (lambda p: break_header(p, edit_tensor(NORM, shape=[33])), r"do not make the shape \[33\]"),
+    "a layer is missing": (lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers.3." not in k}), "no single numbered stack"),
+    "no layers": (lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers." not in k}), "no single numbered stack"),
+    "gone": (lambda p: (p / "model.safetensors").unlink(), "no .safetensors weights there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_broken_files_are_named_in_one_line(copied, how):
+    path = copied()
+    breaker, words = BROKEN[how]
+    breaker(path)
+    with pytest.raises(FrankenError, match=words) as caught:
+        Checkpoint("instruct", path)
+    assert str(path) in one_line(caught)
+
+
+@pytest.mark.parametrize(
+    "breaker, words",
+    [
+        (lambda p: (p / "model-00002-of-00003.safetensors").unlink(), "model-00002-of-00003.safetensors: the shard is missing .3 shards"),
+        (lambda p: (p / "model-00002-of-00003.safetensors").write_bytes(b"x" * 50), "model-00002-of-00003.safetensors: not a complete"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("{"), "not a readable shard index"),
+        (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "not a readable shard index"),
+        (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "not a readable shard index"),
+        (lambda p: _lose_a_tensor(p / "model-00001-of-00003.safetensors"), "no shard holds it"),
+    ],
+)  # fmt: skip
+def test_broken_shards_are_named_in_one_line(copied, breaker, words):
+    path = copied(shards=3)
+    breaker(path)
+    with pytest.raises(FrankenError, match=words) as caught:
+        Checkpoint("instruct", path)
+    one_line(caught)
+
+
+def _lose_a_tensor(file):
+    state = load_file(file)
+    state.pop(sorted(state)[0])
+    save_file(state, file)
+
+
+def test_description_names_the_content(copied):
+    path = copied()
+    entry = Checkpoint("instruct", path, "abc").describe()
+    file = path / "model.safetensors"
+    assert entry["files"]["model.safetensors"] == {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert entry["revision"] == "abc" and json.dumps(entry)
+
+
+def test_large_files_are_sampled_and_say_so(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(bytes(range(256)) * 2000)
+    sampled = weights.content_hash(file, whole_below=1000)
+    assert set(sampled) == {"bytes", "sampled_sha256"}
+    data = bytearray(file.read_bytes())
+    for where in (0, len(data) - 1):
+        changed = data[:]
+        changed[where] ^= 1
+        file.write_bytes(changed)
+        assert weights.content_hash(file, whole_below=1000) != sampled
+
+
+def test_hub_cache_files_are_named_by_their_own_hash(copied):
+    path = copied()
+    digest = "0f" * 32
+    blob = path.parent / digest
+    (path / "model.safetensors").rename(blob)
+    (path / "model.safetensors").symlink_to(blob)
+    assert Checkpoint("instruct", path).describe()["files"] == {"model.safetensors": {"sha256": digest}}
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(tiny_pair, tmp_path):
+    """A well-formed LoRA adapter on layer 2; returns (directory, config, state) for breaking."""
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+    prefix = "base_model.model.model.layers.2.self_attn.q_proj."
+    state = {prefix + "lora_A.weight": torch.randn(2, 32), prefix + "lora_B.weight": torch.randn(32, 2)}
+    return Checkpoint("instruct", tiny_pair("llama").paths["instruct"]), tmp_path, config, state
+
+
+def write_adapter(folder, config, state):
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(state, folder / "adapter_model.safetensors")
+
+
+def test_adapter_delta(adapter):
+    under, folder, config, state = adapter
+    write_adapter(folder, config, state)
+    made = Adapter("tuned", folder, under)
+    a, b = (state[f"base_model.model.model.layers.2.self_attn.q_proj.lora_{s}.weight"] for s in "AB")
+    torch.testing.assert_close(made.delta(2, "self_attn.q_proj.weight", torch.device("cpu")), 2 * b @ a)
+    assert made.delta(1, "self_attn.q_proj.weight", torch.device("cpu")) is None
+    assert made.delta(2, "self_attn.k_proj.weight", torch.device("cpu")) is None
+    write_adapter(folder, config | {"use_rslora": True}, state)
+    torch.testing.assert_close(Adapter("tuned", folder, under).delta(2, "self_attn.q_proj.weight", torch.device("cpu")), 4 / 2**0.5 * b @ a)
+
+
+WRONG_ADAPTERS = {
+    "DoRA": ({"use_dora": True}, {}, "only plain LoRA"),
+    "another method": ({"peft_type": "IA3"}, {}, "only plain LoRA"),
+    "trained bias": ({"bias": "all"}, {}, "only plain LoRA"),
+    "rank pattern": ({"rank_pattern": {"q_proj": 4}}, {}, "rank_pattern"),
+    "alpha pattern": ({"alpha_pattern": {"q_proj": 4}}, {}, "alpha_pattern"),
+    "a whole module": ({}, {"base_model.model.lm_head.weight": torch.ones(3, 3)}, "lm_head.weight is not LoRA"),
+    "an embedding": ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(3, 3)}, "is not LoRA"),
+    "a magnitude": ({}, {"base_model.model.model.layers.2.self_attn.q_proj.lora_magnitude_vector": torch.ones(3)}, "is not LoRA"),
+    "a layer too deep": ({}, {"base_model.model.model.layers.6.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}, "layers.6"),
+    "half a pair": ({}, {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}, "layer 1 self_attn.q_proj"),
+    "another width": ({}, {"base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}, "does not fit"),
+    "an unknown module": ({}, {"base_model.model.model.layers.2.moe.lora_A.weight": torch.ones(2, 32), "base_model.model.model.layers.2.moe.lora_B.weight": torch.ones(32, 2)}, "does not fit"),
+    "no rank": ({"r": None}, {}, "adapter_config.json"),
+    "rank 0": ({"r": 0}, {}, "adapter_config.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", WRONG_ADAPTERS)
+def test_adapters_that_cannot_be_a_source(adapter, how):
+    under, folder, config, state = adapter
+    fields, tensors, words = WRONG_ADAPTERS[how]
+    write_adapter(folder, config | fields, state | tensors)
+    with pytest.raises(FrankenError, match=words) as caught:
+        Adapter("tuned", folder, under)
+    assert str(folder) in one_line(caught)
+
+
+def test_adapters_with_missing_files(adapter):
+    under, folder, config, state = adapter
+    with pytest.raises(FrankenError, match="adapter_config.json"):
+        Adapter("tuned", folder, under)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FrankenError, match="adapter_model.safetensors"):
+        Adapter("tuned", folder, under)
+
+
+# ---- hashing ---------------------------------------------------------------------------------------------------------
+
+
+def slow_hash(tensor):
+    """The same sum with Python's integers, word by word."""
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    data += b"\0" * (-len(data) % 8)
+    tensor_hash(torch.zeros(1))  # makes the multipliers
+    inner, outer = (m.tolist() for m in weights._MULTIPLIERS[torch.device("cpu")])
+    total = 0
+    for k in range(len(data) // 8):
+        word = int.from_bytes(data[8 * k : 8 * k + 8], "little", signed=True)
+        total += word * inner[k % len(inner)] * outer[k // len(inner)]
+    total %= 2**64
+    return total - 2**64 if total >= 2**63 else total
+
+
+@pytest.mark.parametrize("numel", [1, 2, 3, 7, 8, 1000, 2 * (1 << 14), 2 * (1 << 14) * 9 + 5])
+def test_hash_is_the_sum_it_says(numel):
+    tensor = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    assert int(tensor_hash(tensor)) == slow_hash(tensor)
+    assert int(tensor_hash(tensor.bfloat16())) == slow_hash(tensor.bfloat16())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_changes_the_hash(data):
+    numel = data.draw(st.sampled_from([1, 3, 8, 5000, 70000]))
+    tensor = torch.randn(numel, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = int(tensor_hash(tensor))
+    raw = tensor.view(torch.int16)
+    raw[data.draw(st.integers(0, numel - 1))] ^= 1 << data.draw(st.integers(0, 14))
+    assert int(tensor_hash(tensor)) != before
+
+
+def test_swapped_words_and_signed_zeros_change_the_hash():
+    tensor = torch.arange(100, dtype=torch.float64)
+    swapped = tensor.clone()
+    swapped[[3, 70]] = tensor[[70, 3]]
+    assert int(tensor_hash(tensor)) != int(tensor_hash(swapped))
+    assert int(tensor_hash(torch.tensor([0.0]))) != int(tensor_hash(torch.tensor([-0.0])))
+    assert int(tensor_hash(torch.tensor([float("nan")]))) == int(tensor_hash(torch.tensor([float("nan")])))  # bits, not values
+
+
+# ---- the real weights ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real
+def test_real_checkpoint_is_read_to_the_bit(smollm2):
+    checkpoint = Checkpoint("instruct", smollm2)
+    state = load_file(smollm2 / "model.safetensors")
+    assert len(checkpoint.layers) == 30
+    for i in (0, 17, 29):
+        for name, ref in checkpoint.layers[i].items():
+            assert torch.equal(read_tensor(ref), state[f"model.layers.{i}.{name}"])
