@@ -73,7 +73,7 @@ _OUTPUT_CAP = 65_536  # bytes
 
 
 def run_limited(
-    source: str, function: str, calls: list[tuple], *, wall_s: float = 5.0, cpu_s: int = 2, memory_mb: int = 512
+    source: str, function: str, calls: list[tuple], *, wall_s: float = 10.0, cpu_s: int = 2, memory_mb: int = 512
 ) -> tuple[list[tuple[bool, object]] | None, str]:
     """Calls `function` from `source` on each argument tuple in a separate process: ([(returned, value), ...], "") or
     (None, reason). Values come back as JSON (tuples as lists), on a line marked with a random nonce.
