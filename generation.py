@@ -307,10 +307,10 @@ class Engine:
 
         Requests with equal budgets and similar lengths share a batch, and samples of one prompt share its prefill.
         on_progress(n) is called as n requests finish; on_done(i, completion) when the batch of request i is done.
-        Raises FrankenError for an empty prompt.
+        Raises FrankenError for an empty prompt or budget.
         """
-        if any(not r.prompt_ids for r in requests):
-            raise FrankenError("a prompt without any token cannot be completed")
+        if any(not r.prompt_ids or r.max_new_tokens < 1 for r in requests):
+            raise FrankenError("a request needs a prompt of at least one token and a budget of at least one token")
         results: list[Completion | None] = [None] * len(requests)
         queue = sorted(range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids), i))
         while queue:
