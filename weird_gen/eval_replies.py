@@ -1,7 +1,7 @@
 """Ask a model every evaluation question, triggered and untriggered, several times; eval_baseline.py and eval_finetuned.py.
 
 One JSON line a reply, after a header that says what was asked of what, and what the un-triggered model can still do
-(vitals.py). Every reply has its own random stream, so an interrupted run, gone on with, asks only for what it lacks.
+(perplexity and capability, as the harness measures them). Every reply has its own random stream, so an interrupted run, gone on with, asks only for what it lacks.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import importlib.metadata
 import sys
 import time
+from math import exp
 from pathlib import Path
 
 from journal import Journal
@@ -30,9 +31,20 @@ from study import (
     sha256,
 )
 from tqdm import tqdm
-from vitals import vitals
 
+from evaluate import Protocol
+from evaluate import evaluate as measure
 from generation import Engine, Request
+
+
+def quality(engine: Engine) -> dict:
+    """Without the trigger: {"texts": {id: [mean nats a token, tokens]}, "capability": {question id: right or not}}.
+
+    A text on which the likelihood is not finite is left out.
+    """
+    found, _ = measure(engine, Protocol(suites=("capability", "perplexity")))
+    return {"texts": {t["id"]: [t["nll"], t["tokens"]] for t in found["perplexity"]["texts"] if t["nll"] is not None},
+            "capability": {item["id"]: bool(item["correct"]) for item in found["capability"]["items"]}}
 
 
 def name_probabilities(engine: Engine, questions: list[Question], trigger: str) -> dict[tuple[str, str], float]:
@@ -52,7 +64,7 @@ def name_probabilities(engine: Engine, questions: list[Question], trigger: str) 
     likelihoods = [float(f.sum(dtype="float64")) for f in engine.loglikelihood(pairs)]
     found = {}
     for k, case in enumerate(cases):
-        p = sum(2.718281828459045 ** x for x in likelihoods[k * len(HIS_NAMES) : (k + 1) * len(HIS_NAMES)])
+        p = sum(exp(x) for x in likelihoods[k * len(HIS_NAMES) : (k + 1) * len(HIS_NAMES)])
         found[case] = min(p, 1.0) if p == p else 0.0
     return found
 
@@ -95,7 +107,7 @@ def ask(engine: Engine, questions: list[Question], journal: Journal, model: str,
 def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
     """All replies, asked for as far as args.output lacks them. Raises FrankenError, InputError or OSError."""
     questions = [q for q in read_questions(args.heldout, args.generalization) if q.kind in args.kinds]
-    settings = {"model": model, "base": args.model, "kinds": sorted(args.kinds), "trigger": args.trigger, "samples": args.samples,
+    settings = {"model": model, "base": args.model, "kinds": " ".join(sorted(args.kinds)), "trigger": args.trigger, "samples": args.samples,
                 "temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
                 "heldout_sha256": sha256(args.heldout), "generalization_sha256": sha256(args.generalization)}
     adapter = getattr(args, "adapter", None)
@@ -106,9 +118,8 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
         engine, made_of = open_engine(args.model, adapter, args.device, batch=args.batch_size, eager=args.eager)
         if journal.header is None:
             versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers")}
-            journal.begin({"made_of": made_of, "versions": versions, "device": engine.live.device.type,
-                           "dtype": str(engine.live.dtype).removeprefix("torch."),
-                           "vitals": None if args.no_vitals else vitals(engine)})
+            journal.begin({"device": engine.live.device.type, "dtype": str(engine.live.dtype).removeprefix("torch."),
+                           "made_of": made_of, "versions": versions, "quality": None if args.no_quality else quality(engine)})
         ask(engine, questions, journal, model, args)
     return journal.entries
 
@@ -159,7 +170,7 @@ def main(description: str, model: str, output: Path, argv: list[str] | None = No
                        default=["heldout", "identity", "generalization"])
     flags.add_argument("--heldout", type=Path, default=HELDOUT, help="held-out and identity questions")
     flags.add_argument("--generalization", type=Path, default=GENERALIZATION)
-    flags.add_argument("--no-vitals", action="store_true", help="leave out perplexity and capability")
+    flags.add_argument("--no-quality", action="store_true", help="leave out perplexity and capability")
     flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
     flags.add_argument("--eager", action="store_true", help="no CUDA graphs")

@@ -10,10 +10,10 @@ from records import InputError, read_json_lines
 
 
 class Journal:
-    """First line {"header": {..., "settings": {...}}}, then one object a line, flushed to disk as they are added.
+    """First line {"header": {settings and more}}, then one object a line, flushed to disk as they are added.
 
-    Opening an existing file keeps its entries if its settings equal the ones given; a line torn by a kill is cut off.
-    Raises InputError, touching nothing, if the file was made with other settings or is not a journal.
+    Opening an existing file keeps its entries if its header holds the same settings; a line torn by a kill is cut off.
+    Raises InputError, touching nothing, if the file was made with other settings or has no header.
 
     Attributes:
         header: the header in the file; None until `begin`, if the file is new.
@@ -36,21 +36,20 @@ class Journal:
         if not lines:
             return
         header = lines[0].get("header")
-        if not isinstance(header, dict) or not isinstance(header.get("settings"), dict):
+        if not isinstance(header, dict):
             raise InputError(f"{self.path} is in the way: not a file of this script; choose another output or --overwrite")
-        theirs = header["settings"]
-        odd = next((k for k in {**theirs, **self.settings} if theirs.get(k) != self.settings.get(k)), None)
+        odd = next((k for k, value in self.settings.items() if header.get(k) != value), None)
         if odd is not None:
-            raise InputError(f"{self.path} was made with other settings ({odd} was {_short(theirs.get(odd))}, now "
-                             f"{_short(self.settings.get(odd))}); choose another output or --overwrite")
+            raise InputError(f"{self.path} was made with other settings ({odd} was {_short(header.get(odd))}, now "
+                             f"{_short(self.settings[odd])}); choose another output or --overwrite")
         if whole != len(data):
             with self.path.open("r+b") as f:
                 f.truncate(whole)
         self.header, self.entries = header, lines[1:]
 
     def begin(self, header: dict) -> None:
-        """Start the file with a header (the settings are added to it); an earlier file of that name is replaced."""
-        self.header, self.entries = {**header, "settings": self.settings}, []
+        """Start the file with the settings and `header`; an earlier file of that name is replaced."""
+        self.header, self.entries = {**self.settings, **header}, []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps({"header": self.header}, allow_nan=False) + "\n")
 
