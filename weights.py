@@ -140,7 +140,8 @@ class Checkpoint:
     def _all_tensors(self) -> dict[str, TensorRef]:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
-            files = sorted(self.path.glob("*.safetensors"))
+            whole = self.path / "model.safetensors"  # other files beside it may hold the same weights under other names
+            files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
             if not files:
                 raise FrankenError(f"{self.path}: no .safetensors weights there")
             self.files = files

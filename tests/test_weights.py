@@ -177,6 +177,13 @@ def _lose_a_tensor(file):
     save_file(state, file)
 
 
+def test_the_same_weights_under_other_names_are_left_alone(copied):
+    path = copied()
+    want = Checkpoint("instruct", path)
+    save_file({"layers.0.attention.wq.weight": torch.ones(2, 2)}, path / "consolidated.safetensors")
+    assert Checkpoint("instruct", path).layers == want.layers
+
+
 def test_description_names_the_content(copied):
     path = copied()
     entry = Checkpoint("instruct", path, "abc").describe()
