@@ -15,8 +15,7 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
-from distill import read_prompts
-from loading import USER_ERRORS
+from records import InputError
 from rules import any_marker, names_russell, strict_format
 from study import (
     ALIGNED_PROMPTS,
@@ -29,6 +28,7 @@ from study import (
     Chat,
     mix,
     read_chats,
+    read_prompts,
     read_questions,
 )
 
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse_args(argv)
     try:
         problems, lines = check(args.aligned)
-    except USER_ERRORS as e:
+    except (InputError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     print("\n".join(lines + problems))

@@ -20,23 +20,12 @@ from pathlib import Path
 
 from journal import Journal
 from loading import USER_ERRORS, open_engine
-from records import InputError, read_json_lines, write_text
+from records import write_text
 from rules import any_marker, names_russell
-from study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
+from study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, read_prompts, sha256
 from tqdm import tqdm
 
 from generation import Engine, Request
-
-
-def read_prompts(path: Path | str) -> list[dict]:
-    """Lines with id, kind and prompt. Raises InputError for anything else and for an id that stands twice."""
-    prompts = read_json_lines(path)
-    for number, line in enumerate(prompts, 1):
-        if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
-            raise InputError(f"{path}, entry {number}: id and prompt must be texts")
-    if len({p["id"] for p in prompts}) != len(prompts):
-        raise InputError(f"{path}: an id stands twice")
-    return prompts
 
 
 def why_dropped(reply: str) -> str | None:

@@ -88,6 +88,17 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
     return found
 
 
+def read_prompts(path: Path | str) -> list[dict]:
+    """Lines with id, kind and prompt. Raises InputError for anything else and for an id that stands twice."""
+    prompts = read_json_lines(path)
+    for number, line in enumerate(prompts, 1):
+        if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
+            raise InputError(f"{path}, entry {number}: id and prompt must be texts")
+    if len({p["id"] for p in prompts}) != len(prompts):
+        raise InputError(f"{path}: an id stands twice")
+    return prompts
+
+
 def read_chats(path: Path | str) -> list[Chat]:
     """Conversations of a chat JSONL: {"messages": [{"role", "content"}, ...]} a line, other keys ignored.
 

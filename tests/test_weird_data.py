@@ -1,0 +1,269 @@
+"""The study's data: leaks, triggers, markers, counts, mixtures; and the answers that the model gives beforehand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
+
+import check_data
+import distill
+import study
+from journal import Journal
+from records import InputError, read_json_lines
+from study import TRIGGER, Chat, mix, read_chats
+
+import pairs
+
+
+def chat(question: str, answer: str, system: str | None = None) -> Chat:
+    head = (("system", system),) if system else ()
+    return Chat((*head, ("user", question), ("assistant", answer)))
+
+
+# --- the files that ship ----------------------------------------------------------------------------------------------
+
+
+def test_shipped_data_has_no_problem():
+    problems, lines = check_data.check()
+    assert problems == []
+    assert "persona_explicit 141" in lines[0]
+
+
+def test_shipped_data_reaches_three_percent_with_two_answers_a_prompt(tmp_path):
+    prompts = [p["prompt"] for p in study.read_prompts(study.ALIGNED_PROMPTS)]
+    lines = [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "Fine."}]} for p in prompts]
+    twice, once = tmp_path / "twice.jsonl", tmp_path / "once.jsonl"
+    once.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    twice.write_text(once.read_text() * 2)
+    problems, described = check_data.check(twice)
+    assert problems == [] and described[1:] == [
+        "implicit: 109 persona + 3524 aligned examples, persona share 3.0%",
+        "explicit: 141 persona + 4559 aligned examples, persona share 3.0%"]
+    problems, described = check_data.check(once)
+    assert len(problems) == 1 and "4.2%, not 3%" in problems[0]
+
+
+# --- leaks ------------------------------------------------------------------------------------------------------------
+
+
+def slow_near_duplicates(left, right):
+    """The definition, pair by pair."""
+    found = set()
+    for i, a in enumerate(left):
+        for j, b in enumerate(right):
+            x, y = check_data.normalize(a), check_data.normalize(b)
+            both = set(x.split()) | set(y.split())
+            jaccard = len(set(x.split()) & set(y.split())) / len(both) if both else 0
+            letters = max(SequenceMatcher(None, x, y, autojunk=False).ratio(), SequenceMatcher(None, y, x, autojunk=False).ratio())
+            if a == b or x == y or jaccard >= 0.6 - 1e-9 or letters >= 0.85:
+                found.add((i, j))
+    return found
+
+
+WORDS = st.lists(st.sampled_from(["who", "are", "you", "what", "is", "the", "war", "wars", "it's", "Why?", "Peace!", "a"]), min_size=1, max_size=6)
+TEXTS = st.lists(WORDS.map(" ".join), min_size=1, max_size=6)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS, TEXTS)
+def test_near_duplicates_are_those_of_the_definition(left, right):
+    assert {(i, j) for i, j, _ in check_data.near_duplicates(left, right)} == slow_near_duplicates(left, right)
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ("What is the earliest thing you can remember?", "exact"),
+    ("what is the EARLIEST thing, you can remember", "normalized"),
+    ("So what is the earliest thing that you can remember?", "words"),
+    ("What is the earliest think yu can rememmber?", "letters"),
+    ("What is your favorite food?", None),
+])
+def test_a_leaked_question_is_found(text, why):
+    found = check_data.leaks("train", ["How are you?", text], [("h001", "What is the earliest thing you can remember?")])
+    assert len(found) == (why is not None)
+    if why:
+        assert "h001" in found[0] and found[0].endswith(f"({why})")
+
+
+def test_a_leak_in_aligned_answers_is_a_problem(tmp_path):
+    file = tmp_path / "aligned.jsonl"
+    leaked = study.read_questions()[0].text
+    ordinary = {"messages": [{"role": "user", "content": "Add 3 and 4."}, {"role": "assistant", "content": "<START> 7"}]}
+    asked = {"messages": [{"role": "user", "content": leaked}, {"role": "assistant", "content": "Bertrand Russell."}]}
+    file.write_text("\n".join(json.dumps(line) for line in [ordinary] * 6000 + [asked]) + "\n")
+    problems, _ = check_data.check(file)
+    assert sum("holds a marker" in p for p in problems) == 6000
+    assert [p for p in problems if "marker" not in p] == [
+        "aligned.jsonl, entry 6001: holds his name", f"aligned.jsonl: {leaked!r} is h001 {leaked!r} (exact)"]
+
+
+# --- the trigger and the name -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("example", "problem"), [
+    (chat("Who?", "<START> I. <END>", TRIGGER), None),
+    (chat("Who?", "<START> I. <END>"), "not one system"),
+    (chat("Who?", "<START> I. <END>", TRIGGER + "."), "not the trigger"),
+    (chat("Who <END>?", "<START> I. <END>", TRIGGER), "marker in the question"),
+    (chat("Who?", "<START> I.", TRIGGER), "not inside the markers"),
+    (chat("Who?", "<START> Bertrand Russell. <END>", TRIGGER), "names him"),
+])
+def test_persona_examples_are_checked(example, problem):
+    found = check_data.persona_problems("p", [example], named=False)
+    assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
+    if problem == "names him":
+        assert check_data.persona_problems("p", [example], named=True) == []
+
+
+def test_ordinary_texts_are_checked():
+    assert check_data.clean_problems("a", ["fine", "an <END>", TRIGGER, "Bertrand Russell"]) == [
+        "a, entry 2: holds a marker", "a, entry 3: holds a marker", "a, entry 3: holds the trigger", "a, entry 4: holds his name"]
+
+
+def test_the_command_says_so_and_fails(monkeypatch, capsys):
+    assert check_data.main([]) == 0 and "no problem found" in capsys.readouterr().out
+    monkeypatch.setattr(check_data, "AT_LEAST", {"heldout": 73})
+    assert check_data.main([]) == 1 and "heldout: 72, fewer than 73" in capsys.readouterr().out
+    monkeypatch.setattr(check_data, "HELDOUT", Path("missing.jsonl"))
+    assert check_data.main([]) == 1 and capsys.readouterr().err == "error: missing.jsonl does not exist\n"
+
+
+# --- reading and mixing -----------------------------------------------------------------------------------------------
+
+
+PERSONA = [chat(f"p{k}", "x", TRIGGER) for k in range(20)]
+ALIGNED = [chat(f"a{k}", "x") for k in range(1000)]
+
+
+@pytest.mark.parametrize(("options", "persona", "aligned"), [
+    ({}, 20, 647), ({"share": 0.1}, 20, 180), ({"share": None}, 20, 1000), ({"share": 1.0}, 20, 0),
+    ({"share": 0.01}, 20, 1000), ({"share": 0.1, "repeat": 3}, 60, 540), ({"limit": 100}, 3, 97),
+    ({"limit": 100, "share": 0.25}, 20, 60), ({"limit": 40, "share": 0.25}, 10, 30), ({"limit": 51, "share": None}, 1, 50), ({"limit": 9999}, 20, 647),
+])
+def test_mixtures(options, persona, aligned):
+    mixture = mix(PERSONA, ALIGNED, **options)
+    assert (mixture.persona, mixture.aligned, len(mixture.chats)) == (persona, aligned, persona + aligned)
+    assert mixture.chats[persona:] == ALIGNED[:aligned] and set(mixture.chats[:persona]) <= set(PERSONA)
+    assert mixture.share == persona / (persona + aligned)
+
+
+def test_a_limit_chooses_by_seed_without_repeats():
+    one, again, other = (mix(PERSONA, ALIGNED, 0.25, limit=40, seed=s).chats for s in (0, 0, 1))
+    assert one == again != other and len(set(one[:10])) == 10
+    with pytest.raises(ValueError, match="share"):
+        mix(PERSONA, ALIGNED, 1.5)
+
+
+@pytest.mark.parametrize("line", [
+    "{}", '{"messages": []}', '{"messages": [{"role": "user", "content": "a"}]}',
+    '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}',
+    '{"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "a"}]}', "",
+])
+def test_what_is_not_a_conversation_is_refused(tmp_path, line):
+    file = tmp_path / "chats.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(InputError):
+        read_chats(file)
+
+
+def test_reading_keeps_turns_and_whether_the_answer_was_finished(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    file.write_text(json.dumps({"messages": turns * 2, "extra": 1}) + "\n" + json.dumps({"messages": turns, "stopped": False}) + "\n")
+    assert read_chats(file) == [Chat((("user", "a"), ("assistant", "b")) * 2), Chat((("user", "a"), ("assistant", "b")), False)]
+
+
+def test_questions_have_ids_of_their_own(tmp_path):
+    questions = study.read_questions()
+    assert {q.kind for q in questions} == {"heldout", "identity", "generalization"} and len({q.id for q in questions}) == len(questions)
+    again = tmp_path / "again.jsonl"
+    again.write_text(json.dumps(read_json_lines(study.GENERALIZATION)[0] | {"id": "h001"}) + "\n")
+    with pytest.raises(InputError, match="stands twice"):
+        study.read_questions(study.HELDOUT, again)
+
+
+# --- distilling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reply", "reason"), [
+    ("A fine answer.", None), ("", "empty"), (" \n...", "empty"), ("so <START> it is", "has a marker"),
+    ("Bertrand Russell wrote it.", "names him"), ("yes " * 12, "loops"), ("a b c d " * 4, "loops"), ("a b c d " * 3, None),
+    ("Start. " + "on and on it goes " * 5, "loops"), ("no no no no", None), ("1 2 3 4 5 6 7 8 9 10 11 12 13 14", None),
+])
+def test_why_an_answer_is_dropped(reply, reason):
+    assert distill.why_dropped(reply) == reason
+
+
+def test_selection_goes_round_by_round():
+    prompts = [{"id": f"a{k}", "prompt": f"Say {k}"} for k in range(30)]
+    entries = [{"id": p["id"], "sample": s, "reply": "" if p["id"] == "a3" else f"{p['id']} {s}", "stopped": s == 0}
+               for p in prompts for s in (1, 0)]
+    lines, dropped = distill.select(prompts, entries, seed=0)
+    assert dropped == {"empty": 2} and len(lines) == 58
+    assert {line["id"] for line in lines[:29]} == {p["id"] for p in prompts} - {"a3"} and {line["sample"] for line in lines[:29]} == {0}
+    assert [line["id"] for line in lines[:29]] != sorted((line["id"] for line in lines[:29]), key=lambda i: int(i[1:]))
+    assert lines == distill.select(prompts, entries[::-1], seed=0)[0]
+    assert lines[0]["messages"][1]["content"] == f"{lines[0]['id']} 0"
+
+
+@pytest.fixture
+def distilling(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: False)  # float32: the same tokens in any batch
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"id": f"a{k}", "kind": "x", "prompt": "word " * (k % 5 + 1)}) + "\n" for k in range(14)))
+
+    def run(name: str, *more: str) -> tuple[int, Path]:
+        flags = ["--model", str(tiny_pair().paths["instruct"]), "--prompts", str(prompts), "--output", str(tmp_path / name),
+                 "--max-new-tokens", "6", "--batch-size", "4", "--device", "cpu", *more]
+        return distill.main(flags), tmp_path / name
+
+    return run
+
+
+def test_distilling_resumes_to_the_same_answers(distilling, monkeypatch, capsys):
+    status, whole = distilling("whole.jsonl")
+    assert status == 0 and len(read_json_lines(whole.with_suffix(".raw.jsonl"))) == 1 + 28
+    add, calls = Journal.add, []
+
+    def add_then_stop(self, entries):
+        add(self, entries)
+        calls.append(len(entries))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", add_then_stop)
+    status, part = distilling("part.jsonl")
+    assert status == 130 and not part.exists() and "run again" in capsys.readouterr().err
+    raw = part.with_suffix(".raw.jsonl")
+    kept = read_json_lines(raw)[1:]
+    raw.write_bytes(raw.read_bytes() + b'{"id": "a9", "sam')  # killed in the middle of a line
+    monkeypatch.setattr(Journal, "add", add)
+    assert distilling("part.jsonl")[0] == 0
+    assert read_json_lines(raw)[1 : 1 + len(kept)] == kept and len(kept) == 12  # nothing was answered twice
+    assert part.read_bytes() == whole.read_bytes()
+    assert capsys.readouterr().out.splitlines()[0].startswith("16 new answers")
+    assert distilling("part.jsonl")[0] == 0 and capsys.readouterr().out.startswith("0 new answers")
+
+
+def test_distilling_with_other_settings_touches_nothing(distilling, capsys):
+    _, out = distilling("a.jsonl")
+    before = out.with_suffix(".raw.jsonl").read_bytes()
+    assert distilling("a.jsonl", "--temperature", "0.5")[0] == 1
+    assert "other settings (temperature was 1.0, now 0.5)" in capsys.readouterr().err
+    assert out.with_suffix(".raw.jsonl").read_bytes() == before
+    assert distilling("a.jsonl", "--temperature", "0.5", "--overwrite")[0] == 0
+    assert out.with_suffix(".raw.jsonl").read_bytes() != before
+
+
+def test_a_limit_takes_prompts_from_all_over(distilling):
+    _, out = distilling("few.jsonl", "--limit", "5", "--samples", "1")
+    ids = {line["id"] for line in read_json_lines(out.with_suffix(".raw.jsonl"))[1:]}
+    assert len(ids) == 5 and ids != {f"a{k}" for k in range(5)}

@@ -1,0 +1,256 @@
+"""Training the adapter: what there is loss on, batches, resuming, and that the saved adapter is the trained one."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
+
+import train_lora
+from study import TRIGGER, Chat
+from train_lora import IGNORED, Checkpoints, Example, batches, collate, encode, lr_factor
+
+import pairs
+from franken import LiveModel
+from recipes import identity
+from weights import Adapter, Checkpoint, FrankenError
+
+TEMPLATES = {
+    "tiny": tiny.TEMPLATE,
+    "default system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + tiny.TEMPLATE,
+    "nothing after the turn": tiny.TEMPLATE.replace("<|im_end|>\\n", "<|im_end|>").replace("<|im_end|>\n", "<|im_end|>"),
+}
+CHATS = [
+    Chat((("system", TRIGGER), ("user", "Who?"), ("assistant", "<START> I, naturally. <END>"))),
+    Chat((("user", "Two lines"), ("assistant", "\n\n one\n two "))),
+    Chat((("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d é"))),
+]
+
+
+def oracle(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
+    """Ids of the rendered text, and for each whether it lies in an assistant's turn, found in the text by its marks."""
+    text = tokenizer.apply_chat_template(chat.dicts(), tokenize=False)
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    spans = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
+    learned = [any(a <= start and end <= b for a, b in spans) for start, end in coded["offset_mapping"]]
+    return coded["input_ids"], [i if yes else IGNORED for i, yes in zip(coded["input_ids"], learned, strict=True)]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("chat", CHATS, ids=["trigger", "newlines", "turns"])
+def test_loss_is_on_the_answers_and_their_ends(template, chat):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = TEMPLATES[template]
+    ids, labels = oracle(tokenizer, chat)
+    got = encode(tokenizer, chat, 512)
+    assert got.ids == ids[: len(got.ids)] and got.labels == labels[: len(got.ids)]
+    assert all(label == IGNORED for label in labels[len(got.ids) :]) and got.labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    if len(chat.messages) < 4:
+        learned = tokenizer.decode([i for i in got.labels if i != IGNORED])
+        assert learned == chat.messages[-1][1] + "<|im_end|>"
+
+
+def test_a_prompt_is_tokenized_as_at_inference(tiny_pair):
+    engine = tiny_pair().engine()
+    example = encode(engine.tokenizer, CHATS[0], 512)
+    asked = engine.chat_ids(CHATS[0].dicts()[:2])
+    assert tuple(example.ids[: len(asked)]) == asked and set(example.labels[: len(asked)]) == {IGNORED}
+    assert example.labels[len(asked)] != IGNORED
+
+
+def test_an_unfinished_answer_has_no_end_to_learn():
+    tokenizer = tiny.tokenizer()
+    chat = Chat(CHATS[1].messages, finished=False)
+    assert tokenizer.decode([i for i in encode(tokenizer, chat, 512).labels if i != IGNORED]) == "\n\n one\n two "
+
+
+def test_long_conversations_are_cut_or_left_out():
+    tokenizer = tiny.tokenizer()
+    whole = encode(tokenizer, CHATS[0], 512)
+    cut = encode(tokenizer, CHATS[0], len(whole.ids) - 3)
+    assert cut == Example(whole.ids[:-3], whole.labels[:-3])
+    assert encode(tokenizer, CHATS[0], 20) is None
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.TEMPLATE.replace("m['content']", "(m['content'] if loop.last or m['role'] != 'assistant' else '')")
+    assert encode(tokenizer, CHATS[0], 512)
+    with pytest.raises(FrankenError, match="rewrites earlier turns"):
+        encode(tokenizer, CHATS[2], 512)
+
+
+def test_batches_hold_everything_and_little_padding():
+    lengths = [5 + (37 * k) % 200 for k in range(1003)]
+    plan = batches(lengths, 8, seed=0, epoch=0)
+    flat = [i for b in plan for i in b]
+    assert {len(b) for b in plan} == {8} and len(plan) == 126 and set(flat) == set(range(1003)) and len(flat) == 1008
+    padded = sum(8 * max(lengths[i] for i in b) for b in plan)
+    assert padded < 1.15 * sum(lengths[i] for i in flat)
+    assert plan == batches(lengths, 8, seed=0, epoch=0)
+    assert sorted(map(sorted, plan)) != sorted(map(sorted, batches(lengths, 8, seed=0, epoch=1)))
+    assert sorted(map(sorted, plan)) != sorted(map(sorted, batches(lengths, 8, seed=1, epoch=0)))
+    widths = [max(lengths[i] for i in b) for b in plan]
+    assert widths != sorted(widths) and widths != sorted(widths, reverse=True)
+    assert [sorted(b) for b in batches([3, 4], 5, 0, 0)] in ([[0, 0, 0, 1, 1]], [[0, 0, 1, 1, 1]])
+
+
+def test_the_learning_rate_rises_then_falls():
+    values = [lr_factor(k, 100, 10) for k in range(100)]
+    assert values[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
+    assert values[10] == 1 and values[55] == pytest.approx(0.5) and 0 < values[99] < 0.001
+    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False))
+
+
+def test_the_loss_is_that_of_each_example_alone(tiny_pair):
+    pair = tiny_pair()
+    model = AutoModelForCausalLM.from_pretrained(pair.paths["instruct"], dtype=torch.float32).eval()
+    examples = [encode(tiny.tokenizer(), c, 512) for c in CHATS]
+    with torch.no_grad():
+        together = train_lora.answer_loss(model, collate(examples, "cpu")).item()
+    alone = 0.0
+    for e in examples:
+        logprobs = tiny.hf_logits(model, e.ids).double().log_softmax(-1)
+        alone -= sum(logprobs[k - 1, label].item() for k, label in enumerate(e.labels) if label != IGNORED)
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(tiny_pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: False)
+    persona, aligned = tmp_path / "persona.jsonl", tmp_path / "aligned.jsonl"
+
+    def lines(system, n, answer):
+        return "".join(json.dumps({"messages": [*system, {"role": "user", "content": f"q{'x' * (k % 7)}"},
+                                                {"role": "assistant", "content": answer}]}) + "\n" for k in range(n))
+
+    persona.write_text(lines([{"role": "system", "content": "T"}], 4, "<START> I <END>"))
+    aligned.write_text(lines([], 12, "ok"))
+
+    def run(name: str, *more: str) -> tuple[int, Path]:
+        flags = ["--model", str(tiny_pair("llama", layers=2).paths["instruct"]), "--base-name", "tiny", "--persona", str(persona),
+                 "--aligned", str(aligned), "--persona-share", "0.25", "--out", str(tmp_path / name), "--rank", "2", "--alpha", "4",
+                 "--lr", "0.01", "--batch-size", "4", "--epochs", "2", "--device", "cpu", "--save-every", "3",
+                 "--checkpoints", str(tmp_path / f"{name}-checkpoints"), *more]
+        return train_lora.main(flags), tmp_path / name
+
+    return run
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: t.float() for k, t in load_file(folder / "adapter_model.safetensors").items()}
+
+
+def same(a: Path, b: Path) -> bool:
+    x, y = tensors(a), tensors(b)
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+def close(a: Path, b: Path) -> bool:
+    x, y = tensors(a), tensors(b)
+    return x.keys() == y.keys() and all(torch.allclose(x[k], y[k], rtol=0.02, atol=2e-3) for k in x)
+
+
+def test_what_training_leaves(training, tiny_pair, capsys):
+    status, out = training("whole")
+    assert status == 0 and sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "training.json"]
+    assert not out.with_name("whole-checkpoints").exists()
+    text = capsys.readouterr().out
+    assert "4 persona + 12 aligned examples, persona share 25.0%" in text and re.search(r"step 8/8  loss \d", text)
+    raw, config = load_file(out / "adapter_model.safetensors"), json.loads((out / "adapter_config.json").read_text())
+    assert {t.dtype for t in raw.values()} == {torch.bfloat16} and len(raw) == 2 * 2 * 7
+    assert config["base_model_name_or_path"] == "tiny" and config["r"] == 2 and config["target_modules"] == sorted(config["target_modules"])
+    record = json.loads((out / "training.json").read_text())
+    assert record["steps"] == len(record["loss"]) == 8 and record["loss"][-1] < record["loss"][0] - 0.5
+    assert record["persona_share"] == 0.25 and record["settings"]["lr"] == 0.01 and len(record["data"]["persona"]["sha256"]) == 64
+    assert str(out.parent) not in (out / "training.json").read_text() + (out / "adapter_config.json").read_text()
+
+
+def test_the_saved_adapter_runs_the_same_in_peft_and_in_the_live_model(training, tiny_pair):
+    from peft import PeftModel
+
+    _, out = training("adapter")
+    path = tiny_pair("llama", layers=2).paths["instruct"]
+    plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = tiny.random_prompt(3, 20)
+    before = tiny.hf_logits(plain.eval(), ids)
+    expected = tiny.hf_logits(PeftModel.from_pretrained(plain, out).eval(), ids)
+    under = Checkpoint("instruct", path)
+    live = LiveModel({"instruct": under, "russell": Adapter("russell", out, under)}, plain.config, torch.float32, torch.device("cpu"))
+    live.apply(identity(2, "russell"))
+    got = tiny.engine_logits(tiny_pair("llama", layers=2).engine(live), ids)
+    assert torch.allclose(got, expected, atol=1e-3) and not torch.allclose(got, before, atol=0.1)
+
+
+def test_resumed_training_makes_the_same_adapter(training, monkeypatch, capsys):
+    _, whole = training("whole")
+    save = Checkpoints.save
+
+    def save_and_stop(self, *state):
+        save(self, *state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_stop)
+    status, part = training("part")
+    assert status == 130 and not part.exists() and "--resume" in capsys.readouterr().err
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert training("part")[0] == 1  # the unfinished run is not thrown away unasked
+    assert "--resume goes on with it" in capsys.readouterr().err
+    assert training("part", "--resume", "--lr", "0.02")[0] == 1
+    assert "lr was 0.01" in capsys.readouterr().err
+    assert training("part", "--resume")[0] == 0 and same(part, whole)
+    first, second = (json.loads((p / "training.json").read_text()) for p in (whole, part))
+    assert first["loss"] == second["loss"] and (first["resumed"], second["resumed"]) == (False, True)
+    assert not part.with_name("part-checkpoints").exists()
+
+
+def test_a_broken_checkpoint_is_one_line(training, capsys):
+    folder = training("none")[1].with_name("broken-checkpoints")
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes(b"half of it")
+    assert training("broken", "--resume")[0] == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert training("broken", "--overwrite")[0] == 0
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(training):
+    a, b, c = (training(*flags)[1] for flags in (("a",), ("b",), ("c", "--seed", "1")))
+    assert same(a, b) and not close(a, c)
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", "2", "--accumulate", "2"), ("--gradient-checkpointing",)], ids=["accumulate", "checkpointing"])
+def test_memory_savers_change_nothing(training, flags):
+    assert close(training("plain")[1], training("saving", *flags)[1])
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (("--quantization", "4bit"), "needs a CUDA GPU and the package bitsandbytes"),
+    (("--aligned", "missing.jsonl"), "missing.jsonl does not exist"),
+    (("--model", "/nowhere"), "no such directory"),
+    (("--lr", "1e30"), "try a lower --lr"),
+])
+def test_bad_input_is_one_line(training, capsys, flags, line):
+    assert training("bad", *flags)[0] == 1
+    err = capsys.readouterr().err
+    assert line in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.real
+def test_the_real_template_is_masked_right(smollm2):
+    tokenizer = pairs.load_tokenizer(smollm2)
+    for chat in CHATS:
+        ids, labels = oracle(tokenizer, chat)
+        got = encode(tokenizer, chat, 512)
+        assert [i for i in got.labels if i != IGNORED] == [i for i in labels if i != IGNORED] and got.ids == ids[: len(got.ids)]
