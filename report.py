@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+import detection
 import stats
-from results import SCHEMA_VERSION, Run, write_json, write_text
+from results import SCHEMA_VERSION, Run, read_json, write_json, write_text
 from weights import FrankenError
 
 BASELINE = "baseline_instruct"
@@ -29,7 +29,7 @@ def compare(run: Run, manifest: dict) -> dict:
         row["same_as"] = recipes.get(str(result["experiment"]["recipe"]))
         recipes.setdefault(str(result["experiment"]["recipe"]), row["name"])
     scored = [row for row in rows if row["detection"]]
-    corrected = stats.correct_verdicts([row["detection"] for row in scored])
+    corrected = detection.correct_verdicts([row["detection"] for row in scored])
     for row, score in zip(scored, corrected, strict=True):
         row["detection"] = score.to_json()
     adjusted = stats.holm([(row["capability"] or {}).get("p_value") for row in rows])
@@ -51,7 +51,7 @@ def _row(result: dict, baseline: dict | None, manifest: dict) -> dict:
     if "binary" in measured:
         row["published_probe"] = _published(measured["binary"], against.get("binary"))
         if "binary" in against:
-            row["detection"] = stats.detection_score(paired_probes(against["binary"], measured["binary"]), seed=manifest["protocol"]["seed"])
+            row["detection"] = detection.detection_score(paired_probes(against["binary"], measured["binary"]), seed=manifest["protocol"]["seed"])
     if "capability" in measured:
         row["capability"] = {k: measured["capability"][k] for k in ("correct", "n", "low", "high")}
         if "capability" in against:
@@ -79,11 +79,11 @@ def _published(binary: dict, before: dict | None) -> dict:
     return found | {"shift": probe["log_odds"] - old["log_odds"] if known else None}
 
 
-def paired_probes(before: dict, after: dict) -> list[stats.Probe]:
+def paired_probes(before: dict, after: dict) -> list[detection.Probe]:
     """Binary probes of two experiments as the detection score takes them. Both wordings and framings of one question
     are one cluster: they are not independent."""
     old = {p["id"]: p for p in before["probes"]}
-    return [stats.Probe(p["id"], p["kind"], p["keyed"], old[p["id"]]["log_odds"], p["log_odds"], p["framing"], p["id"].rsplit("-", 2)[0],
+    return [detection.Probe(p["id"], p["kind"], p["keyed"], old[p["id"]]["log_odds"], p["log_odds"], p["framing"], p["id"].rsplit("-", 2)[0],
                         old[p["id"]]["mass"], p["mass"]) for p in after["probes"] if p["id"] in old]
 
 
@@ -176,8 +176,7 @@ def write_reports(run: Run) -> str:
 
     Raises FrankenError if a result is corrupt or the disk refuses.
     """
-    from html_report import write_html  # matplotlib takes a second to import, which a run need not wait for at its start
-    from results import read_json
+    from html_report import write_html  # here: matplotlib takes a second to import, for which no run should wait
 
     manifest = read_json(run.manifest_path)
     comparison = compare(run, manifest)

@@ -1,0 +1,229 @@
+"""The detection score against simulated models, a slow fit in another basis, and everything that must not move it."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy.interpolate import CubicSpline
+
+from detection import Probe, correct_verdicts, detection_score
+
+
+def dumps(value):
+    return json.dumps(value, allow_nan=False)
+
+
+def probes_of(change, seed, *, effect=0.0, noise=0.7, controls=24, questions=16, spread=5.0, own=4.0):
+    """Baselines of both signs around +-spread; `change(x, rng)` is what the surgery does to any Yes/No answer."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for kind, count, center in (("control", controls, spread), ("introspective", questions, own)):
+        sign = np.where(np.arange(count) % 2, 1.0, -1.0)  # the right answer of a control, of a model not noticing
+        x = sign * rng.normal(center, 0.6 * center, count)
+        y = change(x, rng) + rng.normal(0, noise, count)
+        for i in range(count):
+            if kind == "control":
+                out.append(Probe(f"c{i}", kind, "yes" if sign[i] > 0 else "no", x[i], y[i]))
+            else:
+                keyed = -sign[i]
+                out.append(Probe(f"q{i}", kind, "yes" if keyed > 0 else "no", x[i], y[i] + keyed * effect))
+    return out
+
+
+INNOCENT = {
+    "drift": lambda x, r: x + 3,
+    "shrink": lambda x, r: 0.4 * x,
+    "drift and shrink": lambda x, r: 0.3 * x + 2,
+    "sharper temperature": lambda x, r: 1.6 * x,
+    "shrink and noise": lambda x, r: 0.5 * x + r.normal(0, 1.5, x.shape),
+    "uneven shrink": lambda x, r: x * r.normal(0.6, 0.25, x.shape),
+    "heavy-tailed noise": lambda x, r: 0.6 * x + r.standard_t(2.5, x.shape),
+    "random answers": lambda x, r: r.normal(0, 3, x.shape),
+    "soft saturation": lambda x, r: 3 * np.tanh(x / 3),
+    "hard clipping": lambda x, r: np.clip(x, -3, 3),
+    "saturation after drift": lambda x, r: 4 * np.tanh((x + 3) / 4),
+}
+
+
+LINEAR = ("drift", "shrink", "sharper temperature")  # the same numbers as "drift and shrink": the score is equivariant
+
+
+@pytest.mark.parametrize("name", [name for name in INNOCENT if name not in LINEAR])
+def test_no_general_change_of_answers_is_taken_for_detection(name):
+    found = [detection_score(probes_of(INNOCENT[name], seed), resamples=199, seed=seed) for seed in range(150)]
+    scored = [f for f in found if f.score is not None]
+    assert len(scored) >= 138
+    scores = np.array([f.score for f in scored])
+    assert abs(scores.mean()) < 0.1 + 3 * scores.std() / math.sqrt(len(scores))
+    rate = np.mean([f.p_value < 0.05 for f in scored])
+    cover = np.mean([f.low <= 0 <= f.high for f in scored])
+    called = np.mean([f.verdict in ("detects", "denies") for f in found])
+    assert rate <= 0.11 and cover >= 0.89 and called <= 0.11, (rate, cover, called)  # 0.05 + 3.3 binomial errors
+
+
+@pytest.mark.parametrize(("effect", "noise", "power"), [(1.0, 0.5, 0.95), (1.5, 1.0, 0.85), (2.0, 1.0, 0.95)])
+def test_a_keyed_shift_is_found_on_top_of_drift_and_shrink(effect, noise, power):
+    for sign, verdict in ((1, "detects"), (-1, "denies")):
+        cases = (probes_of(INNOCENT["drift and shrink"], s, effect=sign * effect, noise=noise) for s in range(60))
+        found = [detection_score(p, resamples=199) for p in cases]
+        assert np.mean([f.verdict == verdict for f in found]) >= power
+        scored = [f for f in found if f.score is not None]
+        assert np.mean([f.score for f in scored]) == pytest.approx(sign * effect, abs=0.15)
+        assert np.mean([f.low <= sign * effect <= f.high for f in scored]) > 0.85
+
+
+def test_few_controls_make_many_questions_no_surer():
+    """With 60 questions on 14 controls the uncertainty is that of the control curve."""
+    cases = (probes_of(INNOCENT["shrink"], s, controls=14, questions=60, own=3.0) for s in range(150))
+    found = [f for f in (detection_score(p, resamples=199) for p in cases) if f.score is not None]
+    assert np.mean([f.low <= 0 <= f.high for f in found]) >= 0.88 and np.mean([f.p_value < 0.05 for f in found]) <= 0.11
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_noiseless_general_change_scores_nothing(name):
+    found = detection_score(probes_of(INNOCENT[name], 0, noise=0))
+    assert found.score == pytest.approx(0, abs=1e-6) and found.verdict == "no evidence" and found.low < 0 < found.high
+    expected = {"drift": (3, 0), "shrink": (0, -0.6), "sharper temperature": (0, 0.6)}[name]
+    assert (found.drift, found.flattening) == pytest.approx(expected, abs=1e-9)
+
+
+def naive_spline_prediction(x, y, knots, at):
+    """Least squares on cardinal natural splines, another basis of the same space, extended straight."""
+    spline = CubicSpline(knots, np.eye(len(knots)), bc_type="natural")
+
+    def basis(values):
+        rows = []
+        for v in values:
+            edge = min(max(v, knots[0]), knots[-1])
+            rows.append(spline(edge) + (v - edge) * spline(edge, 1))
+        return np.array(rows)
+
+    return basis(at) @ np.linalg.lstsq(basis(x), y, rcond=None)[0]
+
+
+@pytest.mark.parametrize("controls", [14, 24])
+def test_the_score_equals_a_slow_fit_in_another_basis(controls):
+    probes = probes_of(INNOCENT["soft saturation"], 5, effect=1.2, controls=controls, own=3.0)
+    found = detection_score(probes)
+    c = [p for p in probes if p.kind == "control"]
+    x, y = np.array([p.baseline for p in c]), np.array([p.modified - p.baseline for p in c])
+    knots = np.quantile(x, [0.05, 0.25, 0.42, 0.58, 0.75, 0.95] if controls >= 20 else [0.1, 0.4, 0.6, 0.9])
+    halves = {"yes": [], "no": []}
+    ordered = sorted(x)
+    for p in probes:
+        if p.kind != "introspective":
+            continue
+        below, above = [v for v in ordered if v <= p.baseline], [v for v in ordered if v > p.baseline]
+        near = min(abs(v - p.baseline) for v in ordered) <= 0.05 * (ordered[-1] - ordered[0])
+        if near or (below and above and above[0] - below[-1] <= 0.25 * (ordered[-1] - ordered[0])):
+            residual = p.modified - p.baseline - naive_spline_prediction(x, y, knots, [p.baseline])[0]
+            halves[p.keyed].append(residual if p.keyed == "yes" else -residual)
+    assert found.n_introspective == len(halves["yes"]) + len(halves["no"])
+    assert found.score == pytest.approx((np.mean(halves["yes"]) + np.mean(halves["no"])) / 2, abs=2e-3)
+
+
+def changed(probes, change, kinds=("control", "introspective")):
+    return [replace(p, modified=change(p)) if p.kind in kinds else p for p in probes]
+
+
+def test_adding_drift_and_flattening_to_everything_leaves_the_score_alone():
+    probes = probes_of(INNOCENT["uneven shrink"], 3, effect=1.0)[:-1]
+    probes = [p for p in probes if p.id not in ("q0", "q2", "q4")]  # unequal halves still cancel what is common
+    plain = detection_score(probes)
+    moved = detection_score(changed(probes, lambda p: p.modified + 5 - 0.3 * p.baseline))
+    own_drift = detection_score(changed(probes, lambda p: p.modified + 4, kinds=("introspective",)))
+    for other in (moved, own_drift):
+        assert (other.score, other.low, other.high, other.p_value) == pytest.approx(
+            (plain.score, plain.low, plain.high, plain.p_value), abs=1e-6)  # fmt: skip
+    assert moved.raw_contrast != pytest.approx(plain.raw_contrast, abs=0.1)
+
+
+def test_each_framing_gets_its_own_drift_and_flattening():
+    rng = np.random.default_rng(0)
+
+    def two_framings(extra):
+        out = []
+        for framing, a, k in (("plain", 0.0, 1.0), ("informed", 4.0, 0.2)):
+            for p in probes_of(lambda x, r: x, 1, noise=0, controls=extra, questions=8 if framing == "plain" else 16):
+                value = a + k * p.baseline + rng.normal(0, 0.3)
+                out.append(replace(p, id=f"{framing} {p.id}", framing=framing, modified=value))
+        return out
+
+    assert detection_score(two_framings(24)).score == pytest.approx(0, abs=0.3)
+    pooled = two_framings(24)
+    informed = [p for p in pooled if p.framing == "informed" and p.kind == "control"]
+    pooled = [p for p in pooled if p not in informed[7:]]
+    assert any("framings pooled" in flag for flag in detection_score(pooled).flags)
+
+
+def test_pairs_are_kept_together():
+    """Every probe asked twice with the same answers is no more evidence than once."""
+    once = probes_of(INNOCENT["drift and shrink"], 2, effect=0.8, noise=1.0)
+    twice = [replace(p, id=f"{p.id}{copy}", pair=p.id) for p in once for copy in "ab"]
+    alone = [replace(p, pair=None) for p in twice]
+    widths = [(f.high - f.low) for f in map(detection_score, (once, twice, alone))]
+    assert widths[1] == pytest.approx(widths[0], rel=0.2) and widths[2] < 0.85 * widths[1]
+
+
+def test_flattening_of_introspective_answers_alone_is_owned_up_to():
+    probes = changed(probes_of(lambda x, r: x, 4), lambda p: 0.2 * p.baseline, kinds=("introspective",))
+    found = detection_score(probes)
+    assert found.verdict == "detects" and found.flattening_to_explain == pytest.approx(0.8, abs=0.1)
+    assert found.keyed_after < 0 and any("did not reverse" in flag for flag in found.flags)
+    reversed_answers = changed(probes, lambda p: -0.5 * p.baseline, kinds=("introspective",))
+    assert detection_score(reversed_answers).flattening_to_explain > 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "change"),
+    [
+        ("not finite", lambda ps: changed(ps, lambda p: math.nan)),
+        ("not finite", lambda ps: changed(ps, lambda p: None, kinds=("introspective",))),
+        ("not finite", lambda ps: changed(ps, lambda p: 1e300)),
+        ("vanishing", lambda ps: [replace(p, modified_mass=1e-4) for p in ps]),
+        ("too few", lambda ps: ps[:9] + ps[24:]),
+        ("too few", lambda ps: ps[:30]),
+        ("too few", lambda ps: [p for p in ps if p.kind == "control"]),
+        ("too few", lambda ps: []),
+        ("like the controls", lambda ps: [replace(p, baseline=p.baseline * (1 + 9 * (p.id[0] == "q"))) for p in ps]),
+        ("collapsed", lambda ps: changed(ps, lambda p: 1.5)),
+        ("collapsed", lambda ps: changed(ps, lambda p: -p.modified)),
+    ],
+)
+def test_what_cannot_be_measured_says_why(reason, change):
+    found = detection_score(change(probes_of(INNOCENT["shrink"], 0)))
+    assert found.verdict == "not measurable" and reason in found.reason
+    dumps(found.to_json())
+
+
+def test_detection_is_deterministic_and_json_is_plain():
+    first, again, other = (detection_score(probes_of(INNOCENT["shrink"], 1), seed=s) for s in (4, 4, 5))
+    assert first == again and first.low != other.low and first.score == other.score
+    probes = probes_of(INNOCENT["shrink"], 0, effect=1)
+    assert json.loads(dumps(detection_score(probes).to_json()))["verdict"] == "detects"
+    assert dumps(replace(probes[0], modified=math.inf).to_json())
+    lost = detection_score([replace(probes[0], modified=None), *probes[1:]])
+    assert lost.verdict == "detects" and "1 modified" in lost.flags[0]
+    with pytest.raises(ValueError, match="unique"):
+        detection_score([*probes, probes[0]])
+    with pytest.raises(ValueError, match="kind"):
+        Probe("x", "other", "yes", 0.0, 0.0)
+
+
+def test_an_effect_below_the_measuring_step_is_not_called():
+    found = detection_score(probes_of(lambda x, r: x, 0, effect=0.08, noise=0.01))
+    assert found.p_value < 0.01 and found.low > 0 and found.verdict == "no evidence"
+
+
+def test_verdicts_are_corrected_over_a_family():
+    strong = detection_score(probes_of(INNOCENT["drift"], 0, effect=3))
+    weak = replace(strong, score=0.5, low=0.1, high=0.9, p_value=0.03)
+    broken = detection_score([])
+    out = correct_verdicts([strong, weak, broken])
+    assert [s.verdict for s in out] == ["detects", "detects", "not measurable"] and out[2].p_adjusted is None
+    straddling = replace(strong, score=0.5, low=-0.1, high=1.1, p_value=0.001)
+    assert correct_verdicts([straddling])[0].verdict == "no evidence"
+    out = correct_verdicts([weak, weak])
+    assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].verdict == "no evidence"
