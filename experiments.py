@@ -15,8 +15,10 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 from recipes import (
@@ -75,18 +77,35 @@ class Model:
         return self._scale(boundary)
 
     def block(self, start: int, stop: int) -> tuple[int, int]:
-        """The layers [start, stop) of 64; at least one layer."""
+        """The layers [start, stop) of 64; at least one layer. Raises RecipeError if 64 layers have no such block."""
+        _check_published(start, stop)
         a = min(self._scale(start), self.n - 1)
         b = max(self._scale(stop), a + 1)
         self.scaled.append(("layers", [start, stop], [a, b]))
         return a, b
 
     def chunks(self, first: tuple[int, int], second: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Two blocks of equal length; where rounding makes them differ, both take the shorter length."""
+        """Two blocks of equal length; where rounding makes them differ, both take the shorter length.
+
+        Raises RecipeError if 64 layers have no such blocks or they differ in length there.
+        """
+        for block in (first, second):
+            _check_published(*block)
+        if first[1] - first[0] != second[1] - second[0]:
+            raise RecipeError(f"chunks {list(first)} and {list(second)} differ in length")
         (a, a_end), (b, b_end) = ((self._scale(x), self._scale(y)) for x, y in (first, second))
         length = max(1, min(a_end - a, b_end - b))
         self.scaled += [("layers", list(first), [a, a + length]), ("layers", list(second), [b, b + length])]
         return (a, a + length), (b, b + length)
+
+
+def _check_published(start: int, stop: int) -> None:
+    if not 0 <= start < stop <= PUBLISHED_DEPTH:
+        raise RecipeError(f"layers [{start}:{stop}] are empty or out of range: positions are given for {PUBLISHED_DEPTH} layers")
+
+
+def _one_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
 
 
 @dataclass(frozen=True)
@@ -106,6 +125,8 @@ class Experiment:
             recipe = self.build(model)
         except RecipeError as e:
             raise FrankenError(f"experiment {self.name}: {e}") from e
+        except Exception as e:  # a user's own function may raise anything
+            raise FrankenError(f"experiment {self.name}: {_one_line(e)}") from e
         if not isinstance(recipe, Recipe):
             raise FrankenError(f"experiment {self.name}: build returned {type(recipe).__name__}, not a Recipe")
         notes = []
@@ -140,11 +161,11 @@ class Plan:
 
 
 def _base_first(k: int):
-    return lambda m: splice(m.model, "base", 0, m.cut(k))
+    return lambda m: splice(m.model, "base", *m.block(0, k))
 
 
 def _instruct_first(k: int):
-    return lambda m: splice(m.model, "base", m.cut(k), m.n)
+    return lambda m: splice(m.model, "base", *m.block(k, PUBLISHED_DEPTH))
 
 
 def _noise(fraction: float, start: int = 0):
@@ -222,16 +243,31 @@ def for_source(name: str) -> list[Experiment]:
 def load_file(path: str) -> list[Experiment]:
     """The EXPERIMENTS of a user's Python file, which is run. Raises FrankenError with the reason if that fails."""
     try:
-        spec = importlib.util.spec_from_file_location("user_experiments", Path(path).resolve())
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        loader = SourceFileLoader("user_experiments", str(Path(path).resolve()))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        sys.modules[loader.name] = module  # as an import would: dataclasses in the file look themselves up there
+        loader.exec_module(module)
+        if not hasattr(module, "EXPERIMENTS"):
+            raise FrankenError(f"{path}: there is no EXPERIMENTS in it")
         found = list(module.EXPERIMENTS)
+    except FrankenError:
+        raise
     except Exception as e:
-        raise FrankenError(f"{path}: cannot be used as an experiments file: {type(e).__name__}: {e}") from e
+        raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}") from e
+    names = set()
     for entry in found:
-        if not isinstance(entry, Experiment) or not re.fullmatch(r"[\w.+-]{1,80}", entry.name):
-            raise FrankenError(f"{path}: EXPERIMENTS holds {entry!r}, not an Experiment with a plain name")
+        if not isinstance(entry, Experiment) or not isinstance(entry.name, str) or not re.fullmatch(r"[\w.+-]{1,80}", entry.name, re.ASCII):
+            raise FrankenError(f"{path}: EXPERIMENTS holds {_short(entry)}, not an Experiment with a plain name")
+        if not (isinstance(entry.group, str) and isinstance(entry.hypothesis, str) and callable(entry.build)):
+            raise FrankenError(f"{path}: experiment {entry.name} needs a group and a hypothesis in text and a build function")
+        if entry.name in names:
+            raise FrankenError(f"{path}: there are two experiments called {entry.name!r}")
+        names.add(entry.name)
     return found
+
+
+def _short(entry: object) -> str:
+    return f"one called {str(entry.name)[:90]!r}" if isinstance(entry, Experiment) else f"an entry of type {type(entry).__name__}"
 
 
 def select(names: Sequence[str], known: Sequence[Experiment]) -> list[Experiment]:

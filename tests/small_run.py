@@ -1,0 +1,114 @@
+"""What the tests of the protocol and the runner share: a battery of a dozen questions and a tiny pair that can say Yes.
+
+`in_child` runs run_all.py in a process of its own, which can be killed; it is forked from a server that has imported
+everything once, so that it starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import tiny
+
+import prompts
+import run_all
+
+BATTERY = {
+    "INFORMED_PROBES": prompts.INFORMED_PROBES[:2],
+    "BLIND_PROBES": prompts.BLIND_PROBES[:2],
+    "BINARY_PROBES": tuple(p for p in prompts.BINARY_PROBES if p.framing == "plain" and p.id.split("-")[1] in ("wrong", "layers", "earth", "ice")),
+    "CAPABILITY": tuple(next(item for item in prompts.CAPABILITY if item.category == c) for c in ("arithmetic", "reasoning", "format", "code")),
+    "CHAT_PROBES": (prompts.CHAT_PROBES[0], prompts.CHAT_PROBES[-1]),
+    "NEUTRAL_TEXTS": {"short": "The mill stood by the river.", "long": "At noon the ferry came back, and with it the mail. " * 3},
+}
+SUITES = ["informed", "blind", "binary", "capability", "perplexity", "chat"]
+ANSWERS = ["Yes", "No", " Yes", " No"]  # the tokenizer's last four entries: 260 to 263
+
+
+def tokenizer(chat: bool = True):
+    made = tiny.tokenizer(chat)
+    made.add_tokens(ANSWERS)
+    return made
+
+
+def checkpoint(path: Path, seed: int, chat: bool = True, **kwargs) -> Path:
+    tiny.write_checkpoint(path, seed=seed, chat=chat, **kwargs)
+    tokenizer(chat).save_pretrained(path)
+    return path
+
+
+def arguments(pair: Path, out: Path, *more) -> list[str]:
+    """A command line for the pair in pair/instruct and pair/base, with budgets of a few tokens."""
+    return ["--base", str(pair / "base"), "--instruct", str(pair / "instruct"), "--device-map", "cpu", "--dtype", "float32",
+            "--output", str(out), "--max-new-tokens", "4", *map(str, more)]
+
+
+# ---- in a process of its own ---------------------------------------------------------------------------------------
+
+
+def in_child(argv: list[str], log: Path, stop_at: str | None = None):
+    """Start run_all.main(argv) with the small battery; stdout and stderr go to `log`. Returns the started process.
+
+    `stop_at`: "NAME" makes it wait forever in the middle of measuring experiment NAME, "NAME.json" after half of that
+    file is written; the file `log` with the suffix .reached appears when it is there.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["small_run"])
+    paths, before = [str(Path(__file__).parent), str(Path(__file__).parents[1])], os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server finds what it preloads by this
+    try:
+        process = context.Process(target=_child, args=(argv, log, stop_at), daemon=True)
+        process.start()
+    finally:
+        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    return process
+
+
+def wait_for(path: Path, process, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.is_alive() and time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.005)
+
+
+def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with log.open("w") as f:
+        for fd in (1, 2):
+            os.dup2(f.fileno(), fd)
+    for name, value in BATTERY.items():
+        setattr(prompts, name, value)
+    if stop_at:
+        _wait_at(stop_at, log.with_suffix(".reached"))
+    sys.exit(run_all.main(argv))
+
+
+def _wait_at(stop_at: str, reached: Path) -> None:
+    import evaluate
+    import results
+
+    whole, write = run_all.run_experiment, results.write_text
+
+    def forever(*args):
+        reached.touch()
+        while True:
+            time.sleep(0.01)
+
+    def measured(engine, plan, *rest):
+        if plan.experiment.name == stop_at:
+            evaluate.Perplexity.measure = forever
+        return whole(engine, plan, *rest)
+
+    def written(path, text):
+        if path.name == stop_at:
+            path.with_name(f".{path.name}.{os.getpid()}.partial").write_text(text[: len(text) // 2])
+            forever()
+        write(path, text)
+
+    run_all.run_experiment, results.write_text = measured, written

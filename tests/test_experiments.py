@@ -1,0 +1,322 @@
+"""Every named experiment against its layers written out by hand, at 64 layers, at 30 and at 2; sweeps and users' files."""
+
+import math
+import re
+
+import pytest
+import tiny
+import torch
+
+import experiments as ex
+from recipes import Noise, Permute, Ref, Slot, plain, swap
+from weights import FrankenError
+
+NAMED = {e.name: e for e in ex.EXPERIMENTS}
+I64 = [("instruct", k) for k in range(64)]
+
+
+def inst(*numbers):
+    return [("instruct", k) for k in numbers]
+
+
+def base(*numbers):
+    return [("base", k) for k in numbers]
+
+
+# What runs at each of the 64 positions; ranges are Python's.
+AT_64 = {
+    "baseline_instruct": I64,
+    "baseline_base": base(*range(64)),
+    "swap_adjacent_30_35": inst(*range(30), 35, 31, 32, 33, 34, 30, *range(36, 64)),
+    "swap_adjacent_31_32": inst(*range(31), 32, 31, *range(33, 64)),
+    "swap_distant_10_55": inst(*range(10), 55, *range(11, 55), 10, *range(56, 64)),
+    "swap_distant_5_60": inst(*range(5), 60, *range(6, 60), 5, 61, 62, 63),
+    "swap_chunk_25_35_with_45_55": inst(*range(25), 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, *range(35, 45),
+                                        25, 26, 27, 28, 29, 30, 31, 32, 33, 34, *range(55, 64)),
+    "swap_chunk_16_32_with_32_48": inst(*range(16), *range(32, 48), *range(16, 32), *range(48, 64)),
+    "franken_base_first_16": base(*range(16)) + inst(*range(16, 64)),
+    "franken_base_first_32": base(*range(32)) + inst(*range(32, 64)),
+    "franken_base_first_48": base(*range(48)) + inst(*range(48, 64)),
+    "franken_instruct_first_16": inst(*range(16)) + base(*range(16, 64)),
+    "franken_instruct_first_32": inst(*range(32)) + base(*range(32, 64)),
+    "franken_instruct_first_48": inst(*range(48)) + base(*range(48, 64)),
+    "delete_30_34": inst(*range(30), *range(34, 64)),
+    "double_24_40": inst(*range(24), *(k for k in range(24, 40) for _ in "ab"), *range(40, 64)),
+    "repeat_24_40": inst(*range(24), *range(24, 40), *range(24, 40), *range(40, 64)),
+    "reverse_24_40": inst(*range(24), *range(39, 23, -1), *range(40, 64)),
+    "keep_every_2nd": inst(*range(0, 64, 2)),
+}
+# By hand: position p of 64 is floor(30 p / 64) of 30, so 10 -> 4, 55 -> 25, 30 -> 14, 35 -> 16, 5 -> 2, 60 -> 28.
+AT_30 = {
+    "baseline_instruct": inst(*range(30)),
+    "baseline_base": base(*range(30)),
+    "swap_adjacent_30_35": inst(*range(14), 16, 15, 14, *range(17, 30)),
+    "swap_adjacent_31_32": inst(*range(14), 15, 14, *range(16, 30)),
+    "swap_distant_10_55": inst(0, 1, 2, 3, 25, *range(5, 25), 4, 26, 27, 28, 29),
+    "swap_distant_5_60": inst(0, 1, 28, *range(3, 28), 2, 29),
+    "swap_chunk_25_35_with_45_55": inst(*range(11), 21, 22, 23, 24, 15, 16, 17, 18, 19, 20, 11, 12, 13, 14, *range(25, 30)),
+    "swap_chunk_16_32_with_32_48": inst(*range(7), *range(15, 22), 14, *range(7, 14), *range(22, 30)),
+    "franken_base_first_16": base(*range(7)) + inst(*range(7, 30)),
+    "franken_base_first_32": base(*range(15)) + inst(*range(15, 30)),
+    "franken_base_first_48": base(*range(22)) + inst(*range(22, 30)),
+    "franken_instruct_first_16": inst(*range(7)) + base(*range(7, 30)),
+    "franken_instruct_first_32": inst(*range(15)) + base(*range(15, 30)),
+    "franken_instruct_first_48": inst(*range(22)) + base(*range(22, 30)),
+    "delete_30_34": inst(*range(14), *range(15, 30)),
+    "double_24_40": inst(*range(11), 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 16, 16, 17, 17, *range(18, 30)),
+    "repeat_24_40": inst(*range(18), *range(11, 30)),
+    "reverse_24_40": inst(*range(11), 17, 16, 15, 14, 13, 12, 11, *range(18, 30)),
+    "keep_every_2nd": inst(*range(0, 30, 2)),
+}
+AT_2 = {
+    "baseline_instruct": inst(0, 1),
+    "baseline_base": base(0, 1),
+    "swap_adjacent_30_35": inst(1, 0),
+    "swap_adjacent_31_32": inst(1, 0),
+    "swap_distant_10_55": inst(1, 0),
+    "swap_distant_5_60": inst(1, 0),
+    "swap_chunk_25_35_with_45_55": inst(1, 0),
+    "swap_chunk_16_32_with_32_48": inst(1, 0),
+    "shuffle_all": inst(1, 0),
+    "franken_base_first_16": base(0) + inst(1),  # at least one layer
+    "franken_base_first_32": base(0) + inst(1),
+    "franken_base_first_48": base(0) + inst(1),
+    "franken_instruct_first_32": inst(0) + base(1),
+    "franken_instruct_first_48": inst(0) + base(1),
+    "blend_linear": inst(0) + base(1),
+    "delete_30_34": inst(1),
+    "double_24_40": inst(0, 0, 1),
+    "repeat_24_40": inst(0, 0, 1),
+    "reverse_24_40": inst(0, 1),
+    "keep_every_2nd": inst(0),
+}
+# (fraction, positions that are perturbed) by depth
+NOISE = {
+    "perturb_late_1pct": (0.01, {64: range(48, 64), 30: range(22, 30), 2: range(1, 2)}),
+    "perturb_late_5pct": (0.05, {64: range(48, 64), 30: range(22, 30), 2: range(1, 2)}),
+    "perturb_late_10pct": (0.10, {64: range(48, 64), 30: range(22, 30), 2: range(1, 2)}),
+    "perturb_all_1pct": (0.01, {64: range(64), 30: range(30), 2: range(2)}),
+    "perturb_all_5pct": (0.05, {64: range(64), 30: range(30), 2: range(2)}),
+}
+BASE_SHARE = {
+    "blend_linear": lambda i, n: i / (n - 1),
+    "blend_early_base": lambda i, n: 1 / (1 + math.exp(10 * (i / (n - 1) - 0.5))),
+    "blend_late_base": lambda i, n: 1 / (1 + math.exp(-10 * (i / (n - 1) - 0.5))),
+}
+
+
+@pytest.mark.parametrize("depth,expected", [(64, AT_64), (30, AT_30), (2, AT_2)], ids=["64", "30", "2"])
+def test_every_plain_experiment_is_the_list_written_by_hand(depth, expected):
+    for name, layers in expected.items():
+        recipe = NAMED[name].plan(depth).recipe
+        assert recipe.slots == tuple(plain(s, k) for s, k in layers), name
+        outer = "base" if name == "baseline_base" else "instruct"
+        assert (recipe.embed, recipe.norm, recipe.head) == (outer,) * 3, name
+
+
+@pytest.mark.parametrize("depth", [64, 30, 2])
+@pytest.mark.parametrize("name", NOISE)
+def test_noise_is_at_the_positions_written_by_hand(name, depth):
+    fraction, positions = NOISE[name]
+    recipe = NAMED[name].plan(depth, seed=5).recipe
+    assert recipe.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Noise(fraction, 5, p),) if p in positions[depth] else ())
+                                 for p in range(depth))
+
+
+@pytest.mark.parametrize("depth", [64, 30])
+@pytest.mark.parametrize("name", BASE_SHARE)
+def test_blends_follow_their_formulas(name, depth):
+    recipe = NAMED[name].plan(depth).recipe
+    for p, slot in enumerate(recipe.slots):
+        share = BASE_SHARE[name](p, depth)
+        got = {ref: weight for ref, weight in slot.mix}
+        assert set(got) <= {Ref("instruct", p), Ref("base", p)} and not slot.edits
+        assert got.get(Ref("base", p), 0.0) == pytest.approx(share, abs=1e-12)
+        assert got.get(Ref("instruct", p), 0.0) == pytest.approx(1 - share, abs=1e-12)
+    assert (recipe.embed, recipe.norm, recipe.head) == ("instruct",) * 3
+
+
+@pytest.mark.parametrize("depth", [64, 30])
+def test_shuffle_and_sham_use_every_layer_once(depth):
+    shuffled = [NAMED["shuffle_all"].plan(depth, seed).recipe for seed in (0, 1)]
+    for recipe in shuffled:
+        layers = [slot.mix[0][0].layer for slot in recipe.slots]
+        assert sorted(layers) == list(range(depth)) and all(k != p for p, k in enumerate(layers))
+        assert recipe.slots == tuple(plain("instruct", k) for k in layers)
+    assert shuffled[0] != shuffled[1]
+    sham = NAMED["sham_permute_all"].plan(depth, 3).recipe
+    assert sham.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Permute(3, p),)) for p in range(depth))
+
+
+def test_all_names_are_covered_and_known():
+    """Every experiment is tested above; the issue's own names, written out, are all there; names are file names."""
+    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", "sham_permute_all"} and len(NAMED) == len(ex.EXPERIMENTS)
+    wanted = [
+        "baseline_instruct", "baseline_base", "swap_adjacent_30_35", "swap_adjacent_31_32", "swap_distant_10_55",
+        "swap_distant_5_60", "swap_chunk_25_35_with_45_55", "swap_chunk_16_32_with_32_48", "shuffle_all",
+        "franken_base_first_16", "franken_base_first_32", "franken_base_first_48", "franken_instruct_first_16",
+        "franken_instruct_first_32", "franken_instruct_first_48", "blend_linear", "blend_early_base",
+        "blend_late_base", "perturb_late_1pct", "perturb_late_5pct", "perturb_late_10pct", "perturb_all_1pct",
+        "perturb_all_5pct",
+    ]  # fmt: skip
+    assert set(wanted) <= set(NAMED)
+    assert {"delete", "double", "repeat", "reverse", "keep"} <= {name.split("_")[0] for name in NAMED}  # surgery on one model
+    assert ex.EXPERIMENTS[0].name == "baseline_instruct" and all(e.hypothesis and e.group for e in ex.EXPERIMENTS)
+    assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in NAMED)
+
+
+# ---- depth ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_asked_and_what_was_applied_are_both_recorded():
+    plan = NAMED["swap_chunk_25_35_with_45_55"].plan(30).to_json()
+    assert [(p["what"], p["asked_of_64"], p["applied"]) for p in plan["positions"]] == [("layers", [25, 35], [11, 15]), ("layers", [45, 55], [21, 25])]
+    assert plan["change"] == "[11:15] <- instruct[21:25]; [21:25] <- instruct[11:15]" and not plan["collapsed"]
+    deep = NAMED["swap_adjacent_30_35"].plan(64).to_json()
+    assert [(p["what"], p["asked_of_64"], p["applied"]) for p in deep["positions"]] == [("layer", 30, 30), ("layer", 35, 35)]
+    assert deep["notes"] == [] and not deep["collapsed"]
+
+
+def test_experiments_that_collapse_say_so():
+    """On 7 layers, layers 31 and 32 of 64 are both layer 3: the swap does nothing, which must not pass in silence."""
+    plan = NAMED["swap_adjacent_31_32"].plan(7)
+    assert plan.recipe == NAMED["baseline_instruct"].plan(7).recipe and plan.collapsed
+    assert len(plan.notes) == 2 and all(note.startswith("collapsed: on 7 layers") for note in plan.notes)
+    assert NAMED["reverse_24_40"].plan(2).collapsed  # one layer backwards
+    assert not NAMED["baseline_instruct"].plan(2).notes
+    assert [name for name, e in NAMED.items() if e.plan(64).collapsed or e.plan(30).collapsed] == []
+
+
+@pytest.mark.parametrize("depth", [*range(2, 40), 48, 61, 62, 80, 126])
+def test_every_experiment_fits_every_depth(depth):
+    for name, experiment in NAMED.items():
+        recipe = experiment.plan(depth).recipe
+        assert 1 <= len(recipe) <= 2 * depth, name
+        assert all(0 <= ref.layer < depth for slot in recipe.slots for ref, _ in slot.mix), name
+
+
+# ---- noise on tensors ----------------------------------------------------------------------------------------------
+
+
+def test_named_noise_differs_from_tensor_to_tensor_and_has_the_named_size(tiny_pair):
+    live = tiny_pair("llama").live()
+    before = [{k: t.clone() for k, t in bank.tensors.items()} for bank in live.layers]
+    live.apply(NAMED["perturb_all_5pct"].plan(live.config.num_hidden_layers, seed=1).recipe)
+    noise = {(p, k): (t - before[p][k]) / before[p][k].std(correction=0) for p, bank in enumerate(live.layers) for k, t in bank.tensors.items()}
+    for (p, name), unit in noise.items():
+        if unit.ndim == 2:
+            assert 0.045 < unit.std() < 0.055, (p, name)
+    same_shape = [unit.flatten() for unit in noise.values() if unit.shape == noise[0, "self_attn.q_proj.weight"].shape]
+    correlation = torch.corrcoef(torch.stack(same_shape)).fill_diagonal_(0)
+    assert len(same_shape) >= 12 and correlation.abs().max() < 0.2  # 1024 numbers: 6 standard errors
+
+
+# ---- sweeps, further sources, users' files --------------------------------------------------------------------------
+
+
+def test_window_sweeps():
+    assert [e.name for e in ex.window_sweep(1, 6)] == [f"window_base_{k}_{k + 1}" for k in range(6)]
+    found = ex.window_sweep(2, 7, stride=3)
+    assert [e.name for e in found] == ["window_base_0_2", "window_base_3_5"]
+    assert found[1].plan(7).recipe.slots == tuple(plain(s, k) for s, k in inst(0, 1, 2) + base(3, 4) + inst(5, 6))
+    assert len(ex.window_sweep(7, 7)) == 1
+    for width in (0, 8):
+        with pytest.raises(FrankenError, match="does not fit a model of 7"):
+            ex.window_sweep(width, 7)
+
+
+def test_windows_of_a_further_source():
+    found = {e.name: [slot.mix[0][0].source for slot in e.plan(8).recipe.slots] for e in ex.for_source("rune")}
+    r, i = "rune", "instruct"
+    assert found == {"rune_whole": [r] * 8, "rune_early_half": [r] * 4 + [i] * 4, "rune_late_half": [i] * 4 + [r] * 4,
+                     "rune_window_0_16": [r, r] + [i] * 6, "rune_window_16_32": [i, i, r, r] + [i] * 4,
+                     "rune_window_32_48": [i] * 4 + [r, r, i, i], "rune_window_48_64": [i] * 6 + [r, r]}
+
+
+def test_select_keeps_the_order_and_names_the_nearest():
+    names = ["shuffle_all", "baseline_base", "shuffle_all"]
+    assert [e.name for e in ex.select(names, ex.EXPERIMENTS)] == ["shuffle_all", "baseline_base"]
+    for wrong, near in (("swap_adjacent_30_36", "swap_adjacent_30_35"), ("perturb_late_2pct", "perturb_late_[15]pct"), ("%", "")):
+        with pytest.raises(FrankenError, match=f"unknown experiment '{wrong}'; the nearest is '{near}"):
+            ex.select([wrong], ex.EXPERIMENTS)
+
+
+HEAD = "from experiments import Experiment\nfrom recipes import *\n"
+
+
+def user_file(tmp_path, text):
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return path
+
+
+def test_a_users_file_adds_an_experiment_in_one_line(tmp_path):
+    """The example of the module's own docstring, and a helper class that needs its module to be registered."""
+    example = re.search(r"    from experiments.*?\n    EXPERIMENTS = .*?\n", ex.__doc__, re.S)[0].replace("\n    ", "\n").strip()
+    (found,) = ex.load_file(str(user_file(tmp_path, example)))
+    assert (found.name, found.group, found.hypothesis) == ("swap_5_6", "mine", "why")
+    assert found.plan(64).recipe == swap(ex.identity(64), 5, 6)
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\nEXPERIMENTS = ()\n"
+    (tmp_path / "other").mkdir()
+    assert ex.load_file(str(user_file(tmp_path / "other", text))) == []
+
+
+BROKEN_FILES = {
+    "EXPERIMENTS = [": "SyntaxError: .*line 1",
+    "x = 1": "there is no EXPERIMENTS in it",
+    "EXPERIMENTS = 3": "TypeError",
+    "raise ValueError('first\\nsecond')": "ValueError: first$",
+    "import no_such_module": "No module named 'no_such_module'",
+    HEAD + "EXPERIMENTS = [swap]": "an entry of type function, not an Experiment",
+    HEAD + "EXPERIMENTS = [Experiment('a/b', 'g', identity)]": "plain name",
+    HEAD + "EXPERIMENTS = [Experiment(5, 'g', identity)]": "plain name",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, None)]": "in text",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', 5)]": "build",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity)] * 2": "two experiments called 'a'",
+}
+
+
+@pytest.mark.parametrize("text,words", BROKEN_FILES.items(), ids=range(len(BROKEN_FILES)))
+def test_broken_files_are_one_line(tmp_path, text, words):
+    path = user_file(tmp_path, text)
+    with pytest.raises(FrankenError, match=words) as caught:
+        ex.load_file(str(path))
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+
+
+def test_missing_files_and_other_kinds_of_files(tmp_path):
+    with pytest.raises(FrankenError, match="No such file"):
+        ex.load_file(str(tmp_path / "none.py"))
+    (tmp_path / "mine.txt").write_text(HEAD + "EXPERIMENTS = []")
+    assert ex.load_file(str(tmp_path / "mine.txt")) == []
+
+
+@pytest.mark.parametrize("build,words", [
+    ("swap(m.model, 3, 99)", "layer 99 is out of range: the model has layers 0 to 7"),
+    ("swap(m.model, m.at(64), 1)", "layer 64 is out of range: positions are given for 64 layers"),
+    ("splice(m.model, 'base', m.cut(-1), 1)", "boundary -1 is out of range"),
+    ("swap_chunks(m.model, (0, 4), (3, 7))", r"chunks \[0:4\] and \[3:7\] overlap"),
+    ("swap_chunks(m.model, *m.chunks((25, 35), (30, 40)))", "chunks .* overlap"),
+    ("swap_chunks(m.model, *m.chunks((25, 30), (40, 50)))", "chunks .* differ in length"),
+    ("reverse(m.model, *m.block(40, 24))", r"layers \[40:24\] are empty or out of range: positions are given for 64"),
+    ("reverse(m.model, *m.block(60, 65))", r"layers \[60:65\] are empty or out of range"),
+    ("[][0]", "IndexError: list index out of range"),
+    ("3", "build returned int, not a Recipe"),
+])  # fmt: skip
+def test_an_experiment_that_cannot_be_built_is_named_in_one_line(tmp_path, build, words):
+    (found,) = ex.load_file(str(user_file(tmp_path, HEAD + f"EXPERIMENTS = [Experiment('mine', 'g', lambda m: {build})]")))
+    with pytest.raises(FrankenError, match=f"^experiment mine: {words}") as caught:
+        found.plan(8)
+    assert "\n" not in str(caught.value)
+
+
+def test_tiny_models_hold_every_named_experiment(tiny_pair):
+    """Nothing of what is named fails on a real (tiny) model, and every one comes back exactly."""
+    live = tiny_pair("qwen2").live()
+    before = live.fingerprint()
+    for experiment in ex.EXPERIMENTS:
+        recipe = experiment.plan(6).recipe
+        live.apply(recipe)
+        assert (live.fingerprint() == before) == (recipe == live.original), experiment.name
+    live.apply(live.original)
+    assert live.fingerprint() == before and tiny.engine_logits(tiny_pair("qwen2").engine(live), (5, 6, 7)).isfinite().all()
