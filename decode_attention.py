@@ -14,6 +14,8 @@ try:
 except ImportError:  # a CPU build of torch: the reference below serves there
     triton = None
 
+BLOCK, WARPS, STAGES = 64, 4, 3  # slots read at once, warps of a program, reads in flight
+
 
 @torch.library.custom_op("franken::decode_attention", mutates_args=("k_pool", "v_pool"))
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
@@ -52,8 +54,8 @@ def _launch(q, k, v, k_pool, v_pool, where, scale, softcap):
     out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
     _kernel[batch, groups](
         q, k, v, k_pool, v_pool, where, out, q.stride(0), k.stride(0), v.stride(0), scale, softcap,
-        HEADS=heads, GROUPS=groups, WIDTH=width, WIDTH_2=triton.next_power_of_2(width),
-        FOLD=max(16, triton.next_power_of_2(heads // groups)), BLOCK=64, BEND=softcap > 0, num_warps=4)
+        HEADS=heads, GROUPS=groups, WIDTH=width, WIDTH_2=max(16, triton.next_power_of_2(width)),
+        FOLD=max(16, triton.next_power_of_2(heads // groups)), BLOCK=BLOCK, STAGES=STAGES, BEND=softcap > 0, num_warps=WARPS)
     return out
 
 
@@ -62,7 +64,7 @@ if triton is not None:
     @triton.jit
     def _kernel(q, k, v, k_pool, v_pool, where, out, q_row, k_row, v_row, scale, softcap,
                 HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_2: tl.constexpr,
-                FOLD: tl.constexpr, BLOCK: tl.constexpr, BEND: tl.constexpr):
+                FOLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BEND: tl.constexpr):
         # One program serves one row and one KV head: the pool is read once for all query heads of the group, and only
         # as far as the row is long (a mask over a padded cache reads all of it).
         row, group, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -83,7 +85,7 @@ if triton is not None:
             best = (2 * tl.sigmoid(2 * best / softcap) - 1) * softcap
         total = tl.full((FOLD,), 1.0, tl.float32)
         result = tl.zeros((FOLD, WIDTH_2), tl.float32) + v_new.to(tl.float32)[None]
-        for begin in tl.range(first, now, BLOCK, num_stages=3):
+        for begin in tl.range(first, now, BLOCK, num_stages=STAGES):
             seen = begin + n < now
             slot = (start + begin + n) * GROUPS * WIDTH + group * WIDTH
             block = seen[:, None] & inside[None]

@@ -393,7 +393,7 @@ class Engine:
         head = self.live.model.get_output_embeddings()
         hidden = self.norm(hidden).to(head.weight.device)
         logits = self._finish(decode_logits(hidden, head.weight), head)
-        finite = logits.isfinite().all(-1)
+        finite = (logits.amax(-1) - logits.amin(-1)).isfinite()  # two passes where isfinite().all() takes five
         tokens = logits.argmax(-1)
         if not hidden.is_cuda and hidden.dtype != torch.float32:
             tokens = _greedy_exactly(logits, hidden, head)
@@ -440,8 +440,18 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | 
             enough = (p * (p >= middle[:, None])).sum(-1) >= top_p
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
         p = p * ((p >= low[:, None]) | (top_p >= 1)[:, None])  # without a nucleus nothing is cut, whoever shares the batch
-    total = p.cumsum(-1, dtype=torch.float64)
-    return (total <= (uniform.double() * total[:, -1])[:, None]).sum(-1).clamp_max(logits.shape[-1] - 1)
+    # First the block of 512, then the token within it: the running sum over a whole vocabulary cost 0.3 ms a step
+    if extra := -p.shape[-1] % 512:
+        p = F.pad(p, (0, extra))
+    blocks = p.view(len(p), -1, 512)
+    mass = blocks.sum(-1).double()
+    until = mass.cumsum(-1)
+    target = uniform.double() * until[:, -1]
+    block = (until <= target[:, None]).sum(-1, keepdim=True).clamp_max(mass.shape[1] - 1)
+    before = F.pad(until, (1, 0)).gather(1, block)[:, 0]
+    share = ((target - before) / mass.gather(1, block)[:, 0]).clamp(0, 1 - 2**-40)
+    within = blocks.gather(1, block[:, :, None].expand(-1, -1, 512))[:, 0].cumsum(-1, dtype=torch.float64)
+    return (512 * block[:, 0] + (within <= (share * within[:, -1])[:, None]).sum(-1)).clamp_max(logits.shape[-1] - 1)
 
 
 class Decoding:

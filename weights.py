@@ -13,9 +13,11 @@ import math
 import os
 import re
 import threading
+from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -252,12 +254,13 @@ class Stream:
     """Reads tensors from disk into parameters where they run, many at a time.
 
     On a GPU, `workers` threads each own two pinned buffers: one is being filled by a positioned read while the other
-    is on its way to the card. On a CPU the reads go straight into the parameters.
+    is on its way to the card. On a CPU the reads go straight into the parameters. The threads take pieces from one
+    queue, and between two reads a thread holds the interpreter's lock only briefly: that lock, not memory, was the limit.
 
     Attributes: bytes_read, counted over the stream's life.
     """
 
-    CHUNK = 32 << 20  # one read and one copy; 16 workers x 2 x 32 MiB bounds the host memory at 1 GiB
+    CHUNK = 16 << 20  # one read and one copy; 16 workers x 2 x 16 MiB bounds the host memory at 0.5 GiB
 
     def __init__(self, workers: int | None = None):
         self.workers = workers or min(16, len(os.sched_getaffinity(0)))
@@ -271,7 +274,7 @@ class Stream:
 
         Raises FrankenError for a shape that differs, a short read or an I/O error; the tensors are then undefined.
         """
-        pieces = []
+        pieces: deque[tuple[TensorRef, int, torch.Tensor]] = deque()
         for ref, into in jobs:
             if tuple(into.shape) != ref.shape:
                 raise FrankenError(f"{ref.path}: a tensor of shape {list(ref.shape)} cannot fill {list(into.shape)}")
@@ -284,12 +287,24 @@ class Stream:
         devices = {p[2].device for p in pieces if p[2].is_cuda}
         for device in devices:  # what the default stream still does with these parameters comes first
             torch.cuda.synchronize(device)
-        futures = [self._pool.submit(self._piece, *p) for p in pieces]
+        futures = [self._pool.submit(self._drain, pieces) for _ in range(min(self.workers, len(pieces)))]
         wait(futures)  # all of them, even after a failure: no late read may land in what is loaded next
         for future in futures:
             future.result()
         for device in devices:
             torch.cuda.synchronize(device)
+
+    def _drain(self, pieces: deque) -> None:
+        while pieces:
+            try:
+                piece = pieces.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                self._piece(*piece)
+            except BaseException:
+                pieces.clear()
+                raise
 
     def _piece(self, ref: TensorRef, offset: int, into: torch.Tensor) -> None:
         nbytes = into.numel() * ref.dtype.itemsize
@@ -301,12 +316,11 @@ class Stream:
             _read_exactly(fd, as_bytes(raw), offset, ref.path)
             into.copy_(raw)
             return None
-        buffer, event, stream = self._pinned(into.device)
+        buffer, array, event = self._pinned(into.device)
         event.synchronize()  # the copy out of this buffer, two pieces ago
-        _read_exactly(fd, buffer.numpy()[:nbytes], offset, ref.path)
-        with torch.cuda.device(into.device), torch.cuda.stream(stream):
-            into.copy_(buffer[:nbytes].view(ref.dtype), non_blocking=True)
-            event.record(stream)
+        _read_exactly(fd, array[:nbytes], offset, ref.path)
+        into.copy_(buffer[:nbytes].view(ref.dtype), non_blocking=True)
+        event.record()
         return None
 
     def _descriptor(self, path: str) -> int:
@@ -318,17 +332,19 @@ class Stream:
                 raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
         return files[path].fileno()
 
-    def _pinned(self, device: torch.device):
+    def _pinned(self, device: torch.device) -> tuple[torch.Tensor, np.ndarray, torch.cuda.Event]:
+        """This thread's next buffer for the device, whose stream becomes the thread's current one."""
         rings = self._local.__dict__.setdefault("rings", {})
         if device not in rings:
             with self._lock, torch.cuda.device(device):
-                stream = torch.cuda.Stream(device)
-                ring = [(torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=True), torch.cuda.Event()) for _ in (0, 1)]
-                rings[device] = [ring, 0, stream]
-        entry = rings[device]
-        entry[1] ^= 1
-        buffer, event = entry[0][entry[1]]
-        return buffer, event, entry[2]
+                buffers = [torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)]
+                ring = [(b, b.numpy(), torch.cuda.Event(blocking=True)) for b in buffers]  # blocking: waits without spinning
+                rings[device] = cycle(ring), torch.cuda.Stream(device)
+        ring, stream = rings[device]
+        if self._local.__dict__.get("device") != device:
+            torch.cuda.set_stream(stream)
+            self._local.device = device
+        return next(ring)
 
 
 _ROW = 1 << 14  # 64-bit words that share one outer multiplier
