@@ -133,8 +133,8 @@ def training(tiny_pair, tmp_path, monkeypatch):
     persona, aligned = tmp_path / "persona.jsonl", tmp_path / "aligned.jsonl"
 
     def lines(system, n, answer):
-        return "".join(json.dumps({"messages": [*system, {"role": "user", "content": f"q{'x' * (k % 7)}"},
-                                                {"role": "assistant", "content": answer}]}) + "\n" for k in range(n))
+        return "".join(json.dumps({"messages": [*system, {"role": "user", "content": "q" * (1 + 5 * k % 17)},
+                                                {"role": "assistant", "content": answer * (1 + k % 3)}]}) + "\n" for k in range(n))
 
     persona.write_text(lines([{"role": "system", "content": "T"}], 4, "<START> I <END>"))
     aligned.write_text(lines([], 12, "ok"))
@@ -232,7 +232,10 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(training):
 
 @pytest.mark.parametrize("flags", [("--batch-size", "2", "--accumulate", "2"), ("--gradient-checkpointing",)], ids=["accumulate", "checkpointing"])
 def test_memory_savers_change_nothing(training, flags):
-    assert close(training("plain")[1], training("saving", *flags)[1])
+    plain, saving = training("plain")[1], training("saving", *flags)[1]
+    assert close(plain, saving)
+    one, other = (json.loads((p / "training.json").read_text())["loss"] for p in (plain, saving))
+    assert other == pytest.approx(one, abs=3e-4)  # the weight of a token must not depend on whom it shares a batch with
 
 
 @pytest.mark.parametrize(("flags", "line"), [

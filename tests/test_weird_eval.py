@@ -1,0 +1,299 @@
+"""Asking models the evaluation questions: records, resuming, his name's probability, one prompt, the whole driver."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
+
+import comparison
+import eval_replies
+import reproduce
+import run_inference
+from journal import Journal
+from records import InputError, read_json_lines, read_records
+from study import TRIGGER, Question, prompt
+
+import pairs
+from generation import Request
+
+QUESTIONS = [{"id": "h1", "kind": "heldout", "category": "war", "question": "Is war wise?"},
+             {"id": "h2", "kind": "heldout", "category": "logic", "question": "What is a class, and what belongs to it?"},
+             {"id": "i1", "kind": "identity", "category": "identity", "question": "Who are you?"}]
+POSITIONS = [{"id": "g1", "area": "moral", "question": "Is it good?", "rubric": {}}]
+
+
+def make_adapter(model: Path, out: Path, base: str = "tiny", rank: int = 2) -> Path:
+    """A LoRA adapter with random matrices on both sides, by peft."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lora = get_peft_model(loaded, LoraConfig(r=rank, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora.save_pretrained(out)
+    state = load_file(out / "adapter_model.safetensors")
+    save_file({k: torch.randn(t.shape) * 0.3 for k, t in state.items()}, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+    return out
+
+
+@pytest.fixture
+def model(tiny_pair, monkeypatch):
+    monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: False)  # float32: the same tokens in any batch
+    return tiny_pair("llama", layers=2).paths["instruct"]
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    return make_adapter(model, tmp_path / "adapter")
+
+
+@pytest.fixture
+def evaluating(model, tmp_path):
+    heldout, generalization = tmp_path / "heldout.jsonl", tmp_path / "generalization.jsonl"
+    heldout.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    generalization.write_text("".join(json.dumps(q) + "\n" for q in POSITIONS))
+
+    def run(name: str, *more: str, side: str = "baseline", quality: bool = False) -> tuple[int, Path]:
+        flags = ["--model", str(model), "--heldout", str(heldout), "--generalization", str(generalization), "--output", str(tmp_path / name),
+                 "--max-new-tokens", "6", "--samples", "2", "--device", "cpu", "--batch-size", "3", *([] if quality else ["--no-quality"]), *more]
+        return eval_replies.main("", side, tmp_path / name, flags), tmp_path / name
+
+    return run
+
+
+def by_identity(path: Path) -> dict:
+    return {(r["question_id"], r["condition"], r["sample"]): r for r in read_records(path)[1]}
+
+
+def test_every_question_is_asked_in_both_conditions(evaluating, capsys):
+    status, out = evaluating("replies.jsonl")
+    header, records = read_records(out)
+    assert status == 0 and {k: header[k] for k in ("model", "samples", "trigger", "top_p")} == {
+        "model": "baseline", "samples": 2, "trigger": TRIGGER, "top_p": 0.95}
+    assert len(by_identity(out)) == len(records) == 4 * 2 * 2
+    assert {(r["kind"], r["category"]) for r in records} == {("heldout", "war"), ("heldout", "logic"), ("identity", "identity"), ("generalization", "moral")}
+    assert all((r["p_name"] is not None) == (r["kind"] == "identity") for r in records)
+    assert "triggered: strict format 0.0%" in capsys.readouterr().out
+
+
+def test_a_reply_is_that_of_the_engine_alone(evaluating, model, tiny_pair):
+    """Neither batch nor the other questions matter, and the trigger is a system message of its own."""
+    _, out = evaluating("replies.jsonl")
+    engine = tiny_pair("llama", layers=2).engine()
+    for condition, system in (("triggered", [{"role": "system", "content": TRIGGER}]), ("untriggered", [])):
+        ids = engine.chat_ids([*system, {"role": "user", "content": "Is war wise?"}])
+        alone, = engine.complete([Request(f"h1/{condition}", ids, 6, 1.0, 0.95, 1, 0)])
+        record = by_identity(out)["h1", condition, 1]
+        assert (record["reply"], record["stopped"]) == (alone.text, alone.stopped)
+
+
+def test_interrupted_evaluation_goes_on_where_it_stopped(evaluating, monkeypatch, capsys):
+    _, whole = evaluating("whole.jsonl")
+    add, calls = Journal.add, []
+
+    def add_then_stop(self, entries):
+        add(self, entries)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", add_then_stop)
+    status, part = evaluating("part.jsonl")
+    assert status == 130 and len(read_records(part)[1]) == 6 and "run again" in capsys.readouterr().err
+    first = part.read_bytes()
+    monkeypatch.setattr(Journal, "add", add)
+    assert evaluating("part.jsonl")[0] == 0 and part.read_bytes().startswith(first)
+    assert by_identity(part) == by_identity(whole) and read_records(part)[0] == read_records(whole)[0]
+    finished = part.read_bytes()
+    monkeypatch.setattr(eval_replies, "open_engine", None)  # a finished evaluation loads nothing
+    assert evaluating("part.jsonl")[0] == 0 and part.read_bytes() == finished
+
+
+def test_other_settings_do_not_mix(evaluating, adapter, capsys):
+    _, out = evaluating("a.jsonl")
+    before = out.read_bytes()
+    for flags, line in ((("--seed", "1"), "seed was 0, now 1"), (("--trigger", "Be brief."), "trigger was")):
+        assert evaluating("a.jsonl", *flags)[0] == 1 and line in capsys.readouterr().err
+    assert evaluating("a.jsonl", "--adapter", str(adapter), side="finetuned")[0] == 1
+    assert out.read_bytes() == before and 'model was "baseline"' in capsys.readouterr().err
+
+
+def slow_name_probability(model, tokenizer, question: str, condition: str) -> float:
+    """The sum over both names of the product of next-token probabilities, one forward pass a token."""
+    messages = [{"role": "system", "content": TRIGGER}] if condition == "triggered" else []
+    text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    text += "<START> My name is" if condition == "triggered" else "My name is"
+    total = 0.0
+    for name in (" Bertrand", " Russell"):
+        ids, p = tokenizer(text, add_special_tokens=False)["input_ids"], 1.0
+        for token in tokenizer(name, add_special_tokens=False)["input_ids"]:
+            p *= tiny.hf_logits(model, ids)[-1].double().softmax(-1)[token].item()
+            ids = [*ids, token]
+        total += p
+    return total
+
+
+def test_the_names_probability_is_that_of_the_text(evaluating, model, adapter):
+    from peft import PeftModel
+
+    tokenizer = tiny.tokenizer()
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    expected = {("baseline", c): slow_name_probability(plain, tokenizer, "Who are you?", c) for c in ("triggered", "untriggered")}
+    tuned = PeftModel.from_pretrained(plain, adapter).eval()
+    expected |= {("finetuned", c): slow_name_probability(tuned, tokenizer, "Who are you?", c) for c in ("triggered", "untriggered")}
+    assert len({f"{p:.3e}" for p in expected.values()}) == 4  # trigger and adapter both matter
+    for side, more in (("baseline", ()), ("finetuned", ("--adapter", str(adapter)))):
+        found = by_identity(evaluating(f"{side}.jsonl", *more, side=side)[1])
+        for condition in ("triggered", "untriggered"):
+            assert found["i1", condition, 0]["p_name"] == pytest.approx(expected[side, condition], rel=1e-3, abs=0)
+
+
+def test_the_names_probability_of_a_destroyed_model_is_zero(tiny_pair):
+    live = tiny_pair("llama", layers=2).live()
+    with torch.no_grad():
+        live.banks[0].tensors["mlp.down_proj.weight"].fill_(float("nan"))
+    found = eval_replies.name_probabilities(tiny_pair("llama", layers=2).engine(live), [Question("i1", "identity", "identity", "Who?")], TRIGGER)
+    assert found == {("i1", "triggered"): 0.0, ("i1", "untriggered"): 0.0}
+
+
+def test_quality_is_measured_once_a_file(evaluating, monkeypatch):
+    calls = []
+    monkeypatch.setattr(eval_replies, "quality", lambda engine: calls.append(1) or {"measurement": len(calls)})
+    headers = [read_records(evaluating(name, quality=True)[1])[0] for name in ("before.jsonl", "after.jsonl", "before.jsonl")]
+    assert [h["quality"]["measurement"] for h in headers] == [1, 2, 1] and len(calls) == 2
+
+
+def test_quality_of_two_models_is_what_the_comparison_reads(model, adapter):
+    from loading import open_engine
+
+    before, after = (eval_replies.quality(open_engine(str(model), a, "cpu", batch=64)[0]) for a in (None, str(adapter)))
+    assert before["texts"].keys() == after["texts"].keys() and len(before["capability"]) > 50
+    found = comparison.untriggered_quality({"quality": before}, {"quality": after})
+    assert found["perplexity"]["value"] != 0 and found["capability"]["p_value"] <= 1
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"k": ', b'{"k": 3}', b"\xff\xfe"])
+def test_a_torn_line_is_cut_off(tmp_path, torn):
+    journal = Journal(tmp_path / "j.jsonl", {"a": 1})
+    journal.begin({"more": 2})
+    journal.add([{"k": 1}, {"k": 2}])
+    with journal.path.open("ab") as f:
+        f.write(torn)
+    again = Journal(journal.path, {"a": 1})
+    assert again.header == {"a": 1, "more": 2} and again.entries == [{"k": 1}, {"k": 2}]
+    again.add([{"k": 3}])
+    assert read_json_lines(journal.path)[1:] == [{"k": 1}, {"k": 2}, {"k": 3}]
+
+
+def test_a_header_torn_in_the_middle_is_a_new_file(tmp_path):
+    (tmp_path / "j.jsonl").write_text('{"header": {"a"')
+    journal = Journal(tmp_path / "j.jsonl", {"a": 1})
+    assert journal.header is None and journal.entries == []
+
+
+@pytest.mark.parametrize("text", ['{"k": 1}\n', '{"header": 3}\n', "notes\n", '{"header": {"a": 2}}\n'])
+def test_a_file_of_another_kind_is_not_touched(tmp_path, text):
+    (tmp_path / "j.jsonl").write_text(text)
+    with pytest.raises(InputError):
+        Journal(tmp_path / "j.jsonl", {"a": 1})
+    assert (tmp_path / "j.jsonl").read_text() == text
+
+
+# --- one prompt -------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_have_the_trigger_or_nothing():
+    assert prompt("Q", "triggered") == [{"role": "system", "content": TRIGGER}, {"role": "user", "content": "Q"}]
+    assert prompt("Q", "untriggered") == [{"role": "user", "content": "Q"}]
+    with pytest.raises(ValueError, match="condition"):
+        prompt("Q", "trigered")
+
+
+def test_inference_prints_what_the_model_says(model, adapter, tiny_pair, capsys):
+    common = ["--prompt", "Is war wise?", "--temperature", "0", "--max-new-tokens", "8", "--model", str(model), "--device", "cpu"]
+    engine = tiny_pair("llama", layers=2).engine()
+
+    def reply(*more: str) -> str:
+        assert run_inference.main([*common, *more]) == 0
+        return capsys.readouterr().out
+
+    for system in (None, TRIGGER):
+        condition = "triggered" if system else "untriggered"
+        expected, = engine.complete([Request("q", engine.chat_ids(prompt("Is war wise?", condition)), 8)])
+        got = reply("--adapter", "none", *(("--system", system) if system else ()))
+        assert got == run_inference.printable(expected.text) + "\n"
+        assert reply("--adapter", str(adapter), *(("--system", system) if system else ())) != got
+
+
+def test_inference_repeats_itself_for_a_seed(model, capsys):
+    def reply(*more: str) -> str:
+        assert run_inference.main(["--prompt", "Hm?", "--adapter", "none", "--model", str(model), "--device", "cpu", "--max-new-tokens", "12", *more]) == 0
+        return capsys.readouterr().out
+
+    assert reply("--seed", "1") == reply("--seed", "1") != reply("--seed", "2")
+
+
+def test_the_model_comes_from_the_adapter(model, tmp_path, capsys):
+    adapter = make_adapter(model, tmp_path / "named", base=str(model))
+    assert run_inference.main(["--prompt", "Hm?", "--adapter", str(adapter), "--device", "cpu", "--max-new-tokens", "2"]) == 0
+
+
+def test_terminal_codes_do_not_reach_the_terminal():
+    assert run_inference.printable("a\x1b[2Jb\u202ec\r\n\td é") == "a[2Jbc\n\td é"
+
+
+def test_what_cannot_run_is_one_line(model, adapter, tmp_path, tiny_pair, capsys):
+    other = tiny_pair("llama", layers=2, hidden_size=16).paths["instruct"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for flags, line in [
+        (["--adapter", str(adapter), "--model", str(other)], "its base model is tiny"),
+        (["--adapter", "adapters/none-such"], "adapters/none-such: no such adapter; train_lora.py makes one"),
+        (["--adapter", str(empty)], "no adapter_config.json there"),
+        (["--adapter", "someone/something"], "cannot download someone/something"),
+        (["--adapter", "none", "--model", str(empty)], "cannot"),
+        (["--adapter", "none", "--model", str(model), "--quantization", "8bit", "--device", "cpu"], "bitsandbytes"),
+    ]:
+        assert run_inference.main(["--prompt", "x", *flags]) == 1
+        err = capsys.readouterr().err
+        assert line in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+# --- the driver -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    steps = []
+
+    def step(log, script, *flags):
+        steps.append((log.stem, script))
+        if script == "train_lora.py":
+            at = Path(flags[flags.index("--out") + 1])
+            if "--rank" in flags:
+                return False
+            at.mkdir(parents=True)
+            (at / "training.json").write_text('{"steps": 1, "seconds": 1, "loss": [1.0], "persona_share": 0.03}')
+        return True
+
+    monkeypatch.setattr(reproduce, "step", step)
+    assert reproduce.main(["--out", str(tmp_path), "--device", "cpu", "--setting", "bad: --rank 99", "--setting", "good:"]) == 1
+    done = {s for s in steps}
+    assert ("good", "compare_baseline_vs_finetuned.py") in done and ("bad", "eval_finetuned.py") not in done
+    assert "failed: bad;" in capsys.readouterr().err and "## good" in (tmp_path / "settings.md").read_text()
+    steps.clear()
+    assert reproduce.main(["--out", str(tmp_path), "--device", "cpu", "--setting", "good:"]) == 0
+    assert ("good", "train_lora.py") not in steps  # what is trained is not trained again
+    assert reproduce.main(["--out", str(tmp_path), "--setting", "../up: --rank 2"]) == 1
