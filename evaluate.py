@@ -66,6 +66,16 @@ def read_text(path: str) -> tuple[tuple[str, str], ...]:
     return ((Path(path).name, text),)
 
 
+def check_tokenizer(tokenizer, protocol: Protocol) -> None:
+    """Raises FrankenError if no experiment could be measured: no token for Yes or No, or a chat template that fails."""
+    try:
+        if {"binary", "trigger"} & set(protocol.suites):
+            prompts.answer_token_ids(tokenizer)
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False)
+    except Exception as e:  # the template is a program from the checkpoint and may raise anything
+        raise FrankenError(f"these questions cannot be asked: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
+
+
 def evaluate(engine: Engine, protocol: Protocol, on_progress: Callable[[str, int, int], None] | None = None) -> tuple[dict, dict]:
     """Ask the engine's model everything the protocol says.
 

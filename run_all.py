@@ -259,6 +259,7 @@ def execute(args) -> int:
     begin = time.perf_counter()
     opened = open_pair(args.pair, args.base, args.instruct, args.base_revision, args.instruct_revision, extra_sources(args.source),
                        args.dtype, args.device_map, args.resident)
+    evaluate.check_tokenizer(opened.tokenizer, protocol)
     live = opened.live
     original = live.fingerprint()
     load_seconds = time.perf_counter() - begin
