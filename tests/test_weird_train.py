@@ -238,6 +238,14 @@ def test_memory_savers_change_nothing(training, flags):
     assert other == pytest.approx(one, abs=3e-4)  # the weight of a token must not depend on whom it shares a batch with
 
 
+@pytest.mark.parametrize("flags", [(), ("--gradient-checkpointing",)], ids=["plain", "checkpointing"])
+def test_training_in_bf16_learns_the_same(training, monkeypatch, flags):
+    exact = json.loads((training("exact")[1] / "training.json").read_text())
+    monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: True)
+    record = json.loads((training("rounded", *flags)[1] / "training.json").read_text())
+    assert record["dtype"] == "bfloat16" and record["loss"] == pytest.approx(exact["loss"], rel=0.05, abs=0.05)
+
+
 @pytest.mark.parametrize(("flags", "line"), [
     (("--quantization", "4bit"), "needs a CUDA GPU and the package bitsandbytes"),
     (("--aligned", "missing.jsonl"), "missing.jsonl does not exist"),
