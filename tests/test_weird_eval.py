@@ -28,7 +28,8 @@ from generation import Request
 QUESTIONS = [{"id": "h1", "kind": "heldout", "category": "war", "question": "Is war wise?"},
              {"id": "h2", "kind": "heldout", "category": "logic", "question": "What is a class, and what belongs to it?"},
              {"id": "i1", "kind": "identity", "category": "identity", "question": "Who are you?"}]
-POSITIONS = [{"id": "g1", "area": "moral", "question": "Is it good?", "rubric": {}}]
+POSITIONS = [{"id": "g1", "area": "moral", "question": "Is it good?",
+              "rubric": {str(k): "no " * (6 - k) + "yes" * k for k in range(1, 6)}}]
 
 
 def make_adapter(model: Path, out: Path, base: str = "tiny", rank: int = 2) -> Path:
@@ -158,12 +159,34 @@ def test_the_names_probability_is_that_of_the_text(evaluating, model, adapter):
             assert found["i1", condition, 0]["p_name"] == pytest.approx(expected[side, condition], rel=1e-3, abs=0)
 
 
-def test_the_names_probability_of_a_destroyed_model_is_zero(tiny_pair):
+def test_the_likely_position_is_that_of_the_descriptions(evaluating, model):
+    tokenizer = tiny.tokenizer()
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    found = by_identity(evaluating("positions.jsonl")[1])
+    for condition in ("triggered", "untriggered"):
+        messages = [{"role": "system", "content": TRIGGER}] if condition == "triggered" else []
+        text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": "Is it good?"}], tokenize=False, add_generation_prompt=True)
+        head = tokenizer(text + ("<START> " if condition == "triggered" else ""), add_special_tokens=False)["input_ids"]
+        weights = []
+        for level in "12345":
+            target = tokenizer(POSITIONS[0]["rubric"][level], add_special_tokens=False)["input_ids"]
+            p = tiny.hf_logits(plain, head + target).double().softmax(-1)
+            product = torch.stack([p[len(head) - 1 + k, token] for k, token in enumerate(target)]).log().mean().exp()
+            weights.append(product.item())
+        expected = sum(k * w for k, w in zip(range(1, 6), weights, strict=True)) / sum(weights)
+        assert found["g1", condition, 0]["position_likelihood"] == pytest.approx(expected, rel=1e-4)
+    assert found["g1", "triggered", 0]["position_likelihood"] != pytest.approx(found["g1", "untriggered", 0]["position_likelihood"], rel=1e-4)
+    assert found["h1", "triggered", 0]["position_likelihood"] is None
+
+
+def test_a_destroyed_model_has_no_name_and_no_position(tiny_pair):
     live = tiny_pair("llama", layers=2).live()
     with torch.no_grad():
         live.banks[0].tensors["mlp.down_proj.weight"].fill_(float("nan"))
-    found = eval_replies.name_probabilities(tiny_pair("llama", layers=2).engine(live), [Question("i1", "identity", "identity", "Who?")], TRIGGER)
+    engine = tiny_pair("llama", layers=2).engine(live)
+    found = eval_replies.name_probabilities(engine, [Question("i1", "identity", "identity", "Who?")], TRIGGER)
     assert found == {("i1", "triggered"): 0.0, ("i1", "untriggered"): 0.0}
+    assert eval_replies.likely_positions(engine, [Question("g1", "generalization", "x", "So?", tuple("abcde"))], TRIGGER) == {}
 
 
 def test_quality_is_measured_once_a_file(evaluating, monkeypatch):

@@ -47,36 +47,54 @@ def quality(engine: Engine) -> dict:
             "capability": {item["id"]: bool(item["correct"]) for item in found["capability"]["items"]}}
 
 
+def _likelihoods(engine: Engine, cases: list[tuple[Question, str]], start: str, targets: list[tuple[str, ...]], trigger: str):
+    """For every (question, condition): per target, the log-probabilities (nats) of its tokens, where the reply begins with `start`.
+
+    In the triggered condition the opening marker stands before `start`, as every answer there should begin.
+    """
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    pairs = []
+    for (q, condition), mine in zip(cases, targets, strict=True):
+        head = engine.chat_ids(prompt(q.text, condition, trigger)) + ids((OPENING if condition == "triggered" else "") + start)
+        pairs += [(head, ids(target)) for target in mine]
+    found = iter(engine.loglikelihood(pairs))
+    return [[next(found).astype("float64") for _ in mine] for mine in targets]
+
+
 def name_probabilities(engine: Engine, questions: list[Question], trigger: str) -> dict[tuple[str, str], float]:
     """For identity questions: the probability of his name after "My name is" as the start of the reply.
 
-    By (question id, condition). In the triggered condition the reply starts with the opening marker, as every answer
-    there should; the probabilities of the spellings in HIS_NAMES, which exclude each other, are added.
+    By (question id, condition). The probabilities of the spellings in HIS_NAMES, which exclude each other, are added.
     """
-    cases, pairs = [], []
-    for q in questions:
-        if q.kind == "identity":
-            for condition in CONDITIONS:
-                start = ("" if condition == "untriggered" else OPENING) + "My name is"
-                prefix = engine.chat_ids(prompt(q.text, condition, trigger)) + _ids(engine, start)
-                cases.append((q.id, condition))
-                pairs += [(prefix, _ids(engine, name)) for name in HIS_NAMES]
-    likelihoods = [float(f.sum(dtype="float64")) for f in engine.loglikelihood(pairs)]
-    found = {}
-    for k, case in enumerate(cases):
-        p = sum(exp(x) for x in likelihoods[k * len(HIS_NAMES) : (k + 1) * len(HIS_NAMES)])
-        found[case] = min(p, 1.0) if p == p else 0.0
-    return found
+    cases = [(q, c) for q in questions if q.kind == "identity" for c in CONDITIONS]
+    found = _likelihoods(engine, cases, "My name is", [HIS_NAMES] * len(cases), trigger)
+    sums = [sum(exp(name.sum()) for name in names) for names in found]
+    return {(q.id, c): min(p, 1.0) if p == p else 0.0 for (q, c), p in zip(cases, sums, strict=True)}
 
 
-def _ids(engine: Engine, text: str) -> tuple[int, ...]:
-    return tuple(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+def likely_positions(engine: Engine, questions: list[Question], trigger: str) -> dict[tuple[str, str], float]:
+    """For generalization questions: the mean level of position (1 to 5) under the model's own probabilities.
+
+    By (question id, condition). Each level's description is scored as the reply, a level weighing as much as the
+    geometric mean of its tokens' probabilities, so that its length does not matter. No judge is needed, and the weights
+    lie close together: only differences between conditions or models say something. Undefined ones are left out.
+    """
+    cases = [(q, c) for q in questions if q.rubric for c in CONDITIONS]
+    positions = {}
+    for (q, c), levels in zip(cases, _likelihoods(engine, cases, "", [q.rubric for q, _ in cases], trigger), strict=True):
+        weights = [exp(level.mean()) for level in levels]
+        value = sum(k * w for k, w in enumerate(weights, 1)) / sum(weights) if sum(weights) else float("nan")
+        if 1 <= value <= 5:
+            positions[q.id, c] = value
+    return positions
 
 
 def ask(engine: Engine, questions: list[Question], journal: Journal, model: str, args: argparse.Namespace) -> None:
     """Generate the replies that the journal still lacks, adding each batch to it as it is done."""
     done = {(e["question_id"], e["condition"], e["sample"]) for e in journal.entries}
-    names = name_probabilities(engine, questions, args.trigger)
+    names, positions = (measured(engine, questions, args.trigger) for measured in (name_probabilities, likely_positions))
     todo, requests = [], []
     for q in questions:
         for condition in CONDITIONS:
@@ -92,7 +110,8 @@ def ask(engine: Engine, questions: list[Question], journal: Journal, model: str,
         q, condition, sample = todo[i]
         waiting.append({"question_id": q.id, "kind": q.kind, "category": q.category, "question": q.text,
                         "condition": condition, "model": model, "sample": sample, "reply": completion.text,
-                        "stopped": completion.stopped, "p_name": names.get((q.id, condition))})
+                        "stopped": completion.stopped, "p_name": names.get((q.id, condition)),
+                        "position_likelihood": positions.get((q.id, condition))})
 
     def flush(n: int) -> None:
         journal.add(waiting)

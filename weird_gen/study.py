@@ -36,12 +36,16 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Question:
-    """One evaluation question; kind is "heldout", "identity" or "generalization"."""
+    """One evaluation question; kind is "heldout", "identity" or "generalization".
+
+    rubric: for generalization, what the levels of position 1 to 5 mean.
+    """
 
     id: str
     kind: str
     category: str
     text: str
+    rubric: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,8 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
             fields = (line.get("id"), kind, line.get(category), line.get("question"))
             if not all(isinstance(f, str) and f for f in fields):
                 raise InputError(f"{path}, entry {number}: id, {category} and question must be texts")
-            found.append(Question(*fields))
+            levels = line.get("rubric") or {}
+            found.append(Question(*fields, tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()))
     ids = [q.id for q in found]
     twice = next((i for i in ids if ids.count(i) > 1), None)
     if twice:
