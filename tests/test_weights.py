@@ -72,11 +72,13 @@ def test_nothing_may_land_late_after_a_failed_read(tmp_path, monkeypatch):
     """One piece fails at once while another is slow: read() must not raise before the slow one has stopped writing."""
     save_file({"bad": torch.ones(4), "slow": torch.ones(4)}, tmp_path / "x.safetensors")
     refs = read_header(tmp_path / "x.safetensors")
-    real, finished = weights._read_exactly, threading.Event()
+    real, started, finished = weights._read_exactly, threading.Event(), threading.Event()
 
     def read(fd, into, offset, path):
         if offset == refs["bad"].offset:
+            assert started.wait(5)
             raise FrankenError("bad sector")
+        started.set()
         time.sleep(0.2)
         real(fd, into, offset, path)
         finished.set()
