@@ -9,6 +9,7 @@ the same thing differ nowhere else.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,6 +32,10 @@ from weights import FrankenError
 SCHEMA_VERSION = 1
 HERE = Path(__file__).resolve().parent
 SCHEMA = json.loads((HERE / "schema" / "experiment.json").read_text())
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)  # made once: checking the schema itself takes longer than checking a result
+# What a resumed run and the report read of a manifest
+MANIFEST = {"settings": dict, "protocol": dict, "experiments": list, "pair": str | None, "notes": list, "layers": int, "dtype": str,
+            "devices": list, "original_fingerprint": str, "created": str}
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy", "scipy", "tokenizers")
 
 
@@ -53,7 +58,8 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(f.fileno())
         os.replace(partial, path)
     except OSError as e:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise FrankenError(f"cannot write {path}: {e.strerror}") from e
 
 
@@ -68,13 +74,17 @@ def check_writable(folder: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Raises FrankenError naming the file if it is missing or not JSON."""
+    """Raises FrankenError naming the file if it is missing or not JSON without NaN."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
     except OSError as e:
         raise FrankenError(f"cannot read {path}: {e.strerror}") from e
     except ValueError as e:
-        raise FrankenError(f"{path} is corrupt ({e}); move it away and resume to run that experiment again") from e
+        raise FrankenError(f"{path} is corrupt ({e})") from e
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")
 
 
 def protocol_json(protocol: Protocol) -> dict:
@@ -126,6 +136,9 @@ def commit() -> str | None:
     return head + ("+changes" if dirty.strip() else "")
 
 
+AGAIN = "; move it away and resume to run that experiment again"
+
+
 class Run:
     """One run's directory."""
 
@@ -152,11 +165,14 @@ class Run:
 
     @staticmethod
     def resume(path: str) -> tuple[Run, dict]:
-        """An existing run and its manifest. Raises FrankenError if it is not one of this version."""
+        """An existing run and its manifest. Raises FrankenError if it is not one of this version, or not whole."""
         run = Run(Path(path))
         manifest = read_json(run.manifest_path)
         if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
             raise FrankenError(f"{run.manifest_path} is not a manifest of version {SCHEMA_VERSION}")
+        lost = [key for key, kind in MANIFEST.items() if not isinstance(manifest.get(key), kind)]
+        if lost:
+            raise FrankenError(f"{run.manifest_path} is corrupt ({lost[0]} is missing or of another kind)")
         return run, manifest
 
     def file(self, name: str) -> Path:
@@ -169,17 +185,20 @@ class Run:
         """
         if not self.file(name).exists():
             return None
-        result = read_json(self.file(name))
         try:
-            jsonschema.validate(result, SCHEMA)
+            result = read_json(self.file(name))
+            VALIDATOR.validate(result)
+            if result["experiment"]["name"] != name:
+                raise FrankenError(f"{self.file(name)} is corrupt (it holds {result['experiment']['name'][:80]!r})")
         except jsonschema.ValidationError as e:
-            raise FrankenError(f"{self.file(name)} is corrupt ({e.json_path}: {e.message[:120]}); move it away and resume "
-                               "to run that experiment again") from e
+            raise FrankenError(f"{self.file(name)} is corrupt ({e.json_path}: {e.message.splitlines()[0][:120]}){AGAIN}") from e
+        except FrankenError as e:
+            raise FrankenError(f"{e}{AGAIN}") from e
         return result
 
     def save(self, result: dict) -> None:
         """Check a result against the schema and write it. Raises FrankenError if the disk refuses."""
-        jsonschema.validate(result, SCHEMA)
+        VALIDATOR.validate(result)
         write_json(self.file(result["experiment"]["name"]), result)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import shlex
@@ -67,6 +68,8 @@ def extra_sources(pairs_given: list[str]) -> dict[str, str]:
         name, _, path = text.partition("=")
         if not name.isidentifier() or not path or name in ("instruct", "base"):
             raise FrankenError(f"--source {text}: expected NAME=PATH with a plain name other than instruct and base")
+        if name in found:
+            raise FrankenError(f"--source {text}: there are two sources called {name}")
         found[name] = path
     return found
 
@@ -83,7 +86,10 @@ def choose(args, n_layers: int) -> list:
         if not width.isdigit() or (stride and (not stride.isdigit() or stride == "0")):
             raise ex.FrankenError(f"--sweep {text}: expected WIDTH or WIDTH:STRIDE in whole layers")
         swept += ex.window_sweep(int(width), n_layers, stride=int(stride) if stride else None)
-    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept, *own]}
+    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept]}
+    for e in own:  # results are kept by name
+        if known.setdefault(e.name, e) is not e:
+            raise ex.FrankenError(f"there are two experiments called {e.name!r}; rename the one in your experiments file")
     if args.experiments:
         chosen = ex.select(args.experiments, list(known.values()))
     elif args.all:
@@ -168,7 +174,8 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None) -> d
 def run_batch(run, engine, plans: list, protocol, original: str) -> int:
     """Run what has not been run yet. Returns how many experiments failed, over the whole run.
 
-    Raises FrankenError if going back was not exact or results cannot be written; KeyboardInterrupt on Ctrl-C or SIGTERM.
+    Raises FrankenError if a result on disk is corrupt or of another recipe, if going back was not exact or if results
+    cannot be written; KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
     from tqdm import tqdm
 
@@ -181,6 +188,10 @@ def run_batch(run, engine, plans: list, protocol, original: str) -> int:
     finished = {plan.experiment.name: run.load(plan.experiment.name) for plan in plans}  # all checked before anything runs
     failed = sum(r is not None and r["status"] == "failed" for r in finished.values())
     todo = [plan for plan in plans if finished[plan.experiment.name] is None]
+    for plan in plans:
+        result = finished[plan.experiment.name]
+        if result and result["experiment"]["recipe"] != plan.recipe.to_json():  # a user's file may have changed since
+            raise FrankenError(f"{run.file(plan.experiment.name)} was made with another recipe of that name; start a new run")
     bar = tqdm(total=len(plans), initial=len(plans) - len(todo), unit="experiment", dynamic_ncols=True)
     try:
         for plan in todo:
@@ -195,10 +206,11 @@ def run_batch(run, engine, plans: list, protocol, original: str) -> int:
             run.save(result)
             failed += result["status"] == "failed"
             if result["error"]:
-                tqdm.write(f"{name} failed: {result['error']['type']}: {result['error']['message'].splitlines()[0] if result['error']['message'] else ''}")
+                first_line = (result["error"]["message"].splitlines() or [""])[0]
+                tqdm.write(f"{name} failed: {result['error']['type']}: {first_line}", file=sys.stderr)
             if not result["weights"]["exact"]:
                 raise FrankenError(f"after {name} the weights are not back to the original (fingerprint {result['weights']['restored']}, "
-                                   f"expected {original}); the run stops, its results so far are in {run.path}")
+                                   f"expected {original}); the run stops")
             bar.update()
     finally:
         bar.close()
@@ -245,16 +257,17 @@ def execute(args) -> int:
     run = manifest = None
     if args.resume:
         run, manifest = Run.resume(args.resume)
+        if lost := set(SETTINGS) - set(manifest["settings"]):
+            raise FrankenError(f"{run.manifest_path} is corrupt (the setting {min(lost)} is missing)")
         for name in SETTINGS:
             setattr(args, name, manifest["settings"][name])
     suites = evaluate.parse_suites(args.suites)
     texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
     protocol = evaluate.Protocol(suites, args.samples, args.max_new_tokens, seed=args.seed, execute_code=args.execute_code, **texts)
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
-    if pair:
-        choose(args, pair.layers)  # unknown names are refused before anything is downloaded
-    if not args.resume:
-        check_writable(args.output)
+    if pair or not args.sweep:  # only the names of a sweep depend on the depth
+        choose(args, pair.layers if pair else 1)  # unknown names are refused before anything is downloaded or loaded
+    check_writable(run.path / "experiments" if run else args.output)
     set_threads()
     begin = time.perf_counter()
     opened = open_pair(args.pair, args.base, args.instruct, args.base_revision, args.instruct_revision, extra_sources(args.source),
@@ -282,14 +295,17 @@ def execute(args) -> int:
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     print(f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in {load_seconds:.1f} s; results in {run.path}", file=sys.stderr)
+    resume = f"python run_all.py --resume {shlex.quote(str(run.path))}"
     try:
         failed = run_batch(run, engine, plans, protocol, original)
     except KeyboardInterrupt:
+        print(f"\nInterrupted. Finished experiments are kept; go on with:\n  {resume}", file=sys.stderr)
         write_reports(run)
-        print(f"\nInterrupted. Finished experiments are kept; go on with:\n  python run_all.py --resume {shlex.quote(str(run.path))}", file=sys.stderr)
         return 130
     except FrankenError as e:
-        raise FrankenError(f"{e}\n  after mending it: python run_all.py --resume {shlex.quote(str(run.path))}") from e
+        with contextlib.suppress(FrankenError):  # the first error is the one to tell
+            write_reports(run)
+        raise FrankenError(f"{e}; finished experiments are kept; once mended: {resume}") from e
     print(write_reports(run))
     if failed:
         print(f"{failed} of {len(plans)} experiments failed; their errors are in {run.path / 'experiments'}", file=sys.stderr)

@@ -11,7 +11,9 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import tiny
 
 import prompts
@@ -27,6 +29,13 @@ BATTERY = {
 }
 SUITES = ["informed", "blind", "binary", "capability", "perplexity", "chat"]
 ANSWERS = ["Yes", "No", " Yes", " No"]  # the tokenizer's last four entries: 260 to 263
+
+
+def use(monkeypatch) -> None:
+    """Ask only the small battery, and draw no figures: report.html has tests of its own."""
+    for name, value in BATTERY.items():
+        monkeypatch.setattr(prompts, name, value)
+    monkeypatch.setitem(sys.modules, "html_report", SimpleNamespace(write_html=lambda run, manifest, comparison: None))
 
 
 def tokenizer(chat: bool = True):
@@ -82,8 +91,7 @@ def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
     with log.open("w") as f:
         for fd in (1, 2):
             os.dup2(f.fileno(), fd)
-    for name, value in BATTERY.items():
-        setattr(prompts, name, value)
+    use(pytest.MonkeyPatch())
     if stop_at:
         _wait_at(stop_at, log.with_suffix(".reached"))
     sys.exit(run_all.main(argv))

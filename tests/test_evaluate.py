@@ -35,8 +35,7 @@ def changed(pair):
 
 @pytest.fixture(autouse=True)
 def battery(monkeypatch):
-    for name, value in small_run.BATTERY.items():
-        monkeypatch.setattr(prompts, name, value)
+    small_run.use(monkeypatch)
 
 
 def protocol(*suites, **changes):
@@ -287,8 +286,7 @@ def close(a, b, path="") -> None:
 @pytest.fixture(scope="module")
 def whole(changed):
     with pytest.MonkeyPatch.context() as m:
-        for name, value in small_run.BATTERY.items():
-            m.setattr(prompts, name, value)
+        small_run.use(m)
         return run(changed[0])
 
 

@@ -1,0 +1,269 @@
+"""Files of a run: written whole or not at all, checked when read, and what the schema lets through."""
+
+import copy
+import errno
+import json
+import os
+
+import jsonschema
+import pytest
+import small_run
+
+import prompts
+import results
+import run_all
+from evaluate import Protocol
+from results import SCHEMA, Run, check_writable, protocol_json, read_json, write_json, write_text
+from weights import FrankenError
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two experiments with all suites, the second of them failed. Not to be written to."""
+    folder = tmp_path_factory.mktemp("results")
+    for k, name in enumerate(("instruct", "base")):
+        small_run.checkpoint(folder / name, 100 + k, layers=2)
+    (folder / "mine.py").write_text("from experiments import *\nEXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: splice(m.model, 'no', 0, 1))]\n")
+    with pytest.MonkeyPatch.context() as m:
+        small_run.use(m)
+        assert run_all.main(small_run.arguments(folder, folder / "out", "--experiments-file", folder / "mine.py")) == 1
+    (path,) = (folder / "out").iterdir()
+    return path
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it that may be written to."""
+    (tmp_path / "run" / "experiments").mkdir(parents=True)
+    for file in [*finished.glob("*.json"), *finished.glob("experiments/*.json")]:
+        (tmp_path / "run" / file.relative_to(finished)).write_bytes(file.read_bytes())
+    return Run(tmp_path / "run")
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_text_survives_whatever_a_model_writes(tmp_path):
+    for data in ({"text": "\ud800 lone, \x00 nul, \u2028, é, 🙂, \"quotes\" \\"}, {"numbers": [1e-300, 0.1, -0.0, 2**63]}):
+        write_json(tmp_path / "a.json", data)
+        assert read_json(tmp_path / "a.json") == data
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_nan_is_written_or_read(tmp_path, value):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": value})
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "a.json").write_text(json.dumps({"x": value}))
+    with pytest.raises(FrankenError, match="a.json is corrupt .* is not JSON"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call, number):
+    write_text(tmp_path / "a.txt", "old")
+
+    def refuse(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(FrankenError, match=f"cannot write .*a.txt: {os.strerror(number)}"):
+        write_text(tmp_path / "a.txt", "new " * 9999)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_disk_that_is_really_full(tmp_path):
+    """The partial file is made to be /dev/full, which accepts opening and refuses every byte."""
+    write_text(tmp_path / "a.txt", "old")
+    (tmp_path / f".a.txt.{os.getpid()}.partial").symlink_to("/dev/full")
+    with pytest.raises(FrankenError, match="a.txt: No space left on device"):
+        write_text(tmp_path / "a.txt", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]
+
+
+def test_a_folder_that_is_not_there_any_more(tmp_path):
+    (tmp_path / "file").write_text("")
+    for gone in ("none", "file"):
+        with pytest.raises(FrankenError, match="cannot write"):
+            write_text(tmp_path / gone / "a.txt", "new")
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/none", "/dev/full"])
+def test_unwritable_places_are_refused(tmp_path, where):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FrankenError, match="cannot write results to .*: [A-Z]") as caught:
+        check_writable(str(tmp_path / where))
+    assert "\n" not in str(caught.value) and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_seen_before_the_run(tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, **kwargs):
+            self.file = open("/dev/full", "wb")  # noqa: SIM115
+
+        def __enter__(self):
+            return self.file
+
+        def __exit__(self, *args):
+            self.file.close()
+
+    monkeypatch.setattr(results.tempfile, "TemporaryFile", Full)
+    with pytest.raises(FrankenError, match="No space left on device"):
+        check_writable(str(tmp_path))
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(results.time, "strftime", lambda *args: "20260101_000000")
+    made = [Run.create(str(tmp_path / "new" / "out"), {"n": k}) for k in range(3)]
+    assert [r.path.name for r in made] == ["run_20260101_000000", "run_20260101_000000_1", "run_20260101_000000_2"]
+    assert [read_json(r.manifest_path)["n"] for r in made] == [0, 1, 2] and all((r.path / "experiments").is_dir() for r in made)
+
+
+# ---- the schema ----------------------------------------------------------------------------------------------------
+
+
+def objects(schema, value, path=()):
+    """(path, schema) of every object in `value` for which the schema names required keys."""
+    if "oneOf" in schema:
+        schema = next((s for s in schema["oneOf"] if s.get("type") == "object" and isinstance(value, dict)), {})
+    if isinstance(value, dict):
+        yield path, schema
+        for key, sub in schema.get("properties", {}).items():
+            if key in value:
+                yield from objects(sub, value[key], (*path, key))
+    elif isinstance(value, list) and value and "items" in schema:
+        yield from objects(schema["items"], value[0], (*path, 0))
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+def test_results_fit_the_schema_and_every_required_key_is_needed(run):
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    whole, failed = (run.load(name) for name in ("baseline_instruct", "nowhere"))
+    assert set(whole["measurements"]) == set(small_run.SUITES) and whole["status"] == "done" and whole["error"] is None
+    assert failed["measurements"] == {} and failed["status"] == "failed" and failed["error"]["type"] == "FrankenError"
+    tried = 0
+    for result in (whole, failed):
+        for path, schema in list(objects(SCHEMA, result)):
+            for key in schema.get("required", []):
+                broken = copy.deepcopy(result)
+                del at(broken, path)[key]
+                assert not results.VALIDATOR.is_valid(broken), (path, key)
+                tried += 1
+    assert tried > 120
+
+
+BREAKS = {
+    "another version": lambda r: r.update(schema_version=2),
+    "another status": lambda r: r.update(status="maybe"),
+    "numbers as text": lambda r: r["measurements"]["perplexity"].update(perplexity="12"),
+    "a count with a fraction": lambda r: r["measurements"]["capability"].update(correct=0.5),
+    "true for a count": lambda r: r["measurements"]["capability"].update(n=True),
+    "a key that is neither": lambda r: r["measurements"]["binary"]["probes"][0].update(keyed="perhaps"),
+    "a reply that is no text": lambda r: r["measurements"]["chat"]["probes"][0]["reply"].update(text=None),
+    "an error in text": lambda r: r.update(error="it failed"),
+    "a fingerprint that is missing": lambda r: r["weights"].update(original=None),
+    "layers that are no list": lambda r: r["experiment"]["recipe"].update(slots={}),
+    "seconds as null": lambda r: r["performance"].update(seconds=None),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_the_schema_rejects(run, name):
+    result = run.load("baseline_instruct")
+    BREAKS[name](result)
+    with pytest.raises(jsonschema.ValidationError):
+        run.save(result)
+    write_json(run.file("baseline_instruct"), result)
+    with pytest.raises(FrankenError, match=r"baseline_instruct.json is corrupt \(\$.*; move it away and resume") as caught:
+        run.load("baseline_instruct")
+    assert "\n" not in str(caught.value)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+CORRUPT = {
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[: len(data) // 2],
+    "one byte short of its end": lambda data: data.rstrip()[:-1],
+    "not UTF-8": lambda data: data.replace(b"The control", b"The \xffcontrol"),
+    "zeros": lambda data: b"\x00" * len(data),
+    "NaN": lambda data: data.replace(b'"nll": ', b'"nll": NaN, "old": ', 1),
+    "a list": lambda data: b"[]",
+    "another experiment": lambda data: data.replace(b"baseline_instruct", b"shuffle_all"),
+}
+
+
+@pytest.mark.parametrize("name", CORRUPT)
+def test_corrupt_results_are_named_in_one_line(run, name):
+    file = run.file("baseline_instruct")
+    file.write_bytes(CORRUPT[name](file.read_bytes()))
+    with pytest.raises(FrankenError, match="baseline_instruct.json is corrupt .*; move it away and resume to run that experiment again$") as caught:
+        run.load("baseline_instruct")
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_not_there_or_cannot_be_read(run):
+    assert run.load("swap_adjacent_30_35") is None
+    run.file("swap_adjacent_30_35").mkdir()
+    with pytest.raises(FrankenError, match="cannot read .*swap_adjacent_30_35.json: Is a directory"):
+        run.load("swap_adjacent_30_35")
+    with pytest.raises(FrankenError, match="cannot read .*manifest.json: No such file"):
+        Run.resume(str(run.path / "none"))
+
+
+@pytest.mark.parametrize("key", [*results.MANIFEST, "schema_version"])
+def test_a_manifest_that_lacks_something_is_refused(run, key):
+    manifest = Run.resume(str(run.path))[1]
+    for broken in ({k: v for k, v in manifest.items() if k != key}, manifest | {key: 1.5}):
+        if key == "pair" and broken.get("pair") is None:
+            continue  # two checkpoints have no name, which null says as well as nothing
+        write_json(run.manifest_path, broken)
+        with pytest.raises(FrankenError, match=f"manifest.json is (corrupt .{key}|not a manifest of version 1)"):
+            Run.resume(str(run.path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "3"])
+def test_a_manifest_that_is_none_is_refused(run, text):
+    run.manifest_path.write_text(text)
+    with pytest.raises(FrankenError, match="manifest.json is (corrupt|not a manifest)"):
+        Run.resume(str(run.path))
+
+
+# ---- the manifest --------------------------------------------------------------------------------------------------
+
+
+def test_the_manifest_says_what_ran_on_what(finished):
+    manifest = read_json(finished / "manifest.json")
+    assert {"created", "command", "commit", "versions", "hardware", "sources", "load_seconds"} <= set(manifest)
+    assert manifest["versions"].keys() >= {"python", "torch", "transformers", "safetensors"} and all(manifest["versions"][k] for k in ("python", "torch"))
+    assert manifest["hardware"]["memory_bytes"] > 1 << 30 and manifest["hardware"]["cpus"] >= 1
+    assert manifest["experiments"] == ["baseline_instruct", "nowhere"] and (manifest["layers"], manifest["dtype"], manifest["devices"]) == (2, "float32", ["cpu"])
+    import hashlib
+
+    for source, entry in manifest["sources"].items():
+        digest = hashlib.sha256((finished.parents[1] / source / "model.safetensors").read_bytes()).hexdigest()
+        assert entry["files"]["model.safetensors"]["sha256"] == digest and entry["kind"] == "checkpoint"
+
+
+def test_protocols_are_equal_in_the_manifest_only_if_they_ask_the_same(monkeypatch):
+    def recorded(**changes):
+        return json.loads(json.dumps(protocol_json(Protocol(**changes))))
+
+    first = recorded()
+    assert recorded() == first == protocol_json(Protocol())  # what is compared on resume has been through JSON
+    text = prompts.NEUTRAL_TEXTS["news"]
+    assert {"id": "news", "characters": len(text)} == {k: v for k, v in first["texts"][[t["id"] for t in first["texts"]].index("news")].items() if k != "sha256"}
+    assert text[:40] not in json.dumps(first)
+    different = [{"seed": 1}, {"samples": 2}, {"max_new_tokens": 81}, {"suites": ("binary",)}, {"texts": (("news", text[:-1]),)}, {"execute_code": True}]
+    assert all(recorded(**changes) != first for changes in different)
+    monkeypatch.setattr(prompts, "CAPABILITY", prompts.CAPABILITY[1:])
+    assert recorded() != first
