@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,8 @@ BATTERY = {
     "INFORMED_PROBES": prompts.INFORMED_PROBES[:2],
     "BLIND_PROBES": prompts.BLIND_PROBES[:2],
     "BINARY_PROBES": tuple(p for p in prompts.BINARY_PROBES if p.framing == "plain" and p.id.split("-")[1] in ("wrong", "layers", "earth", "ice")),
-    "CAPABILITY": tuple(next(item for item in prompts.CAPABILITY if item.category == c) for c in ("arithmetic", "reasoning", "format", "code")),
+    "CAPABILITY": tuple(replace(next(item for item in prompts.CAPABILITY if item.category == c), max_new_tokens=6)
+                        for c in ("arithmetic", "reasoning", "format", "code")),
     "CHAT_PROBES": (prompts.CHAT_PROBES[0], prompts.CHAT_PROBES[-1]),
     "NEUTRAL_TEXTS": {"short": "The mill stood by the river.", "long": "At noon the ferry came back, and with it the mail. " * 3},
 }
