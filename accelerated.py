@@ -19,7 +19,7 @@ from generation import ATTENTION, Completion, Decoding, Request, run_layer
 
 SLOTS = "franken_slots"
 WINDOW = 8  # steps between two looks of the host at the tokens; a finished batch runs at most 7 too many
-ROWS = (16, 64)  # a batch is padded to one of these: a step costs the same for 1 row as for 16
+ROWS = (16, 64, 128)  # a batch is padded to one of these: a step costs the same for 1 row as for 16
 GRAPHS = 16  # captured graphs kept
 COMPILE_ABOVE = 50_000_000  # parameters of one layer; below, launches are the cost and graphs alone remove it
 
@@ -162,10 +162,12 @@ class Accelerator:
     def _admit(self, lengths: list[int]) -> int:
         """How many of the rows fit into the pools, after growing them if that helps. Raises OutOfMemoryError for none."""
         positions = len(self.live.order)
-        if len(self.pools) < positions or self.slots <= sum(lengths):
-            wanted = 1 + max(sum(lengths), self.slots - 1, self.engine.max_batch * max(lengths))
-            self.release()
-            self._grow(min(-(-wanted // 1024) * 1024, self._slots_that_fit(positions)), positions)
+        wanted = max(1 + sum(lengths), self.slots)
+        if len(self.pools) < positions or wanted > self.slots:
+            slots = min(-(-wanted // 4096) * 4096, self._slots_that_fit(positions))
+            if len(self.pools) < positions or slots > 1.1 * self.slots:
+                self.release()
+                self._grow(slots, positions)
         total = 1  # slot 0 belongs to padding rows
         for n, length in enumerate(lengths):
             total += length
@@ -182,8 +184,9 @@ class Accelerator:
         item = self.live.dtype.itemsize
         prefill = engine.prefill_tokens * (3 * config.intermediate_size + 8 * config.hidden_size) * item
         sampler = 16 * 4 * max(engine.max_batch, 64) * config.vocab_size
-        room = free_memory(self.device) - prefill - sampler - 2 * self.live.layer_bytes()
-        return max(0, room) // (positions * 2 * engine.kv_heads * engine.head_dim * item)
+        slot = 2 * engine.kv_heads * engine.head_dim * item
+        free = free_memory(self.device) + self.slots * len(self.pools) * slot  # as if the present pools were gone
+        return max(0, free - prefill - sampler - 2 * self.live.layer_bytes()) // (positions * slot)
 
     def _grow(self, slots: int, positions: int) -> None:
         shape = (slots, self.engine.kv_heads, self.engine.head_dim)

@@ -137,9 +137,9 @@ class Engine:
         self.stop_ids = sorted({*stop_ids, *find_stop_ids(tokenizer)})
         on_gpu = live.device.type == "cuda"
         self.devices = list(dict.fromkeys(bank.device for bank in live.banks))
-        self.max_batch = max_batch or (64 if on_gpu else 32)
         self.prefill_tokens = 16384 if on_gpu else 4096
         self.fast = (on_gpu and len(self.devices) == 1) if fast is None else fast
+        self.max_batch = max_batch or (128 if on_gpu and self.fast else 64 if on_gpu else 32)
         self.timing = Timing()
         self._accelerator = None
         attention = live.banks[0].module.self_attn
