@@ -1,0 +1,373 @@
+#!/usr/bin/env python3
+"""Speed and memory on one GPU, on random weights of the exact Qwen2.5-Coder-32B shape, beside the machine's own floors.
+
+    python benchmarks/gpu_bench.py --output results/reference/gpu_benchmark.json
+
+writes two random checkpoints (97 GB) into --work, which should be a tmpfs so that they are in the page cache, loads them
+under a 78 GiB cap and prints one table. `--device cpu` runs the same code on a tiny model, to see that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gpu_checkpoint
+import torch
+
+import experiments
+import recipes
+from evaluate import SUITES, Protocol, evaluate
+from generation import ATTENTION, Engine, Request, Timing
+from pairs import open_pair
+
+SECTIONS = ("surgery", "decode", "protocol", "batch", "sweep", "resident")
+GIB = 1 << 30
+
+
+@dataclass
+class Row:
+    """One line of the table; `ok` is None for a figure without a target."""
+
+    what: str
+    measured: str
+    floor: str = ""
+    target: str = ""
+    ok: bool | None = None
+    note: str = ""
+
+
+class Watch:
+    """Peaks of this process's own host memory and of the memory it reserves on the GPU, sampled 20 times a second."""
+
+    def __init__(self):
+        self.host = self.gpu = 0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            status = Path("/proc/self/status").read_text()
+            self.host = max(self.host, int(status.split("RssAnon:")[1].split()[0]) << 10)
+            if torch.cuda.is_available():
+                self.gpu = max(self.gpu, torch.cuda.memory_reserved())
+            time.sleep(0.05)
+
+
+def seconds(function, repeats: int, on_gpu: bool) -> float:
+    """Median seconds of a call, by device events on a GPU."""
+    times = []
+    for _ in range(repeats + 1):
+        if on_gpu:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in (0, 1))
+            start.record()
+            function()
+            stop.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(stop) / 1e3)
+        else:
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+    return sorted(times[1:])[repeats // 2]  # the first call warms up
+
+
+class Bench:
+    def __init__(self, args):
+        self.args, self.rows, self.details = args, [], {}
+        self.on_gpu = args.device == "cuda"
+        self.device = torch.device("cuda", 0) if self.on_gpu else torch.device("cpu")
+        self.watch = Watch()
+
+    def row(self, *args, **kwargs) -> None:
+        self.rows.append(Row(*args, **kwargs))
+        print(" | ".join(str(v) for v in asdict(self.rows[-1]).values()), flush=True)
+
+    # ---- floors and loading -------------------------------------------------------------------------------------
+
+    def floors(self) -> None:
+        size = (8 if self.on_gpu else 1 / 256) * GIB
+        data = torch.empty(int(size) // 2, dtype=torch.bfloat16, device=self.device).normal_()
+        vector = torch.randn(8192, dtype=torch.bfloat16, device=self.device)
+        readers = {"sum of int64": data.view(torch.int64).sum, "sum of float32": data.view(torch.float32).sum,
+                   "bf16 matrix-vector product": lambda: torch.mv(data.view(-1, 8192), vector)}
+        rates = {name: data.nbytes / seconds(f, 10, self.on_gpu) for name, f in readers.items()}
+        host = torch.empty(int(size) // 4, dtype=torch.uint8, pin_memory=self.on_gpu)
+        target = data.view(torch.uint8)[: len(host)]
+        self.read_rate = max(rates.values())  # the fastest reader makes the strictest floor
+        self.pinned_rate = len(host) / seconds(lambda: target.copy_(host, non_blocking=True), 5, self.on_gpu)
+        self.details["read_bytes_per_second"] = rates
+        self.row("floor: read bandwidth", f"{self.read_rate / 1e12:.2f} TB/s", note=f"best of {', '.join(rates)}")
+        self.row("floor: pinned host to device", f"{self.pinned_rate / 1e9:.1f} GB/s")
+
+    def load(self) -> None:
+        shape = gpu_checkpoint.SHAPE_32B if self.on_gpu else gpu_checkpoint.SHAPE_TINY
+        shape = shape | ({"num_hidden_layers": self.args.layers} if self.args.layers else {})
+        begin = time.perf_counter()
+        instruct, base = gpu_checkpoint.write_pair(self.args.folder, shape, self.device)
+        self.details["write_seconds"] = time.perf_counter() - begin
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, self.args.cap * GIB / total))
+        begin = time.perf_counter()
+        opened = open_pair(None, base=str(base), instruct=str(instruct), device_map=self.args.device, resident=False)
+        self.details["open_seconds"] = time.perf_counter() - begin
+        self.live, self.tokenizer = opened.live, opened.tokenizer
+        self.n, surgery = len(self.live.original), self.live.last_surgery
+        rate = surgery.bytes_streamed / surgery.seconds
+        self.row("first load from the page cache", f"{rate / 1e9:.1f} GB/s", target=">= 5 GB/s", ok=rate >= 5e9,
+                 note=f"{surgery.bytes_streamed / 1e9:.1f} GB in {surgery.seconds:.1f} s")
+        self.engine = Engine(self.live, self.tokenizer)
+        head = self.live.model.get_output_embeddings().weight
+        self.step_bytes = self.n * self.live.layer_bytes() + head.nbytes
+        self.original = self.live.fingerprint()
+
+    # ---- surgery and streaming ----------------------------------------------------------------------------------
+
+    def surgery(self) -> None:
+        live, whole, layer = self.live, self.live.original, self.live.layer_bytes()
+        i, j = self.n * 10 // 64, self.n * 55 // 64
+        allocated = torch.cuda.memory_allocated() if self.on_gpu else 0
+        both = []
+        for _ in range(6):
+            swapped, undone = live.apply(recipes.swap(whole, i, j)), live.apply(whole)
+            both.append(swapped.seconds + undone.seconds)
+        took = sorted(both[1:])[2]
+        self.row("swap of two layers, applied and undone", f"{took * 1e3:.1f} ms", target="< 10 ms", ok=took < 0.010,
+                 note=f"first time {both[0] * 1e3:.1f} ms")
+        times = [live.apply(recipes.shuffle(whole, seed)).seconds for seed in range(5)]
+        extra = torch.cuda.max_memory_allocated() - allocated if self.on_gpu else 0
+        live.apply(whole)
+        self.row("shuffle_all applied", f"{max(times) * 1e3:.0f} ms", target="< 200 ms", ok=max(times) < 0.2)
+        self.row("  its extra GPU memory", f"{extra / 1e9:.3f} GB", target="<= one layer", ok=extra <= layer * 1.001,
+                 note=f"a layer is {layer / 1e9:.3f} GB")
+        rates, ones = [], []
+        for _ in range(4):
+            spliced = live.apply(recipes.splice(whole, "base", self.n // 2, self.n))
+            rates.append(spliced.bytes_streamed / spliced.seconds)
+            live.apply(whole)
+        rate = sorted(rates)[1]
+        share = rate / self.pinned_rate
+        self.row(f"splice of {self.n // 2} base layers from host memory", f"{rate / 1e9:.1f} GB/s",
+                 f"{self.pinned_rate / 1e9:.1f} GB/s", ">= 80%", share >= 0.8,
+                 f"{100 * share:.0f}%; {spliced.bytes_streamed / 1e9:.1f} GB in {spliced.bytes_streamed / rate:.2f} s; all: "
+                 + ", ".join(f"{r / 1e9:.1f}" for r in rates))
+        for p in range(self.n // 2, self.n // 2 + 4):
+            ones.append(live.apply(recipes.splice(whole, "base", p, p + 1)).seconds)
+            live.apply(whole)
+        self.details["one_layer_seconds"] = ones
+        begin = time.perf_counter()
+        exact = live.fingerprint() == self.original
+        self.row("fingerprint of all weights", f"{(time.perf_counter() - begin) * 1e3:.0f} ms", target="back to the bit", ok=exact)
+
+    # ---- decoding -----------------------------------------------------------------------------------------------
+
+    def _requests(self, n: int, new: int, temperature: float, prompt: int = 256) -> list[Request]:
+        return [Request(f"b{i}", tuple(5 + (31 * i + 7 * k) % 3900 for k in range(prompt)), new, temperature) for i in range(n)]
+
+    def decode(self) -> None:
+        engine, new = self.engine, 64 if self.on_gpu else 8
+        self.floor = self.step_bytes / self.read_rate
+        self.row("floor: one decode step", f"{self.floor * 1e3:.2f} ms", note=f"{self.step_bytes / 1e9:.1f} GB of weights read once")
+        for rows, most in ((16, 1.3), (64, 1.5)):
+            engine.timing = Timing()
+            engine.complete(self._requests(rows, 3, 0.7))
+            self.details[f"first_capture_seconds_{rows}"] = engine.timing.capture_seconds
+            for temperature in (0.0, 0.7):
+                engine.complete(self._requests(rows, 3, temperature))
+                engine.timing = Timing()
+                engine.complete(self._requests(rows, new, temperature))
+                step = engine.timing.decode_seconds / engine.timing.decode_steps
+                self.row(f"one decode step, batch {rows}, {'sampled' if temperature else 'greedy'}", f"{step * 1e3:.2f} ms",
+                         f"{self.floor * 1e3:.2f} ms", f"<= {most}x", step <= most * self.floor,
+                         f"{step / self.floor:.2f}x; context 256 to {256 + new}; {rows / step:.0f} tokens/s")
+        compiled = self.details["first_capture_seconds_16"] + self.details["first_capture_seconds_64"]
+        self.row("compiling and capturing, once", f"{compiled:.1f} s", note="batch sizes 16 and 64")
+        block = self.n * 24 // 64, self.n * 40 // 64
+        for name, recipe in (("deleted", recipes.delete(self.live.original, *block)), ("repeated", recipes.repeat(self.live.original, *block))):
+            self.live.apply(recipe)
+            engine.timing = Timing()
+            engine.complete(self._requests(16, 3, 0.7))
+            self.row(f"capturing again, {block[1] - block[0]} layers {name}", f"{engine.timing.capture_seconds * 1e3:.0f} ms",
+                     note=f"{len(recipe)} layers run, {engine.timing.captures} graph; same depth: no capture at all")
+        self.live.apply(self.live.original)
+
+    # ---- the protocol -------------------------------------------------------------------------------------------
+
+    def protocol(self) -> None:
+        engine, protocol = self.engine, Protocol()
+        for _ in range(2):  # the first time compiles and captures
+            engine.timing, begin = Timing(), time.perf_counter()
+            _, phases = evaluate(engine, protocol)
+            fast = time.perf_counter() - begin
+        self.details["protocol"] = {"seconds": fast, "phases": phases, "timing": asdict(engine.timing)}
+        requests = [r for name in protocol.suites for r in SUITES[name]().requests(engine, protocol)]
+        serial, note = self._serial(requests, protocol)
+        self.row("whole protocol, one experiment", f"{fast:.2f} s", f"serial {serial:.0f} s", ">= 20x faster", serial >= 20 * fast,
+                 f"{serial / fast:.0f}x; {note}; {len(requests)} replies, {engine.timing.decode_tokens} tokens")
+
+    def _serial(self, requests: list[Request], protocol: Protocol) -> tuple[float, str]:
+        """Seconds of the plain way: one generate() a prompt, one forward pass a probe or text, on the same weights."""
+        model, every, tokens = self.live.model, self.args.serial_every, 0
+        attentions = [bank.module.self_attn for bank in self.live.layers]
+        for i, attention in enumerate(attentions):  # generate()'s own cache goes by layer number
+            attention.layer_idx = i
+        self.live.config._attn_implementation = "sdpa"
+        total, measured = 0.0, 0
+
+        def timed(function) -> float:
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            function()
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            return time.perf_counter() - begin
+
+        def generate(r: Request, budget: int):
+            ids = torch.tensor([r.prompt_ids], device=self.device)
+            sampling = {"do_sample": True, "temperature": r.temperature, "top_k": 0} if r.temperature else {"do_sample": False}
+            return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=budget, min_new_tokens=budget,
+                                  pad_token_id=0, **sampling)
+
+        with torch.inference_mode():
+            generate(requests[0], 4)
+            budgets = {(r.max_new_tokens, r.temperature) for r in requests}
+            for budget, temperature in sorted(budgets):
+                group = [r for r in requests if (r.max_new_tokens, r.temperature) == (budget, temperature)]
+                sample = group[::every]
+                took = sum(timed(lambda r=r: generate(r, r.max_new_tokens)) for r in sample)
+                measured, tokens = measured + len(sample), tokens + sum(r.max_new_tokens for r in sample)
+                total += took / len(sample) * len(group)
+            self.details["serial_seconds_per_token"] = total / sum(r.max_new_tokens for r in requests)
+            import prompts
+
+            probes = [self.engine.chat_ids([{"role": "user", "content": p.text}]) for p in prompts.BINARY_PROBES]
+            texts = [self.engine.text_ids(text) for _, text in protocol.texts]
+            for group in (probes, texts):
+                sample = group[::4]
+                took = sum(timed(lambda ids=ids: model(torch.tensor([ids], device=self.device)).logits.float().log_softmax(-1)[0, -1].cpu())
+                           for ids in sample)
+                total += took / len(sample) * len(group)
+        self.live.config._attn_implementation = ATTENTION
+        for attention in attentions:
+            attention.layer_idx = 0
+        return total, f"serial measured on {measured} of {len(requests)} replies ({tokens} tokens) and a quarter of the probes, scaled"
+
+    def _run(self, plans, protocol) -> tuple[float, list[dict]]:
+        from run_all import run_experiment
+
+        begin, results = time.perf_counter(), []
+        for plan in plans:
+            results.append(run_experiment(self.engine, plan, protocol, self.original))
+            p = results[-1]["performance"]
+            problem = (results[-1]["error"] or {}).get("message", "")[:200]
+            print(f"  {plan.experiment.name:36} {p['seconds']:6.2f} s (surgery {p['surgery_seconds']:.3f}, back {p['restore_seconds']:.3f}, "
+                  f"prefill {p['prefill_seconds']:.2f}, decode {p['decode_seconds']:.2f}, capture {p['capture_seconds']:.2f}) "
+                  f"exact {results[-1]['weights']['exact']} {problem}", flush=True)
+            json.dumps(results[-1], allow_nan=False)
+        return time.perf_counter() - begin, results
+
+    def batch(self) -> None:
+        plans = [e.plan(self.n) for e in experiments.EXPERIMENTS]
+        took, results = self._run(plans, Protocol())
+        good = all(r["status"] == "done" and r["weights"]["exact"] for r in results)
+        self.details["batch"] = {r["experiment"]["name"]: r["performance"] for r in results}
+        self.row(f"all {len(plans)} named experiments, full protocol", f"{took:.0f} s", target="< 360 s", ok=took < 360 and good,
+                 note=f"{took / len(plans):.1f} s each; all done, weights back to the bit: {good}")
+        ooms = sum(r["performance"]["out_of_memory"] for r in results)
+        if self.on_gpu:
+            self.row("peak GPU memory of the full batch", f"{self.watch.gpu / GIB:.1f} GiB", target=f"< {self.args.cap} GiB",
+                     ok=self.watch.gpu < self.args.cap * GIB, note=f"reserved by the process, capped there; {ooms} batches halved")
+
+    def sweep(self) -> None:
+        plans = [e.plan(self.n) for e in experiments.window_sweep(1, self.n)][:: self.args.sweep_every]
+        took, results = self._run(plans, Protocol(suites=("binary", "perplexity")))
+        each = [r["performance"]["seconds"] for r in results]
+        move = sorted(r["performance"]["surgery_seconds"] for r in results)
+        self.details["sweep"] = {"seconds": each, "move_seconds": move}
+        self.row("sweep, quick protocol, one configuration", f"{took / len(plans):.2f} s", target="< 2 s", ok=max(each[1:]) < 2,
+                 note=f"{len(plans)} of {self.n} configurations; slowest {max(each):.2f} s")
+        self.row("  the layer's move", f"{move[len(move) // 2] * 1e3:.1f} ms", target="< 30 ms", ok=move[len(move) // 2] < 0.03,
+                 note=f"median; slowest {move[-1] * 1e3:.1f} ms")
+
+    def host(self) -> None:
+        ring = self.live.stream.workers * 2 * self.live.stream.CHUNK if self.on_gpu else 0
+        peak = self.watch.host + ring
+        self.row("host memory beyond the page cache", f"{peak / GIB:.1f} GiB", target="< 8 GiB", ok=peak < 8 * GIB,
+                 note=f"anonymous {self.watch.host / GIB:.1f}, pinned {ring / GIB:.1f}")
+
+    def resident(self) -> None:
+        """Last, without the cap: both models on the card."""
+        if self.engine._accelerator:
+            self.engine._accelerator.release()
+        if self.on_gpu:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            if torch.cuda.mem_get_info()[0] < (self.n + 1) * self.live.layer_bytes():
+                return self.row("splice with both models on the card", "not measured", target="< 100 ms", note="they do not fit this card")
+        self.live._park("base")
+        whole = self.live.original
+        times = [(self.live.apply(recipes.splice(whole, "base", self.n // 2, self.n)).seconds, self.live.apply(whole).seconds) for _ in range(4)]
+        took = max(there for there, _ in times)
+        self.row(f"splice of {self.n // 2} layers with both models on the card", f"{took * 1e3:.0f} ms", target="< 100 ms", ok=took < 0.1,
+                 note=f"back {max(back for _, back in times) * 1e3:.0f} ms; exact: {self.live.fingerprint() == self.original}")
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| what | measured | floor | reach | | note |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        mark = {True: "yes", False: "**no**", None: ""}[r.ok]
+        lines.append(f"| {r.what} | {r.measured} | {r.floor} | {r.target} | {mark} | {r.note} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which parts to run (the floors and loading always)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same code on a tiny model")
+    parser.add_argument("--layers", type=int, help="fewer layers than 64, for a trial")
+    parser.add_argument("--work", default="/dev/shm", help="where the checkpoints go (97 GB for the full shape)")
+    parser.add_argument("--cap", type=float, default=78, help="GiB of GPU memory this process may use")
+    parser.add_argument("--serial-every", type=int, default=8, help="measure the serial way on every N-th reply of each budget")
+    parser.add_argument("--sweep-every", type=int, default=1, help="sweep every N-th layer")
+    parser.add_argument("--output", help="write the table and all details to this .json and the table to .md beside it")
+    args = parser.parse_args()
+    bench = Bench(args)
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        args.folder = Path(folder)
+        bench.floors()
+        bench.load()
+        for section in (s for s in SECTIONS if s in args.only):
+            if section == "resident":
+                bench.host()
+            try:
+                getattr(bench, section)()
+            except Exception as e:  # one part that fails leaves the others' figures
+                bench.row(section, "failed", ok=False, note=f"{type(e).__name__}: {str(e)[:300]}")
+        shutil.rmtree(folder, ignore_errors=True)
+    text = table(bench.rows)
+    name = torch.cuda.get_device_name(0) if bench.on_gpu else "CPU (tiny model)"
+    import transformers
+
+    about = f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}, {bench.n} layers, {os.cpu_count()} CPU cores"
+    print(f"\n{about}\n\n{text}")
+    if args.output:
+        path = Path(args.output)
+        path.write_text(json.dumps({"about": about, "rows": [asdict(r) for r in bench.rows], "details": bench.details}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(f"# GPU benchmark\n\n{about}. Random weights of the Qwen2.5-Coder-32B shape in bf16; "
+                                           f"one command: `python benchmarks/gpu_bench.py`.\n\n{text}\n")
+    return 0 if all(r.ok is not False for r in bench.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
