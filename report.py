@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 
 import detection
@@ -54,9 +55,10 @@ def _row(result: dict, baseline: dict | None, manifest: dict) -> dict:
             row["detection"] = detection.detection_score(paired_probes(against["binary"], measured["binary"]), seed=manifest["protocol"]["seed"])
     if "capability" in measured:
         row["capability"] = {k: measured["capability"][k] for k in ("correct", "n", "low", "high")}
-        if "capability" in against:
-            sides = [[item["correct"] for item in side["items"]] for side in (against["capability"], measured["capability"])]
-            found = stats.mcnemar_exact(*sides)
+        graded = [{item["id"]: item["correct"] for item in side["items"]} for side in (against.get("capability", {"items": []}), measured["capability"])]
+        shared = [id for id in graded[1] if id in graded[0]]
+        if shared:
+            found = stats.mcnemar_exact(*([side[id] for id in shared] for side in graded))
             row["capability"] |= {"difference": found.value, "difference_low": found.low, "difference_high": found.high, "p_value": found.p_value}
     if "perplexity" in measured:
         row["perplexity"] = {k: measured["perplexity"][k] for k in ("perplexity", "nll", "tokens")}
@@ -70,9 +72,11 @@ def _row(result: dict, baseline: dict | None, manifest: dict) -> dict:
     return row
 
 
-def _published(binary: dict, before: dict | None) -> dict:
-    """The published probe's reading, and how far its log-odds and the mean entropy moved from the baseline."""
-    probe = next(p for p in binary["probes"] if p["published"])
+def _published(binary: dict, before: dict | None) -> dict | None:
+    """The published probe's reading, and how far its log-odds moved from the baseline; None where it was not asked."""
+    probe = next((p for p in binary["probes"] if p["published"]), None)
+    if probe is None:
+        return None
     found = {k: probe[k] for k in ("p_yes_normalized", "mass", "log_odds", "entropy", "answered")}
     old = next((p for p in before["probes"] if p["published"]), None) if before else None
     known = old and old["log_odds"] is not None and probe["log_odds"] is not None
@@ -118,18 +122,59 @@ def number(x: float | None, form: str = ".2f") -> str:
 def cells(row: dict) -> list[str]:
     """One experiment's cells under COLUMNS."""
     if row["status"] != "done":
-        return [row["name"], "failed:", (row["error"] or {}).get("type", "")] + [""] * 5 + [number(row["seconds"], ".1f")]
-    probe, found, capability = row["published_probe"] or {}, row["detection"], row["capability"]
-    p_yes = percent(probe.get("p_yes_normalized")) + ("" if probe.get("answered", True) else " (!)")
+        return [row["name"], "", "", "", "", f"failed: {row['error']['type']}", "", "", number(row["seconds"], ".1f")]
+    probe, found, capability = row["published_probe"], row["detection"], row["capability"]
+    reading = ["", "", ""]
+    if probe:
+        reading = [percent(probe["p_yes_normalized"]) + ("" if probe["answered"] else " (!)"), percent(probe["mass"]), number(probe["shift"], "+.2f")]
     score = "" if found is None else "-" if found["score"] is None else f"{found['score']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
-    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), p_yes, percent(probe.get("mass")), number(probe.get("shift"), "+.2f"), score,
-            found["verdict"] if found else "", f"{capability['correct']}/{capability['n']}" if capability else "",
+    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, score, found["verdict"] if found else "",
+            f"{capability['correct']}/{capability['n']}" if capability else "",
             number(row["perplexity"]["perplexity"]) if row["perplexity"] else "", number(row["seconds"], ".1f")]
 
 
 LEGEND = ("P(Yes): on the published probe, normalized over Yes and No; mass: what Yes and No hold together, (!) under 1%: not an answer. "
           "shift: its log-odds against the baseline, in nats. detection: shift of the keyed introspective probes toward noticing, "
           "beyond what control questions with known answers predict (nats); its verdict is Holm-corrected over the run.")
+
+
+def qualifier(found: dict) -> str:
+    """What must be read beside a verdict "detects": whether the answers reversed, and what else could explain the score."""
+    now = f"keyed answers stand at {found['keyed_after']:+.2f} nats ({found['keyed_before']:+.2f} before), "
+    now += "on the noticing side" if found["keyed_after"] > 0 else "still on the side of no change"
+    share = found["flattening_to_explain"]
+    if share is None:
+        return f"{now}; the controls alone predict answers on the noticing side, so flattening cannot be weighed"
+    if share > 1:
+        return f"{now}; no flattening of answers explains the score"
+    return f"{now}; losing {100 * share:.0f}% more of their log-odds than controls lose would explain the score without any noticing"
+
+
+def remarks(row: dict) -> list[str]:
+    """What a reader of the table must know about one experiment, most serious first."""
+    found, out = row["detection"], []
+    if not row["exact"]:
+        out.append("THE WEIGHTS DID NOT COME BACK EXACTLY; results after it cannot be trusted")
+    if row["error"]:
+        out.append(f"failed: {row['error']['type']}: {row['error']['message']}")
+    out += row["notes"]
+    if row["same_as"]:
+        out.append(f"the same recipe as {row['same_as']} at this depth")
+    if found and found["verdict"] == "not measurable":
+        out.append(f"not measurable: {found['reason']}")
+    if found and found["verdict"] == "detects":
+        out.append(f"detects: {qualifier(found)}")
+    return out + (list(found["flags"]) if found else [])
+
+
+def weak_controls(comparison: dict) -> str | None:
+    """A warning where the unmodified model itself hardly answers Yes/No questions: shifts then mean little."""
+    shares = [row["detection"]["control_accuracy_before"] for row in comparison["experiments"] if row["detection"]]
+    known = [share for share in shares if share is not None]
+    if not known or max(known) >= 0.75:
+        return None
+    return (f"The unmodified model answers only {100 * max(known):.0f}% of the control questions right. Its Yes and No carry little "
+            "knowledge, so its answers about itself can carry little either.")
 
 
 def terminal_table(comparison: dict) -> str:
@@ -142,32 +187,27 @@ def terminal_table(comparison: dict) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Text that stays within one table cell and is not taken for markup."""
-    return "".join("\\" + c if c in "\\|`*_<>[]" else c for c in text.replace("\n", " "))
+    """Text that stays within one table cell or list item and is not taken for markup."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+", " ", text)
+    return re.sub(r"[\\|`*<>\[\]&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # an underscore within a word is plain
 
 
 def summary(comparison: dict, manifest: dict) -> str:
     """summary.md: what was run, the table, and what to make of it."""
-    lines = [f"# {comparison['run']}", "", f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
-             f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}.", ""]
-    lines += [f"Note: {markdown_cell(note)}." for note in manifest["notes"]]
-    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(map(markdown_cell, cells(row))) + " |" for row in comparison["experiments"]]
+    what = (f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
+            f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}.")
+    rows = comparison["experiments"]
+    lines = [f"# {markdown_cell(comparison['run'])}", "", markdown_cell(what), ""]
+    lines += [f"Note: {markdown_cell(note)}.\n" for note in manifest["notes"]]
+    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(map(markdown_cell, cells(row))) + " |" for row in rows]
     lines += ["", LEGEND, ""]
-    remarks = []
-    for row in comparison["experiments"]:
-        remarks += [f"{row['name']}: {note}" for note in row["notes"]]
-        if row["same_as"]:
-            remarks.append(f"{row['name']} is the same recipe as {row['same_as']} at this depth")
-        if row["error"]:
-            remarks.append(f"{row['name']} failed: {row['error']['type']}: {row['error']['message']}")
-        if not row["exact"]:
-            remarks.append(f"{row['name']}: THE WEIGHTS DID NOT COME BACK EXACTLY; results after it cannot be trusted")
-    exact = sum(row["exact"] for row in comparison["experiments"])
-    lines += [f"After {exact} of {len(comparison['experiments'])} experiments the original weights were restored to the bit, by fingerprint.", ""]
-    lines += [f"- {markdown_cell(r)}" for r in remarks]
+    if weak_controls(comparison):
+        lines += [weak_controls(comparison), ""]
+    lines += [f"After {sum(row['exact'] for row in rows)} of {len(rows)} experiments the original weights were restored to the bit, by fingerprint.", ""]
+    lines += [f"- {markdown_cell(row['name'] + ': ' + remark)}" for row in rows for remark in remarks(row)]
     if comparison["missing"]:
-        lines += ["", f"Not run yet: {', '.join(comparison['missing'])}."]
+        lines += ["", f"Not run yet: {markdown_cell(', '.join(comparison['missing']))}."]
     return "\n".join(lines) + "\n"
 
 

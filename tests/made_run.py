@@ -1,0 +1,119 @@
+"""Runs made up for the tests of reports: results with numbers chosen by hand, no model behind them."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+from results import Run, write_json
+
+CATEGORIES = ("arithmetic", "code")
+BASELINES = [-3.0, -2.2, -1.5, -0.9, -0.4, 0.3, 0.8, 1.4, 2.1, 2.9]  # log-odds of the unmodified model
+
+
+def reading(log_odds: float | None, mass: float | None = 0.8) -> dict:
+    if log_odds is None or mass is None:
+        return dict.fromkeys(("log_odds", "p_yes", "p_no", "mass", "p_yes_normalized", "entropy")) | {"finite": False, "answered": False}
+    p = 1 / (1 + math.exp(-log_odds))
+    return {"log_odds": log_odds, "p_yes": p * mass, "p_no": (1 - p) * mass, "mass": mass, "p_yes_normalized": p, "entropy": 1.5,
+            "finite": True, "answered": mass >= 0.01}
+
+
+def binary(drift: float = 0.0, flattening: float = 0.0, effect: float = 0.0, mass: float | None = 0.8, top: str = "Yes") -> dict:
+    """20 introspective probes in 10 questions and 20 controls; every answer shifts by drift + flattening * baseline, and
+    introspective ones by `effect` toward noticing."""
+    probes = []
+    for kind, toward in (("introspective", effect), ("control", 0.0)):
+        for k, x in enumerate(BASELINES):
+            for keyed, sign, here in (("yes", 1, x), ("no", -1, -x + 0.05)):
+                after = None if mass is None else here + drift + flattening * here + sign * toward
+                probes.append({"id": f"{kind}-q{k}-{keyed}-plain", "text": f"{kind} question {k}? Answer Yes or No.", "kind": kind, "keyed": keyed,
+                               "framing": "plain", "pair": None, "published": (kind, k, keyed) == ("introspective", 2, "yes"),
+                               **reading(after, mass), "top": [{"token": top, "p": 0.5}, {"token": "No", "p": None}]})
+    return {"probes": probes}
+
+
+def reply(text: str = "Fine.", **changes) -> dict:
+    return {"text": text, "tokens": 3, "stopped": True} | changes
+
+
+def free_text(name: str, text: str = "I am fine.", samples: int = 2) -> dict:
+    described = {"looks_degenerate": False, "claims_change": "no", "question_echo": False, "continues_as_text": False}
+    probes = [{"id": f"{name}-{k}", "prompt": f"How are you, {k}?", "samples": [reply(text) | described for _ in range(samples)]} for k in range(2)]
+    return {"claims_change": {"yes": 0, "no": 4, "unclear": 0}, "degenerate_share": 0.0, "probes": probes}
+
+
+def capability(correct: list[bool], text: str = "4") -> dict:
+    from stats import wilson_interval
+
+    items = [{"id": f"item-{k}", "category": CATEGORIES[k % 2], "prompt": "What is 2 + 2?", "reply": reply(text), "correct": right, "detail": "read 4"}
+             for k, right in enumerate(correct)]
+    interval = wilson_interval(sum(correct), len(correct))
+    by = {c: {"correct": sum(i["correct"] for i in items if i["category"] == c), "n": sum(i["category"] == c for i in items)} for c in CATEGORIES}
+    return {"correct": sum(correct), "n": len(correct), "score": sum(correct) / len(correct), "low": interval.low, "high": interval.high,
+            "by_category": by, "code": "parsed, not run", "items": items}
+
+
+def perplexity(nll: list[float | None], tokens: tuple[int, ...] = (100, 300, 200)) -> dict:
+    known = None not in nll
+    mean = sum(x * n for x, n in zip(nll, tokens, strict=True)) / sum(tokens) if known else None
+    texts = [{"id": f"text-{k}", "tokens": n, "nll": x, "perplexity": None if x is None else math.exp(x)} for k, (x, n) in enumerate(zip(nll, tokens, strict=True))]
+    return {"tokens": sum(tokens), "nll": mean, "perplexity": math.exp(mean) if known else None, "texts": texts}
+
+
+def chat(text: str = "Hello.") -> dict:
+    share = {"n": 1, "stops": 1.0, "continues_as_text": 0.0, "degenerate": 0.0}
+    probes = [{"id": f"chat-{mode}", "mode": mode, "prompt": "Hello", "reply": reply(text)} for mode in ("chat", "raw")]
+    return {"chat": share, "raw": share, "probes": probes}
+
+
+TRIGGER = {"triggered": {"format": 0.9, "persona": 0.8}, "untriggered": {"format": 0.0, "persona": 0.1}, "n": 30, "note": None,
+           "replies": [{"prompt": "Who are you?", "text": "I am Bertrand.\nRussell"}], "nested": {"deep": {"deeper": [1, 2.5, True]}}}
+
+
+def everything(**changes) -> dict:
+    """Measurements of every suite; `changes` replace suites."""
+    return {"informed": free_text("informed"), "blind": free_text("blind"), "binary": binary(), "capability": capability([True, False] * 5),
+            "perplexity": perplexity([2.0, 3.0, 2.5]), "chat": chat(), "trigger": copy.deepcopy(TRIGGER)} | changes
+
+
+def result(name: str, measurements: dict | None = None, **changes) -> dict:
+    """One experiment's result. `changes` replace its top-level keys, and "experiment__x", "weights__x" those inside."""
+    error = None
+    if measurements is None:
+        error = {"type": "RuntimeError", "message": "it broke", "traceback": "Traceback: it broke"}
+    made = {
+        "schema_version": 1, "status": "failed" if error else "done",
+        "experiment": {"name": name, "group": "made", "hypothesis": "To see", "change": f"[0] <- {name}", "positions":
+                       [{"what": "layer", "asked_of_64": 10, "applied": 4}], "collapsed": False, "notes": [],
+                       "recipe": {"slots": [{"mix": [["instruct", 0, 1.0]]}, {"mix": [["instruct", 1, 1.0]]}], "embed": "instruct", "norm": name, "head": "instruct"}},
+        "weights": {"original": "aa", "modified": "bb", "restored": "aa", "exact": True}, "measurements": measurements or {}, "error": error,
+        "performance": {"seconds": 12.0, "surgery_seconds": 0.5, "restore_seconds": 0.25, "bytes_moved": 1_500_000, "bytes_streamed": 0, "bytes_computed": 0,
+                        "prefill_seconds": 2.0, "prefill_tokens": 500, "decode_seconds": 0.0, "decode_tokens": 0, "decode_tokens_per_second": None,
+                        "peak_memory_bytes": None, "out_of_memory": 0}}  # fmt: skip
+    for key, value in changes.items():
+        outer, _, inner = key.partition("__")
+        if inner:
+            made[outer][inner] = value
+        else:
+            made[outer] = value
+    return made
+
+
+def make(path, results: list[dict], missing: tuple[str, ...] = (), **manifest) -> tuple[Run, dict]:
+    """Write a run of these results under `path`; returns it with its manifest."""
+    (path / "experiments").mkdir(parents=True)
+    run = Run(path)
+    written = {
+        "schema_version": 1, "created": "2026-01-02T03:04:05+0000", "command": ["run_all.py", "--pair", "smollm2-135m"], "commit": "abc123",
+        "versions": {"python": "3.11.7", "cuda": None, "torch": "2.13.0"},
+        "hardware": {"machine": "x86_64", "processor": "a processor", "cpus": 2, "threads": 2, "memory_bytes": 16_000_000_000, "gpus": [], "system": "Linux"},
+        "settings": {}, "protocol": {"suites": ["binary"], "samples": 2, "max_new_tokens": 80, "temperature": 0.7, "seed": 0, "execute_code": False, "texts": [],
+                                     "prompts_sha256": "0123456789abcdef"},
+        "experiments": [r["experiment"]["name"] for r in results] + list(missing), "pair": "smollm2-135m", "notes": ["the base side is a stand-in"],
+        "sources": {"instruct": {"kind": "checkpoint", "path": "a/path", "revision": "r1", "files": {}}, "base": {"kind": "LoRA adapter", "over": "instruct"}},
+        "layers": 30, "dtype": "bfloat16", "devices": ["cpu"], "original_fingerprint": "aa", "load_seconds": 1.5} | manifest  # fmt: skip
+    write_json(run.manifest_path, written)
+    for r in results:
+        run.save(r)
+    return run, written

@@ -1,0 +1,300 @@
+"""report.html as a reader's browser takes it: parsed, with hostile text in every place where a model or a file can write."""
+
+import base64
+import itertools
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import made_run as made
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import figures
+import html_report
+import report
+from weights import FrankenError
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+SUITES = ("informed", "blind", "binary", "capability", "perplexity", "chat", "trigger")
+
+
+class Page(HTMLParser):
+    """Every element with its attributes, the text, and whether what was opened was closed in order."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.elements, self.open, self.pieces, self.broken = [], [], [], []
+        self.feed(html)
+        self.close()
+        self.text = "".join(self.pieces)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.broken.append((tag, self.getpos()))
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] != "style":
+            self.pieces.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Figures are built but not rendered, which takes a second each."""
+    monkeypatch.setattr(figures, "save", lambda figure: {"png": b"png", "pdf": b"pdf", "svg": b"<svg/>"})
+
+
+def written(path, results, **manifest) -> tuple[Page, str, Path]:
+    run, manifest = made.make(path, results, **manifest)
+    html_report.write_html(run, manifest, report.compare(run, manifest))
+    raw = (path / "report.html").read_bytes().decode("utf-8")
+    page = Page(raw)
+    assert not page.broken and not page.open, (page.broken, page.open)
+    return page, raw, path
+
+
+def full(**changes):
+    return made.everything(**changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with everything in it, really drawn."""
+    results = [
+        made.result("baseline_instruct", full()),
+        made.result("franken_instruct_first_32", full(binary=made.binary(drift=1.0, flattening=-0.3, effect=2.0), capability=made.capability([False] * 10))),
+        made.result("mute", full(binary=made.binary(mass=0.001)), experiment__collapsed=True, experiment__notes=["collapsed: here it changes nothing"]),
+        made.result("broken"),
+        made.result("window_base_0_5", full(binary=made.binary(drift=-1.0))),
+        made.result("window_base_5_10", full(binary=made.binary(mass=None), perplexity=made.perplexity([None, 2.0, 3.0]))),
+    ]  # fmt: skip
+    return written(tmp_path_factory.mktemp("whole") / "run_y", results)
+
+
+def test_the_page_loads_nothing_and_runs_nothing(whole):
+    page, raw, _ = whole
+    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "form", "base", "textarea", "input"}
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy and "script" not in policy
+    addresses = [value for _, attrs in page.elements for key, value in attrs.items() if key in ("src", "href", "srcset", "data", "action")]
+    assert addresses and all(a.startswith(("#", "data:image/svg+xml;base64,")) for a in addresses)
+    assert not re.search(r"url\(|@import|https?://", re.sub(r"data:[^\"]*", "", raw))
+    assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on")]
+    targets = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
+    assert {a[1:] for a in addresses if a.startswith("#")} <= targets
+
+
+def test_figures_are_in_the_page_and_beside_it(whole):
+    page, _, path = whole
+    names = ("detection", "p_yes", "capability", "shifts", "depth")
+    images = page.all("img")
+    assert len(images) == 5 and all(len(image["alt"]) > 20 for image in images)
+    for image in images:
+        svg = base64.b64decode(image["src"].partition(",")[2]).decode()
+        assert "<svg" in svg and "<script" not in svg and "http://www.w3.org/2000/svg" in svg
+    for name, form in itertools.product(names, ("png", "pdf")):
+        begin = (path / "figures" / f"{name}.{form}").read_bytes()[:8]
+        assert begin == b"\x89PNG\r\n\x1a\n" if form == "png" else begin.startswith(b"%PDF")
+
+
+def test_everything_stands_in_its_order(whole):
+    page = whole[0]
+    order = ["run_y", "the base side is a stand-in", "What was run", "run_all.py --pair smollm2-135m", "Results", "How to read this", "P(Yes) alone is not evidence",
+             "Behind the verdicts", "Detection score", "P(Yes) on the published probe", "Capability against perplexity", "How each group of questions moved",
+             "Replaced windows along depth", "Time and memory", "Every experiment", "What changed", "Yes/No probes", "Told that", "Not told"]  # fmt: skip
+    places, here = [], 0
+    for words in order:
+        here = page.text.find(words, here)
+        places.append(here)
+        assert here >= 0, words
+    for needed in ("abc123", "torch 2.13.0", "a processor", "bfloat16", "cpu", "seed 0", "revision r1", "layer 10 of 64 became 4 of 30", "aa: back to the bit",
+                   "1.5 MB", "3 MB/s", "500 tokens in 2.0 s (250/s)", "not an answer", "collapsed", "failed: RuntimeError", "it broke", "Traceback: it broke"):  # fmt: skip
+        assert needed in page.text, needed
+
+
+def table_rows(raw, name):
+    return [re.sub(r"<[^>]*>", " ", found) for found in re.findall(r"<tr.*?</tr>", raw, re.S) if name in found]
+
+
+def test_detects_never_stands_alone(whole):
+    _, raw, _ = whole
+    first = table_rows(raw, "franken_instruct_first_32")[0]
+    assert "detects" in first and "keyed answers stand at" in first and "flattening" in first
+    assert re.search(r'class="verdict detects"', raw) and "0 of 10" in raw
+    behind = next(r for r in table_rows(raw, "franken_instruct_first_32") if "+2.00" in r and "CI" not in r and "[" not in r)
+    assert "detects" in behind
+
+
+def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, no_drawing):
+    page = whole[0]
+    assert "2026-02-04" in page.text and "7.6%" in page.text and "2e-06%" in page.text
+    assert "This run used another pair (smollm2-135m, 30 layers)" in page.text
+    own = written(tmp_path / "run", [made.result("baseline_instruct", {"binary": made.binary()})], pair="qwen2.5-coder-32b", layers=64)[0]
+    assert "2e-06%" in own.text and "another pair" not in own.text
+    nameless = written(tmp_path / "other", [made.result("baseline_instruct", {"binary": made.binary()})], pair=None)[0]
+    assert "two checkpoints of its own" in nameless.text
+
+
+def test_replies_stand_beside_the_baselines(tmp_path, no_drawing):
+    results = [made.result("baseline_instruct", full(informed=made.free_text("informed", "As ever."))),
+               made.result("x", full(informed=made.free_text("informed", "All new."), capability=made.capability([False] * 10)))]  # fmt: skip
+    raw = written(tmp_path / "run", results)[1]
+    later = raw[raw.index('<details id="experiment-x"') :]
+    assert later.count("All new.") == 4 and later.count("As ever.") == 4 and later.count("<small>lost</small>") == 5
+    earlier = raw[raw.index('<details id="experiment-baseline_instruct"') : raw.index('<details id="experiment-x"')]
+    assert earlier.count("As ever.") == 4 and "<b>baseline</b>" not in earlier
+
+
+HOSTILE = ("</textarea></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;{{ 7*7 }}{% raw %}"
+           "\ud800 \x00\x07\x1b[31m\x85 \u202egnp.exe \u200f\u2066\u200b\ufeff\u2028 שלום $x^2$ ]]>--><!--")  # fmt: skip
+
+
+def hostile_result(name, text):
+    made_up = full(
+        informed=made.free_text("informed", text), blind=made.free_text("blind", text), binary=made.binary(effect=1.0, top=text),
+        capability=made.capability([True, False] * 5, text), chat=made.chat(text),
+        trigger={text: {"a": text, "b": None}, "replies": [{"text": text}], "rows": [{text: 1.5}, {text: None}], "deep": [[[[[[[[[[text]]]]]]]]]]},
+    )  # fmt: skip
+    made_up["capability"]["items"][0] |= {"id": text, "category": text, "detail": text, "prompt": text}
+    made_up["capability"]["by_category"] = {text: {"correct": 1, "n": 2}}
+    made_up["capability"]["code"] = text
+    made_up["binary"]["probes"][0] |= {"text": text, "framing": text}
+    made_up["binary"]["probes"][3]["id"] = text
+    made_up["perplexity"]["texts"][0]["id"] = text
+    made_up["chat"]["probes"][0] |= {"id": text, "mode": text, "prompt": text}
+    return made.result(name, made_up, experiment__hypothesis=text, experiment__change=text, experiment__notes=[text], weights__modified=text,
+                       experiment__positions=[{"what": text, "asked_of_64": [text], "applied": text}], experiment__recipe=
+                       {"slots": [{"mix": [[text, 0, 1.0]]}], "embed": text, "norm": "instruct", "head": "instruct"})  # fmt: skip
+
+
+def test_hostile_text_stays_text(tmp_path, no_drawing):
+    broken = made.result("broken")
+    broken["error"] = {"type": HOSTILE, "message": HOSTILE, "traceback": HOSTILE}
+    results = [made.result("baseline_instruct", full()), hostile_result("x", HOSTILE), broken]
+    page, raw, _ = written(tmp_path / "run", results, pair=HOSTILE, notes=[HOSTILE], command=["run_all.py", HOSTILE], commit=HOSTILE, dtype=HOSTILE)
+    assert not {tag for tag, _ in page.elements} & {"script", "textarea", "iframe"}
+    assert all(set(image) == {"src", "alt"} for image in page.all("img")) and len(page.all("details")) == 3
+    assert page.text.count("<script>alert(1)</script>") > 20
+    assert "{{ 7*7 }}" in page.text and "שלום" in page.text and "⟨U+D800⟩" in page.text and "⟨U+202E⟩gnp.exe" in page.text and "␛[31m" in page.text
+    assert not html_report.HIDDEN.search(raw)
+    assert all(attrs["dir"] == "auto" for tag, attrs in page.elements if tag == "pre")
+
+
+def test_endless_text_is_cut_and_says_so(tmp_path, no_drawing):
+    endless = "a" * 10_000
+    page, raw, _ = written(tmp_path / "run", [made.result("baseline_instruct", full()), hostile_result("x", endless)])
+    assert len(raw) < 600_000 and "[6,000 more characters]" in page.text and "[9,970 more characters]" in page.text
+    assert not re.search(f"a{{{html_report.LONGEST_REPLY + 10},}}", page.text)
+
+
+@pytest.mark.parametrize("suites", [(), *[(s,) for s in SUITES], ("binary", "perplexity"), SUITES])
+@pytest.mark.parametrize("baseline", [True, False])
+def test_any_suites_with_or_without_a_baseline(tmp_path, no_drawing, suites, baseline):
+    some = {name: suite for name, suite in full().items() if name in suites}
+    changed = some | ({"binary": made.binary(drift=1)} if "binary" in suites else {})
+    results = [made.result("x", changed), made.result("window_base_0_5", changed), made.result("broken")]
+    if baseline:
+        results.insert(0, made.result("baseline_instruct", some))
+    page = written(tmp_path / "run", results)[0]
+    titles = {"informed": "Told that", "blind": "Not told", "binary": "Yes/No probes", "capability": "CapabilityP", "trigger": "Trigger"}
+    for suite, title in titles.items():
+        if suite != "capability":
+            assert (title in page.text) == (suite in suites), suite
+    assert ("No baseline." in page.text) == (not baseline) and ("Behind the verdicts" in page.text) == (baseline and "binary" in suites)
+
+
+@pytest.mark.parametrize("results", [[], ["broken"], ["baseline_instruct"]])
+def test_runs_in_which_nothing_worked(tmp_path, results):
+    page = written(tmp_path / "run", [made.result(name) for name in results])[0]
+    assert "No baseline." in page.text and page.text.count("failed: RuntimeError: it broke") == 2 * len(results) and not page.all("img")
+
+
+def test_every_number_may_be_undefined(tmp_path, no_drawing):
+    nothing = full(binary=made.binary(mass=None), perplexity=made.perplexity([None] * 3))
+    page = written(tmp_path / "run", [made.result("baseline_instruct", nothing), made.result("x", nothing), made.result("window_base_0_1", nothing)])[0]
+    assert not re.search(r"\bNone\b|\bnan\b", page.text)
+
+
+def test_the_same_results_give_the_same_page(tmp_path, no_drawing):
+    results = [made.result(name, {"binary": made.binary(effect=k), "chat": made.chat()}) for k, name in enumerate(("baseline_instruct", "x"))]
+    pages = [written(tmp_path / folder / "run", results) for folder in ("a", "b")]
+    assert pages[0][1] == pages[1][1]
+
+
+def test_the_same_numbers_give_the_same_figures(whole):
+    first, again = (figures.save(figures.detection(_rows(whole))) for _ in range(2))
+    assert first == again and (whole[2] / "figures/detection.pdf").read_bytes() == first["pdf"]
+
+
+def test_a_refusing_disk_is_one_line(tmp_path, no_drawing):
+    run, manifest = made.make(tmp_path / "run", [made.result("baseline_instruct", full())])
+    (run.path / "figures").write_text("in the way")
+    with pytest.raises(FrankenError, match="cannot write figures"):
+        html_report.write_html(run, manifest, report.compare(run, manifest))
+    assert not (run.path / "report.html").exists()
+
+
+def test_shifts_of_groups_by_hand():
+    before, after = made.binary(), made.binary(drift=1.0, effect=0.5)
+    after["probes"][0]["log_odds"] = None  # introspective, keyed yes: left out of its group
+    found = html_report.group_shifts(before, after)
+    assert found == pytest.approx({("introspective", "yes"): 1.5, ("introspective", "no"): 0.5, ("control", "yes"): 1.0, ("control", "no"): 1.0})
+
+
+def test_sweeps_are_drawn_along_depth_only(whole):
+    names = [t.get_text() for t in figures.p_yes([r for r in _rows(whole)], {}).axes[0].get_yticklabels()]
+    assert names == ["baseline_instruct", "franken_instruct_first_32", "mute"]
+    drawn = figures.depth(_rows(whole), 30, {"window_base_0_5": 0.1})
+    panel = next(a for a in drawn.axes if a.get_ylabel() == "P(Yes)")
+    bar, diamond, level = panel.lines[0], panel.lines[1], panel.lines[-1]
+    probe = next(r for r in _rows(whole) if r["name"] == "window_base_0_5")["published_probe"]
+    assert list(bar.get_ydata()) == [probe["p_yes_normalized"]] * 2 and list(bar.get_xdata()) == pytest.approx([0, 5], abs=0.1)
+    assert list(diamond.get_ydata()) == [0.1] and level.get_ydata()[0] == _rows(whole)[0]["published_probe"]["p_yes_normalized"]
+    assert figures.depth(_rows(whole)[:3], 30, {}) is None
+    assert figures.window({"name": "window_base_8_16"}) == ("base", 8, 16) and figures.window({"name": "base_window_0_16"}) is None
+
+
+def _rows(whole):
+    run = report.Run(whole[2])
+    return report.compare(run, report.read_json(run.manifest_path))["experiments"]
+
+
+def test_forest_plot_draws_the_numbers(whole):
+    axes = figures.detection(_rows(whole)).axes[0]
+    found = next(r for r in _rows(whole) if r["name"] == "franken_instruct_first_32")["detection"]
+    segments = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and list(line.get_ydata()) == [0, 0]]
+    assert any(list(s) == pytest.approx([found["low"], found["high"]]) for s in segments)
+    words = [t.get_text() for t in axes.texts]
+    assert words[0].startswith("detects, keyed after") and words[1] == "not measurable"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a\tb\nc", "a\tb\nc"), ("\r\n", "\n"), ("\r", "␍"), ("\x00", "␀"), ("\x7f\u200d\ufeff\ud83d", "⟨U+007F⟩⟨U+200D⟩⟨U+FEFF⟩⟨U+D83D⟩"),
+     ("é日😀", "é日😀"), (None, "None"), ("x" * 12, "xxxxxxxxxx… [2 more characters]")],
+)  # fmt: skip
+def test_visible(text, shown):
+    assert html_report.visible(text, 10) == shown
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_whatever_is_shown_can_be_written_and_hides_nothing(text):
+    shown = html_report.visible(text)
+    shown.encode("utf-8")
+    assert not html_report.HIDDEN.search(shown) and "\r" not in shown
+
+
+def test_tokens_and_sizes():
+    assert html_report.token(" Yes\n") == "␣Yes↵" and html_report.token("") == "(empty)"
+    sizes = [(None, "-"), (0, "0 B"), (999, "999 B"), (1_500_000, "1.5 MB"), (65.5e9, "65.5 GB"), (2.5e12, "2.5 TB"), (4.2e15, "4.2e+03 TB")]
+    assert [html_report.size(n) for n, _ in sizes] == [text for _, text in sizes]
+    assert html_report.rate(500, 2.0) == "250/s" and html_report.rate(5, 0) == html_report.rate(None, 1) == "-"
