@@ -1,6 +1,7 @@
 """Generation against transformers recomputing everything from scratch, alone against in a batch, and what goes wrong."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -228,12 +229,19 @@ def test_bf16_logits_are_computed_in_float32(tmp_path):
     pair = tiny.Tiny(tmp_path, "qwen2", names=("instruct",))
     live = pair.live(dtype=torch.bfloat16)
     engine = pair.engine(live)
-    hidden = live.backbone.norm(engine.prefill([PROMPTS[1]])[0, -1])
-    exact = live.model.lm_head.weight.double() @ hidden.double()
-    got = engine.next_token_logprobs([PROMPTS[1]])[0].double()
-    torch.testing.assert_close(got, exact.log_softmax(-1), atol=1e-5, rtol=0)
-    chosen = engine.complete([Request("k", PROMPTS[1], 1)])[0].token_ids or (engine.stop_ids[0],)
-    assert exact[chosen[0]] == exact.max()  # greedy too, though the decode step's products are rounded
+    prompts = [tiny.random_prompt(k, 9) for k in range(60)]
+    logits = []
+    head = live.model.lm_head.weight
+    head[1::2] = head[::2]  # twins one bf16 step apart in one weight: once rounded, their logits are mostly equal
+    head[1::2, 0] *= 1 + 2**-7
+    for prompt in prompts:
+        hidden = live.backbone.norm(engine.prefill([prompt])[0, -1])
+        logits.append(head.double() @ hidden.double())
+        torch.testing.assert_close(engine.next_token_logprobs([prompt])[0].double(), logits[-1].log_softmax(-1), atol=1e-5, rtol=0)
+    engine.stop_ids = []
+    assert sum(len(set(row.bfloat16().topk(2).values.tolist())) == 1 for row in logits) > 20
+    for prompt, row in zip(prompts, logits, strict=True):  # greedy too, though the decode step's products are rounded
+        assert row[engine.complete([Request("k", prompt, 1)])[0].token_ids[0]] == row.max()
 
 
 # ---- sampling ------------------------------------------------------------------------------------------------------
@@ -264,9 +272,9 @@ def slow_nucleus(logits, temperature, top_p, u):
 
 @settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 10**6), temperature=st.floats(0.2, 3), top_p=st.floats(0.05, 1), u=st.floats(0, 1, exclude_max=True, width=32),
-       spread=st.floats(0.1, 8))  # fmt: skip
-def test_draw_equals_sorting_the_vocabulary(seed, temperature, top_p, u, spread):
-    logits = np.random.default_rng(seed).normal(size=60).astype(np.float32) * np.float32(spread)
+       spread=st.floats(0.1, 8), vocab=st.sampled_from([60, 512, 1300]))  # fmt: skip
+def test_draw_equals_sorting_the_vocabulary(seed, temperature, top_p, u, spread, vocab):
+    logits = np.random.default_rng(seed).normal(size=vocab).astype(np.float32) * np.float32(spread)
     want = slow_nucleus(logits, temperature, top_p, u)
     if want is not None:
         vectors = [torch.tensor([v], dtype=torch.float32) for v in (temperature, top_p, u)]
@@ -285,13 +293,19 @@ def test_draw_follows_the_distribution():
         np.testing.assert_allclose(torch.bincount(tokens, minlength=5) / n, p / p.sum(), atol=2 / n)
     assert int(draw(logits[None], torch.ones(1), None, torch.tensor([1 - 2**-24]))) == 3  # never a token of probability 0
     assert int(draw(logits[None].roll(1), torch.ones(1), None, torch.zeros(1))) == 1
+    late = torch.full((1, 2000), float("-inf"))
+    late[0, [1500, 1501]] = 0.0
+    for u, want in ((0.0, 1500), (0.49, 1500), (0.51, 1501), (1 - 2**-24, 1501)):
+        assert int(draw(late, torch.ones(1), None, torch.tensor([u]))) == want
 
 
 def test_a_row_without_a_nucleus_loses_nothing_to_a_neighbor_with_one():
-    logits = torch.cat([torch.tensor([10.0]), torch.full((5000,), -14.0)])[None].expand(2, -1)  # a tail below 2^-30 a token
-    u = torch.tensor([1 - 2**-24, 1 - 2**-24])
-    both = draw(logits, torch.ones(2), torch.tensor([1.0, 0.5]), u)
-    assert both[0] == draw(logits[:1], torch.ones(1), None, u[:1])[0] > 0 and both[1] == 0
+    """Many heads whose float32 probabilities may round up to a sum of 1 without the tail, and a draw from that tail."""
+    u = torch.tensor([1 - 2**-24] * 2)
+    for heads in range(2, 300):
+        logits = torch.cat([torch.zeros(heads), torch.full((10,), math.log(2e-8 * heads))])[None].expand(2, -1)
+        both = draw(logits, torch.ones(2), torch.tensor([1.0, 0.5]), u)
+        assert both[0] == draw(logits[:1], torch.ones(1), None, u[:1])[0] >= heads, heads
 
 
 # ---- broken models and full memory ---------------------------------------------------------------------------------
