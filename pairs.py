@@ -56,6 +56,7 @@ DEFAULT_PAIR = "qwen2.5-coder-32b"
 SHAPE_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
                 "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "layer_types", "hidden_act",
                 "hidden_activation")
+OUTSIDE_FIELDS = ("embedding_multiplier", "logits_scaling", "logit_scale")  # Granite, Cohere: the engine would leave them out
 NOTED_FIELDS = ("rope_parameters", "rms_norm_eps", "sliding_window", "max_position_embeddings")
 
 
@@ -179,6 +180,9 @@ def read_config(path: Path):
         raise FrankenError(f"{path}: cannot read config.json: {reason(e)}") from e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise FrankenError(f"{path}: {config.model_type} is not a decoder-only language model")
+    for field in OUTSIDE_FIELDS:
+        if getattr(config, field, None) not in (None, 1):
+            raise FrankenError(f"{path}: {config.model_type} scales embeddings or logits outside its layers ({field}), which is not supported")
     return config
 
 

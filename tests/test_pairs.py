@@ -176,6 +176,7 @@ def test_spread_fills_the_cards_in_order_and_keeps_layers_whole(machine, count, 
     assert vocab > 300 or len(cards) >= count - 1  # the last may be left over: no layer is split
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_spread_says_when_it_cannot(machine):
     machine(gpus=[2.0, 2.0])
     with pytest.raises(FrankenError, match="do not fit on 2 GPUs with 4 GiB free"):
@@ -280,6 +281,8 @@ def test_truncated_and_missing_shards(copied):
         ("config.json", '{"model_type": "llama", "hidden_size": "many"}', "cannot read config.json"),
         ("config.json", '{"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}', "cannot read config.json"),
         ("config.json", '{"model_type": "t5"}', "t5 is not a decoder-only language model"),
+        ("config.json", '{"model_type": "granite", "embedding_multiplier": 12}', "granite scales embeddings or logits outside its layers .embedding_multiplier."),
+        ("config.json", '{"model_type": "cohere"}', "cohere scales embeddings or logits outside its layers .logit_scale."),
         ("tokenizer.json", None, "cannot load the tokenizer"),
         ("tokenizer.json", "{}", "cannot load the tokenizer"),
         ("chat_template.jinja", None, "no chat template"),
