@@ -170,7 +170,7 @@ def capability(rows: list[dict]) -> Figure | None:
                           annotation_clip=False)
         axes.grid()
         axes.set_axisbelow(True)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=-0.03)  # a model that gets nothing right is to be seen
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.set_xlabel("perplexity")
         axes.set_ylabel("capability items right")
