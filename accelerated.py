@@ -1,8 +1,9 @@
 """Decoding on one GPU near the rate at which it can read the weights: a slot pool, CUDA graphs, compiled layers.
 
 The step is the same as the engine's, with the same sampler. What differs is that it touches only memory that stays in
-place, so that it is captured once and replayed: weights change under a captured graph, and surgery that keeps the
-order of the layers never captures again. Numbers in comments: one H200, the 32B shape, bf16.
+place, so that it is captured once and replayed (generate() takes 48 ms a token, bound by launches; a step of 16 rows takes
+18 ms). Weights change under a captured graph: surgery at full depth never captures again, another depth takes 35 to 70 ms.
+Numbers in comments: one H200, the 32B shape, bf16.
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ class Accelerator:
         self.on_gpu = self.device.type == "cuda"
         self.run = run_layer
         if self.on_gpu and sum(t.numel() for t in self.live.banks[0].tensors.values()) > COMPILE_ABOVE:
-            # The 12 elementwise kernels of a layer become 5; all positions share one compiled layer a batch size.
+            # A layer's many elementwise kernels become 5 (8 layers, batch 16: 3.37 -> 2.80 ms a step). All positions share
+            # one compiled layer for each number of rows: 4.4 s for the first, 1.3 s for the next.
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
             self.run = torch.compile(run_layer, dynamic=False)
         self.release()

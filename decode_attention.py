@@ -14,7 +14,7 @@ try:
 except ImportError:  # a CPU build of torch: the reference below serves there
     triton = None
 
-BLOCK, WARPS, STAGES = 64, 4, 3  # slots read at once, warps of a program, reads in flight
+BLOCK, WARPS, STAGES = 32, 2, 3  # slots at once, warps, reads in flight: 23.8 us a layer at batch 64 (64, 4, 3: 27.8; floor 17.7)
 
 
 @torch.library.custom_op("franken::decode_attention", mutates_args=("k_pool", "v_pool"))
@@ -65,8 +65,8 @@ if triton is not None:
     def _kernel(q, k, v, k_pool, v_pool, where, out, q_row, k_row, v_row, scale, softcap,
                 HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_2: tl.constexpr,
                 FOLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BEND: tl.constexpr):
-        # One program serves one row and one KV head: the pool is read once for all query heads of the group, and only
-        # as far as the row is long (a mask over a padded cache reads all of it).
+        # One program serves one row and one KV head: the pool is read once for all query heads of the group, and only as
+        # far as the row is long (batch 64, 32B shape: 20.5 ms a step; 23.5 with a mask over a padded cache).
         row, group, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
         start = tl.load(where + row).to(tl.int64)
         first = tl.load(where + rows + row)

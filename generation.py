@@ -440,7 +440,8 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | 
             enough = (p * (p >= middle[:, None])).sum(-1) >= top_p
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
         p = p * ((p >= low[:, None]) | (top_p >= 1)[:, None])  # without a nucleus nothing is cut, whoever shares the batch
-    # First the block of 512, then the token within it: the running sum over a whole vocabulary cost 0.3 ms a step
+    # First the block of 512, then the token within it: a running sum over the whole vocabulary made sampling cost 0.54 ms
+    # a step of 64 rows, this 0.16
     if extra := -p.shape[-1] % 512:
         p = F.pad(p, (0, extra))
     blocks = p.view(len(p), -1, 512)
@@ -534,5 +535,6 @@ def find_stop_ids(tokenizer) -> set[int]:
     """End-of-turn and end-of-text tokens of the tokenizer, among its special tokens."""
     names = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>", "<eos>", "<|end|>")
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    ids = {tokenizer.convert_tokens_to_ids(n) for n in names if n in tokenizer.get_vocab()} & special
+    vocabulary = tokenizer.get_vocab()  # fetched once: it is built anew at every call, in 50 ms
+    ids = {vocabulary[n] for n in names if n in vocabulary} & special
     return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
