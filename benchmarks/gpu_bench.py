@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import gpu_checkpoint
 import torch
+import transformers
 
 import experiments
 import recipes
@@ -31,7 +33,8 @@ from evaluate import SUITES, Protocol, evaluate
 from generation import ATTENTION, Engine, Request, Timing
 from pairs import open_pair
 
-SECTIONS = ("surgery", "decode", "protocol", "batch", "sweep", "resident")
+SECTIONS = ("surgery", "decode", "protocol", "sweep", "batch", "resident")
+START = time.perf_counter()
 GIB = 1 << 30
 
 
@@ -185,9 +188,12 @@ class Bench:
             self.details[f"first_capture_seconds_{rows}"] = engine.timing.capture_seconds
             for temperature in (0.0, 0.7):
                 engine.complete(self._requests(rows, 3, temperature))
-                engine.timing = Timing()
-                engine.complete(self._requests(rows, new, temperature))
-                step = engine.timing.decode_seconds / engine.timing.decode_steps
+                steps = []
+                for _ in range(3):  # the median: a full garbage collection stops the host for 0.2 s now and then
+                    engine.timing = Timing()
+                    engine.complete(self._requests(rows, new, temperature))
+                    steps.append(engine.timing.decode_seconds / engine.timing.decode_steps)
+                step = sorted(steps)[1]
                 self.row(f"one decode step, batch {rows}, {'sampled' if temperature else 'greedy'}", f"{step * 1e3:.2f} ms",
                          f"{self.floor * 1e3:.2f} ms", f"<= {most}x", step <= most * self.floor,
                          f"{step / self.floor:.2f}x; context 256 to {256 + new}; {rows / step:.0f} tokens/s")
@@ -269,6 +275,8 @@ class Bench:
 
         begin, results = time.perf_counter(), []
         for plan in plans:
+            if self.args.stop_after and results and time.perf_counter() - START > self.args.stop_after:
+                break
             results.append(run_experiment(self.engine, plan, protocol, self.original))
             p = results[-1]["performance"]
             problem = (results[-1]["error"] or {}).get("message", "")[:200]
@@ -281,10 +289,12 @@ class Bench:
     def batch(self) -> None:
         plans = [e.plan(self.n) for e in experiments.EXPERIMENTS]
         took, results = self._run(plans, Protocol())
+        every, cut = len(plans), len(results) < len(plans)
         good = all(r["status"] == "done" and r["weights"]["exact"] for r in results)
         self.details["batch"] = {r["experiment"]["name"]: r["performance"] for r in results}
-        self.row(f"all {len(plans)} named experiments, full protocol", f"{took:.0f} s", target="< 360 s", ok=took < 360 and good,
-                 note=f"{took / len(plans):.1f} s each; all done, weights back to the bit: {good}")
+        self.row(f"all {every} named experiments, full protocol", f"{took:.0f} s", target="< 360 s", ok=None if cut else took < 360 and good,
+                 note=f"{took / len(results):.1f} s each; all done, weights back to the bit: {good}"
+                 + (f"; only {len(results)} of {every} were run" if cut else ""))
         ooms = sum(r["performance"]["out_of_memory"] for r in results)
         if self.on_gpu:
             self.row("peak GPU memory of the full batch", f"{self.watch.gpu / GIB:.1f} GiB", target=f"< {self.args.cap} GiB",
@@ -296,8 +306,8 @@ class Bench:
         each = [r["performance"]["seconds"] for r in results]
         move = sorted(r["performance"]["surgery_seconds"] for r in results)
         self.details["sweep"] = {"seconds": each, "move_seconds": move}
-        self.row("sweep, quick protocol, one configuration", f"{took / len(plans):.2f} s", target="< 2 s", ok=max(each[1:]) < 2,
-                 note=f"{len(plans)} of {self.n} configurations; slowest {max(each):.2f} s")
+        self.row("sweep, quick protocol, one configuration", f"{took / len(results):.2f} s", target="< 2 s", ok=max(each) < 2,
+                 note=f"{len(results)} of {self.n} configurations; slowest {max(each):.2f} s")
         self.row("  the layer's move", f"{move[len(move) // 2] * 1e3:.1f} ms", target="< 30 ms", ok=move[len(move) // 2] < 0.03,
                  note=f"median; slowest {move[-1] * 1e3:.1f} ms")
 
@@ -323,6 +333,17 @@ class Bench:
                  note=f"back {max(back for _, back in times) * 1e3:.0f} ms; exact: {self.live.fingerprint() == self.original}")
 
 
+    def about(self) -> str:
+        name = torch.cuda.get_device_name(0) if self.on_gpu else "CPU (tiny model)"
+        return (f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}, "
+                f"{self.n} layers, {os.cpu_count()} CPU cores")
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps({"about": self.about(), "rows": [asdict(r) for r in self.rows], "details": self.details}, indent=1) + "\n")
+        path.with_suffix(".md").write_text(f"# GPU benchmark\n\n{self.about()}. Random weights of the Qwen2.5-Coder-32B shape in bf16; "
+                                           f"one command: `python benchmarks/gpu_bench.py`.\n\n{table(self.rows)}\n")
+
+
 def table(rows: list[Row]) -> str:
     lines = ["| what | measured | floor | reach | | note |", "|---|---|---|---|---|---|"]
     for r in rows:
@@ -340,6 +361,7 @@ def main() -> int:
     parser.add_argument("--cap", type=float, default=78, help="GiB of GPU memory this process may use")
     parser.add_argument("--serial-every", type=int, default=8, help="measure the serial way on every N-th reply of each budget")
     parser.add_argument("--sweep-every", type=int, default=1, help="sweep every N-th layer")
+    parser.add_argument("--stop-after", type=float, help="start no experiment after this many seconds; the table says how many were run")
     parser.add_argument("--output", help="write the table and all details to this .json and the table to .md beside it")
     args = parser.parse_args()
     bench = Bench(args)
@@ -353,19 +375,12 @@ def main() -> int:
             try:
                 getattr(bench, section)()
             except Exception as e:  # one part that fails leaves the others' figures
+                traceback.print_exc()
                 bench.row(section, "failed", ok=False, note=f"{type(e).__name__}: {str(e)[:300]}")
+            if args.output:
+                bench.save(Path(args.output))
         shutil.rmtree(folder, ignore_errors=True)
-    text = table(bench.rows)
-    name = torch.cuda.get_device_name(0) if bench.on_gpu else "CPU (tiny model)"
-    import transformers
-
-    about = f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}, {bench.n} layers, {os.cpu_count()} CPU cores"
-    print(f"\n{about}\n\n{text}")
-    if args.output:
-        path = Path(args.output)
-        path.write_text(json.dumps({"about": about, "rows": [asdict(r) for r in bench.rows], "details": bench.details}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(f"# GPU benchmark\n\n{about}. Random weights of the Qwen2.5-Coder-32B shape in bf16; "
-                                           f"one command: `python benchmarks/gpu_bench.py`.\n\n{text}\n")
+    print(f"\n{bench.about()}\n\n{table(bench.rows)}")
     return 0 if all(r.ok is not False for r in bench.rows) else 1
 
 
