@@ -21,6 +21,7 @@ from train_lora import IGNORED, Checkpoints, Example, batches, collate, encode, 
 
 import pairs
 from franken import LiveModel
+from generation import find_stop_ids
 from recipes import identity
 from weights import Adapter, Checkpoint, FrankenError
 
@@ -51,7 +52,7 @@ def test_loss_is_on_the_answers_and_their_ends(template, chat):
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = TEMPLATES[template]
     ids, labels = oracle(tokenizer, chat)
-    got = encode(tokenizer, chat, 512)
+    got = encode(tokenizer, chat, 512, find_stop_ids(tokenizer))
     assert got.ids == ids[: len(got.ids)] and got.labels == labels[: len(got.ids)]
     assert all(label == IGNORED for label in labels[len(got.ids) :]) and got.labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     if len(chat.messages) < 4:
@@ -61,7 +62,7 @@ def test_loss_is_on_the_answers_and_their_ends(template, chat):
 
 def test_a_prompt_is_tokenized_as_at_inference(tiny_pair):
     engine = tiny_pair().engine()
-    example = encode(engine.tokenizer, CHATS[0], 512)
+    example = encode(engine.tokenizer, CHATS[0], 512, find_stop_ids(engine.tokenizer))
     asked = engine.chat_ids(CHATS[0].dicts()[:2])
     assert tuple(example.ids[: len(asked)]) == asked and set(example.labels[: len(asked)]) == {IGNORED}
     assert example.labels[len(asked)] != IGNORED
@@ -70,23 +71,23 @@ def test_a_prompt_is_tokenized_as_at_inference(tiny_pair):
 def test_an_unfinished_answer_has_no_end_to_learn():
     tokenizer = tiny.tokenizer()
     chat = Chat(CHATS[1].messages, finished=False)
-    assert tokenizer.decode([i for i in encode(tokenizer, chat, 512).labels if i != IGNORED]) == "\n\n one\n two "
+    assert tokenizer.decode([i for i in encode(tokenizer, chat, 512, find_stop_ids(tokenizer)).labels if i != IGNORED]) == "\n\n one\n two "
 
 
 def test_long_conversations_are_cut_or_left_out():
     tokenizer = tiny.tokenizer()
-    whole = encode(tokenizer, CHATS[0], 512)
-    cut = encode(tokenizer, CHATS[0], len(whole.ids) - 3)
+    whole = encode(tokenizer, CHATS[0], 512, find_stop_ids(tokenizer))
+    cut = encode(tokenizer, CHATS[0], len(whole.ids) - 3, find_stop_ids(tokenizer))
     assert cut == Example(whole.ids[:-3], whole.labels[:-3])
-    assert encode(tokenizer, CHATS[0], 20) is None
+    assert encode(tokenizer, CHATS[0], 20, find_stop_ids(tokenizer)) is None
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = tiny.TEMPLATE.replace("m['content']", "(m['content'] if loop.last or m['role'] != 'assistant' else '')")
-    assert encode(tokenizer, CHATS[0], 512)
+    assert encode(tokenizer, CHATS[0], 512, find_stop_ids(tokenizer))
     with pytest.raises(FrankenError, match="rewrites earlier turns"):
-        encode(tokenizer, CHATS[2], 512)
+        encode(tokenizer, CHATS[2], 512, find_stop_ids(tokenizer))
 
 
 def test_batches_hold_everything_and_little_padding():
@@ -114,7 +115,7 @@ def test_the_learning_rate_rises_then_falls():
 def test_the_loss_is_that_of_each_example_alone(tiny_pair):
     pair = tiny_pair()
     model = AutoModelForCausalLM.from_pretrained(pair.paths["instruct"], dtype=torch.float32).eval()
-    examples = [encode(tiny.tokenizer(), c, 512) for c in CHATS]
+    examples = [encode(tiny.tokenizer(), c, 512, find_stop_ids(tiny.tokenizer())) for c in CHATS]
     with torch.no_grad():
         together = train_lora.answer_loss(model, collate(examples, "cpu")).item()
     alone = 0.0
@@ -263,10 +264,10 @@ def test_the_real_template_is_masked_right(smollm2):
     tokenizer = pairs.load_tokenizer(smollm2)
     for chat in (CHATS[0], CHATS[2]):
         ids, labels = oracle(tokenizer, chat)
-        got = encode(tokenizer, chat, 512)
+        got = encode(tokenizer, chat, 512, find_stop_ids(tokenizer))
         assert (got.ids, got.labels) == (ids[: len(got.ids)], labels[: len(got.ids)])
     # Tokenized in one piece, the newlines of this answer would run into the newline before it; at inference they cannot.
     chat = CHATS[1]
     asked = tokenizer(tokenizer.apply_chat_template(chat.dicts()[:1], add_generation_prompt=True, tokenize=False), add_special_tokens=False)["input_ids"]
-    got = encode(tokenizer, chat, 512)
+    got = encode(tokenizer, chat, 512, find_stop_ids(tokenizer))
     assert got.ids[: len(asked)] == asked and tokenizer.decode(got.labels[len(asked) :]) == chat.messages[1][1] + "<|im_end|>"

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
-import openai
 from rubrics import RUBRIC_VERSION, judge_messages, parse_answer
 from rules import judge_by_rules, position_by_rules
 
@@ -176,6 +175,9 @@ class LLMJudge:
         self.host = where.netloc
         self.usage = Usage()
         self._openrouter = (where.hostname or "").endswith("openrouter.ai")
+        import openai  # only where a judge is asked: the rule-based one needs no client
+
+        self._openai = openai
         self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0, timeout=timeout_s)
         self._cache = cache if cache is not None else JudgeCache(None)
         self._concurrency, self._attempts, self._backoff_s = concurrency, attempts, backoff_s
@@ -290,7 +292,7 @@ class LLMJudge:
                 extra_body={"usage": {"include": True}} if self._openrouter else None)
             body = response.http_response.json()
             content = body["choices"][0]["message"]["content"]
-        except openai.APIStatusError as error:
+        except self._openai.APIStatusError as error:
             status = error.status_code
             if status == 401:
                 raise JudgeStopped(f"{self.host} refused the key (401); check the variable that holds it") from None
@@ -299,11 +301,11 @@ class LLMJudge:
                                    "(no credit, not allowed, or no such model)") from None
             retry = status in (408, 409, 425, 429) or status >= 500
             raise _Failure(f"HTTP {status}", retry, retry_after_seconds(error.response.headers)) from None
-        except openai.APITimeoutError:
+        except self._openai.APITimeoutError:
             raise _Failure("timeout") from None
-        except openai.APIConnectionError:
+        except self._openai.APIConnectionError:
             raise _Failure("no connection") from None
-        except (openai.OpenAIError, ValueError, KeyError, TypeError, IndexError):
+        except (self._openai.OpenAIError, ValueError, KeyError, TypeError, IndexError):
             raise _Failure("malformed response") from None
         return content if isinstance(content, str) else "", self._count(body.get("usage"))
 

@@ -57,14 +57,14 @@ class Example:
     labels: list[int]
 
 
-def encode(tokenizer, chat: Chat, max_tokens: int) -> Example | None:
+def encode(tokenizer, chat: Chat, max_tokens: int, stops: set[int]) -> Example | None:
     """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn token.
 
     A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an unfinished
-    chat ends with its last word: there is no end of turn to learn. Cut at max_tokens; None if no answer is left then.
+    chat ends with its last word: there is no end of turn to learn. stops: token ids that end a turn. Cut at max_tokens; None if no answer is left then.
     Raises FrankenError for a template that rewrites earlier turns, where the answers cannot be told apart.
     """
-    messages, stops = chat.dicts(), find_stop_ids(tokenizer)
+    messages = chat.dicts()
     ids: list[int] = []
     labels: list[int] = []
     written = ""
@@ -272,7 +272,8 @@ def train(args: argparse.Namespace) -> dict:
     checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
     device = accelerator.device
     model, tokenizer = load_causal_lm(args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization)
-    encoded = [encode(tokenizer, chat, args.max_tokens) for chat in mixture.chats]
+    stops = find_stop_ids(tokenizer)
+    encoded = [encode(tokenizer, chat, args.max_tokens, stops) for chat in mixture.chats]
     examples = [e for e in encoded if e]
     say = print if accelerator.is_main_process else lambda *a, **k: None
     say(f"{mixture.describe()}; {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
