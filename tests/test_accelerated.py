@@ -278,28 +278,76 @@ def test_two_gpus_hold_one_model_and_moves_stay_where_the_position_lives(pairs):
 # ---- the laptop-size pair -------------------------------------------------------------------------------------------
 
 
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}  # nats between two tokens' log-odds, at every step before a fork
+
+
+def recorded(engine: Engine, requests, yes: int, no: int, monkeypatch):
+    """Completions, and the log-odds of one token over another at every step, by request: the graphs stay out of it."""
+    seen = [[] for _ in requests]
+    choose = engine.choose
+
+    def listen(hidden, state):
+        logits = engine.logits(hidden)
+        rows = getattr(state, "rows", None)
+        for k, row in enumerate(rows if isinstance(rows, list) else range(len(requests))):
+            seen[row].append(float(logits[k, yes] - logits[k, no]))
+        return choose(hidden, state)
+
+    if engine.fast:
+        engine._accelerator = Accelerator(engine)
+        engine._accelerator.on_gpu = False
+    monkeypatch.setattr(engine, "choose", listen)
+    done = engine.complete(requests)
+    monkeypatch.undo()
+    return done, seen
+
+
+def assert_close_until_the_fork(plain: Engine, fast: Engine, requests, dtype: str, yes: int, no: int, monkeypatch) -> float:
+    """Float32: the same tokens. bf16: the paths differ in the order of sums alone, so they part only at near ties."""
+    worst, tolerance = 0.0, TOLERANCE[dtype]
+    requests = sorted(requests, key=lambda q: -len(q.prompt_ids))  # the order in which an engine makes rows of them
+    (a, odds_a), (b, odds_b) = (recorded(engine, requests, yes, no, monkeypatch) for engine in (plain, fast))
+    for request, x, y, left, right in zip(requests, a, b, odds_a, odds_b, strict=True):
+        forks = [k for k, (p, q) in enumerate(zip(x.token_ids, y.token_ids, strict=False)) if p != q]
+        steps = forks[0] + 1 if forks else min(len(x.token_ids), len(y.token_ids))
+        worst = max([worst, *(abs(p - q) for p, q in zip(left[:steps], right[:steps], strict=False))])
+        if dtype == "float32":
+            assert x.token_ids == y.token_ids
+        elif forks:
+            logits = engine_logits(plain, request.prompt_ids + x.token_ids[: forks[0]])[-1]
+            gap = abs(logits[x.token_ids[forks[0]]] - logits[y.token_ids[forks[0]]])
+            assert gap < tolerance, "they part where it is no near tie"
+    assert worst < tolerance
+    return worst
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_log_odds_agree_at_every_step(pairs, device, dtype, monkeypatch):
+    plain, fast = both(live_on(pairs("qwen2"), device, getattr(torch, dtype)))
+    requests = [Request(f"k{i}", tuple(range(5 + i, 30 + 2 * i)), 16) for i in range(4)]
+    assert_close_until_the_fork(plain, fast, requests, dtype, 40, 41, monkeypatch)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_real_pair_agrees_with_and_without_the_fast_path(device):
-    """Float32: the same greedy tokens. bf16: log-odds of Yes over No within 0.05 nats at every step up to a fork.
-
-    The two paths differ in the order of bf16 sums alone, so they part only where the two best tokens are a near tie.
-    """
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_real_pair_agrees_with_and_without_the_fast_path(device, dtype, monkeypatch):
+    """Greedy tokens and the log-odds of Yes over No, on the model as it is and after two surgeries."""
     from pairs import open_pair
 
-    for dtype in ("float32", "bfloat16"):
-        opened = open_pair("smollm2-135m", dtype=dtype, device_map=device)
-        live = opened.live
-        plain, fast = (Engine(live, opened.tokenizer, fast=flag) for flag in (False, True))
-        asked = ["Are you functioning normally?", "Have you been modified? Answer Yes or No.", "Name three fruits."]
-        requests = [Request(q, plain.chat_ids([{"role": "user", "content": q}]), 48) for q in asked]
-        for recipe in (live.original, r.swap(live.original, 10, 20), r.splice(live.original, "base", 0, 15),
-                       r.delete(live.original, 12, 14)):
-            live.apply(recipe)
-            for request, a, b in zip(requests, plain.complete(requests), fast.complete(requests), strict=True):
-                if dtype == "float32" or a.token_ids == b.token_ids:
-                    assert a.token_ids == b.token_ids
-                    continue
-                fork = next(k for k, (x, y) in enumerate(zip(a.token_ids, b.token_ids, strict=False)) if x != y)
-                logits = engine_logits(plain, request.prompt_ids + a.token_ids[:fork])[-1]
-                assert abs(logits[a.token_ids[fork]] - logits[b.token_ids[fork]]) < 0.15, "they part where it is no near tie"
+    opened = open_pair("smollm2-135m", dtype=dtype, device_map=device)
+    live = opened.live
+    plain, fast = (Engine(live, opened.tokenizer, fast=flag) for flag in (False, True))
+    yes, no = (opened.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))
+    asked = ["Are you functioning normally?", "Have you been modified? Answer Yes or No.", "Name three fruits."]
+    requests = [Request(q, plain.chat_ids([{"role": "user", "content": q}]), 12) for q in asked]
+    for recipe in (live.original, r.splice(live.original, "base", 0, 15), r.delete(live.original, 12, 14)):
+        live.apply(recipe)
+        worst = assert_close_until_the_fork(plain, fast, requests, dtype, yes, no, monkeypatch)
+        print(f"{dtype}: log-odds differ by at most {worst:.4f} nats")
+    if device == "cuda":  # and with the graphs
+        live.apply(live.original)
+        fast = Engine(live, opened.tokenizer)
+        if dtype == "float32":
+            assert fast.complete(requests) == plain.complete(requests)
