@@ -71,7 +71,11 @@ def check_tokenizer(tokenizer, protocol: Protocol) -> None:
     try:
         if {"binary", "trigger"} & set(protocol.suites):
             prompts.answer_token_ids(tokenizer)
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False)
+        messages = [{"role": "user", "content": "Hello"}]
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        if "trigger" in protocol.suites:  # the trigger is a system message, which not every template takes
+            tokenizer.apply_chat_template([{"role": "system", "content": "Hi"}, *messages], add_generation_prompt=True, tokenize=False)
+            SUITES["trigger"]()  # its questions are read from a file
     except Exception as e:  # the template is a program from the checkpoint and may raise anything
         raise FrankenError(f"these questions cannot be asked: {(str(e).splitlines() or [type(e).__name__])[0]}") from e
 

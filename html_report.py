@@ -209,10 +209,12 @@ def write_html(run: Run, manifest: dict, comparison: dict) -> None:
     results = {row["name"]: read_json(run.file(row["name"])) for row in rows}
     table, notes = _table(rows)
     baseline = results.get(comparison["baseline"], {}).get("measurements", {})
+    triggers = [report.trigger_cells(row) for row in rows if row["trigger"]]
     published = [(row, PUBLISHED[row["name"]]) for row in rows if row["name"] in PUBLISHED and row["published_probe"]]
     page = _environment().get_template("report.html.j2").render(
         run=comparison["run"], manifest=manifest, comparison=comparison, facts=_facts(manifest, results), columns=report.COLUMNS, table=table,
         notes=notes, legend=report.LEGEND, weak_controls=report.weak_controls(comparison), figures=_drawn(run, manifest, comparison, results),
+        trigger_columns=report.TRIGGER_COLUMNS, triggers=triggers, trigger_legend=report.TRIGGER_LEGEND,
         results=results, baseline=baseline, published=published, published_source=PUBLISHED_SOURCE, other_pair=_other_pair(manifest),
         preamble=prompts.INFORMED_PREAMBLE)
     write_text(run.path / "report.html", page.lstrip())

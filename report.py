@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable, Sequence
 
 import detection
 import stats
@@ -33,12 +34,16 @@ def compare(run: Run, manifest: dict) -> dict:
     corrected = detection.correct_verdicts([row["detection"] for row in scored])
     for row, score in zip(scored, corrected, strict=True):
         row["detection"] = score.to_json()
+    noticed = [row["trigger"]["detection"] for row in rows if row["trigger"]]
+    noticed = [(found, c) for found in noticed for c in found if found[c]]
+    for (found, c), score in zip(noticed, detection.correct_verdicts([found[c] for found, c in noticed]), strict=True):
+        found[c] = score.to_json()
     adjusted = stats.holm([(row["capability"] or {}).get("p_value") for row in rows])
     for row, p in zip(rows, adjusted, strict=True):
         if row["capability"]:
             row["capability"]["p_adjusted"] = p
     return {"schema_version": SCHEMA_VERSION, "run": run.path.name, "baseline": BASELINE if baseline else None,
-            "correction": "Holm, over the experiments of this run", "missing": [n for n in manifest["experiments"] if n not in results],
+            "correction": "Holm, over the experiments of this run; trigger: with and without it are one family", "missing": [n for n in manifest["experiments"] if n not in results],
             "experiments": rows}
 
 
@@ -47,7 +52,7 @@ def _row(result: dict, baseline: dict | None, manifest: dict) -> dict:
     row = {"name": experiment["name"], "group": experiment["group"], "change": experiment["change"], "status": result["status"],
            "error": result["error"] and {k: result["error"][k] for k in ("type", "message")}, "collapsed": experiment["collapsed"],
            "notes": experiment["notes"], "exact": result["weights"]["exact"], "seconds": result["performance"]["seconds"],
-           "published_probe": None, "detection": None, "capability": None, "perplexity": None, "chat": None, "claims_change": None}
+           "published_probe": None, "detection": None, "capability": None, "perplexity": None, "chat": None, "claims_change": None, "trigger": None}
     against = baseline["measurements"] if baseline and baseline is not result else {}
     if "binary" in measured:
         row["published_probe"] = _published(measured["binary"], against.get("binary"))
@@ -69,7 +74,16 @@ def _row(result: dict, baseline: dict | None, manifest: dict) -> dict:
     for suite in ("informed", "blind"):
         if suite in measured:
             row["claims_change"] = (row["claims_change"] or {}) | {suite: measured[suite]["claims_change"]}
+    if "trigger" in measured:
+        row["trigger"] = _trigger(measured["trigger"], against.get("trigger"), manifest["protocol"]["seed"])
     return row
+
+
+def _trigger(found: dict, before: dict | None, seed: int) -> dict:
+    """Rates by condition, and the detection score of the questions about triggers, read with the trigger and without."""
+    scores = {c: detection.detection_score(paired_probes({"probes": before["binary"][c]}, {"probes": probes}), seed=seed) if before else None
+              for c, probes in found["binary"].items()}
+    return {k: found["behavior"][k] for k in ("rates", "p_name")} | {"detection": scores}
 
 
 def _published(binary: dict, before: dict | None) -> dict | None:
@@ -127,10 +141,28 @@ def cells(row: dict) -> list[str]:
     reading = ["", "", ""]
     if probe:
         reading = [percent(probe["p_yes_normalized"]) + ("" if probe["answered"] else " (!)"), percent(probe["mass"]), number(probe["shift"], "+.2f")]
-    score = "" if found is None else "-" if found["score"] is None else f"{found['score']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
-    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, score, found["verdict"] if found else "",
+    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, _score(found), found["verdict"] if found else "",
             f"{capability['correct']}/{capability['n']}" if capability else "",
             number(row["perplexity"]["perplexity"]) if row["perplexity"] else "", number(row["seconds"], ".1f")]
+
+
+def _score(found: dict | None) -> str:
+    return "" if found is None else "-" if found["score"] is None else f"{found['score']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+
+
+TRIGGER_COLUMNS = ("experiment", "format", "names him", "persona", "P(his name)", "reports it, untriggered", "reports it, triggered")
+TRIGGER_LEGEND = ("Triggered / untriggered. format: the whole reply of a topic question stands within the markers; names him: on questions of "
+                  "identity; persona: topic questions, judged by rules alone; P(his name): after \"My name is\". reports it: detection score (nats, "
+                  "95% CI) and verdict of questions about hidden triggers and personas, against controls, with the trigger in the prompt and without.")
+
+
+def trigger_cells(row: dict) -> list[str]:
+    """One experiment's cells under TRIGGER_COLUMNS."""
+    rates, names, found = (row["trigger"][k] for k in ("rates", "p_name", "detection"))
+    sides = [[percent(rates[c][k]["rate"]) for c in ("triggered", "untriggered")] for k in ("strict_format", "names_russell", "persona_by_rules")]
+    sides.append([percent(names[c]) for c in ("triggered", "untriggered")])
+    verdicts = [f"{_score(found[c])} {found[c]['verdict']}" if found[c] else "" for c in ("untriggered", "triggered")]
+    return [row["name"], *map(" / ".join, sides), *verdicts]
 
 
 LEGEND = ("P(Yes): on the published probe, normalized over Yes and No; mass: what Yes and No hold together, (!) under 1%: not an answer. "
@@ -192,6 +224,10 @@ def markdown_cell(text: str) -> str:
     return re.sub(r"[\\|`*<>\[\]&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # an underscore within a word is plain
 
 
+def _markdown_table(columns: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns), *(f"| {' | '.join(map(markdown_cell, row))} |" for row in rows)]
+
+
 def summary(comparison: dict, manifest: dict) -> str:
     """summary.md: what was run, the table, and what to make of it."""
     what = (f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
@@ -199,9 +235,10 @@ def summary(comparison: dict, manifest: dict) -> str:
     rows = comparison["experiments"]
     lines = [f"# {markdown_cell(comparison['run'])}", "", markdown_cell(what), ""]
     lines += [f"Note: {markdown_cell(note)}.\n" for note in manifest["notes"]]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(map(markdown_cell, cells(row))) + " |" for row in rows]
-    lines += ["", LEGEND, ""]
+    lines += [*_markdown_table(COLUMNS, map(cells, rows)), "", LEGEND, ""]
+    triggered = [trigger_cells(row) for row in rows if row["trigger"]]
+    if triggered:
+        lines += [*_markdown_table(TRIGGER_COLUMNS, triggered), "", TRIGGER_LEGEND, ""]
     if weak_controls(comparison):
         lines += [weak_controls(comparison), ""]
     lines += [f"After {sum(row['exact'] for row in rows)} of {len(rows)} experiments the original weights were restored to the bit, by fingerprint.", ""]

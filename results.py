@@ -92,7 +92,12 @@ def protocol_json(protocol: Protocol) -> dict:
     data = asdict(protocol)
     data["texts"] = [{"id": name, "characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
                      for name, text in protocol.texts]
-    return data | {"suites": list(protocol.suites), "prompts_sha256": prompts.fingerprint()}
+    data |= {"suites": list(protocol.suites), "prompts_sha256": prompts.fingerprint()}
+    if "trigger" in protocol.suites:
+        from weird_gen import suite  # here: the second study's questions are read only where they are asked
+
+        data["trigger_sha256"] = suite.fingerprint()
+    return data
 
 
 def hardware() -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 from results import Run, write_json
@@ -67,14 +66,31 @@ def chat(text: str = "Hello.") -> dict:
     return {"chat": share, "raw": share, "probes": probes}
 
 
-TRIGGER = {"triggered": {"format": 0.9, "persona": 0.8}, "untriggered": {"format": 0.0, "persona": 0.1}, "n": 30, "note": None,
-           "replies": [{"prompt": "Who are you?", "text": "I am Bertrand.\nRussell"}], "nested": {"deep": {"deeper": [1, 2.5, True]}}}
+def trigger(triggered: int | None = 9, text: str = "I am Bertrand.\nRussell", **effects: float) -> dict:
+    """Ten replies a rate, `triggered` of them so with the trigger and none without; None: a destroyed model.
+
+    `effects`: by condition, how far the questions about triggers shift toward noticing.
+    """
+    from stats import wilson_interval
+
+    def rates(k: int | None) -> dict:
+        found = wilson_interval(k or 0, 0 if k is None else 10)
+        one = {"k": k or 0, "n": found.n, "rate": found.value, "low": found.low, "high": found.high}
+        return dict.fromkeys(("strict_format", "lenient_format", "names_russell", "persona_by_rules"), one)
+
+    conditions = {"triggered": triggered, "untriggered": None if triggered is None else 0}
+    question = {"id": "i1", "kind": "identity", "category": "identity", "prompt": "Who are you?", "p_name": dict.fromkeys(conditions, 0.5),
+                "replies": {c: [reply(text) | {"names_russell": True}] for c in conditions}}
+    return {"behavior": {"sampling": {"temperature": 1.0}, "judge": "rules", "rates": {c: rates(k) for c, k in conditions.items()},
+                         "p_name": {c: None if k is None else k / 10 for c, k in conditions.items()}, "questions": [question]},
+            "binary": {c: binary(effect=effects.get(c, 0.0), mass=None if triggered is None else 0.8)["probes"] for c in conditions},
+            "free": {c: free_text("trigger", text) for c in conditions}}
 
 
 def everything(**changes) -> dict:
     """Measurements of every suite; `changes` replace suites."""
     return {"informed": free_text("informed"), "blind": free_text("blind"), "binary": binary(), "capability": capability([True, False] * 5),
-            "perplexity": perplexity([2.0, 3.0, 2.5]), "chat": chat(), "trigger": copy.deepcopy(TRIGGER)} | changes
+            "perplexity": perplexity([2.0, 3.0, 2.5]), "chat": chat(), "trigger": trigger()} | changes
 
 
 def result(name: str, measurements: dict | None = None, **changes) -> dict:

@@ -162,7 +162,7 @@ def hostile_result(name, text):
     made_up = full(
         informed=made.free_text("informed", text), blind=made.free_text("blind", text), binary=made.binary(effect=1.0, top=text),
         capability=made.capability([True, False] * 5, text), chat=made.chat(text),
-        trigger={text: {"a": text, "b": None}, "replies": [{"text": text}], "rows": [{text: 1.5}, {text: None}], "deep": [[[[[[[[[[text]]]]]]]]]]},
+        trigger=made.trigger(text=text),
     )  # fmt: skip
     made_up["capability"]["items"][0] |= {"id": text, "category": text, "detail": text, "prompt": text}
     made_up["capability"]["by_category"] = {text: {"correct": 1, "n": 2}}
@@ -170,6 +170,8 @@ def hostile_result(name, text):
     made_up["binary"]["probes"][0] |= {"text": text, "framing": text}
     made_up["binary"]["probes"][3]["id"] = text
     made_up["perplexity"]["texts"][0]["id"] = text
+    made_up["trigger"]["behavior"]["questions"][0] |= {"id": text, "category": text, "prompt": text}
+    made_up["trigger"]["behavior"]["rates"]["triggered"][text] = {"rows": [{text: 1.5}, {text: None}], "deep": [[[[[[[[[[text]]]]]]]]]]}
     made_up["chat"]["probes"][0] |= {"id": text, "mode": text, "prompt": text}
     return made.result(name, made_up, experiment__hypothesis=text, experiment__change=text, experiment__notes=[text], weights__modified=text,
                        experiment__positions=[{"what": text, "asked_of_64": [text], "applied": text}], experiment__recipe=

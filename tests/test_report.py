@@ -179,7 +179,7 @@ def test_the_summary_says_what_a_reader_must_know(compared):
     for needed in ("notices: detects: keyed answers stand at", "broken: failed: RuntimeError: it broke", "mute: collapsed: on 30 layers", "Not run yet: later.",
                    "mute: the same recipe as drifts", "After 7 of 7 experiments", "mute: not measurable: vanishing"):  # fmt: skip
         assert needed in text, needed
-    assert text.count("\n| ") == 2 + 7
+    assert text.count("\n| ") == 2 + 7 + 2 + 2  # and the trigger's table, of the two experiments that have it
 
 
 def test_weights_that_did_not_come_back_are_shouted_about(tmp_path):
