@@ -179,7 +179,16 @@ class Checkpoint:
                 files[file.name] = {"sha256": real.name}
             else:
                 files[file.name] = content_hash(real)
-        return {"kind": "checkpoint", "path": str(self.path), "revision": self.revision, "files": files}
+        return {"kind": "checkpoint", "path": shown_path(self.path), "revision": self.revision, "files": files}
+
+
+def shown_path(path: Path) -> str:
+    """A path for the manifest: relative to this checkout or to the home folder where it lies in one of them."""
+    path = path.absolute()
+    for folder, sign in ((Path(__file__).resolve().parent, ""), (Path.home(), "~/")):
+        if path.is_relative_to(folder):
+            return sign + str(path.relative_to(folder))
+    return str(path)
 
 
 def content_hash(path: Path, whole_below: int = 1 << 30) -> dict:
@@ -243,7 +252,7 @@ class Adapter:
         return self.scale * (sides["B"].to(device, torch.float32) @ sides["A"].to(device, torch.float32))
 
     def describe(self) -> dict:
-        entry = {"kind": "LoRA adapter", "path": str(self.path), "over": self.under.name, "scale": self.scale}
+        entry = {"kind": "LoRA adapter", "path": shown_path(self.path), "over": self.under.name, "scale": self.scale}
         return entry | {"files": {f.name: content_hash(f) for f in self.files}}
 
 
