@@ -105,7 +105,7 @@ def dry_run(args) -> int:
     ask = prompt_tokens * 2 * inside / flops + steps * max(weights / bandwidth, step_flops / flops)
     total = 0.0
     for plan in plans:
-        read, copied, computed = movements(plan.recipe)
+        read, copied, computed = movements(plan.recipe, layers)
         seconds = ask * len(plan.recipe) / layers
         if gpu:
             seconds += 2 * read * layer / HOST_TO_DEVICE + 2 * copied * layer / ON_DEVICE + computed * layer / HOST_TO_DEVICE
@@ -126,13 +126,15 @@ def dry_run(args) -> int:
     return 0
 
 
-def movements(recipe) -> tuple[int, int, int]:
-    """How many layers a recipe reads from disk, copies on the device and computes, coming from the unmodified model."""
+def movements(recipe, layers: int) -> tuple[int, int, int]:
+    """How many layers a recipe reads from disk, copies on the device and computes, coming from the unmodified model.
+
+    At another depth the layers that stay are only run in another order: nothing is copied.
+    """
     read = copied = computed = 0
-    full = all(slot.mix[0][0].source == "instruct" for slot in recipe.slots)
     for p, slot in enumerate(recipe.slots):
         ref = slot.mix[0][0]
         read += sum(r.source != "instruct" for r, _ in slot.mix)
         computed += not slot.is_plain
-        copied += full and slot.is_plain and ref.layer != p and len({s.mix[0][0].layer for s in recipe.slots}) == len(recipe)
+        copied += len(recipe) == layers and ref.source == "instruct" and ref.layer != p
     return read, copied, computed

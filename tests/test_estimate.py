@@ -1,0 +1,66 @@
+"""The dry run: what it says against counts made by hand, and that it neither loads nor downloads anything."""
+
+import pytest
+import torch
+
+import estimate
+import pairs
+import run_all
+from evaluate import Protocol
+from experiments import EXPERIMENTS, select
+from weights import FrankenError
+
+
+def moved(name: str, layers: int = 64) -> tuple[int, int, int]:
+    return estimate.movements(select([name], EXPERIMENTS)[0].plan(layers).recipe, layers)
+
+
+@pytest.mark.parametrize("name, read, copied, computed", [
+    ("baseline_instruct", 0, 0, 0),
+    ("baseline_base", 64, 0, 0),
+    ("franken_instruct_first_48", 16, 0, 0),
+    ("swap_distant_10_55", 0, 2, 0),
+    ("swap_chunk_25_35_with_45_55", 0, 20, 0),
+    ("shuffle_all", 0, 64, 0),
+    ("perturb_late_5pct", 0, 0, 16),
+    ("blend_linear", 63, 0, 62),  # position 0 is all instruct, position 63 all base
+    ("delete_30_34", 0, 0, 0),  # layers are left out, none is moved
+    ("repeat_24_40", 0, 0, 0),
+])  # fmt: skip
+def test_what_moves(name, read, copied, computed):
+    assert moved(name) == (read, copied, computed)
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a dry run loads and downloads nothing")
+
+    for target in ("locate", "smollm2_from_wheel", "LiveModel"):
+        monkeypatch.setattr(pairs, target, refuse)
+    monkeypatch.setattr(estimate, "machine_rates", lambda dtype: (1e12, 1e10))
+
+
+def test_the_plan_is_printed_without_loading(nothing_loaded, capsys):
+    assert run_all.main(["--pair", "smollm2-135m", "--experiments", "swap_distant_10_55", "--device-map", "cpu", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "2 experiments on 30 layers" in out  # the baseline is added
+    assert "[4] <- instruct[25]; [25] <- instruct[4]" in out and "2 layers copied in place" in out
+
+
+def test_the_default_pair_can_be_planned_anywhere(nothing_loaded, capsys):
+    assert run_all.main(["--priority-limit", "6", "--dry-run"]) == 0
+    assert "61.0 GiB of weights" in capsys.readouterr().out or torch.cuda.is_available()
+
+
+def test_fewer_suites_mean_less_work():
+    everything, quick = estimate.workload(Protocol()), estimate.workload(Protocol(suites=("binary", "perplexity")))
+    assert quick[1:] == (0, 0) and 0 < quick[0] < everything[0]
+    assert estimate.workload(Protocol(samples=2))[1] - everything[1] == 16 * Protocol().max_new_tokens
+
+
+def test_a_hub_id_is_not_fetched(nothing_loaded, capsys):
+    assert run_all.main(["--base", "owner/base", "--instruct", "owner/instruct", "--dry-run"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(FrankenError, match="downloads nothing"):
+        estimate.model_shape(run_all.parse_arguments(["--base", "owner/base", "--instruct", "owner/instruct"]))
