@@ -239,7 +239,7 @@ def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_ru
     child = small_run.in_child(small_run.arguments(pair, tmp_path / "out", *FOUR), log, stop_at=where)
     small_run.wait_for(log.with_suffix(".reached"), child)
     os.kill(child.pid, signal.SIGKILL)
-    child.join(20)
+    child.join(90)
     run = latest(tmp_path / "out")
     assert child.exitcode == -signal.SIGKILL and set(read(run)) == {"baseline_instruct", "swap_adjacent_30_35"}
     before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (run / "experiments").glob("*.json")}
@@ -257,7 +257,7 @@ def test_interrupted_runs_finish_cleanly(pair, four, tmp_path, capfd, number):
     child = small_run.in_child(small_run.arguments(pair, tmp_path / "out with space", *FOUR), log, stop_at="perturb_all_5pct")
     small_run.wait_for(log.with_suffix(".reached"), child)
     os.kill(child.pid, number)
-    child.join(20)
+    child.join(90)
     run = latest(tmp_path / "out with space")
     said = log.read_text()
     assert child.exitcode == 130 and "Traceback" not in said, said
