@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -89,6 +90,8 @@ def wait_for(path: Path, process, seconds: float = 60) -> None:
 def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
     import torch
 
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and Python then leaves it at that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     with log.open("w") as f:
         for fd in (1, 2):
