@@ -8,7 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import tiny
 import torch
+from transformers.utils import logging
 
+logging.disable_progress_bar()  # a fixture's "Writing model shards" would stand in the output that a test reads
 torch.set_num_threads(1)  # sums in one order, and no contention between test processes
 
 
