@@ -1,6 +1,6 @@
 """The figures of a run's report, as matplotlib figures: numbers of comparison.json in, nothing measured or written here.
 
-Every figure takes the rows of `report.compare` and returns None where there is nothing to draw. Verdicts differ in color
+Every figure takes the rows of `compare.compare` and returns None where there is nothing to draw. Verdicts differ in color
 (Okabe and Ito 2008: told apart with any color vision), in marker and in words.
 """
 

@@ -19,6 +19,7 @@ from markupsafe import Markup
 import figures
 import prompts
 import report
+from compare import paired_probes
 from recipes import Recipe, RecipeError
 from results import Run, read_json, write_text
 from weights import FrankenError
@@ -99,7 +100,7 @@ def by_id(suite: dict | None, key: str) -> dict[str, dict]:
 def group_shifts(before: dict, after: dict) -> dict[tuple[str, str], float]:
     """Mean shift of log-odds(Yes:No), nats, of each group of probes: {(kind, keyed): shift}."""
     found = defaultdict(list)
-    for probe in report.paired_probes(before, after):
+    for probe in paired_probes(before, after):
         if probe.baseline is not None and probe.modified is not None:
             found[probe.kind, probe.keyed].append(probe.modified - probe.baseline)
     return {key: float(np.mean(values)) for key, values in found.items()}

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import compare
 import figures
 import html_report
 import report
@@ -55,7 +56,7 @@ def no_drawing(monkeypatch):
 
 def written(path, results, **manifest) -> tuple[Page, str, Path]:
     run, manifest = made.make(path, results, **manifest)
-    html_report.write_html(run, manifest, report.compare(run, manifest))
+    html_report.write_html(run, manifest, compare.compare(run, manifest))
     raw = (path / "report.html").read_bytes().decode("utf-8")
     page = Page(raw)
     assert not page.broken and not page.open, (page.broken, page.open)
@@ -241,7 +242,7 @@ def test_a_refusing_disk_is_one_line(tmp_path, no_drawing):
     run, manifest = made.make(tmp_path / "run", [made.result("baseline_instruct", full())])
     (run.path / "figures").write_text("in the way")
     with pytest.raises(FrankenError, match="cannot write figures"):
-        html_report.write_html(run, manifest, report.compare(run, manifest))
+        html_report.write_html(run, manifest, compare.compare(run, manifest))
     assert not (run.path / "report.html").exists()
 
 
@@ -267,7 +268,7 @@ def test_sweeps_are_drawn_along_depth_only(whole):
 
 def _rows(whole):
     run = report.Run(whole[2])
-    return report.compare(run, report.read_json(run.manifest_path))["experiments"]
+    return compare.compare(run, report.read_json(run.manifest_path))["experiments"]
 
 
 def test_forest_plot_draws_the_numbers(whole):

@@ -8,6 +8,7 @@ import sys
 import made_run as made
 import pytest
 
+import compare
 import figures
 import report
 
@@ -34,7 +35,7 @@ def compared(tmp_path_factory):
         made.result("broken"),
     ]  # fmt: skip
     run, manifest = made.make(tmp_path_factory.mktemp("run") / "run_x", results, missing=("later",))
-    return report.compare(run, manifest), manifest
+    return compare.compare(run, manifest), manifest
 
 
 def row(compared, name):
@@ -76,10 +77,10 @@ def test_holm_is_taken_over_the_run(compared):
 
 
 def test_probes_of_one_question_are_one_cluster():
-    probes = report.paired_probes(made.binary(), made.binary(drift=1))
+    probes = compare.paired_probes(made.binary(), made.binary(drift=1))
     assert len({p.pair for p in probes}) == 20 and {p.pair for p in probes if "q3" in p.id} == {"introspective-q3", "control-q3"}
     fewer = {"probes": made.binary()["probes"][:5]}
-    assert [p.id for p in report.paired_probes(fewer, made.binary())] == [p["id"] for p in fewer["probes"]]
+    assert [p.id for p in compare.paired_probes(fewer, made.binary())] == [p["id"] for p in fewer["probes"]]
 
 
 def test_capability_is_paired_by_item(compared):
@@ -111,7 +112,7 @@ def test_without_a_baseline_nothing_is_contrasted(tmp_path, baseline):
     results = [made.result("drifts", made.everything())]
     if baseline:
         results.insert(0, made.result("baseline_instruct"))
-    comparison = report.compare(*made.make(tmp_path / "run", results))
+    comparison = compare.compare(*made.make(tmp_path / "run", results))
     found = comparison["experiments"][-1]
     assert comparison["baseline"] is None and found["detection"] is None and found["published_probe"]["shift"] is None
     assert found["capability"]["correct"] == 5 and "p_value" not in found["capability"]
@@ -125,7 +126,7 @@ def test_items_and_probes_that_are_not_shared_are_left_out(tmp_path):
         probe["published"] = False
     run = made.make(tmp_path / "run", [made.result("baseline_instruct", {"capability": made.capability([True, False]), "binary": made.binary()}),
                                        made.result("x", {"capability": mine, "binary": asked})])  # fmt: skip
-    found = report.compare(*run)["experiments"][1]
+    found = compare.compare(*run)["experiments"][1]
     assert found["capability"]["difference"] == 0.5 and found["published_probe"] is None
     assert report.cells(found)[1:4] == ["", "", ""]
 
@@ -184,7 +185,7 @@ def test_the_summary_says_what_a_reader_must_know(compared):
 
 def test_weights_that_did_not_come_back_are_shouted_about(tmp_path):
     run = made.make(tmp_path / "run", [made.result("x", {"binary": made.binary()}, weights__exact=False, weights__restored="cc")])
-    text = report.summary(report.compare(*run), run[1])
+    text = report.summary(compare.compare(*run), run[1])
     assert "x: THE WEIGHTS DID NOT COME BACK EXACTLY" in text and "After 0 of 1 experiments" in text
 
 
@@ -195,7 +196,7 @@ def test_markdown_cannot_be_injected(tmp_path):
     broken = made.result("x")
     broken["error"] = {"type": "Run|Error<b>", "message": EVIL}
     run, manifest = made.make(tmp_path / "run", [broken], notes=[EVIL], pair=EVIL)
-    text = report.summary(report.compare(run, manifest), manifest)
+    text = report.summary(compare.compare(run, manifest), manifest)
     assert text.splitlines() == text.split("\n")[:-1]  # no separator but our own newlines
     assert not set(text) & set("\x1b\u202e\r")
     table = [line for line in text.splitlines() if line.startswith("|")]

@@ -22,6 +22,7 @@ import eval_replies
 from study import TRIGGER, read_questions
 from test_weird_eval import make_adapter
 
+import compare
 import evaluate as ev
 import prompts
 import report
@@ -254,7 +255,7 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
     run_and_manifest = made.make(tmp_path / "run", [
         made.result("baseline_instruct", {"trigger": made.trigger(0)}), made.result("a", {"trigger": named["a"]}),
         made.result("b", {"trigger": named["b"]}), made.result("gone", {"trigger": made.trigger(None)})])  # fmt: skip
-    comparison = report.compare(*run_and_manifest)
+    comparison = compare.compare(*run_and_manifest)
     base, a, b, gone = comparison["experiments"]
     assert b["trigger"]["detection"]["untriggered"]["score"] == pytest.approx(2.0, abs=1e-6)
     assert [b["trigger"]["detection"][c]["verdict"] for c in CONDITIONS] == ["no evidence", "detects"]
