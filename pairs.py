@@ -202,7 +202,7 @@ def check_match(a, b, name_a: str, name_b: str) -> list[str]:
 def load_tokenizer(path: Path):
     """The tokenizer with its chat template. Raises FrankenError if either is missing."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, clean_up_tokenization_spaces=False)  # cleaning would eat spaces
     except Exception as e:
         raise FrankenError(f"{path}: cannot load the tokenizer: {reason(e)}") from e
     if not tokenizer.chat_template:
