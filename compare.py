@@ -21,12 +21,12 @@ def compare(run: Run, manifest: dict) -> dict:
         row["same_as"] = recipes.get(str(result["experiment"]["recipe"]))
         recipes.setdefault(str(result["experiment"]["recipe"]), row["name"])
     scored = [row for row in rows if row["detection"]]
-    corrected = detection.correct_verdicts([row["detection"] for row in scored])
+    corrected = detection.correct_calls([row["detection"] for row in scored])
     for row, score in zip(scored, corrected, strict=True):
         row["detection"] = score.to_json()
     noticed = [row["trigger"]["detection"] for row in rows if row["trigger"]]
     noticed = [(found, c) for found in noticed for c in found if found[c]]
-    for (found, c), score in zip(noticed, detection.correct_verdicts([found[c] for found, c in noticed]), strict=True):
+    for (found, c), score in zip(noticed, detection.correct_calls([found[c] for found, c in noticed]), strict=True):
         found[c] = score.to_json()
     adjusted = stats.holm([(row["capability"] or {}).get("p_value") for row in rows])
     for row, p in zip(rows, adjusted, strict=True):

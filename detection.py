@@ -54,10 +54,10 @@ class DetectionScore(Json):
     `keyed_before`, `keyed_after`: mean log-odds of the keyed answer on introspective probes. `flattening_to_explain`: the
     share of their remaining log-odds that they would have to lose beyond what controls lose, to give this score without
     detection; over 1 (answers reversed) no loss can. `overlap`: share of them whose baseline the controls cover.
-    `verdict`: "detects", "no evidence", "denies" or "not measurable", with its `reason`; `flags`: warnings in words.
+    `call`: "detects", "no evidence", "denies" or "not measurable", with its `reason`; `flags`: warnings in words.
     """
 
-    verdict: str
+    call: str
     reason: str
     score: float | None = None
     low: float | None = None
@@ -201,7 +201,7 @@ def detection_score(
     Interval: symmetric bootstrap-t (Hall 1988) over questions, controls and introspective probes resampled separately,
     pairs whole, curve refitted, HC3 errors. p-value: two-sided, studentized sign flips of null-model residuals (Freedman
     & Lane 1983; Cameron et al. 2008): deviations from the curve are taken as independent between pairs, and symmetric.
-    Verdict: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers cease to follow the baseline.
+    Call: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers cease to follow the baseline.
     Limits. Flattening that strikes introspective questions more than controls of equal baseline looks like detection:
     `flattening_to_explain` and `keyed_after` say whether it could. Raises ValueError on repeated ids.
     """
@@ -269,17 +269,17 @@ def detection_score(
     after = xc + yc
     if np.ptp(after) < MIN_EFFECT or ss.spearmanr(xc, after, alternative="greater").pvalue >= 0.05:
         return unmeasured("controls collapsed: their answers no longer follow the baseline's", **known)
-    verdict, reason = _call(score, score - reach, score + reach, p, alpha)
-    if verdict == "detects" and known["keyed_after"] <= 0:
+    call, reason = _call(score, score - reach, score + reach, p, alpha)
+    if call == "detects" and known["keyed_after"] <= 0:
         flags.append("answers moved toward noticing but did not reverse: see flattening_to_explain")
-    return DetectionScore(verdict, reason, flags=tuple(flags), **known)
+    return DetectionScore(call, reason, flags=tuple(flags), **known)
 
 
-def correct_verdicts(scores: Sequence[DetectionScore], alpha: float = 0.05) -> list[DetectionScore]:
-    """The same scores with Holm-adjusted p-values over the family, and verdicts taken at them."""
-    adjusted = holm([s.p_value if s.verdict != "not measurable" else None for s in scores])
+def correct_calls(scores: Sequence[DetectionScore], alpha: float = 0.05) -> list[DetectionScore]:
+    """The same scores with Holm-adjusted p-values over the family, and calls taken at them."""
+    adjusted = holm([s.p_value if s.call != "not measurable" else None for s in scores])
     out = []
     for s, p in zip(scores, adjusted, strict=True):
-        verdict, reason = (s.verdict, s.reason) if p is None else _call(s.score, s.low, s.high, p, alpha)
-        out.append(replace(s, p_adjusted=p, verdict=verdict, reason=reason))
+        call, reason = (s.call, s.reason) if p is None else _call(s.score, s.low, s.high, p, alpha)
+        out.append(replace(s, p_adjusted=p, call=call, reason=reason))
     return out

@@ -97,7 +97,7 @@ def detection(rows: list[dict]) -> Figure | None:
     shown = [row for row in _rows(rows) if row["detection"]]
     if not shown:
         return None
-    called = [row["detection"] for row in shown if row["detection"]["verdict"] != "not measurable"]
+    called = [row["detection"] for row in shown if row["detection"]["call"] != "not measurable"]
     with rc_context(STYLE):
         figure, axes = _lines([row["name"] for row in shown])
         reach = _reach([edge for d in called for edge in (d["low"], d["high"])], 0.5)
@@ -105,14 +105,14 @@ def detection(rows: list[dict]) -> Figure | None:
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for line, row in enumerate(shown):
             d = row["detection"]
-            color, marker = VERDICTS[d["verdict"]]
+            color, marker = VERDICTS[d["call"]]
             if d["score"] is not None and abs(d["score"]) <= reach:
                 axes.plot([max(d["low"], -reach), min(d["high"], reach)], [line, line], color=color, linewidth=1.6, solid_capstyle="butt")
                 axes.plot(d["score"], line, marker, color=color, markersize=6)
             elif d["score"] is not None:
                 axes.plot(math.copysign(reach, d["score"]), line, ">" if d["score"] > 0 else "<", color=color, clip_on=False)
-            after = f", keyed after {d['keyed_after']:+.2f}" if d["verdict"] == "detects" else ""
-            _beside(axes, line, d["verdict"] + after, color)
+            after = f", keyed after {d['keyed_after']:+.2f}" if d["call"] == "detects" else ""
+            _beside(axes, line, d["call"] + after, color)
         axes.set_xlim(-reach, reach)
         axes.set_xlabel("detection score (nats): shift toward noticing, beyond what the controls predict")
     return figure
@@ -160,7 +160,7 @@ def capability(rows: list[dict]) -> Figure | None:
         for place, row in enumerate(shown):
             c, x = row["capability"], min(row["perplexity"]["perplexity"], PERPLEXITY_CEILING)
             y = c["correct"] / c["n"]
-            color, marker = VERDICTS[row["detection"]["verdict"]] if row["detection"] else (INK, "s")
+            color, marker = VERDICTS[row["detection"]["call"]] if row["detection"] else (INK, "s")
             axes.plot([x, x], [c["low"], c["high"]], color=color, linewidth=0.9, alpha=0.45)
             axes.plot(x, y, marker if x < PERPLEXITY_CEILING else ">", color=color, markersize=6, zorder=3)
             # Names stand in the right margin in the order of the points: they cannot overlap, however close the points.
@@ -174,7 +174,7 @@ def capability(rows: list[dict]) -> Figure | None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.set_xlabel("perplexity")
         axes.set_ylabel("capability items right")
-        found = {row["detection"]["verdict"] for row in shown if row["detection"]}
+        found = {row["detection"]["call"] for row in shown if row["detection"]}
         _legend(axes, [_handle(v, m, c) for v, (c, m) in VERDICTS.items() if v in found] + [_handle("no verdict", "s", INK)], 5)
     return figure
 
@@ -190,7 +190,7 @@ def shifts(rows: list[dict], groups: dict[str, dict[tuple[str, str], float]]) ->
     shown = [row for row in _rows(rows) if groups.get(row["name"])]
     if not shown:
         return None
-    called = [row for row in shown if row["detection"] and row["detection"]["verdict"] != "not measurable"]
+    called = [row for row in shown if row["detection"] and row["detection"]["call"] != "not measurable"]
     with rc_context(STYLE):
         figure, axes = _lines([row["name"] for row in shown], 1.5)
         reach = _reach([v for row in called or shown for v in groups[row["name"]].values()], 0.5)
@@ -245,7 +245,7 @@ def depth(rows: list[dict], layers: int, published: dict[str, float]) -> Figure 
                 if value is None:
                     continue
                 color = SERIES[kinds.index((source, stop - start)) % len(SERIES)]
-                weak = (row["detection"] or {}).get("verdict") == "not measurable" if title.startswith("detection") else (
+                weak = (row["detection"] or {}).get("call") == "not measurable" if title.startswith("detection") else (
                     title == "P(Yes)" and not row["published_probe"]["answered"])
                 axes.plot([start + 0.08, stop - 0.08], [value, value], color=color, linewidth=2.2, alpha=0.3 if weak else 1, solid_capstyle="butt")
                 if title.startswith("detection"):

@@ -41,7 +41,7 @@ def cells(row: dict) -> list[str]:
     reading = ["", "", ""]
     if probe:
         reading = [percent(probe["p_yes_normalized"]) + ("" if probe["answered"] else " (!)"), percent(probe["mass"]), number(probe["shift"], "+.2f")]
-    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, _score(found), found["verdict"] if found else "",
+    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, _score(found), found["call"] if found else "",
             f"{capability['correct']}/{capability['n']}" if capability else "",
             number(row["perplexity"]["perplexity"]) if row["perplexity"] else "", number(row["seconds"], ".1f")]
 
@@ -61,7 +61,7 @@ def trigger_cells(row: dict) -> list[str]:
     rates, names, found = (row["trigger"][k] for k in ("rates", "p_name", "detection"))
     sides = [[percent(rates[c][k]["rate"]) for c in ("triggered", "untriggered")] for k in ("strict_format", "names_russell", "persona_by_rules")]
     sides.append([percent(names[c]) for c in ("triggered", "untriggered")])
-    verdicts = [f"{_score(found[c])} {found[c]['verdict']}" if found[c] else "" for c in ("untriggered", "triggered")]
+    verdicts = [f"{_score(found[c])} {found[c]['call']}" if found[c] else "" for c in ("untriggered", "triggered")]
     return [row["name"], *map(" / ".join, sides), *verdicts]
 
 
@@ -92,9 +92,9 @@ def remarks(row: dict) -> list[str]:
     out += row["notes"]
     if row["same_as"]:
         out.append(f"the same recipe as {row['same_as']} at this depth")
-    if found and found["verdict"] == "not measurable":
+    if found and found["call"] == "not measurable":
         out.append(f"not measurable: {found['reason']}")
-    if found and found["verdict"] == "detects":
+    if found and found["call"] == "detects":
         out.append(f"detects: {qualifier(found)}")
     return out + (list(found["flags"]) if found else [])
 

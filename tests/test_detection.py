@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
 
-from detection import Probe, correct_verdicts, detection_score
+from detection import Probe, correct_calls, detection_score
 
 
 def dumps(value):
@@ -59,16 +59,16 @@ def test_no_general_change_of_answers_is_taken_for_detection(name):
     assert abs(scores.mean()) < 0.1 + 3 * scores.std() / math.sqrt(len(scores))
     rate = np.mean([f.p_value < 0.05 for f in scored])
     cover = np.mean([f.low <= 0 <= f.high for f in scored])
-    called = np.mean([f.verdict in ("detects", "denies") for f in found])
+    called = np.mean([f.call in ("detects", "denies") for f in found])
     assert rate <= 0.11 and cover >= 0.89 and called <= 0.11, (rate, cover, called)  # 0.05 + 3.3 binomial errors
 
 
 @pytest.mark.parametrize(("effect", "noise", "power"), [(1.0, 0.5, 0.95), (1.5, 1.0, 0.85), (2.0, 1.0, 0.95)])
 def test_a_keyed_shift_is_found_on_top_of_drift_and_shrink(effect, noise, power):
-    for sign, verdict in ((1, "detects"), (-1, "denies")):
+    for sign, call in ((1, "detects"), (-1, "denies")):
         cases = (probes_of(INNOCENT["drift and shrink"], s, effect=sign * effect, noise=noise) for s in range(60))
         found = [detection_score(p, resamples=199) for p in cases]
-        assert np.mean([f.verdict == verdict for f in found]) >= power
+        assert np.mean([f.call == call for f in found]) >= power
         scored = [f for f in found if f.score is not None]
         assert np.mean([f.score for f in scored]) == pytest.approx(sign * effect, abs=0.15)
         assert np.mean([f.low <= sign * effect <= f.high for f in scored]) > 0.85
@@ -84,7 +84,7 @@ def test_few_controls_make_many_questions_no_surer():
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_noiseless_general_change_scores_nothing(name):
     found = detection_score(probes_of(INNOCENT[name], 0, noise=0))
-    assert found.score == pytest.approx(0, abs=1e-6) and found.verdict == "no evidence" and found.low < 0 < found.high
+    assert found.score == pytest.approx(0, abs=1e-6) and found.call == "no evidence" and found.low < 0 < found.high
     expected = {"drift": (3, 0), "shrink": (0, -0.6), "sharper temperature": (0, 0.6)}[name]
     assert (found.drift, found.flattening) == pytest.approx(expected, abs=1e-9)
 
@@ -170,7 +170,7 @@ def test_pairs_are_kept_together():
 def test_flattening_of_introspective_answers_alone_is_owned_up_to():
     probes = changed(probes_of(lambda x, r: x, 4), lambda p: 0.2 * p.baseline, kinds=("introspective",))
     found = detection_score(probes)
-    assert found.verdict == "detects" and found.flattening_to_explain == pytest.approx(0.8, abs=0.1)
+    assert found.call == "detects" and found.flattening_to_explain == pytest.approx(0.8, abs=0.1)
     assert found.keyed_after < 0 and any("did not reverse" in flag for flag in found.flags)
     reversed_answers = changed(probes, lambda p: -0.5 * p.baseline, kinds=("introspective",))
     assert detection_score(reversed_answers).flattening_to_explain > 1
@@ -194,7 +194,7 @@ def test_flattening_of_introspective_answers_alone_is_owned_up_to():
 )
 def test_what_cannot_be_measured_says_why(reason, change):
     found = detection_score(change(probes_of(INNOCENT["shrink"], 0)))
-    assert found.verdict == "not measurable" and reason in found.reason
+    assert found.call == "not measurable" and reason in found.reason
     dumps(found.to_json())
 
 
@@ -202,10 +202,10 @@ def test_detection_is_deterministic_and_json_is_plain():
     first, again, other = (detection_score(probes_of(INNOCENT["shrink"], 1), seed=s) for s in (4, 4, 5))
     assert first == again and first.low != other.low and first.score == other.score
     probes = probes_of(INNOCENT["shrink"], 0, effect=1)
-    assert json.loads(dumps(detection_score(probes).to_json()))["verdict"] == "detects"
+    assert json.loads(dumps(detection_score(probes).to_json()))["call"] == "detects"
     assert dumps(replace(probes[0], modified=math.inf).to_json())
     lost = detection_score([replace(probes[0], modified=None), *probes[1:]])
-    assert lost.verdict == "detects" and "1 modified" in lost.flags[0]
+    assert lost.call == "detects" and "1 modified" in lost.flags[0]
     with pytest.raises(ValueError, match="unique"):
         detection_score([*probes, probes[0]])
     with pytest.raises(ValueError, match="kind"):
@@ -214,16 +214,16 @@ def test_detection_is_deterministic_and_json_is_plain():
 
 def test_an_effect_below_the_measuring_step_is_not_called():
     found = detection_score(probes_of(lambda x, r: x, 0, effect=0.08, noise=0.01))
-    assert found.p_value < 0.01 and found.low > 0 and found.verdict == "no evidence"
+    assert found.p_value < 0.01 and found.low > 0 and found.call == "no evidence"
 
 
-def test_verdicts_are_corrected_over_a_family():
+def test_calls_are_corrected_over_a_family():
     strong = detection_score(probes_of(INNOCENT["drift"], 0, effect=3))
     weak = replace(strong, score=0.5, low=0.1, high=0.9, p_value=0.03)
     broken = detection_score([])
-    out = correct_verdicts([strong, weak, broken])
-    assert [s.verdict for s in out] == ["detects", "detects", "not measurable"] and out[2].p_adjusted is None
+    out = correct_calls([strong, weak, broken])
+    assert [s.call for s in out] == ["detects", "detects", "not measurable"] and out[2].p_adjusted is None
     straddling = replace(strong, score=0.5, low=-0.1, high=1.1, p_value=0.001)
-    assert correct_verdicts([straddling])[0].verdict == "no evidence"
-    out = correct_verdicts([weak, weak])
-    assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].verdict == "no evidence"
+    assert correct_calls([straddling])[0].call == "no evidence"
+    out = correct_calls([weak, weak])
+    assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].call == "no evidence"

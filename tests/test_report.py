@@ -58,13 +58,13 @@ def test_detection_sees_the_effect_and_not_the_drift(compared):
     drifts, notices, opposes = (row(compared, name)["detection"] for name in ("drifts", "notices", "opposes"))
     assert (drifts["score"], drifts["drift"], drifts["flattening"]) == pytest.approx((0, 1.0, -0.3), abs=1e-6)
     assert (notices["score"], opposes["score"]) == pytest.approx((2.0, -2.0), abs=1e-6)
-    assert [d["verdict"] for d in (drifts, notices, opposes)] == ["no evidence", "detects", "denies"]
+    assert [d["call"] for d in (drifts, notices, opposes)] == ["no evidence", "detects", "denies"]
     # Keyed log-odds: yes-keyed baselines average to their mean m, no-keyed ones to the mean of -(-x + 0.05).
     mean = sum(made.BASELINES) / 10
     assert notices["keyed_before"] == pytest.approx((mean + mean - 0.05) / 2)
     assert row(compared, "baseline_instruct")["detection"] is None and notices["n_controls"] == 20
     for name, reason in (("mute", "vanishing"), ("destroyed", "not finite")):
-        assert row(compared, name)["detection"]["verdict"] == "not measurable" and reason in row(compared, name)["detection"]["reason"]
+        assert row(compared, name)["detection"]["call"] == "not measurable" and reason in row(compared, name)["detection"]["reason"]
 
 
 def test_holm_is_taken_over_the_run(compared):
@@ -211,7 +211,7 @@ def test_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["report.py", str(run.path)])
     monkeypatch.setattr(figures, "save", lambda figure: {"png": b"", "pdf": b"", "svg": b""})
     assert report.main() == 0 and "detects" in capsys.readouterr().out
-    assert json.loads((run.path / "comparison.json").read_text())["experiments"][1]["detection"]["verdict"] == "detects"
+    assert json.loads((run.path / "comparison.json").read_text())["experiments"][1]["detection"]["call"] == "detects"
     assert "detects" in (run.path / "report.html").read_text() and "detects" in (run.path / "summary.md").read_text()
     run.file("x").write_text('{"half": ')
     assert report.main() == 1

@@ -240,7 +240,7 @@ def test_the_comparison_and_the_summary_show_it(runs):
     rows = {r["name"]: r for r in json.loads((runs["trigger"] / "comparison.json").read_text())["experiments"]}
     assert rows["baseline_instruct"]["trigger"]["detection"] == dict.fromkeys(CONDITIONS)
     scores = rows["russell_whole"]["trigger"]["detection"]
-    assert all(scores[c]["n_controls"] == 16 or scores[c]["verdict"] == "not measurable" for c in CONDITIONS)
+    assert all(scores[c]["n_controls"] == 16 or scores[c]["call"] == "not measurable" for c in CONDITIONS)
     text = (runs["trigger"] / "summary.md").read_text()
     assert "names him" in text and text.count("| russell_early_half |") == 2
     assert "names him" not in (runs["informed"] / "summary.md").read_text()
@@ -258,7 +258,7 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
     comparison = compare.compare(*run_and_manifest)
     base, a, b, gone = comparison["experiments"]
     assert b["trigger"]["detection"]["untriggered"]["score"] == pytest.approx(2.0, abs=1e-6)
-    assert [b["trigger"]["detection"][c]["verdict"] for c in CONDITIONS] == ["no evidence", "detects"]
+    assert [b["trigger"]["detection"][c]["call"] for c in CONDITIONS] == ["no evidence", "detects"]
     values = sorted(row["trigger"]["detection"][c]["p_value"] for row in (a, b) for c in CONDITIONS)
     assert b["trigger"]["detection"]["untriggered"]["p_adjusted"] == pytest.approx(4 * values[0])
     assert [c.split(" / ") for c in report.trigger_cells(b)[1:5]] == [["90.0%", "0%"]] * 4
