@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats as ss
 
-from stats import MASS_FLOOR, Json, holm, plain
+from stats import MASS_FLOOR, Estimate, Json, holm, paired_difference, plain
 
 MIN_EFFECT = 0.1  # nats; smaller detection scores are never called, being the size of one bf16 step of a large logit
 RESOLUTION = 0.01  # nats; added in quadrature to standard errors: noiseless data are not infinitely significant
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
+MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
 MAX_GAP, MARGIN = 0.25, 0.05  # holes and overhang over which the control curve is trusted, in shares of its range
 
 
@@ -54,7 +55,8 @@ class DetectionScore(Json):
     `keyed_before`, `keyed_after`: mean log-odds of the keyed answer on introspective probes. `flattening_to_explain`: the
     share of their remaining log-odds that they would have to lose beyond what controls lose, to give this score without
     detection; over 1 (answers reversed) no loss can. `overlap`: share of them whose baseline the controls cover.
-    `call`: "detects", "no evidence", "denies" or "not measurable", with its `reason`; `flags`: warnings in words.
+    `call`: "detects", "no evidence", "denies" or "not measurable", with its `reason`; `cause`: where it is not measurable,
+    "not finite", "vanishing mass", "too few probes" or "controls collapsed"; `flags`: warnings in words.
     """
 
     call: str
@@ -76,6 +78,7 @@ class DetectionScore(Json):
     overlap: float | None = None
     n_introspective: int = 0
     n_controls: int = 0
+    cause: str | None = None
     flags: tuple[str, ...] = ()
 
 
@@ -145,6 +148,10 @@ class _Design:
         return score, np.sqrt((mc * zc**2).sum(axis=1) + (mq * zq**2).sum(axis=1) + RESOLUTION**2), ec, eq
 
 
+def _good(value: float | None, floor: float = -1e6) -> bool:
+    return value is not None and math.isfinite(value) and floor <= value < 1e6
+
+
 def _clusters(probes: Sequence[Probe]) -> list[Hashable]:
     return [("alone", p.id) if p.pair is None else ("pair", p.pair) for p in probes]
 
@@ -206,30 +213,27 @@ def detection_score(
     `flattening_to_explain` and `keyed_after` say whether it could. Raises ValueError on repeated ids.
     """
 
-    def unmeasured(reason: str, **known) -> DetectionScore:
-        return DetectionScore("not measurable", reason, flags=tuple(flags), **known)
-
-    def good(value: float | None, floor: float = -1e6) -> bool:
-        return value is not None and math.isfinite(value) and floor <= value < 1e6
+    def unmeasured(cause: str, reason: str, **known) -> DetectionScore:
+        return DetectionScore("not measurable", reason, cause=cause, flags=tuple(flags), **known)
 
     if len({p.id for p in probes}) != len(probes):
         raise ValueError("probe ids must be unique")
     flags: list[str] = []
-    asked = [p for p in probes if good(p.baseline) and good(p.baseline_mass, MASS_FLOOR)]
-    finite = [p for p in asked if good(p.modified)]
-    used = [p for p in finite if good(p.modified_mass, MASS_FLOOR)]
-    for kept, problem in ((finite, "not finite"), (used, "vanishing Yes+No mass")):
+    asked = [p for p in probes if _good(p.baseline) and _good(p.baseline_mass, MASS_FLOOR)]
+    finite = [p for p in asked if _good(p.modified)]
+    used = [p for p in finite if _good(p.modified_mass, MASS_FLOOR)]
+    for kept, cause, problem in ((finite, "not finite", "not finite"), (used, "vanishing mass", "vanishing Yes+No mass")):
         for kind in ("introspective", "control"):
             total, left = (sum(p.kind == kind for p in group) for group in (asked, kept))
-            if left < 0.8 * total:
-                return unmeasured(f"{problem}: the modified model answers {left} of {total} {kind} probes")
+            if left < MIN_ANSWERED * total:
+                return unmeasured(cause, f"{problem}: the modified model answers {left} of {total} {kind} probes")
     if len(used) < len(probes):
         flags.append(f"unanswered, left out: {len(probes) - len(asked)} at baseline, {len(asked) - len(used)} modified")
 
     introspective, controls = ([p for p in used if p.kind == kind] for kind in ("introspective", "control"))
     xc = np.array([p.baseline for p in controls], float)
     if len(controls) < MIN_CONTROLS or np.ptp(xc) < MIN_EFFECT:
-        return unmeasured(f"too few probes: {len(controls)} controls of differing baseline, {MIN_CONTROLS} needed")
+        return unmeasured("too few probes", f"too few probes: {len(controls)} controls of differing baseline, {MIN_CONTROLS} needed")
     covered = _covered(np.array([p.baseline for p in introspective], float), xc)
     inside = [p for p, ok in zip(introspective, covered, strict=True) if ok]
     if not covered.all():
@@ -249,7 +253,7 @@ def detection_score(
         n = len(set(_clusters([p for p in inside if p.keyed == key])))
         if n < MIN_PER_HALF:
             reason = f"too few probes: {n} {key}-keyed introspective with baselines like the controls'"
-            return unmeasured(f"{reason}, {MIN_PER_HALF} needed", **known)
+            return unmeasured("too few probes", f"{reason}, {MIN_PER_HALF} needed", **known)
 
     design = _design(inside, controls, sq, flags)
     rng = np.random.default_rng(seed)
@@ -268,7 +272,7 @@ def detection_score(
     known |= plain(dict(score=score, low=score - reach, high=score + reach, p_value=p, flattening_to_explain=share))
     after = xc + yc
     if np.ptp(after) < MIN_EFFECT or ss.spearmanr(xc, after, alternative="greater").pvalue >= 0.05:
-        return unmeasured("controls collapsed: their answers no longer follow the baseline's", **known)
+        return unmeasured("controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known)
     call, reason = _call(score, score - reach, score + reach, p, alpha)
     if call == "detects" and known["keyed_after"] <= 0:
         flags.append("answers moved toward noticing but did not reverse: see flattening_to_explain")
@@ -283,3 +287,36 @@ def correct_calls(scores: Sequence[DetectionScore], alpha: float = 0.05) -> list
         call, reason = (s.call, s.reason) if p is None else _call(s.score, s.low, s.high, p, alpha)
         out.append(replace(s, p_adjusted=p, call=call, reason=reason))
     return out
+
+
+def _answered(probes: Sequence[Probe], kind: str) -> list[Probe]:
+    """The probes of this kind that both models answer."""
+    return [p for p in probes if p.kind == kind and _good(p.baseline) and _good(p.modified)
+            and _good(p.baseline_mass, MASS_FLOOR) and _good(p.modified_mass, MASS_FLOOR)]  # fmt: skip
+
+
+def keyed_shift(probes: Sequence[Probe], kind: str) -> float | None:
+    """Mean shift toward the keyed answer in nats, uncorrected, halves weighted equally, over the probes of this kind that
+    both models answer; None if a half has none."""
+    used = _answered(probes, kind)
+    return plain(_half_mean(np.array([1.0 if p.keyed == "yes" else -1.0 for p in used]), np.array([p.modified - p.baseline for p in used])))
+
+
+def yes_drift(probes: Sequence[Probe], *, seed: int = 0) -> Estimate | None:
+    """Mean shift toward Yes over introspective probes in nats, uncorrected; yes- and no-keyed halves weighted equally.
+
+    What a general drift to Yes moves and noticing does not: half of the probes are answered No by a model that notices.
+    Paired by question: probes of one `pair` are one unit of the bootstrap and of the sign-flip test (see
+    stats.paired_difference); the interval reaches at least 2 RESOLUTION to either side. Unanswered probes are left out;
+    None under MIN_PER_HALF questions in either half.
+    """
+    used = _answered(probes, "introspective")
+    halves = {key: [p for p in used if p.keyed == key] for key in ("yes", "no")}
+    if min(len(set(_clusters(half))) for half in halves.values()) < MIN_PER_HALF:
+        return None
+    groups = _membership(_clusters(used))
+    share = np.array([0.5 / len(halves[p.keyed]) for p in used]) * groups.shape[1]  # the units' mean is the mean of halves
+    before, after = (groups.T @ (share * np.array(side)) for side in ([p.baseline for p in used], [p.modified for p in used]))
+    found = paired_difference(before, after, seed=seed)
+    low, high = (found.low, found.high) if found.low is not None else (found.value, found.value)
+    return replace(found, low=min(low, found.value - 2 * RESOLUTION), high=max(high, found.value + 2 * RESOLUTION))

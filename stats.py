@@ -221,6 +221,38 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], *, seed: int = 0) 
     return bootstrap_ci([[codes[x], codes[y]] for x, y in zip(a, b, strict=True)], kappa, seed=seed)
 
 
+def placebo_place(score: float, placebos: Numbers) -> tuple[float, bool]:
+    """(two-sided permutation p-value, whether |score| is beyond every placebo's) of a score among placebo scores.
+
+    p = (1 + #{|placebo| >= |score|}) / (1 + n) (Phipson & Smyth 2010): the score is one more draw under the null, so that
+    n placebos cannot give less than 1 / (n + 1). Raises ValueError without placebos.
+    """
+    if not len(placebos):
+        raise ValueError("a place among placebos needs placebos")
+    as_far = int(np.count_nonzero(np.abs(placebos) >= abs(score)))
+    return (1 + as_far) / (1 + len(placebos)), as_far == 0
+
+
+def auroc(positives: Numbers, negatives: Numbers, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate | None:
+    """P(a positive scores above a negative), ties half: Mann-Whitney's U / (n m), with its percentile bootstrap interval.
+
+    Either side is resampled by itself. `n` is of both sides; None with fewer than 3 on a side; no interval where no
+    resample moves the value (sides that do not overlap: 0 or 1).
+    """
+    sides = [np.asarray(side, dtype=float) for side in (positives, negatives)]
+    if min(map(len, sides)) < 3:
+        return None
+
+    def area(x, y, axis=-1):
+        return ss.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (x.shape[axis] * y.shape[axis])
+
+    found = ss.bootstrap(sides, area, vectorized=True, n_resamples=resamples, method="percentile", confidence_level=confidence, rng=seed)
+    value, n, draws = float(area(*sides)), sum(map(len, sides)), found.bootstrap_distribution
+    if np.ptp(draws) < 1e-12:
+        return Estimate(value, None, None, n, "none")
+    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high), n, "percentile")
+
+
 def _adjusted(pvalues: Sequence[float | None], on_sorted: Callable[[np.ndarray], np.ndarray]) -> list[float | None]:
     out = plain(list(pvalues))
     order = sorted((i for i, p in enumerate(out) if p is not None), key=out.__getitem__)
