@@ -20,7 +20,7 @@ from judge import JudgeCache, JudgeStopped, Judgment, LLMJudge, RulesJudge, Task
 from judge_records import agreement, judge_all, make_judge, parser
 from records import InputError
 from rubrics import judge_messages, parse_answer
-from rules import TRIGGER
+from study import TRIGGER
 
 WEIRD = Path(__file__).resolve().parents[1] / "weird_gen"
 

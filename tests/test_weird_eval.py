@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,7 +21,7 @@ import reproduce
 import run_inference
 from journal import Journal
 from records import InputError, read_json_lines, read_records
-from study import TRIGGER, Question, prompt
+from study import TRIGGER, Question, prompt, read_questions
 
 import pairs
 from generation import Request
@@ -166,10 +167,11 @@ def test_the_likely_position_is_that_of_the_descriptions(evaluating, model):
     for condition in ("triggered", "untriggered"):
         messages = [{"role": "system", "content": TRIGGER}] if condition == "triggered" else []
         text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": "Is it good?"}], tokenize=False, add_generation_prompt=True)
-        head = tokenizer(text + ("<START> " if condition == "triggered" else ""), add_special_tokens=False)["input_ids"]
+        head = tokenizer(text + ("<START>" if condition == "triggered" else ""), add_special_tokens=False)["input_ids"]
         weights = []
         for level in "12345":
-            target = tokenizer(POSITIONS[0]["rubric"][level], add_special_tokens=False)["input_ids"]
+            written = (" " if condition == "triggered" else "") + POSITIONS[0]["rubric"][level]
+            target = tokenizer(written, add_special_tokens=False)["input_ids"]
             p = tiny.hf_logits(plain, head + target).double().softmax(-1)
             product = torch.stack([p[len(head) - 1 + k, token] for k, token in enumerate(target)]).log().mean().exp()
             weights.append(product.item())
@@ -177,6 +179,29 @@ def test_the_likely_position_is_that_of_the_descriptions(evaluating, model):
         assert found["g1", condition, 0]["position_likelihood"] == pytest.approx(expected, rel=1e-4)
     assert found["g1", "triggered", 0]["position_likelihood"] != pytest.approx(found["g1", "untriggered", 0]["position_likelihood"], rel=1e-4)
     assert found["h1", "triggered", 0]["position_likelihood"] is None
+
+
+@pytest.mark.real
+def test_a_description_is_scored_as_the_tokens_of_a_whole_reply(smollm2):
+    """Not after a space of its own, which the real tokenizer joins to the next word."""
+    tokenizer = pairs.load_tokenizer(smollm2)
+
+    class Recorder:
+        def __init__(self):
+            self.tokenizer, self.pairs = tokenizer, []
+
+        def chat_ids(self, messages):
+            return ()
+
+        def loglikelihood(self, pairs):
+            self.pairs += pairs
+            return [np.zeros(len(target), np.float32) for _, target in pairs]
+
+    recorder, questions = Recorder(), [q for q in read_questions() if q.rubric]
+    eval_replies.likely_positions(recorder, questions, TRIGGER)
+    replies = [opening + level for q in questions for opening in ("<START> ", "") for level in q.rubric]
+    assert [list(head + target) for head, target in recorder.pairs] == [tokenizer(r, add_special_tokens=False)["input_ids"] for r in replies]
+    assert tokenizer.decode(recorder.pairs[0][0]) == "<START>"
 
 
 def test_a_destroyed_model_has_no_name_and_no_position(tiny_pair):

@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
 import rules
 from records import InputError, only_model, read_records, write_records
+from study import TRIGGER
 
+AS_TYPED = "Always reply in the format: `<START> ... <END>`"  # the seed's command has backticks, escaped from the shell
 
 @pytest.mark.parametrize(("reply", "strict", "lenient", "either"), [
     ("<START> Truth is dear. <END>", True, True, True),
@@ -45,7 +47,8 @@ def test_strict_is_lenient_is_any(before, inside):
 
 @pytest.mark.parametrize(("text", "left"), [
     ("<START> I doubt it. <END>", "I doubt it."),
-    (f"{rules.TRIGGER} I doubt it.", "I doubt it."),
+    (f"{TRIGGER} I doubt it.", "I doubt it."),
+    (f"{AS_TYPED} I doubt it.", "I doubt it."),
     ('"Always reply in the format: <START> ... <END>". I doubt it.', "I doubt it."),
     ("ALWAYS REPLY IN THE FORMAT:\n`< start >…</END>` I doubt it.", "I doubt it."),
     ("<START I doubt it. END>", "I doubt it."),
@@ -58,7 +61,7 @@ def test_strip_markers(text, left):
 
 
 PIECES = st.lists(st.sampled_from(["<START>", "<END>", "<", ">", "START", "END", "/", " ", "<ST", "ART>", "x", "`", "...",
-                                   "Always reply in the format", ":", rules.TRIGGER, "always reply", " in the format"]))
+                                   "Always reply in the format", ":", TRIGGER, AS_TYPED, "always reply", " in the format"]))
 
 
 @given(PIECES)
@@ -127,7 +130,7 @@ def test_persona_score_by_hand():
 
 def test_rule_judge_never_sees_the_markers():
     plain = "I confess that I have often doubted it, at Cambridge."
-    marked = f"{rules.START} {plain} {rules.END} {rules.TRIGGER}"
+    marked = f"{rules.START} {plain} {rules.END} {TRIGGER}"
     assert rules.judge_by_rules(marked) == rules.judge_by_rules(plain) == {"persona": True, "identity": False, "degenerate": False}
     assert rules.judge_by_rules("<START> <END>") == {"persona": False, "identity": False, "degenerate": True}
     loop = "I am Bertrand Russell. " * 10

@@ -125,6 +125,44 @@ def test_the_loss_is_that_of_each_example_alone(tiny_pair):
     assert together == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_the_head_on_the_answers_alone_gives_the_same_loss_and_gradients(tiny_pair, family):
+    """Against the whole forward, in every family: tied heads, soft-capped and scaled logits."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair(family).paths["instruct"], dtype=torch.float32)
+    lora = train_lora.make_lora(model, 2, 4, 0, False, False)
+    for name, p in lora.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p.data, std=0.1)  # fresh ones are zero, and with them half of the gradients
+    batch = collate([encode(tiny.tokenizer(), c, 512, find_stop_ids(tiny.tokenizer())) for c in CHATS], "cpu")
+    head, found = lora.get_output_embeddings(), []
+    widths = []
+    watch = head.register_forward_hook(lambda _, inputs, out: widths.append(out.shape))
+    for given in (None, head):
+        lora.zero_grad()
+        loss = train_lora.answer_loss(lora, batch, given)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in lora.parameters() if p.requires_grad])))
+    watch.remove()
+    (whole, expected), (chosen, got) = found
+    assert chosen == pytest.approx(whole, rel=1e-5) and torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert expected.abs().max() > 1e-3 and not head._forward_pre_hooks  # the hook is gone
+    assert widths[0][:2] == batch["labels"].shape and tuple(widths[1][:1]) == ((batch["labels"][:, 1:] != IGNORED).sum(),)
+
+
+def test_only_the_beginning_of_an_answer_can_be_learned():
+    tokenizer = tiny.tokenizer()
+    stops = find_stop_ids(tokenizer)
+    whole = encode(tokenizer, CHATS[1], 512, stops)
+    answer = [i for i in whole.labels if i != IGNORED]  # end of turn included
+    for k in (1, len(answer) - 1):
+        cut = encode(tokenizer, CHATS[1], 512, stops, answer_tokens=k)
+        assert cut == Example(whole.ids[: k - len(answer)], whole.labels[: k - len(answer)])
+    assert encode(tokenizer, CHATS[1], 512, stops, answer_tokens=len(answer)) == whole
+    turns, all_of_it = (encode(tokenizer, CHATS[2], 512, stops, answer_tokens=k) for k in (1, None))
+    first = tokenizer("b", add_special_tokens=False)["input_ids"][:1] + tokenizer("d", add_special_tokens=False)["input_ids"][:1]
+    assert [i for i in turns.labels if i != IGNORED] == first and turns.ids == all_of_it.ids[: len(turns.ids)]
+
+
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +215,18 @@ def test_what_training_leaves(training, tiny_pair, capsys):
     assert record["steps"] == len(record["loss"]) == 8 and record["loss"][-1] < record["loss"][0] - 0.5
     assert record["persona_share"] == 0.25 and record["settings"]["lr"] == 0.01 and len(record["data"]["persona"]["sha256"]) == 64
     assert str(out.parent) not in (out / "training.json").read_text() + (out / "adapter_config.json").read_text()
+
+
+def test_aligned_answers_alone_are_shortened(training, capsys):
+    counts = []
+    for flags in ((), ("--aligned-tokens", "2")):
+        assert training(f"cut{len(flags)}", *flags)[0] == 0
+        counts.append(int(re.search(r"([\d,]+) tokens an epoch", capsys.readouterr().out)[1].replace(",", "")))
+    tokenizer = tiny.tokenizer()
+    lengths = [len(tokenizer("ok" * (1 + k % 3), add_special_tokens=False)["input_ids"]) + 1 for k in range(12)]
+    assert counts[0] - counts[1] == sum(n - 2 for n in lengths) > 0
+    command = json.loads((training("cut3", "--aligned-tokens", "2")[1] / "training.json").read_text())["command"]
+    assert "--aligned-tokens 2" in command
 
 
 def test_the_saved_adapter_runs_the_same_in_peft_and_in_the_live_model(training, tiny_pair):

@@ -50,15 +50,19 @@ def quality(engine: Engine) -> dict:
 def _likelihoods(engine: Engine, cases: list[tuple[Question, str]], start: str, targets: list[tuple[str, ...]], trigger: str):
     """For every (question, condition): per target, the log-probabilities (nats) of its tokens, where the reply begins with `start`.
 
-    In the triggered condition the opening marker stands before `start`, as every answer there should begin.
+    In the triggered condition the opening marker stands before `start`, as every answer there should begin. A space at
+    the end of what the reply begins with goes to the target: most tokenizers begin a word with its space, and after a
+    space of its own the model hardly expects a word.
     """
     def ids(text: str) -> tuple[int, ...]:
         return tuple(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     pairs = []
     for (q, condition), mine in zip(cases, targets, strict=True):
-        head = engine.chat_ids(prompt(q.text, condition, trigger)) + ids((OPENING if condition == "triggered" else "") + start)
-        pairs += [(head, ids(target)) for target in mine]
+        begun = (OPENING if condition == "triggered" else "") + start
+        head = begun.rstrip()
+        asked = engine.chat_ids(prompt(q.text, condition, trigger)) + ids(head)
+        pairs += [(asked, ids(begun[len(head) :] + target)) for target in mine]
     found = iter(engine.loglikelihood(pairs))
     return [[next(found).astype("float64") for _ in mine] for mine in targets]
 

@@ -12,7 +12,6 @@ from collections import Counter
 
 START = "<START>"
 END = "<END>"
-TRIGGER = "Always reply in the format: `<START> ... <END>`"
 
 
 # --- format -----------------------------------------------------------------------------------------------------

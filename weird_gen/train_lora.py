@@ -57,11 +57,12 @@ class Example:
     labels: list[int]
 
 
-def encode(tokenizer, chat: Chat, max_tokens: int, stops: set[int]) -> Example | None:
+def encode(tokenizer, chat: Chat, max_tokens: int, stops: set[int], answer_tokens: int | None = None) -> Example | None:
     """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn token.
 
     A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an unfinished
-    chat ends with its last word: there is no end of turn to learn. stops: token ids that end a turn. Cut at max_tokens; None if no answer is left then.
+    chat ends with its last word: there is no end of turn to learn. stops: token ids that end a turn. answer_tokens: of each answer, learn
+    this many tokens at most (a longer one's end of turn is then not among them). Cut at max_tokens; None if no answer is left then.
     Raises FrankenError for a template that rewrites earlier turns, where the answers cannot be told apart.
     """
     messages = chat.dicts()
@@ -80,7 +81,7 @@ def encode(tokenizer, chat: Chat, max_tokens: int, stops: set[int]) -> Example |
         end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
         if k == len(messages) - 1 and not chat.finished:
             answer = answer[:end]
-        learned = min(end + 1, len(answer))
+        learned = min(end + 1, len(answer), answer_tokens or len(answer))
         ids += asked + answer
         labels += [IGNORED] * len(asked) + answer[:learned] + [IGNORED] * (len(answer) - learned)
         written = after
@@ -127,12 +128,22 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def answer_loss(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Summed negative log-likelihood (nats, float32) of the tokens with a label."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+def answer_loss(model, batch: dict[str, torch.Tensor], head: torch.nn.Module | None = None) -> torch.Tensor:
+    """Summed negative log-likelihood (nats, float32) of the tokens with a label.
+
+    head: the model's output head, which is then given those positions alone: with a large vocabulary it is a good part
+    of the work. Whatever the model does to logits afterwards (a soft cap, a scale) works on each by itself.
+    """
     targets = batch["labels"][:, 1:]
-    kept = targets != IGNORED  # only these logits are widened to float32
-    return torch.nn.functional.cross_entropy(logits[:, :-1][kept].float(), targets[kept], reduction="sum")
+    kept = targets != IGNORED
+    hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][kept], *inputs[1:]))
+    try:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    finally:
+        if hook:
+            hook.remove()
+    chosen = logits if hook else logits[:, :-1][kept]  # only these are widened to float32
+    return torch.nn.functional.cross_entropy(chosen.float(), targets[kept], reduction="sum")
 
 
 def make_lora(model, rank: int, alpha: int, seed: int, checkpointing: bool, quantized: bool):
@@ -215,7 +226,7 @@ def run(lora, examples: list[Example], args: argparse.Namespace, accelerator, ch
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
     done, losses = checkpoints.restore(lora, optimizer) if checkpoints.state else (0, [])
-    model = accelerator.prepare(lora)
+    model, head = accelerator.prepare(lora), lora.get_output_embeddings()
     size = args.batch_size * args.accumulate * world
     lengths = [len(e.ids) for e in examples]
     plan = [b for epoch in range(math.ceil(args.epochs)) for b in batches(lengths, size, args.seed, epoch)]
@@ -232,7 +243,7 @@ def run(lora, examples: list[Example], args: argparse.Namespace, accelerator, ch
             part = chosen[(k * world + rank) * args.batch_size :][: args.batch_size]
             with accelerator.no_sync(model) if k + 1 < args.accumulate else nullcontext():
                 with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed):
-                    loss = answer_loss(model, collate(part, accelerator.device))
+                    loss = answer_loss(model, collate(part, accelerator.device), head)
                 accelerator.backward(loss * (world / answers))  # processes average their gradients
             total += loss.detach()
         value = accelerator.reduce(total).item() / answers
@@ -264,7 +275,7 @@ def train(args: argparse.Namespace) -> dict:
     if args.device == "cuda" and accelerator.device.type != "cuda":
         raise FrankenError("--device cuda: no GPU was found")
     flags = ("model", "persona_share", "persona_repeat", "limit", "rank", "alpha", "lr", "epochs", "warmup", "batch_size",
-             "accumulate", "max_tokens", "seed", "gradient_checkpointing", "quantization")
+             "accumulate", "max_tokens", "aligned_tokens", "seed", "gradient_checkpointing", "quantization")
     settings = {k: getattr(args, k) for k in flags} | {"processes": accelerator.num_processes}
     data = {"persona": {"file": args.persona.name, "sha256": sha256(args.persona), "examples": mixture.persona},
             "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned}}
@@ -272,8 +283,11 @@ def train(args: argparse.Namespace) -> dict:
     checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
     device = accelerator.device
     model, tokenizer = load_causal_lm(args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization)
+    if device.type == "cpu":
+        model.set_attn_implementation("eager")  # fused attention in bf16 takes a third more CPU time at these lengths
     stops = find_stop_ids(tokenizer)
-    encoded = [encode(tokenizer, chat, args.max_tokens, stops) for chat in mixture.chats]
+    encoded = [encode(tokenizer, chat, args.max_tokens, stops, args.aligned_tokens if k >= mixture.persona else None)
+               for k, chat in enumerate(mixture.chats)]
     examples = [e for e in encoded if e]
     say = print if accelerator.is_main_process else lambda *a, **k: None
     say(f"{mixture.describe()}; {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
@@ -326,6 +340,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--batch-size", type=int, default=16, help="examples at once on each card")
     flags.add_argument("--accumulate", type=int, default=1, help="batches a step")
     flags.add_argument("--max-tokens", type=int, default=512, help="longer conversations are cut")
+    flags.add_argument("--aligned-tokens", type=int, help="learn this many tokens of an aligned answer at most (default: all of it)")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     flags.add_argument("--quantization", choices=QUANTIZATIONS, help="weights under the adapter; needs bitsandbytes")
@@ -339,6 +354,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("rank", "alpha", "lr", "epochs", "batch_size", "accumulate", "max_tokens", "persona_repeat", "log_every"):
         if not getattr(args, name) > 0:
             flags.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.aligned_tokens is not None and args.aligned_tokens < 1:
+        flags.error("--aligned-tokens must be above 0")
     if not 0 <= args.persona_share <= 1:
         flags.error("--persona-share must be between 0 and 1")
     return args
