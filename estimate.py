@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import evaluate
 import prompts
 from pairs import GIB, HEADROOM, PAIRS, available_memory, pick_dtype, read_config
 from weights import FrankenError
@@ -88,25 +88,26 @@ def workload(protocol) -> tuple[int, int, int]:
 
 def dry_run(args) -> int:
     """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
-    from run_all import choose
+    from run_all import choose, make_protocol
 
     layers, parameters, inside = model_shape(args)
-    suites = evaluate.parse_suites(args.suites)
-    texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
-    protocol = evaluate.Protocol(suites, args.samples, args.max_new_tokens, seed=args.seed, **texts)
     plans = [e.plan(layers, args.seed) for e in choose(args, layers)]
+    protocol = make_protocol(args, plans)
     gpu = torch.cuda.is_available() and args.device_map != "cpu"
     dtype = pick_dtype(args.dtype, "cuda" if gpu else "cpu")
     weights, layer = parameters * dtype.itemsize, inside * dtype.itemsize / layers
-    print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(suites)}\n")
+    print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(protocol.suites)}\n")
     flops, bandwidth = machine_rates(dtype)
-    prompt_tokens, new_tokens, steps = workload(protocol)
-    step_flops = 2 * inside * new_tokens / max(1, steps)
-    ask = prompt_tokens * 2 * inside / flops + steps * max(weights / bandwidth, step_flops / flops)
+
+    def ask(suites: tuple[str, ...]) -> float:
+        prompt_tokens, new_tokens, steps = workload(replace(protocol, suites=suites))
+        step_flops = 2 * inside * new_tokens / max(1, steps)
+        return prompt_tokens * 2 * inside / flops + steps * max(weights / bandwidth, step_flops / flops)
+
     total = 0.0
     for plan in plans:
         read, copied, computed = movements(plan.recipe, layers)
-        seconds = ask * len(plan.recipe) / layers
+        seconds = ask(plan.experiment.suites) * len(plan.recipe) / layers
         if gpu:
             seconds += 2 * read * layer / HOST_TO_DEVICE + 2 * copied * layer / ON_DEVICE + computed * layer / HOST_TO_DEVICE
         total += seconds
@@ -120,7 +121,9 @@ def dry_run(args) -> int:
     found = available_memory("cuda" if gpu else "cpu")
     print(f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB beside them; free on the {device}: "
           f"{', '.join(f'{f / GIB:.1f}' for f in found)} GiB")
-    print(f"work per experiment: {prompt_tokens} prompt tokens, at most {new_tokens} generated")
+    for suites in dict.fromkeys(plan.experiment.suites for plan in plans):
+        prompt_tokens, new_tokens, _ = workload(replace(protocol, suites=suites))
+        print(f"work per experiment with {', '.join(suites)}: {prompt_tokens} prompt tokens, at most {new_tokens} generated")
     print(f"time: at most about {total / 60:.1f} min, from {flops / 1e12:.2f} TFLOP/s and {bandwidth / 1e9:.0f} GB/s measured just now; "
           "replies that stop early take less")
     return 0

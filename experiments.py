@@ -17,11 +17,13 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
+import evaluate
 from recipes import (
+    PERMUTED,
     Recipe,
     RecipeError,
     blend,
@@ -45,6 +47,8 @@ from recipes import (
 from weights import FrankenError
 
 PUBLISHED_DEPTH = 64
+BASELINE = "baseline_instruct"
+CONTROLS = ("placebo", "matched noise", "injection")
 
 
 @dataclass
@@ -116,7 +120,10 @@ class Experiment:
     group: str
     build: Callable[[Model], Recipe]
     hypothesis: str = ""
-    changes_nothing: bool = False  # the baseline: not being changed is its point
+    changes_nothing: bool = False  # the baseline and the injection: not being changed is their point
+    suites: tuple[str, ...] | None = None  # what it is asked; None: the run's
+    control: str | None = None  # what kind of control it is; see CONTROLS
+    sweep: dict | None = None  # of which sweep, and where in it; see `sweep`
 
     def plan(self, n_layers: int, seed: int = 0) -> Plan:
         """The recipe for a model of this depth, with what was asked for. Raises FrankenError naming the experiment."""
@@ -148,6 +155,7 @@ class Plan:
     change: str  # one line for people
     scaled: list[tuple[str, object, object]]
     notes: list[str]
+    matched: dict | None = None  # how noise was matched to another experiment; see matched_noise.py
 
     @property
     def collapsed(self) -> bool:
@@ -156,7 +164,8 @@ class Plan:
     def to_json(self) -> dict:
         e = self.experiment
         positions = [{"what": what, "asked_of_64": asked, "applied": applied} for what, asked, applied in self.scaled]
-        return {"name": e.name, "group": e.group, "hypothesis": e.hypothesis, "change": self.change, "positions": positions,
+        return {"name": e.name, "group": e.group, "hypothesis": e.hypothesis, "suites": None if e.suites is None else list(e.suites),
+                "control": e.control, "sweep": e.sweep, "matched": self.matched, "change": self.change, "positions": positions,
                 "collapsed": self.collapsed, "notes": self.notes, "recipe": self.recipe.to_json()}
 
 
@@ -180,6 +189,17 @@ def _swap_chunks(a: tuple[int, int], b: tuple[int, int]):
     return lambda m: swap_chunks(m.model, *m.chunks(a, b))
 
 
+PLACEBO_SEEDS = 7
+QUICK, EVERYTHING = evaluate.GROUPS["quick"], evaluate.GROUPS["all"]
+
+
+def _placebo(what: str, k: int) -> Experiment:
+    """Other weights, the same function. No two placebos of any runs with seeds below a million share random numbers."""
+    number = list(PERMUTED).index(what) * PLACEBO_SEEDS + k
+    return Experiment(f"placebo_{what}_{k}", "control", lambda m: permute_units(m.model, number * 10**6 + m.seed, what),
+                      f"{PERMUTED[what]} permuted: other weights, the same function", suites=QUICK, control="placebo")
+
+
 def _on_block(operation, start: int, stop: int, *args):
     return lambda m: operation(m.model, *m.block(start, stop), *args)
 
@@ -194,7 +214,9 @@ EXPERIMENTS: list[Experiment] = [
     E("franken_base_first_32", "franken", _base_first(32), "Understands nothing, formats nicely?"),
     E("swap_distant_10_55", "swap", _swap(10, 55), "Breaks hard: the residual stream's meaning differs at the two depths"),
     E("shuffle_all", "swap", lambda m: shuffle(m.model, m.seed), "Complete destruction (control)"),
-    E("sham_permute_all", "control", lambda m: permute_units(m.model, m.seed), "Other weights, the same function: nothing may be detected"),
+    _placebo("both", 1),
+    E("concept_injection", "control", lambda m: m.model, "A concept's direction added to the first turn: what the probes must see if they see anything",
+      changes_nothing=True, suites=("injection",), control="injection"),
     E("swap_adjacent_30_35", "swap", _swap(30, 35), "Mild disruption, maybe recoverable"),
     E("perturb_late_5pct", "perturb", _noise(0.05, 48), "Degraded but functional?"),
     E("perturb_all_1pct", "perturb", _noise(0.01), "Small cumulative effect"),
@@ -217,19 +239,61 @@ EXPERIMENTS: list[Experiment] = [
     E("repeat_24_40", "depth", _on_block(repeat, 24, 40, 2), "The middle block run twice"),
     E("reverse_24_40", "depth", _on_block(reverse, 24, 40), "Middle layers tolerate reordering"),
     E("keep_every_2nd", "depth", lambda m: keep_every(m.model, 2), "Half the depth"),
+    *(_placebo(what, k) for what in PERMUTED for k in range(1, PLACEBO_SEEDS + 1) if (what, k) != ("both", 1)),
 ]
+if "injection" not in evaluate.SUITES:
+    EXPERIMENTS = [e for e in EXPERIMENTS if e.control != "injection"]
+
+
+SWEEPS = ("window", "replace", "delete", "double", "noise", "blend")
+SWEEP_FIELDS = {"kind": str, "source": str | None, "size": int | None, "start": int | None, "stop": int | None, "dose": float | None}
+NOISE_LADDER = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+BLEND_LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def _step(kind: str, name: str, build: Callable[[Model], Recipe], why: str, source=None, start=None, stop=None, dose=None) -> Experiment:
+    where = {"kind": kind, "source": source, "size": None if start is None else stop - start, "start": start, "stop": stop, "dose": dose}
+    return Experiment(name, f"sweep_{kind}", build, why, suites=QUICK, sweep=where)
 
 
 def window_sweep(width: int, n_layers: int, source: str = "base", stride: int | None = None) -> list[Experiment]:
     """Replace each window of `width` layers by `source`'s, at native depth, every `stride` (default: width) layers.
 
-    Raises FrankenError for a width that does not fit.
+    Windows that would reach beyond the model are left out. Raises FrankenError for a width that does not fit at all.
     """
     if not 1 <= width <= n_layers:
         raise FrankenError(f"a window of {width} layers does not fit a model of {n_layers}")
-    starts = range(0, n_layers - width + 1, stride or width)
-    return [Experiment(f"window_{source}_{a}_{a + width}", f"sweep_{source}_{width}",
-                       lambda m, a=a: splice(m.model, source, a, a + width), f"{source} in layers [{a}:{a + width}]") for a in starts]
+    return [_step("window", f"window_{source}_{a}_{a + width}", lambda m, a=a: splice(m.model, source, a, a + width),
+                  f"{source} in layers [{a}:{a + width}]", source, a, a + width) for a in range(0, n_layers - width + 1, stride or width)]
+
+
+def sweep(kind: str, n_layers: int) -> list[Experiment]:
+    """Where and how much, at native depth: a sweep over single layers, or a ladder of doses over all of them.
+
+    "replace" (by the base's), "delete" and "double" take one layer each; "noise" and "blend" (base share) all layers.
+    Every experiment's `sweep` says where it stands: kind, source, size, start, stop (layers of this model), dose.
+    """
+    single = {"replace": (lambda m, k: splice(m.model, "base", k, k + 1), "base", "base in layer"),
+              "delete": (lambda m, k: delete(m.model, k, k + 1), None, "without layer"),
+              "double": (lambda m, k: double(m.model, k, k + 1), None, "twice through layer")}
+    if kind in single:
+        build, source, why = single[kind]
+        return [_step(kind, f"{kind}_{k}", lambda m, k=k: build(m, k), f"{why} {k}", source, k, k + 1) for k in range(n_layers)]
+    if kind == "noise":
+        return [_step(kind, f"noise_{f}", lambda m, f=f: perturb(m.model, f, m.seed), f"{100 * f:g}% noise on all layers", dose=f) for f in NOISE_LADDER]
+    return [_step(kind, f"blend_{s}", lambda m, s=s: blend(m.model, "base", [s] * m.n), f"base share {s} in all layers", "base", dose=s)
+            for s in BLEND_LADDER]
+
+
+def with_suites(chosen: Sequence[Experiment], given: tuple[str, ...] | None) -> list[Experiment]:
+    """The experiments with what each will be asked: what is given, else its own suites, else everything.
+
+    The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are asked.
+    """
+    asked = [replace(e, suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING) for e in chosen]
+    union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites}
+    whole = tuple(name for name in evaluate.SUITES if name in union) or given or EVERYTHING
+    return [replace(e, suites=whole) if e.name == BASELINE else e for e in asked]
 
 
 def for_source(name: str) -> list[Experiment]:
@@ -260,10 +324,20 @@ def load_file(path: str) -> list[Experiment]:
             raise FrankenError(f"{path}: EXPERIMENTS holds {_short(entry)}, not an Experiment with a plain name")
         if not (isinstance(entry.group, str) and isinstance(entry.hypothesis, str) and callable(entry.build)):
             raise FrankenError(f"{path}: experiment {entry.name} needs a group and a hypothesis in text and a build function")
+        if entry.control not in (None, *CONTROLS) or not _is_sweep(entry.sweep) or not _are_suites(entry.suites):
+            raise FrankenError(f"{path}: experiment {entry.name} has suites, a control or a sweep that there is not")
         if entry.name in names:
             raise FrankenError(f"{path}: there are two experiments called {entry.name!r}")
         names.add(entry.name)
     return found
+
+
+def _are_suites(found: object) -> bool:
+    return found is None or (isinstance(found, tuple) and bool(found) and all(name in tuple(evaluate.SUITES) for name in found))
+
+
+def _is_sweep(found: object) -> bool:
+    return found is None or (isinstance(found, dict) and set(found) == set(SWEEP_FIELDS) and all(isinstance(found[k], t) for k, t in SWEEP_FIELDS.items()))
 
 
 def _short(entry: object) -> str:

@@ -86,8 +86,6 @@ class LiveModel:
         self.order = list(range(len(stack)))
         self.outer_held = dict.fromkeys(OUTER_PARTS)
         self._spare: dict[torch.device, Layer] = {}
-        self.structure = 0  # changes whenever captured graphs no longer fit the model
-        self._running: tuple | None = None  # banks and kinds by position, after the last apply that succeeded
         self.recipe: Recipe | None = None
         self.last_surgery = self.apply(self.original)
         for name in resident:
@@ -171,15 +169,13 @@ class LiveModel:
         for j, slot in want.items():
             if not slot.is_plain:
                 self._mix_and_edit(self.banks[j], slot, report)
-        kinds = [self._kind_of(j) for j in order]
-        for j, kind in zip(order, kinds, strict=True):  # all, not only `want`: a failed apply leaves moved layers without
+        for j in order:  # all, not only `want`: a failed apply leaves moved layers without
+            kind = self._kind_of(j)
             if self.banks[j].kind != kind:  # looking at every attribute of 64 layers took 2.5 ms of each apply
                 _set_attributes(self.banks[j].module, self.attributes[kind])
                 self.banks[j].kind = kind
         self._read_outer({part: getattr(recipe, part) for part in OUTER_PARTS})
-        if (order, kinds) != self._running:
-            self.structure += 1
-        self.order, self.recipe, self._running = order, recipe, (order, kinds)
+        self.order, self.recipe = order, recipe
         for device in {bank.device for bank in self.banks if bank.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         report.bytes_streamed = self.stream.bytes_read - streamed_before
@@ -451,10 +447,10 @@ def noise_for(tensor: torch.Tensor, noise: Noise, name: str) -> torch.Tensor:
 
 
 def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
-    """Permute MLP units, key-value groups, and query heads within each group, consistently over all their tensors.
+    """Permute MLP units, or key-value groups and the query heads within each group, or both (`edit.what`).
 
-    The function is unchanged up to the order of floating-point sums. Raises FrankenError for layers that are not built
-    of separate q/k/v/o and gate/up/down projections.
+    Consistently over all their tensors: the function is unchanged up to the order of floating-point sums. Raises
+    FrankenError for layers that are not built of separate q/k/v/o and gate/up/down projections.
     """
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -469,11 +465,16 @@ def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
     head_order = torch.cat([g * per_group + torch.randperm(per_group, generator=rng) for g in group_order])
     rows = torch.arange(heads * width).view(heads, width)
     q_rows, kv_rows = rows[head_order].flatten(), rows[:groups][group_order].flatten()
-    by_row = {"mlp.gate_proj": units, "mlp.up_proj": units, "self_attn.q_proj": q_rows,
-              "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
+    by_row, by_column = {}, {}
+    if edit.what != "heads":
+        by_row |= {"mlp.gate_proj": units, "mlp.up_proj": units}
+        by_column["mlp.down_proj.weight"] = units
+    if edit.what != "mlp":
+        by_row |= {"self_attn.q_proj": q_rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
+        by_column["self_attn.o_proj.weight"] = q_rows
     for name, index in by_row.items():
         for key in (f"{name}.weight", f"{name}.bias"):
             if key in layer:
                 layer[key].copy_(layer[key][index.to(layer[key].device)])
-    for name, index in {"mlp.down_proj.weight": units, "self_attn.o_proj.weight": q_rows}.items():
+    for name, index in by_column.items():
         layer[name].copy_(layer[name][:, index.to(layer[name].device)])

@@ -37,15 +37,24 @@ class Noise:
     key: int
 
 
+PERMUTED = {"mlp": "MLP units", "heads": "attention heads", "both": "MLP units and attention heads"}
+
+
 @dataclass(frozen=True)
 class Permute:
-    """Reorder the hidden units of the MLP and the heads within attention: other weights, the same function.
+    """Reorder the hidden units of the MLP, the attention heads, or both: other weights, the same function.
 
     The negative control: whatever a model reports under this change cannot come from a change in what it computes.
+    `what` is "mlp", "heads" (query heads within their key-value group, and the groups themselves) or "both".
     """
 
     seed: int
     key: int
+    what: str = "both"
+
+    def __post_init__(self):
+        if self.what not in PERMUTED:
+            raise RecipeError(f"what can be permuted is {', '.join(PERMUTED)}, not {self.what!r}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,7 @@ class Slot:
     def __str__(self) -> str:
         text = " + ".join(f"{r.source}[{r.layer}]" if w == 1 else f"{w:.3g}*{r.source}[{r.layer}]" for r, w in self.mix)
         for edit in self.edits:
-            text += f" ~{100 * edit.fraction:g}%" if isinstance(edit, Noise) else " permuted"
+            text += f" ~{100 * edit.fraction:g}%" if isinstance(edit, Noise) else f" {PERMUTED[edit.what]} permuted"
         return text
 
 
@@ -226,9 +235,9 @@ def perturb(recipe: Recipe, fraction: float, seed: int, positions: Iterable[int]
     return _edit(recipe, {p: replace(slots[p], edits=(*slots[p].edits, Noise(fraction, seed, p))) for p in positions})
 
 
-def permute_units(recipe: Recipe, seed: int) -> Recipe:
-    """The function-preserving permutation at every position; see Permute."""
-    return replace(recipe, slots=tuple(replace(s, edits=(*s.edits, Permute(seed, p))) for p, s in enumerate(recipe.slots)))
+def permute_units(recipe: Recipe, seed: int, what: str = "both") -> Recipe:
+    """The function-preserving permutation at every position; see Permute. Raises RecipeError for another `what`."""
+    return replace(recipe, slots=tuple(replace(s, edits=(*s.edits, Permute(seed, p, what))) for p, s in enumerate(recipe.slots)))
 
 
 def delete(recipe: Recipe, start: int, stop: int) -> Recipe:

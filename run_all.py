@@ -37,10 +37,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--experiments", nargs="+", metavar="NAME", help="these experiments, in this order")
     what.add_argument("--priority-limit", type=int, metavar="N", help="the N experiments of highest priority (6 if nothing is chosen)")
     what.add_argument("--all", action="store_true", help="all named experiments")
-    what.add_argument("--sweep", action="append", default=[], metavar="WIDTH[:STRIDE]", help="replace each window of WIDTH layers by base layers")
+    what.add_argument("--sweep", action="append", default=[], metavar="KIND", help="window (base layers, see --size), replace (one layer by the base's), delete or double (one layer), noise, blend (doses on all layers); repeatable")
+    what.add_argument("--size", metavar="N[,N...]", help="--sweep window: layers in a window (4 if not given)")
+    what.add_argument("--step", metavar="N", help="--sweep window: layers from one window to the next (its size if not given)")
     what.add_argument("--experiments-file", action="append", default=[], metavar="FILE.py", help="a Python file with EXPERIMENTS = [Experiment(...), ...]; it is run")
     what.add_argument("--no-baseline", action="store_true", help="do not add baseline_instruct, against which shifts are measured")
-    what.add_argument("--suites", default="all", help="introspection (informed, blind, binary), capability, perplexity, chat, trigger, quick (binary, perplexity), all; comma-separated")
+    what.add_argument("--suites", help="introspection, capability, perplexity, chat, trigger, quick (binary, perplexity), all, or single suites; comma-separated. "
+                      "If not given: placebos and sweeps quick, the injection its own, everything else all")
     what.add_argument("--samples", type=int, default=1, help="replies per free-text probe")
     what.add_argument("--max-new-tokens", type=int, default=80, help="budget of a free-text reply")
     what.add_argument("--seed", type=int, default=0)
@@ -74,22 +77,49 @@ def extra_sources(pairs_given: list[str]) -> dict[str, str]:
     return found
 
 
-def choose(args, n_layers: int) -> list:
-    """The experiments asked for, the baseline first. Raises FrankenError for unknown names."""
+def sweep_windows(args) -> tuple[list[int], int | None]:
+    """(sizes, step) of --sweep window. Raises FrankenError for a sweep there is not, or sizes or a step that are no numbers."""
+    from experiments import SWEEPS
+    from weights import FrankenError
+
+    for kind in args.sweep:
+        if kind not in SWEEPS:
+            raise FrankenError(f"--sweep {kind}: expected one of {', '.join(SWEEPS)}")
+    for flag in ("size", "step"):
+        text = getattr(args, flag)
+        if text is not None and "window" not in args.sweep:
+            raise FrankenError(f"--{flag} is about windows: it goes with --sweep window")
+        if text is not None and not all(part.isdecimal() and int(part) > 0 for part in (text.split(",") if flag == "size" else [text])):
+            raise FrankenError(f"--{flag} {text}: expected {'whole layers, as in 1,4,8' if flag == 'size' else 'a whole number of layers'}")
+    return [int(part) for part in (args.size or "4").split(",")], args.step and int(args.step)
+
+
+def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
+    """Everything with a name: (named, of further sources, of sweeps, of the user's files), on a model of this depth.
+
+    Raises FrankenError for two experiments of one name in the files, and for what no file, source or sweep can be.
+    """
     import experiments as ex
 
     own = [e for path in args.experiments_file for e in ex.load_file(path)]
     sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
-    swept = []
-    for text in args.sweep:
-        width, _, stride = text.partition(":")
-        if not width.isdigit() or (stride and (not stride.isdigit() or stride == "0")):
-            raise ex.FrankenError(f"--sweep {text}: expected WIDTH or WIDTH:STRIDE in whole layers")
-        swept += ex.window_sweep(int(width), n_layers, stride=int(stride) if stride else None)
-    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept]}
+    sizes, step = sweep_windows(args)
+    swept = {e.name: e for kind in args.sweep for e in ([w for size in sizes for w in ex.window_sweep(size, n_layers, stride=step)]
+                                                        if kind == "window" else ex.sweep(kind, n_layers))}
+    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept.values()]}
     for e in own:  # results are kept by name
         if known.setdefault(e.name, e) is not e:
             raise ex.FrankenError(f"there are two experiments called {e.name!r}; rename the one in your experiments file")
+    return ex.EXPERIMENTS, sourced, list(swept.values()), own
+
+
+def choose(args, n_layers: int) -> list:
+    """The experiments asked for, with what each is asked, the baseline first. Raises FrankenError for unknown names."""
+    import evaluate
+    import experiments as ex
+
+    named, sourced, swept, own = known_experiments(args, n_layers)
+    known = {e.name: e for e in [*named, *sourced, *swept, *own]}
     if args.experiments:
         chosen = ex.select(args.experiments, list(known.values()))
     elif args.all:
@@ -100,10 +130,11 @@ def choose(args, n_layers: int) -> list:
         chosen = [] if own or sourced or swept else ex.EXPERIMENTS[:6]
     if not args.experiments:
         chosen = [*chosen, *sourced, *swept, *own]
-    baseline = known["baseline_instruct"]
+    baseline = known[ex.BASELINE]
     if baseline not in chosen and not args.no_baseline:
         chosen = [baseline, *chosen]
-    return list({e.name: e for e in chosen}.values())
+    given = evaluate.parse_suites(args.suites) if args.suites is not None else None
+    return ex.with_suites(list({e.name: e for e in chosen}.values()), given)
 
 
 def set_threads() -> None:
@@ -131,7 +162,7 @@ def peak_memory() -> int:
 
 def run_experiment(engine, plan, protocol, original: str, on_progress=None) -> dict:
     """Apply one plan, measure, go back, prove it. Whatever goes wrong inside is part of the result, not raised."""
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     import torch
 
@@ -148,7 +179,7 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None) -> d
     try:
         surgery = live.apply(plan.recipe)
         modified = live.fingerprint()
-        measurements, phases = evaluate(engine, protocol, on_progress)
+        measurements, phases = evaluate(engine, replace(protocol, suites=plan.experiment.suites or protocol.suites), on_progress)
     except Exception as e:
         error = {"type": type(e).__name__, "message": str(e)[:2000], "traceback": "".join(traceback.format_exception(e)[-3:])[-4000:]}
         measurements = {}
@@ -190,8 +221,9 @@ def run_batch(run, engine, plans: list, protocol, original: str) -> int:
     todo = [plan for plan in plans if finished[plan.experiment.name] is None]
     for plan in plans:
         result = finished[plan.experiment.name]
-        if result and result["experiment"]["recipe"] != plan.recipe.to_json():  # a user's file may have changed since
-            raise FrankenError(f"{run.file(plan.experiment.name)} was made with another recipe of that name; start a new run")
+        for what in ("recipe", "suites"):  # a user's file may have changed since
+            if result and result["experiment"].get(what) != plan.to_json()[what]:
+                raise FrankenError(f"{run.file(plan.experiment.name)} was made with {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a new run")
     bar = tqdm(total=len(plans), initial=len(plans) - len(todo), unit="experiment", dynamic_ncols=True)
     try:
         for plan in todo:
@@ -220,15 +252,11 @@ def run_batch(run, engine, plans: list, protocol, original: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    if args.list:
-        from experiments import EXPERIMENTS
-
-        for k, e in enumerate(EXPERIMENTS, 1):
-            print(f"{k:3} {e.name:32} {e.group:10} {e.hypothesis}")
-        return 0
     from weights import FrankenError
 
     try:
+        if args.list:
+            return list_experiments(args)
         if args.dry_run:
             from estimate import dry_run
 
@@ -242,8 +270,28 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
+def list_experiments(args) -> int:
+    """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's depth."""
+    from estimate import model_shape
+
+    known = known_experiments(args, model_shape(args)[0] if args.sweep else 1)
+    for k, e in enumerate([e for part in known for e in part], 1):
+        print(f"{k:3} {e.name:32} {e.group:12} {e.control or '-':10} {e.hypothesis}")
+    return 0
+
+
+def make_protocol(args, plans: list):
+    """The run's evaluate.Protocol: its suites are all that any experiment is asked; each is asked its own of them."""
+    import evaluate
+
+    wanted = {name for plan in plans for name in plan.experiment.suites}
+    texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
+    return evaluate.Protocol(tuple(name for name in evaluate.SUITES if name in wanted), args.samples, args.max_new_tokens, seed=args.seed,
+                             execute_code=args.execute_code, **texts)
+
+
 SETTINGS = ("pair", "base", "instruct", "base_revision", "instruct_revision", "source", "dtype", "device_map", "resident",
-            "experiments", "priority_limit", "all", "sweep", "experiments_file", "no_baseline", "suites", "samples",
+            "experiments", "priority_limit", "all", "sweep", "size", "step", "experiments_file", "no_baseline", "suites", "samples",
             "max_new_tokens", "seed", "perplexity_file", "execute_code")
 
 
@@ -261,10 +309,12 @@ def execute(args) -> int:
             raise FrankenError(f"{run.manifest_path} is corrupt (the setting {min(lost)} is missing)")
         for name in SETTINGS:
             setattr(args, name, manifest["settings"][name])
-    suites = evaluate.parse_suites(args.suites)
-    texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
-    protocol = evaluate.Protocol(suites, args.samples, args.max_new_tokens, seed=args.seed, execute_code=args.execute_code, **texts)
+    if args.perplexity_file:
+        evaluate.read_text(args.perplexity_file)
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
+    sweep_windows(args)
+    if args.suites is not None:
+        evaluate.parse_suites(args.suites)
     if pair or not args.sweep:  # only the names of a sweep depend on the depth
         choose(args, pair.layers if pair else 1)  # unknown names are refused before anything is downloaded or loaded
     check_writable(run.path / "experiments" if run else args.output)
@@ -272,14 +322,15 @@ def execute(args) -> int:
     begin = time.perf_counter()
     opened = open_pair(args.pair, args.base, args.instruct, args.base_revision, args.instruct_revision, extra_sources(args.source),
                        args.dtype, args.device_map, args.resident)
-    evaluate.check_tokenizer(opened.tokenizer, protocol)
     live = opened.live
+    plans = [e.plan(len(live.original), args.seed) for e in choose(args, len(live.original))]
+    protocol = make_protocol(args, plans)
+    evaluate.check_tokenizer(opened.tokenizer, protocol)
     original = live.fingerprint()
     load_seconds = time.perf_counter() - begin
     from generation import Engine
 
     engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size)
-    plans = [e.plan(len(live.original), args.seed) for e in choose(args, len(live.original))]
     recorded = protocol_json(protocol)
     if manifest is None:
         manifest = new_manifest(

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+import evaluate
 import experiments as ex
 from recipes import Noise, Permute, Ref, Slot, plain, swap
 from weights import FrankenError
@@ -137,20 +138,44 @@ def test_blends_follow_their_formulas(name, depth):
 
 
 @pytest.mark.parametrize("depth", [64, 30])
-def test_shuffle_and_sham_use_every_layer_once(depth):
+def test_shuffle_uses_every_layer_once(depth):
     shuffled = [NAMED["shuffle_all"].plan(depth, seed).recipe for seed in (0, 1)]
     for recipe in shuffled:
         layers = [slot.mix[0][0].layer for slot in recipe.slots]
         assert sorted(layers) == list(range(depth)) and all(k != p for p, k in enumerate(layers))
         assert recipe.slots == tuple(plain("instruct", k) for k in layers)
     assert shuffled[0] != shuffled[1]
-    sham = NAMED["sham_permute_all"].plan(depth, 3).recipe
-    assert sham.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Permute(3, p),)) for p in range(depth))
+
+
+PLACEBOS = [f"placebo_{what}_{k}" for what in ("mlp", "heads", "both") for k in range(1, 8)]
+
+
+def test_placebos_permute_what_they_say_with_random_numbers_of_their_own():
+    seeds = []
+    for name in PLACEBOS:
+        experiment, (_, what, _) = NAMED[name], name.split("_")
+        assert (experiment.group, experiment.control, experiment.suites) == ("control", "placebo", ("binary", "perplexity"))
+        for seed in (0, 1, 3):
+            recipe = experiment.plan(30, seed).recipe
+            (drawn,) = {slot.edits[0].seed for slot in recipe.slots}
+            assert recipe.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Permute(drawn, p, what),)) for p in range(30))
+            seeds.append(drawn)
+        assert experiment.plan(30).to_json()["control"] == "placebo" and not experiment.plan(30).collapsed
+    assert len(set(seeds)) == 3 * len(PLACEBOS) == 63
+
+
+def test_the_order_of_priority():
+    """The first six as ever, then one placebo and the positive control; the other placebos last."""
+    names = [e.name for e in ex.EXPERIMENTS]
+    assert names[:6] == ["baseline_instruct", "baseline_base", "franken_instruct_first_32", "franken_base_first_32", "swap_distant_10_55", "shuffle_all"]
+    assert names[6] == "placebo_both_1" and names[-20:] == [name for name in PLACEBOS if name != "placebo_both_1"]
+    assert "sham_permute_all" not in names
 
 
 def test_all_names_are_covered_and_known():
     """Every experiment is tested above; the issue's own names, written out, are all there; names are file names."""
-    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", "sham_permute_all"} and len(NAMED) == len(ex.EXPERIMENTS)
+    others = {name for name, e in NAMED.items() if e.control == "injection"}
+    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", *PLACEBOS, *others} and len(NAMED) == len(ex.EXPERIMENTS)
     wanted = [
         "baseline_instruct", "baseline_base", "swap_adjacent_30_35", "swap_adjacent_31_32", "swap_distant_10_55",
         "swap_distant_5_60", "swap_chunk_25_35_with_45_55", "swap_chunk_16_32_with_32_48", "shuffle_all",
@@ -214,15 +239,66 @@ def test_named_noise_differs_from_tensor_to_tensor_and_has_the_named_size(tiny_p
 # ---- sweeps, further sources, users' files --------------------------------------------------------------------------
 
 
+SWEEP_KEYS = ["kind", "source", "size", "start", "stop", "dose"]
+
+
+def where(e: ex.Experiment) -> tuple:
+    assert list(e.sweep) == SWEEP_KEYS and e.suites == ("binary", "perplexity") and e.control is None and e.group == f"sweep_{e.sweep['kind']}"
+    return tuple(e.sweep.values())
+
+
 def test_window_sweeps():
     assert [e.name for e in ex.window_sweep(1, 6)] == [f"window_base_{k}_{k + 1}" for k in range(6)]
     found = ex.window_sweep(2, 7, stride=3)
-    assert [e.name for e in found] == ["window_base_0_2", "window_base_3_5"]
+    assert [e.name for e in found] == ["window_base_0_2", "window_base_3_5"]  # the next would reach beyond the model
     assert found[1].plan(7).recipe.slots == tuple(plain(s, k) for s, k in inst(0, 1, 2) + base(3, 4) + inst(5, 6))
+    assert [where(e) for e in found] == [("window", "base", 2, 0, 2, None), ("window", "base", 2, 3, 5, None)]
     assert len(ex.window_sweep(7, 7)) == 1
     for width in (0, 8):
         with pytest.raises(FrankenError, match="does not fit a model of 7"):
             ex.window_sweep(width, 7)
+
+
+@pytest.mark.parametrize("kind, source, expected", [
+    ("replace", "base", [base(0) + inst(1, 2), inst(0) + base(1) + inst(2), inst(0, 1) + base(2)]),
+    ("delete", None, [inst(1, 2), inst(0, 2), inst(0, 1)]),
+    ("double", None, [inst(0, 0, 1, 2), inst(0, 1, 1, 2), inst(0, 1, 2, 2)]),
+])  # fmt: skip
+def test_sweeps_over_single_layers(kind, source, expected):
+    found = ex.sweep(kind, 3)
+    assert [e.name for e in found] == [f"{kind}_0", f"{kind}_1", f"{kind}_2"]
+    assert [e.plan(3).recipe.slots for e in found] == [tuple(plain(s, k) for s, k in layers) for layers in expected]
+    assert [where(e) for e in found] == [(kind, source, 1, k, k + 1, None) for k in range(3)]
+
+
+def test_ladders_of_doses():
+    noise = ex.sweep("noise", 3)
+    assert [e.name for e in noise] == ["noise_0.005", "noise_0.01", "noise_0.02", "noise_0.05", "noise_0.1", "noise_0.2", "noise_0.5"]
+    assert where(noise[3]) == ("noise", None, None, None, None, 0.05)
+    assert noise[3].plan(3, seed=4).recipe.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Noise(0.05, 4, p),)) for p in range(3))
+    blends = ex.sweep("blend", 3)
+    assert [e.name for e in blends] == [f"blend_0.{k}" for k in range(1, 10)] + ["blend_1.0"]
+    assert where(blends[2]) == ("blend", "base", None, None, None, 0.3)
+    for p, slot in enumerate(blends[2].plan(3).recipe.slots):
+        assert dict(slot.mix) == pytest.approx({Ref("instruct", p): 0.7, Ref("base", p): 0.3})
+    assert blends[-1].plan(3).recipe.slots == tuple(plain(s, k) for s, k in base(0, 1, 2))
+
+
+def asked(*experiments: ex.Experiment, given=None) -> list[str]:
+    return ["+".join(e.suites) for e in ex.with_suites(experiments, given)]
+
+
+def test_what_each_experiment_is_asked():
+    baseline, named, placebo, window = NAMED["baseline_instruct"], NAMED["shuffle_all"], NAMED["placebo_mlp_1"], ex.sweep("noise", 3)[0]
+    injection = ex.Experiment("i", "control", lambda m: m.model, "", True, ("injection",), "injection")
+    everything, quick, mine = "+".join(evaluate.GROUPS["all"]), "binary+perplexity", ex.Experiment("m", "g", lambda m: m.model, suites=("trigger",))
+    ordered = "+".join(name for name in evaluate.SUITES if name in evaluate.GROUPS["all"])
+    assert asked(baseline, named, placebo, window, injection) == [ordered, everything, quick, quick, "injection"]
+    assert asked(placebo, baseline, injection) == [quick, quick, "injection"]  # the baseline: whatever the others are asked
+    assert asked(baseline, mine, placebo) == ["binary+perplexity+trigger", "trigger", quick]
+    assert asked(baseline) == asked(baseline, injection)[0].split() == [everything]
+    assert asked(baseline, named, placebo, mine, injection, given=("chat",)) == ["chat"] * 4 + ["injection"]
+    assert asked(baseline, injection, given=("chat",)) == ["chat", "injection"]
 
 
 def test_windows_of_a_further_source():
@@ -272,6 +348,13 @@ BROKEN_FILES = {
     HEAD + "EXPERIMENTS = [Experiment(5, 'g', identity)]": "plain name",
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, None)]": "in text",
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', 5)]": "build",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites=('quick',))]": "has suites, a control or a sweep that there is not",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites='binary')]": "has suites, a control",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites=5)]": "has suites, a control",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites=([],))]": "has suites, a control",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, control='x')]": "has suites, a control",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, sweep={'kind': 'noise'})]": "has suites, a control",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, sweep=3)]": "has suites, a control",
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity)] * 2": "two experiments called 'a'",
 }
 

@@ -133,7 +133,18 @@ def test_perturb_marks_the_positions_and_moves_with_the_layer():
 
 
 def test_permute_units_marks_every_position():
-    assert [slot.edits for slot in r.permute_units(START, 3).slots] == [(r.Permute(3, p),) for p in range(N)]
+    assert [slot.edits for slot in r.permute_units(START, 3).slots] == [(r.Permute(3, p, "both"),) for p in range(N)]
+    assert [slot.edits for slot in r.permute_units(START, 3, "mlp").slots] == [(r.Permute(3, p, "mlp"),) for p in range(N)]
+
+
+def test_permutations_written_before_there_were_kinds_mean_both():
+    data = r.permute_units(START, 3).to_json()
+    for slot in data["slots"]:
+        assert slot["edits"][0].pop("what") == "both"
+    assert r.Recipe.from_json(data) == r.permute_units(START, 3)
+    data["slots"][0]["edits"][0]["what"] = "everything"
+    with pytest.raises(r.RecipeError, match="not a recipe: .*what can be permuted is mlp, heads, both, not 'everything'"):
+        r.Recipe.from_json(data)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +167,7 @@ def test_permute_units_marks_every_position():
         (lambda: r.perturb(START, float("nan"), 0), "noise fraction"),
         (lambda: r.perturb(START, -0.1, 0), "noise fraction"),
         (lambda: r.perturb(START, 0.1, 0, [9]), "layer 9 is out of range"),
+        (lambda: r.permute_units(START, 0, "all"), "what can be permuted is mlp, heads, both, not 'all'"),
         (lambda: r.blend(START, "base", [0.5]), "9 finite shares"),
         (lambda: r.blend(START, "base", [float("inf")] * N), "finite"),
         (lambda: r.blend(r.perturb(START, 0.1, 0), "base", r.linear), "already perturbed"),
@@ -185,7 +197,7 @@ operations = st.one_of(
     st.integers(0, 3).map(lambda p: lambda x: r.splice(x, "base", p, p + 1)),
     st.floats(-1, 2).map(lambda s: lambda x: r.blend(x, "base", [s] * len(x)) if not any(k.edits for k in x.slots) else x),
     st.tuples(st.floats(0, 1), st.integers(0, 5)).map(lambda t: lambda x: r.perturb(x, *t, positions=[1])),
-    st.integers(0, 5).map(lambda s: lambda x: r.permute_units(x, s)),
+    st.tuples(st.integers(0, 5), st.sampled_from(["mlp", "heads", "both"])).map(lambda t: lambda x: r.permute_units(x, *t)),
     st.just(lambda x: r.double(x, 0, 2)),
     st.just(lambda x: r.with_outer(x, "base")),
 )
@@ -207,4 +219,5 @@ def test_reading_aloud():
     assert r.describe_change(START, START) == "nothing changes"
     assert r.describe_change(r.swap(START, 2, 7), START) == "[2] <- instruct[7]; [7] <- instruct[2]"
     assert r.describe_change(r.with_outer(START, "base"), START) == "embed <- base; norm <- base; head <- base"
+    assert r.describe_change(r.permute_units(START, 3, "heads"), START) == "[0:9] attention heads permuted"
     assert r.describe_change(r.delete(START, 3, 5), START).startswith("9 -> 7 layers")

@@ -21,6 +21,7 @@ import evaluate
 import experiments
 import franken
 import pairs
+import prompts
 import results
 import run_all
 
@@ -32,6 +33,8 @@ ISSUE = [
     "franken_base_first_48", "franken_instruct_first_16", "franken_instruct_first_32", "franken_instruct_first_48", "blend_linear",
     "blend_early_base", "blend_late_base", "perturb_late_1pct", "perturb_late_5pct", "perturb_late_10pct", "perturb_all_1pct", "perturb_all_5pct",
 ]  # fmt: skip
+ALL_PROBES = len(prompts.BINARY_PROBES)  # before the small battery takes its place
+QUICK = ["binary", "perplexity"]
 FOUR = ["--experiments", "swap_adjacent_30_35", "perturb_all_5pct", "blend_linear"]  # with the baseline
 
 
@@ -106,22 +109,23 @@ def test_a_whole_run_leaves_everything_behind(everything):
         jsonschema.validate(result, results.SCHEMA)
         assert result["status"] == "done" and result["weights"]["exact"], name
         assert result["weights"]["original"] == result["weights"]["restored"] == manifest["original_fingerprint"]
-        assert list(result["measurements"]) == small_run.SUITES
+        asked = result["experiment"]["suites"]
+        assert list(result["measurements"]) == asked and set(asked) == set(QUICK if result["experiment"]["control"] else small_run.SUITES), name
         untouched = ("baseline_instruct", "reverse_24_40")  # of six layers only one lies between 24 and 40 of 64
         assert (result["weights"]["modified"] == result["weights"]["original"]) == (name in untouched), name
         assert result["experiment"]["collapsed"] == (name == "reverse_24_40"), name
-        assert all(len(p["samples"]) == 2 for suite in ("informed", "blind") for p in result["measurements"][suite]["probes"])
+        assert all(len(p["samples"]) == 2 for suite in ("informed", "blind") if suite in asked for p in result["measurements"][suite]["probes"])
     assert [row["name"] for row in comparison["experiments"]] == manifest["experiments"] == [e.name for e in experiments.EXPERIMENTS]
     assert comparison["missing"] == [] and comparison["baseline"] == "baseline_instruct"
     summary = (run / "summary.md").read_text().replace("\\", "")
-    assert all(f"| {name} " in summary for name in ISSUE) and "29 of 29 experiments the original weights were restored" in summary
+    assert all(f"| {name} " in summary for name in ISSUE) and f"{len(read(run))} of {len(read(run))} experiments the original weights were restored" in summary
 
 
 def test_other_weights_give_other_numbers(everything):
     """Perplexities all differ, but for recipes that are equal on six layers and the permutation that keeps the function."""
     numbers = {name: r["measurements"]["perplexity"]["nll"] for name, r in read(everything[0]).items()}
     recipes = {name: json.dumps(r["experiment"]["recipe"]) for name, r in read(everything[0]).items()}
-    recipes["sham_permute_all"] = recipes["baseline_instruct"]
+    recipes |= {name: recipes["baseline_instruct"] for name in recipes if name.startswith("placebo_")}
     for a in numbers:
         for b in numbers:
             assert (abs(numbers[a] - numbers[b]) < 1e-5) == (recipes[a] == recipes[b]), (a, b)
@@ -177,9 +181,14 @@ def test_what_is_chosen(tmp_path):
     assert chosen("--experiments", "blend_linear", "baseline_instruct", "blend_linear") == ["blend_linear", "baseline_instruct"]
     assert chosen("--experiments", "blend_linear", "--no-baseline") == ["blend_linear"]
     windows = [f"window_base_{k}_{k + 1}" for k in range(6)]
-    assert chosen("--sweep", "1") == ["baseline_instruct", *windows] and chosen("--sweep", "2:4", "--no-baseline") == ["window_base_0_2", "window_base_4_6"]
-    assert chosen("--sweep", "1", "--priority-limit", 2) == ["baseline_instruct", "baseline_base", *windows]
-    assert chosen("--sweep", "1", "--experiments", "window_base_3_4") == ["baseline_instruct", "window_base_3_4"]
+    one = ["--sweep", "window", "--size", "1"]
+    assert chosen(*one) == ["baseline_instruct", *windows] and chosen("--sweep", "window") == ["baseline_instruct", "window_base_0_4"]
+    assert chosen("--sweep", "window", "--size", "2", "--step", "4", "--no-baseline") == ["window_base_0_2", "window_base_4_6"]
+    assert chosen("--sweep", "window", "--size", "4,1,1", "--step", "2") == ["baseline_instruct", "window_base_0_4", "window_base_2_6", *windows[::2]]
+    assert chosen(*one, "--priority-limit", 2) == ["baseline_instruct", "baseline_base", *windows]
+    assert chosen(*one, "--experiments", "window_base_3_4") == ["baseline_instruct", "window_base_3_4"]
+    ladders = [f"{kind}_{k}" for kind in ("delete", "replace") for k in range(6)]
+    assert chosen("--sweep", "delete", "--sweep", "replace", "--sweep", "delete") == ["baseline_instruct", *ladders]
     assert chosen("--source", "rune=x") == ["baseline_instruct", *(e.name for e in experiments.for_source("rune"))]
     (tmp_path / "mine.py").write_text("from experiments import *\nEXPERIMENTS = [Experiment('mine', 'g', lambda m: m.model), *EXPERIMENTS[:2]]\n")
     assert chosen("--experiments-file", tmp_path / "mine.py") == ["mine", "baseline_instruct", "baseline_base"]
@@ -189,6 +198,10 @@ def test_list_names_every_experiment(capsys):
     assert run_all.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == [e.name for e in experiments.EXPERIMENTS]
+    assert [line.split()[2] for line in lines] == [e.group for e in experiments.EXPERIMENTS]
+    assert [line.split()[3] for line in lines] == [e.control or "-" for e in experiments.EXPERIMENTS]
+    assert run_all.main(["--list", "--pair", "smollm2-135m", "--sweep", "double"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[len(lines) :]] == [f"double_{k}" for k in range(30)]
 
 
 def test_users_experiments_sweeps_and_adapters_run_together(go, pair, tmp_path):
@@ -197,7 +210,7 @@ def test_users_experiments_sweeps_and_adapters_run_together(go, pair, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pair / "instruct", dtype=torch.float32)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     tuned.save_pretrained(tmp_path / "adapter")
-    code, _, err = go("--experiments-file", tmp_path / "mine.py", "--sweep", "3", "--source", f"rune={tmp_path / 'adapter'}", "--suites", "perplexity")
+    code, _, err = go("--experiments-file", tmp_path / "mine.py", "--sweep", "window", "--size", "3", "--source", f"rune={tmp_path / 'adapter'}", "--suites", "perplexity")
     run = latest(tmp_path / "out")
     found = read(run)
     assert code == 0, err
@@ -223,7 +236,7 @@ def test_the_command_as_a_program(pair, tmp_path):
     command = [sys.executable, "run_all.py", *small_run.arguments(pair, tmp_path / "out", "--suites", "binary", "--experiments", "swap_adjacent_30_35")]
     done = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("experiment ") and "\nswap_adjacent_30_35 " in done.stdout, done.stderr
-    assert len(read(latest(tmp_path / "out"))["baseline_instruct"]["measurements"]["binary"]["probes"]) == 64
+    assert len(read(latest(tmp_path / "out"))["baseline_instruct"]["measurements"]["binary"]["probes"]) == ALL_PROBES
     assert (latest(tmp_path / "out") / "report.html").exists()
     said = [line for line in done.stderr.splitlines() if line.strip("\x1b[A ") and "%|" not in line]
     assert len(said) == 1 and said[0].startswith("2 experiments on torch.float32 cpu; loaded in "), said
@@ -435,13 +448,18 @@ def own(body: str) -> str:
 
 WRONG = {
     "unknown experiment": (["--experiments", "swap_adjcent_30_35"], "unknown experiment 'swap_adjcent_30_35'; the nearest is 'swap_adjacent_30_35'"),
-    "unknown in a sweep": (["--sweep", "1", "--experiments", "window_base_6_7"], "unknown experiment 'window_base_6_7'; the nearest is 'window_base_"),
+    "unknown in a sweep": (["--sweep", "window", "--size", "1", "--experiments", "window_base_6_7"], "unknown experiment 'window_base_6_7'; the nearest is 'window_base_"),
     "unknown suite": (["--suites", "binary,perplexty"], "unknown suite 'perplexty'; there are informed, blind, binary"),
     "no suite": (["--suites", ","], "no suite is named"),
-    "wide sweep": (["--sweep", "7"], "a window of 7 layers does not fit a model of 6"),
-    "sweep of nothing": (["--sweep", "0"], "a window of 0 layers"),
-    "sweep in words": (["--sweep", "two"], "--sweep two: expected WIDTH or WIDTH:STRIDE"),
-    "sweep without a stride": (["--sweep", "2:0"], "--sweep 2:0: expected WIDTH or WIDTH:STRIDE"),
+    "wide sweep": (["--sweep", "window", "--size", "1,7"], "a window of 7 layers does not fit a model of 6"),
+    "window of nothing": (["--sweep", "window", "--size", "0"], "--size 0: expected whole layers, as in 1,4,8"),
+    "window in words": (["--sweep", "window", "--size", "1,two"], "--size 1,two: expected whole layers"),
+    "empty size": (["--sweep", "window", "--size", ""], "--size : expected whole layers"),
+    "step of nothing": (["--sweep", "window", "--step", "0"], "--step 0: expected a whole number of layers"),
+    "step of a half": (["--sweep", "window", "--step", "0.5"], "--step 0.5: expected a whole number of layers"),
+    "old sweep": (["--sweep", "4"], "--sweep 4: expected one of window, replace, delete, double, noise, blend"),
+    "size without windows": (["--sweep", "delete", "--size", "4"], "--size is about windows: it goes with --sweep window"),
+    "step without a sweep": (["--step", "4"], "--step is about windows: it goes with --sweep window"),
     "source without a path": (["--source", "rune="], "--source rune=: expected NAME=PATH"),
     "source without a name": (["--source", "adapter"], "--source adapter: expected NAME=PATH"),
     "source of a taken name": (["--source", "base=x"], "--source base=x: expected NAME=PATH with a plain name other than instruct and base"),
