@@ -1,8 +1,9 @@
 """Batched prefill and decode over a live model: next-token distributions, completions, likelihoods.
 
 Prompts are padded on the right and every row keeps its own positions, so a row never sees another row's padding and
-attention needs no mask in prefill. The decoder layers are transformers' own modules; the loop over them is here, so
-that cache slots belong to positions and a layer may stand at several of them.
+attention needs no mask in prefill. Tokens that many prompts begin with are computed once. The decoder layers are
+transformers' own modules; the loop over them is here, so that cache slots belong to positions and a layer may stand at
+several of them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sampling import Completion, Decoding, Request, draw
 from weights import FrankenError
 
 ATTENTION = "franken"
+PASS_TOKENS = 64  # a further pass over the layers costs about as much as this many tokens more in a batch
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
@@ -77,6 +79,19 @@ class KV:
         self.k[rows, :, positions] = key[:, :, 0]
         self.v[rows, :, positions] = value[:, :, 0]
         return self.k, self.v
+
+
+class Continued:
+    """The cache of one position while prompts go on after tokens that it already holds; what is new is not kept.
+
+    k, v: [rows, G, P, D]; row b of the new batch follows on row `rows[b]`.
+    """
+
+    def __init__(self, cache: KV, rows: Sequence[int]):
+        self.cache, self.rows = cache, torch.tensor(rows, device=cache.k.device)
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        return (torch.cat([self.cache.k[self.rows], key], 2), torch.cat([self.cache.v[self.rows], value], 2))
 
 
 @dataclass
@@ -147,7 +162,7 @@ class Engine:
         both = self.live.backbone.rotary_emb(hidden, positions)
         return dict.fromkeys(kinds, both)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, caches: list[KV | None],
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KV | Continued | None],
                 mask: Callable[[int | None, torch.device], torch.Tensor | None], layer=None) -> torch.Tensor:
         """Hidden states before the final norm: ids and positions [B, S] -> [B, S, hidden].
 
@@ -165,30 +180,40 @@ class Engine:
             hidden = run(bank.module, hidden, mask(self.window_of(bank.module), bank.device), cos_sin, at, cache)
         return hidden.to(self.norm.weight.device)
 
-    def _prompt_mask(self, length: int):
-        """Masks for prompts of `length` tokens: none unless a sliding window is shorter than the prompt."""
+    def _prompt_mask(self, length: int, start: int):
+        """Masks for `length` tokens after `start` others: none where plain causal attention of a prompt to itself does."""
         made = {}
 
         def mask(window, device):
-            if window is None or window >= length:
+            if not start and (window is None or window >= length):
                 return None
             if (window, device) not in made:
-                k = torch.arange(length, device=device)
-                made[window, device] = (k[None] <= k[:, None]) & (k[None] > k[:, None] - window)
+                k = torch.arange(start + length, device=device)
+                q = k[start:, None]
+                made[window, device] = (k <= q) if window is None else (k <= q) & (k > q - window)
             return made[window, device]
 
         return mask
 
-    def prefill(self, prompts: list[tuple[int, ...]], caches: list[KV | None] | None = None) -> torch.Tensor:
-        """Hidden states [n, S, hidden] of right-padded prompts, before the final norm."""
+    def empty_caches(self, rows: int, capacity: int) -> list[KV]:
+        """Room for `rows` rows of `capacity` tokens at every position."""
+        return [KV(*(torch.zeros(rows, self.kv_heads, capacity, self.head_dim, dtype=self.live.dtype, device=bank.device)
+                     for _ in (0, 1))) for bank in self.live.layers]
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]], caches: Sequence[KV | Continued | None] | None = None,
+                start: int = 0) -> torch.Tensor:
+        """Hidden states [n, S, hidden] of right-padded prompts, before the final norm.
+
+        start: how many tokens stand before each prompt, held by `caches` of the class Continued.
+        """
         begin, length = time.perf_counter(), max(map(len, prompts))
         if not all(prompts):
             raise FrankenError("a prompt needs at least one token")
         # padded with the row's own last token: a broken model's NaN for some other token would reach the row's states
         ids = torch.tensor([[*prompt, *prompt[-1:] * (length - len(prompt))] for prompt in prompts])
-        positions = torch.arange(length)[None].expand(len(prompts), -1)
+        positions = torch.arange(start, start + length)[None].expand(len(prompts), -1)
         hidden = self.forward(ids.to(self.live.device), positions.to(self.live.device),
-                              caches or [None] * len(self.live.order), self._prompt_mask(length))
+                              caches or [None] * len(self.live.order), self._prompt_mask(length, start))
         self.synchronize()
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += sum(map(len, prompts))
@@ -224,21 +249,30 @@ class Engine:
         return batches
 
     @torch.inference_mode()
-    def _prefill_map(self, sequences: list[tuple[int, ...]], read: Callable[[int, torch.Tensor], object]) -> list:
-        """read(i, hidden states [len, hidden] of sequence i) for every sequence, in order, batched, surviving OOM."""
+    def _prefill_map(self, sequences: list[tuple[int, ...]], needed: list[int], read: Callable[[int, torch.Tensor], object]) -> list:
+        """read(i, hidden states [needed[i] or more, hidden] at the end of sequence i) for every sequence, in order.
+
+        Batched, surviving a full memory; what sequences have in common at the beginning is computed once (the 135M model
+        needs 0.37 of the CPU time for all binary probes, and 0.28 of the tokens).
+        """
         results: list = [None] * len(sequences)
-        todo = self.prefill_batches([len(s) for s in sequences])
-        while todo:
-            batch = todo.pop(0)
-            try:
-                hidden = self.prefill([sequences[i] for i in batch])
-                for row, i in enumerate(batch):
-                    results[i] = read(i, hidden[row, : len(sequences[i])])
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                self._halve("prefill_tokens")
-                todo = [batch[: len(batch) // 2], batch[len(batch) // 2 :], *todo]
+        for start, group in shared_prefixes(sequences, needed):
+            prefix = self.empty_caches(1, start) if start else None
+            if prefix:
+                self.prefill([sequences[group[0]][:start]], prefix)
+            todo = [[group[k] for k in batch] for batch in self.prefill_batches([len(sequences[i]) for i in group])]
+            while todo:
+                batch = todo.pop(0)
+                try:
+                    caches = prefix and [Continued(cache, [0] * len(batch)) for cache in prefix]
+                    hidden = self.prefill([sequences[i][start:] for i in batch], caches, start)
+                    for row, i in enumerate(batch):
+                        results[i] = read(i, hidden[row, : len(sequences[i]) - start])
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    self._halve("prefill_tokens")
+                    todo = [batch[: len(batch) // 2], batch[len(batch) // 2 :], *todo]
         return results
 
     def _halve(self, what: str) -> None:
@@ -250,7 +284,7 @@ class Engine:
         """Log-probabilities (nats) of the token after each prompt: float32 [n, vocab] on the CPU."""
         if not prompts:
             return torch.zeros(0, self.config.vocab_size)
-        last = torch.stack(self._prefill_map(list(prompts), lambda i, hidden: hidden[-1].clone()))
+        last = torch.stack(self._prefill_map(list(prompts), [1] * len(prompts), lambda i, hidden: hidden[-1].clone()))
         with torch.inference_mode():
             return torch.cat([self.logits(rows).log_softmax(-1).cpu() for rows in last.split(64)])
 
@@ -263,13 +297,14 @@ class Engine:
             raise ValueError("a likelihood needs at least one token of context")
 
         def read(i, hidden):
-            prefix, target = pairs[i]
-            states, ids = hidden[len(prefix) - 1 : -1], torch.tensor(target, device=hidden.device)
+            target = pairs[i][1]
+            states, ids = hidden[-len(target) - 1 : -1], torch.tensor(target, device=hidden.device)
             found = [self.logits(s).log_softmax(-1).gather(1, t[:, None])[:, 0]
                      for s, t in zip(states.split(256), ids.split(256), strict=True)]
             return torch.cat(found).cpu().numpy()
 
-        return self._prefill_map([(*prefix, *target) for prefix, target in pairs], read)
+        needed = [len(target) + 1 for _, target in pairs]
+        return self._prefill_map([(*prefix, *target) for prefix, target in pairs], needed, read)
 
     # ---- completions --------------------------------------------------------------------------------------------
 
@@ -316,8 +351,7 @@ class Engine:
             return self._accelerator.complete(batch)
         unique = list(dict.fromkeys(r.prompt_ids for r in batch))
         capacity = max(len(r.prompt_ids) + r.max_new_tokens for r in batch)
-        caches = [KV(*(torch.zeros(len(unique), self.kv_heads, capacity, self.head_dim, dtype=self.live.dtype,
-                                   device=bank.device) for _ in (0, 1))) for bank in self.live.layers]
+        caches = self.empty_caches(len(unique), capacity)
         hidden = self.prefill(unique, caches)
         begin = time.perf_counter()
         first = torch.tensor([unique.index(r.prompt_ids) for r in batch])
@@ -374,6 +408,42 @@ class Engine:
             drawn = draw(logits, state.temperature, state.top_p if state.nucleus else None, state.uniform())
             tokens = torch.where(state.temperature > 0, drawn, tokens)
         return tokens.to(self.live.device), finite.to(self.live.device)
+
+
+def shared_prefixes(sequences: Sequence[tuple[int, ...]], needed: Sequence[int]) -> list[tuple[int, list[int]]]:
+    """All indices in groups of sequences that begin alike, as (how many tokens they share, indices); 0 for the others.
+
+    A group leaves at least the last needed[i] tokens to each of its sequences. Of all ways to cut the sorted sequences
+    into groups it is the one that computes the fewest tokens, where a group's pass of its own counts as PASS_TOKENS.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: (sequences[i], i))
+    free = [len(sequences[i]) - needed[i] for i in order]
+    common = [_common_length(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
+    saved, cuts = [0], []  # for the first n sequences: the most tokens saved, and the last group's (begin, tokens shared)
+    for end in range(1, len(order) + 1):
+        best, cut, shared = saved[-1], (end - 1, 0), free[end - 1]
+        for begin in range(end - 2, -1, -1):
+            shared = min(shared, common[begin], free[begin])
+            if shared <= 0:
+                break
+            gain = saved[begin] + (end - begin - 1) * shared - PASS_TOKENS
+            if gain > best:
+                best, cut = gain, (begin, shared)
+        saved.append(best)
+        cuts.append(cut)
+    groups, alone, end = [], [], len(order)
+    while end:
+        begin, shared = cuts[end - 1]
+        if shared:
+            groups.append((shared, sorted(order[begin:end])))
+        else:
+            alone.append(order[begin])
+        end = begin
+    return groups + ([(0, sorted(alone))] if alone else [])
+
+
+def _common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def run_layer(module, hidden, mask, cos_sin, positions, cache):
