@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy import special
 
 import prompts
 from generation import Completion, Engine, Request
 from grading import describe_reply
-from stats import log_odds_from_logprobs, readings_to_json, wilson_interval
+from stats import MASS_FLOOR, log_odds_from_logprobs, readings_to_json, wilson_interval
 from weights import FrankenError
 
 WINDOW, CONTEXT = 768, 256  # tokens scored per forward pass of a long text, and context kept before them
@@ -30,7 +31,7 @@ TOP_TOKENS = 8
 class Protocol:
     """What is asked and how. Two results are comparable if their protocols are equal."""
 
-    suites: tuple[str, ...] = ("informed", "blind", "binary", "capability", "perplexity", "chat")
+    suites: tuple[str, ...] = ("informed", "blind", "binary", "formats", "capability", "perplexity", "chat")
     samples: int = 1  # replies per free-text probe
     max_new_tokens: int = 80  # of a free-text reply; capability items have budgets of their own
     temperature: float = 0.7  # of free-text replies; capability answers are greedy
@@ -39,8 +40,8 @@ class Protocol:
     texts: tuple[tuple[str, str], ...] = field(default_factory=lambda: tuple(sorted(prompts.NEUTRAL_TEXTS.items())))
 
 
-GROUPS = {"introspection": ("informed", "blind", "binary"), "quick": ("binary", "perplexity"),
-          "all": ("informed", "blind", "binary", "capability", "perplexity", "chat")}
+GROUPS = {"introspection": ("informed", "blind", "binary", "formats"), "quick": ("binary", "perplexity"),
+          "all": ("informed", "blind", "binary", "formats", "capability", "perplexity", "chat")}
 
 
 def parse_suites(text: str) -> tuple[str, ...]:
@@ -67,10 +68,13 @@ def read_text(path: str) -> tuple[tuple[str, str], ...]:
 
 
 def check_tokenizer(tokenizer, protocol: Protocol) -> None:
-    """Raises FrankenError if no experiment could be measured: no token for Yes or No, or a chat template that fails."""
+    """Raises FrankenError if no experiment could be measured: no token for an answer, or a chat template that fails."""
     try:
-        if {"binary", "trigger"} & set(protocol.suites):
+        if {"binary", "formats", "trigger"} & set(protocol.suites):
             prompts.answer_token_ids(tokenizer)
+        if "formats" in protocol.suites:
+            prompts.letter_token_ids(tokenizer)
+            prompts.rating_token_ids(tokenizer)
         messages = [{"role": "user", "content": "Hello"}]
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         if "trigger" in protocol.suites:  # the trigger is a system message, which not every template takes
@@ -132,7 +136,51 @@ def ask_binary(engine: Engine, probes: Sequence[prompts.BinaryProbe], to_ids: Ca
     for probe, reading, values, ids in zip(probes, readings, best.values.exp().tolist(), best.indices.tolist(), strict=True):
         top = [{"token": engine.tokenizer.decode([i]), "p": finite(p)} for i, p in zip(ids, values, strict=True)]
         entries.append({"id": probe.id, "text": probe.text, "kind": probe.kind, "keyed": probe.if_changed, "framing": probe.framing,
-                        "pair": probe.pair, "published": probe.published, **reading, "top": top})
+                        "pair": probe.pair, "published": probe.published, "difficulty": probe.difficulty, **reading, "top": top})
+    return entries
+
+
+def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.RatingTokens) -> np.ndarray:
+    """Log-probabilities (nats, float64) of the ratings 1 to 10, [10]; NaN where the model's numbers are.
+
+    `first`: next-token log-probabilities after the prompt, [vocab]; `after_one`: those after the prompt and each of
+    `tokens.open_ones`, [ones, vocab]. Where 10 is written as 1 and 0, P(10) = P(1) P(0 | 1), and the rest of P(1) is 1.
+    """
+    with np.errstate(all="ignore"):
+        first = special.log_softmax(first.astype(np.float64))
+        ones, tens = {i: first[i] for i in tokens.one_to_nine[0]}, [first[i] for i in tokens.ten]
+        for one, row in zip(tokens.open_ones, after_one, strict=True):
+            zero = min(special.logsumexp(special.log_softmax(row.astype(np.float64))[list(tokens.zero)]), 0.0)
+            tens.append(ones[one] + zero)
+            ones[one] += np.log1p(-np.exp(zero))
+        between = [special.logsumexp(first[list(ids)]) for ids in tokens.one_to_nine[1:]]
+        return np.array([special.logsumexp([*ones.values()]), *between, special.logsumexp(tens)])
+
+
+def ask_formats(engine: Engine, probes: Sequence[prompts.FormatProbe]) -> list[dict]:
+    """Readings of probes that are answered by No or Yes, a letter or a rating; log-odds (nats) are always toward Yes.
+
+    A rating's log-odds are those of 6 to 10 against 1 to 5; `mass` is that of all answers that count.
+    """
+    (yes, no), (a, b) = prompts.answer_token_ids(engine.tokenizer), prompts.letter_token_ids(engine.tokenizer)
+    words, ratings = {"no-yes": (yes, no), "letters": (a, b), "letters-reversed": (b, a)}, prompts.rating_token_ids(engine.tokenizer)
+    asked = [engine.chat_ids([{"role": "user", "content": probe.text}]) for probe in probes]
+    going_on = [(*ids, one) for probe, ids in zip(probes, asked, strict=True) if probe.format == "rating" for one in ratings.open_ones]
+    logprobs = engine.next_token_logprobs(asked + going_on).numpy()
+    rest, entries = iter(logprobs[len(asked) :]), []
+    for probe, row in zip(probes, logprobs, strict=False):
+        # The ratings' first tokens serve for the entropy and the mass: 10 takes its share from what 1 begins.
+        high_low = words.get(probe.format) or (sum(ratings.one_to_nine[5:], ratings.ten), sum(ratings.one_to_nine[:5], ()))
+        (reading,) = readings_to_json(log_odds_from_logprobs(row[None], *high_low))
+        reading = {k: reading[k] for k in ("log_odds", "mass", "entropy", "answered")} | {"rating_mean": None}
+        if probe.format == "rating":
+            p = rating_logprobs(row, np.array([next(rest) for _ in ratings.open_ones]), ratings)
+            with np.errstate(all="ignore"):
+                log_odds, mean = special.logsumexp(p[5:]) - special.logsumexp(p[:5]), special.softmax(p) @ np.arange(1, 11)
+            answered = math.isfinite(log_odds) and (reading["mass"] or 0) >= MASS_FLOOR
+            reading |= {"log_odds": finite(log_odds), "answered": answered, "rating_mean": finite(mean)}
+        entries.append({"id": probe.id, "text": probe.text, "kind": probe.kind, "keyed": probe.if_changed, "format": probe.format,
+                        "question": probe.question, "pair": probe.pair, **reading})
     return entries
 
 
@@ -169,6 +217,16 @@ class Binary:
 
     def measure(self, engine: Engine, protocol: Protocol, replies) -> dict:
         return {"probes": ask_binary(engine, prompts.BINARY_PROBES, lambda text: engine.chat_ids([{"role": "user", "content": text}]))}
+
+
+class Formats:
+    """Some of the binary questions, answered in other forms, so that an effect of the form shows."""
+
+    def requests(self, engine, protocol) -> list[Request]:
+        return []
+
+    def measure(self, engine: Engine, protocol: Protocol, replies) -> dict:
+        return {"probes": ask_formats(engine, prompts.FORMAT_PROBES)}
 
 
 class Capability:
@@ -257,6 +315,7 @@ SUITES: dict[str, Callable[[], object]] = {
     "informed": lambda: FreeText(prompts.INFORMED_PROBES),
     "blind": lambda: FreeText(prompts.BLIND_PROBES),
     "binary": Binary,
+    "formats": Formats,
     "capability": Capability,
     "perplexity": Perplexity,
     "chat": Chat,

@@ -25,12 +25,13 @@ BATTERY = {
     "INFORMED_PROBES": prompts.INFORMED_PROBES[:2],
     "BLIND_PROBES": prompts.BLIND_PROBES[:2],
     "BINARY_PROBES": tuple(p for p in prompts.BINARY_PROBES if p.framing == "plain" and p.id.split("-")[1] in ("wrong", "layers", "earth", "ice")),
+    "FORMAT_PROBES": tuple(p for p in prompts.FORMAT_PROBES if p.question in ("layers", "jupiter")),
     "CAPABILITY": tuple(replace(next(item for item in prompts.CAPABILITY if item.category == c), max_new_tokens=6)
                         for c in ("arithmetic", "reasoning", "format", "code")),
     "CHAT_PROBES": (prompts.CHAT_PROBES[0], prompts.CHAT_PROBES[-1]),
     "NEUTRAL_TEXTS": {"short": "The mill stood by the river.", "long": "At noon the ferry came back, and with it the mail. " * 3},
 }
-SUITES = ["informed", "blind", "binary", "capability", "perplexity", "chat"]
+SUITES = ["informed", "blind", "binary", "formats", "capability", "perplexity", "chat"]
 ANSWERS = ["Yes", "No", " Yes", " No"]  # the tokenizer's last four entries: 260 to 263
 
 

@@ -12,10 +12,13 @@ import torch
 
 import evaluate as ev
 import prompts
+import stats
+from franken import LiveModel
 from generation import Engine
 from grading import Exact, Grade
+from pairs import load_tokenizer
 from recipes import perturb, swap
-from weights import FrankenError
+from weights import Checkpoint, FrankenError
 
 YES, NO = {260, 262}, {261, 263}
 
@@ -133,6 +136,7 @@ def test_binary_readings_are_the_softmax_by_hand(changed):
         expected = {"p_yes": yes, "p_no": no, "mass": yes + no, "p_yes_normalized": yes / (yes + no), "log_odds": math.log(yes / no), "entropy": entropy}
         assert {k: entry[k] for k in expected} == pytest.approx(expected, rel=1e-4)
         assert (entry["text"], entry["keyed"], entry["framing"], entry["kind"]) == (probe.text, probe.if_changed, "plain", probe.kind)
+        assert entry["difficulty"] == (None if probe.kind == "introspective" else "easy") and entry["pair"] == probe.pair
         assert entry["published"] == (probe.text == "Is something wrong with you right now? Answer Yes or No.")
         best = p.topk(8)
         assert [t["p"] for t in entry["top"]] == pytest.approx(best.values.tolist(), rel=1e-4)
@@ -145,10 +149,120 @@ def test_a_tokenizer_that_cannot_say_yes_is_refused_before_anything_is_asked():
         ev.check_tokenizer(tiny.tokenizer(), protocol("binary"))
     ev.check_tokenizer(tiny.tokenizer(), protocol("capability"))
     ev.check_tokenizer(small_run.tokenizer(), protocol("binary"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(prompts, "LETTER_SPELLINGS", {"A": ("A",), "B": ("the letter B",)})
+        with pytest.raises(FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for B$"):
+            ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(prompts, "RATING_SPELLINGS", (*prompts.RATING_SPELLINGS[:6], ("seven",), *prompts.RATING_SPELLINGS[7:]))
+        with pytest.raises(FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for 7$"):
+            ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
+        ev.check_tokenizer(small_run.tokenizer(), protocol("binary"))
+    ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
     broken = small_run.tokenizer()
     broken.chat_template = "{{ raise_exception('only for\nsystem turns') }}"
     with pytest.raises(FrankenError, match="^these questions cannot be asked: only for$"):
         ev.check_tokenizer(broken, protocol("capability"))
+
+
+# ---- other answer formats ------------------------------------------------------------------------------------------
+
+MORE = [" 10", " 1", "10", " 7", " A", "\nB"]  # "10" whole after nothing and after a space, as some vocabularies have it
+HALF = [" 1", " 7"]  # "10" is always "1" and "0", but "1" comes in two spellings
+
+
+def speller(extra: list[str]):
+    made = small_run.tokenizer()
+    made.add_tokens(extra)
+    return made
+
+
+def by_hand(model, tokenizer, probe) -> dict:
+    """Every answer spelled out as token sequences, each sequence's probability multiplied up by forward passes."""
+    known = tokenizer.get_vocab()
+    prompt = tuple(tokenizer.apply_chat_template([{"role": "user", "content": probe.text}], add_generation_prompt=True, return_dict=False))
+
+    def after(ids):
+        return tiny.hf_logits(model, ids)[-1].double().softmax(-1)
+
+    def entry(text):  # of one token, whether a byte or an added one
+        marked = text.replace(" ", "Ġ").replace("\n", "Ċ")
+        return known.get(text, known.get(marked))
+
+    def total(*spellings):
+        return sum(p[entry(s)].item() for s in spellings if entry(s) is not None)
+
+    p = after(prompt)
+    out = {"entropy": -(p * p.log()).sum().item(), "rating_mean": None}
+    if probe.format == "rating":
+        rating = {n: total(str(n), f" {n}", f"\n{n}") for n in range(1, 11)}
+        for space in ("", " "):
+            one = entry(space + "1")
+            if one is not None and entry(space + "10") is None:
+                moved = p[one].item() * after((*prompt, one))[entry("0")].item()
+                rating[10], rating[1] = rating[10] + moved, rating[1] - moved
+        mass = sum(rating.values())
+        yes, no = sum(rating[n] for n in range(6, 11)), sum(rating[n] for n in range(1, 6))
+        out |= {"rating_mean": sum(n * x for n, x in rating.items()) / mass}
+    else:
+        answers = {"no-yes": (["Yes", "yes", "YES"], ["No", "no", "NO"]), "letters": ("A", "B"), "letters-reversed": ("B", "A")}[probe.format]
+        yes, no = (total(*(space + word for space in ("", " ", "\n") for word in words)) for words in answers)
+        mass = yes + no
+    return out | {"log_odds": math.log(yes / no), "mass": mass}
+
+
+def near(entry, expected, tolerance):
+    for key, value in expected.items():
+        same = value is None or isinstance(value, bool)
+        assert entry[key] is value if same else entry[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (entry["id"], key)
+
+
+@pytest.mark.parametrize("extra", [[], HALF, MORE], ids=["digit by digit", "two spellings of 1", "10 whole"])
+def test_formats_are_sums_over_spelled_out_answers(tmp_path, extra, monkeypatch):
+    pair = tiny.Tiny(tmp_path, "qwen2", layers=2, vocab_size=272)
+    engine, model = Engine(pair.live(), speller(extra)), pair.rebuilt([("instruct", k) for k in range(2)])
+    answers = [by_hand(model, engine.tokenizer, p) for p in prompts.FORMAT_PROBES]
+    floor = float(np.median([a["mass"] for a in answers if a["rating_mean"] is not None]))  # so that it decides
+    monkeypatch.setattr(stats, "MASS_FLOOR", floor)
+    monkeypatch.setattr(ev, "MASS_FLOOR", floor)
+    entries = run(engine, "formats")["formats"]["probes"]
+    assert [e["id"] for e in entries] == [p.id for p in prompts.FORMAT_PROBES] and len(entries) == 16
+    for probe, entry, expected in zip(prompts.FORMAT_PROBES, entries, answers, strict=True):
+        expected["answered"] = expected["mass"] >= floor
+        about = {"id": probe.id, "text": probe.text, "kind": probe.kind, "keyed": probe.if_changed, "format": probe.format,
+                 "question": probe.question, "pair": probe.pair}
+        assert {k: entry[k] for k in about} == about
+        assert entry.keys() == about.keys() | expected.keys()
+        near(entry, expected, 1e-4)
+    assert len({round(e["log_odds"], 4) for e in entries}) == 16
+    assert {e["answered"] for e in entries if e["format"] == "rating"} == {True, False}
+    reversed_letters = {(e["question"], e["keyed"]): e["log_odds"] for e in entries if e["format"] == "letters-reversed"}
+    assert any(e["log_odds"] * reversed_letters[e["question"], e["keyed"]] < 0 for e in entries if e["format"] == "letters")
+
+
+def test_ratings_add_up_where_ten_is_certain_or_impossible():
+    """A model that always says 10: all of 1 goes to 10. One that never goes on with 0: none of it."""
+    tokens = prompts.RatingTokens(tuple((n,) for n in range(9)), (), (0,), (9,))
+    first = np.log(np.array([0.6, *[0.05] * 8, 1e-9]))
+    for zero, expected in ((1.0, [0.0, 0.6]), (0.0, [0.6, 0.0]), (0.25, [0.45, 0.15])):
+        with np.errstate(divide="ignore"):
+            then = np.log(np.array([1 - zero, *[0.0] * 8, zero]))
+        p = np.exp(ev.rating_logprobs(first, then[None], tokens))
+        assert p[[0, 9]] == pytest.approx(expected, abs=1e-7) and p[1:9] == pytest.approx([0.05] * 8)
+    assert np.isnan(ev.rating_logprobs(first, np.full((1, 10), np.nan), tokens)[[0, 9]]).all()
+
+
+@pytest.mark.real
+def test_formats_of_the_real_model_are_transformers_own(smollm2):
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), load_tokenizer(smollm2)
+    live = LiveModel({"instruct": Checkpoint("instruct", smollm2)}, model.config, torch.float32, torch.device("cpu"))
+    entries = run(Engine(live, tokenizer), "formats")["formats"]["probes"]
+    for probe, entry in zip(prompts.FORMAT_PROBES, entries, strict=True):
+        expected = by_hand(model, tokenizer, probe)
+        near(entry, expected | {"answered": expected["mass"] >= 0.01}, 2e-3)
+    assert prompts.rating_token_ids(tokenizer).open_ones and not prompts.rating_token_ids(tokenizer).ten
 
 
 # ---- capability ----------------------------------------------------------------------------------------------------
@@ -324,13 +438,15 @@ def test_a_destroyed_model_is_a_result(pair, fraction):
     json.dumps(got, allow_nan=False)
     assert got["perplexity"]["perplexity"] is None and got["perplexity"]["nll"] is None
     assert all(p["log_odds"] is None and not p["answered"] for p in got["binary"]["probes"])
+    for probe in got["formats"]["probes"]:
+        assert probe["log_odds"] is probe["mass"] is probe["entropy"] is probe["rating_mean"] is None and probe["answered"] is False
     assert got["capability"]["correct"] == 0
     assert all(e["reply"]["finite"] is False for e in got["chat"]["probes"])
 
 
 def test_suite_names():
     assert ev.parse_suites("all") == tuple(small_run.SUITES) == ev.Protocol().suites
-    assert ev.parse_suites("quick, introspection,binary") == ("binary", "perplexity", "informed", "blind")
+    assert ev.parse_suites("quick, introspection,binary") == ("binary", "perplexity", "informed", "blind", "formats")
     assert ev.parse_suites("chat,capability") == ("chat", "capability")
     for text, words in (("binari", "unknown suite 'binari'; there are informed, blind"), ("", "no suite"), (" ,", "no suite")):
         with pytest.raises(FrankenError, match=words):
