@@ -18,6 +18,7 @@ MIN_EFFECT = 0.1  # nats; smaller detection scores are never called, being the s
 RESOLUTION = 0.01  # nats; added in quadrature to standard errors: noiseless data are not infinitely significant
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
+FINEST = 10  # a small p-value takes this many times the sign flips: Holm over hundreds of a sweep's experiments asks for it
 MAX_GAP, MARGIN = 0.25, 0.05  # holes and overhang over which the control curve is trusted, in shares of its range
 
 
@@ -264,9 +265,12 @@ def detection_score(
     reach = max(np.quantile(np.abs(scores - score) / errors, confidence) * error, 2 * RESOLUTION)
 
     null_q = null_q - np.mean([null_q[sq == s].mean() for s in (1, -1)])  # the null allows a drift of their own
-    flip_c, flip_q = (rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) @ g.T for g in (design.gc, design.gq))
-    scores, errors, *_ = design.estimate(one_c, one_q, flip_c * null_c, flip_q * null_q)
-    p = (1 + np.count_nonzero(np.abs(scores / errors) >= abs(score / error))) / (resamples + 1)
+    hits = flips = 0
+    while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):
+        flip_c, flip_q = (rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) @ g.T for g in (design.gc, design.gq))
+        scores, errors, *_ = design.estimate(one_c, one_q, flip_c * null_c, flip_q * null_q)
+        hits, flips = hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error)), flips + resamples
+    p = (1 + hits) / (1 + flips)
     expected = known["keyed_after"] - score  # keyed log-odds that the control curve alone predicts
     share = score / -expected if expected < 0 < score else None
     known |= plain(dict(score=score, low=score - reach, high=score + reach, p_value=p, flattening_to_explain=share))
@@ -302,12 +306,12 @@ def keyed_shift(probes: Sequence[Probe], kind: str) -> float | None:
     return plain(_half_mean(np.array([1.0 if p.keyed == "yes" else -1.0 for p in used]), np.array([p.modified - p.baseline for p in used])))
 
 
-def yes_drift(probes: Sequence[Probe], *, seed: int = 0) -> Estimate | None:
+def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0) -> Estimate | None:
     """Mean shift toward Yes over introspective probes in nats, uncorrected; yes- and no-keyed halves weighted equally.
 
     What a general drift to Yes moves and noticing does not: half of the probes are answered No by a model that notices.
     Paired by question: probes of one `pair` are one unit of the bootstrap and of the sign-flip test (see
-    stats.paired_difference); the interval reaches at least 2 RESOLUTION to either side. Unanswered probes are left out;
+    stats.paired_difference; Holm over hundreds of experiments asks for so many flips); the interval reaches at least 2 RESOLUTION to either side. Unanswered probes are left out;
     None under MIN_PER_HALF questions in either half.
     """
     used = _answered(probes, "introspective")
@@ -317,6 +321,6 @@ def yes_drift(probes: Sequence[Probe], *, seed: int = 0) -> Estimate | None:
     groups = _membership(_clusters(used))
     share = np.array([0.5 / len(halves[p.keyed]) for p in used]) * groups.shape[1]  # the units' mean is the mean of halves
     before, after = (groups.T @ (share * np.array(side)) for side in ([p.baseline for p in used], [p.modified for p in used]))
-    found = paired_difference(before, after, seed=seed)
+    found = paired_difference(before, after, resamples=resamples, seed=seed)
     low, high = (found.low, found.high) if found.low is not None else (found.value, found.value)
     return replace(found, low=min(low, found.value - 2 * RESOLUTION), high=max(high, found.value + 2 * RESOLUTION))

@@ -1,4 +1,4 @@
-"""compare(), the table, the summary and the terminal against numbers worked out by hand."""
+"""The table, the summary and the terminal against numbers worked out by hand."""
 
 import json
 import math
@@ -40,95 +40,6 @@ def compared(tmp_path_factory):
 
 def row(compared, name):
     return next(r for r in compared[0]["experiments"] if r["name"] == name)
-
-
-def test_the_published_probe_and_its_shift(compared):
-    x = made.BASELINES[2]
-    assert row(compared, "baseline_instruct")["published_probe"] | {"shift": 0} == pytest.approx(
-        {"p_yes_normalized": sigmoid(x), "mass": 0.8, "log_odds": x, "entropy": 1.5, "answered": True, "shift": 0})  # fmt: skip
-    assert row(compared, "baseline_instruct")["published_probe"]["shift"] is None
-    after = x + 1.0 - 0.3 * x
-    found = row(compared, "drifts")["published_probe"]
-    assert (found["p_yes_normalized"], found["shift"]) == pytest.approx((sigmoid(after), after - x))
-    destroyed = row(compared, "destroyed")["published_probe"]
-    assert destroyed["p_yes_normalized"] is None and destroyed["shift"] is None and not destroyed["answered"]
-
-
-def test_detection_sees_the_effect_and_not_the_drift(compared):
-    drifts, notices, opposes = (row(compared, name)["detection"] for name in ("drifts", "notices", "opposes"))
-    assert (drifts["score"], drifts["drift"], drifts["flattening"]) == pytest.approx((0, 1.0, -0.3), abs=1e-6)
-    assert (notices["score"], opposes["score"]) == pytest.approx((2.0, -2.0), abs=1e-6)
-    assert [d["call"] for d in (drifts, notices, opposes)] == ["no evidence", "detects", "denies"]
-    # Keyed log-odds: yes-keyed baselines average to their mean m, no-keyed ones to the mean of -(-x + 0.05).
-    mean = sum(made.BASELINES) / 10
-    assert notices["keyed_before"] == pytest.approx((mean + mean - 0.05) / 2)
-    assert row(compared, "baseline_instruct")["detection"] is None and notices["n_controls"] == 20
-    for name, reason in (("mute", "vanishing"), ("destroyed", "not finite")):
-        assert row(compared, name)["detection"]["call"] == "not measurable" and reason in row(compared, name)["detection"]["reason"]
-
-
-def test_holm_is_taken_over_the_run(compared):
-    scored = [r["detection"] for r in compared[0]["experiments"] if r["detection"] and r["detection"]["p_value"] is not None]
-    assert len(scored) == 3  # mute and destroyed have no p-value and do not count
-    largest = 0
-    for rank, d in enumerate(sorted(scored, key=lambda d: d["p_value"])):
-        largest = min(1, max(largest, d["p_value"] * (3 - rank)))
-        assert d["p_adjusted"] == pytest.approx(largest)
-
-
-def test_probes_of_one_question_are_one_cluster():
-    probes = compare.paired_probes(made.binary(), made.binary(drift=1))
-    assert len({p.pair for p in probes}) == 20 and {p.pair for p in probes if "q3" in p.id} == {"introspective-q3", "control-q3"}
-    fewer = {"probes": made.binary()["probes"][:5]}
-    assert [p.id for p in compare.paired_probes(fewer, made.binary())] == [p["id"] for p in fewer["probes"]]
-
-
-def test_capability_is_paired_by_item(compared):
-    drifts, notices = (row(compared, name)["capability"] for name in ("drifts", "notices"))
-    assert (drifts["correct"], drifts["n"]) == (1, 10) and drifts["difference"] == pytest.approx(-0.5)
-    assert drifts["p_value"] == pytest.approx(2 / 2**5) and notices["p_value"] == 1 and notices["difference"] == 0
-    assert (drifts["p_adjusted"], notices["p_adjusted"]) == pytest.approx((2 * 2 / 2**5, 1))  # Holm over the two contrasts
-    assert "difference" not in row(compared, "baseline_instruct")["capability"] and row(compared, "opposes")["capability"] is None
-
-
-def test_perplexity_change_is_weighted_by_tokens(compared):
-    found = row(compared, "drifts")["perplexity"]
-    assert found["nll_change"]["value"] == pytest.approx((0.5 * 100 + 0.1 * 300 + 0.4 * 200) / 600)
-    assert found["perplexity"] == pytest.approx(math.exp((2.5 * 100 + 3.1 * 300 + 2.9 * 200) / 600))
-    assert row(compared, "destroyed")["perplexity"] == {"perplexity": None, "nll": None, "tokens": 600, "nll_change": None}
-
-
-def test_failed_missing_and_equal_experiments_are_named(compared):
-    comparison = compared[0]
-    assert comparison["missing"] == ["later"] and comparison["baseline"] == "baseline_instruct"
-    assert row(compared, "broken")["error"] == {"type": "RuntimeError", "message": "it broke"} and row(compared, "broken")["detection"] is None
-    assert row(compared, "mute")["same_as"] == "drifts" and row(compared, "drifts")["same_as"] is None
-    assert row(compared, "drifts")["claims_change"] == {"informed": {"yes": 0, "no": 4, "unclear": 0}, "blind": {"yes": 0, "no": 4, "unclear": 0}}
-    json.dumps(comparison, allow_nan=False)
-
-
-@pytest.mark.parametrize("baseline", [None, "failed"])
-def test_without_a_baseline_nothing_is_contrasted(tmp_path, baseline):
-    results = [made.result("drifts", made.everything())]
-    if baseline:
-        results.insert(0, made.result("baseline_instruct"))
-    comparison = compare.compare(*made.make(tmp_path / "run", results))
-    found = comparison["experiments"][-1]
-    assert comparison["baseline"] is None and found["detection"] is None and found["published_probe"]["shift"] is None
-    assert found["capability"]["correct"] == 5 and "p_value" not in found["capability"]
-
-
-def test_items_and_probes_that_are_not_shared_are_left_out(tmp_path):
-    mine = made.capability([True, True, False])
-    mine["items"][2]["id"] = "another"
-    asked = made.binary()
-    for probe in asked["probes"]:
-        probe["published"] = False
-    run = made.make(tmp_path / "run", [made.result("baseline_instruct", {"capability": made.capability([True, False]), "binary": made.binary()}),
-                                       made.result("x", {"capability": mine, "binary": asked})])  # fmt: skip
-    found = compare.compare(*run)["experiments"][1]
-    assert found["capability"]["difference"] == 0.5 and found["published_probe"] is None
-    assert report.cells(found)[1:4] == ["", "", ""]
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
