@@ -1,5 +1,6 @@
 """The detection score against simulated models, a slow fit in another basis, and everything that must not move it."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
 
-from detection import Probe, correct_calls, detection_score
+from detection import Probe, correct_calls, detection_score, keyed_shift, yes_drift
 
 
 def dumps(value):
@@ -52,22 +53,22 @@ LINEAR = ("drift", "shrink", "sharper temperature")  # the same numbers as "drif
 
 @pytest.mark.parametrize("name", [name for name in INNOCENT if name not in LINEAR])
 def test_no_general_change_of_answers_is_taken_for_detection(name):
-    found = [detection_score(probes_of(INNOCENT[name], seed), resamples=199, seed=seed) for seed in range(150)]
+    found = [detection_score(probes_of(INNOCENT[name], seed), resamples=99, seed=seed) for seed in range(100)]
     scored = [f for f in found if f.score is not None]
-    assert len(scored) >= 138
+    assert len(scored) >= 92
     scores = np.array([f.score for f in scored])
     assert abs(scores.mean()) < 0.1 + 3 * scores.std() / math.sqrt(len(scores))
     rate = np.mean([f.p_value < 0.05 for f in scored])
     cover = np.mean([f.low <= 0 <= f.high for f in scored])
     called = np.mean([f.call in ("detects", "denies") for f in found])
-    assert rate <= 0.11 and cover >= 0.89 and called <= 0.11, (rate, cover, called)  # 0.05 + 3.3 binomial errors
+    assert rate <= 0.12 and cover >= 0.88 and called <= 0.12, (rate, cover, called)  # 0.05 + 3.2 binomial errors
 
 
 @pytest.mark.parametrize(("effect", "noise", "power"), [(1.0, 0.5, 0.95), (1.5, 1.0, 0.85), (2.0, 1.0, 0.95)])
 def test_a_keyed_shift_is_found_on_top_of_drift_and_shrink(effect, noise, power):
     for sign, call in ((1, "detects"), (-1, "denies")):
-        cases = (probes_of(INNOCENT["drift and shrink"], s, effect=sign * effect, noise=noise) for s in range(60))
-        found = [detection_score(p, resamples=199) for p in cases]
+        cases = (probes_of(INNOCENT["drift and shrink"], s, effect=sign * effect, noise=noise) for s in range(40))
+        found = [detection_score(p, resamples=99) for p in cases]
         assert np.mean([f.call == call for f in found]) >= power
         scored = [f for f in found if f.score is not None]
         assert np.mean([f.score for f in scored]) == pytest.approx(sign * effect, abs=0.15)
@@ -76,9 +77,9 @@ def test_a_keyed_shift_is_found_on_top_of_drift_and_shrink(effect, noise, power)
 
 def test_few_controls_make_many_questions_no_surer():
     """With 60 questions on 14 controls the uncertainty is that of the control curve."""
-    cases = (probes_of(INNOCENT["shrink"], s, controls=14, questions=60, own=3.0) for s in range(150))
-    found = [f for f in (detection_score(p, resamples=199) for p in cases) if f.score is not None]
-    assert np.mean([f.low <= 0 <= f.high for f in found]) >= 0.88 and np.mean([f.p_value < 0.05 for f in found]) <= 0.11
+    cases = (probes_of(INNOCENT["shrink"], s, controls=14, questions=60, own=3.0) for s in range(100))
+    found = [f for f in (detection_score(p, resamples=99) for p in cases) if f.score is not None]
+    assert np.mean([f.low <= 0 <= f.high for f in found]) >= 0.87 and np.mean([f.p_value < 0.05 for f in found]) <= 0.12
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -227,3 +228,89 @@ def test_calls_are_corrected_over_a_family():
     assert correct_calls([straddling])[0].call == "no evidence"
     out = correct_calls([weak, weak])
     assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].call == "no evidence"
+
+
+# ---- probes as a run asks them --------------------------------------------------------------------------------------
+
+
+def asked(change, seed, *, noise=0.5, effect=0.0, says_no=False):
+    """16 introspective and 24 control questions, keyed both ways, in two framings; a question's readings move together.
+
+    The unmodified model says that nothing was changed, or No to whatever is asked about itself; controls are firm both ways.
+    """
+    rng, out = np.random.default_rng(seed), []
+    for kind, questions in (("introspective", 16), ("control", 24)):
+        for q in range(questions):
+            together = rng.normal(0, 0.6)
+            for key, sign in (("yes", 1), ("no", -1)):
+                side = sign if kind == "control" else -1 if says_no else -sign
+                level, wording = side * rng.normal(4.5, 1.2), rng.normal(0, 0.5)
+                for framing in ("plain", "informed"):
+                    x = level + rng.normal(0, 0.4)
+                    y = change(x) + noise * (together + wording + rng.normal(0, 0.6)) + (sign * effect if kind == "introspective" else 0)
+                    out.append(Probe(f"{kind}-{q}-{key}-{framing}", kind, key, x, y, framing, f"{kind}-{q}"))
+    return out
+
+
+BLUR = {"noise alone": lambda x: x, "every answer toward Yes": lambda x: x + 3, "every answer shrinks": lambda x: 0.3 * x, "saturation": lambda x: 3 * math.tanh(x / 3)}
+
+
+@pytest.mark.parametrize("says_no", [False, True])
+@pytest.mark.parametrize("name", BLUR)
+def test_at_a_runs_size_zero_lies_within_the_interval(name, says_no):
+    found = [detection_score(asked(BLUR[name], seed, says_no=says_no), resamples=99) for seed in range(30)]
+    assert np.mean([f.low <= 0 <= f.high for f in found]) >= 0.8 and np.mean([f.p_value < 0.05 for f in found]) <= 0.2  # 1 in 2000 by chance
+    assert abs(np.mean([f.score for f in found])) < 3.5 * np.std([f.score for f in found]) / math.sqrt(30)
+    if name != "saturation":  # exact where the change is a straight line
+        still = detection_score(asked(BLUR[name], 0, noise=0, says_no=says_no), resamples=99)
+        assert still.score == pytest.approx(0, abs=1e-6) and still.low < 0 < still.high and still.call == "no evidence"
+
+
+@pytest.mark.parametrize("says_no", [False, True])
+@pytest.mark.parametrize("name", BLUR)
+def test_at_a_runs_size_keyed_answers_alone_are_positive(name, says_no):
+    found = [detection_score(asked(BLUR[name], seed, effect=1.0, says_no=says_no), resamples=99) for seed in range(8)]
+    assert all(f.call == "detects" and f.low > 0 for f in found) and np.mean([f.score for f in found]) == pytest.approx(1, abs=0.15)
+
+
+def test_small_p_values_take_more_flips():
+    strong, weak = (detection_score(asked(BLUR["noise alone"], 0, effect=e), resamples=299) for e in (2.0, 0.0))
+    assert strong.p_value == pytest.approx(1 / 2991) and weak.p_value * 300 == pytest.approx(round(weak.p_value * 300))
+
+
+# ---- drift to Yes ---------------------------------------------------------------------------------------------------
+
+
+def test_drift_to_yes_by_hand_and_by_enumeration():
+    probes = [p for p in asked(lambda x: 0.9 * x + 0.4, 1, noise=1.0) if p.kind == "control" or int(p.id.split("-")[1]) < 7]
+    found = yes_drift(probes, resamples=999)
+    shifts = {p.id: p.modified - p.baseline for p in probes if p.kind == "introspective"}
+    halves = {key: [v for k, v in shifts.items() if f"-{key}-" in k] for key in ("yes", "no")}
+    assert found.value == pytest.approx((np.mean(halves["yes"]) + np.mean(halves["no"])) / 2) and found.n == 7
+    d = [np.mean([v for k, v in shifts.items() if k.startswith(f"introspective-{q}-")]) for q in range(7)]
+    flips = [abs(np.mean(np.array(d) * s)) for s in itertools.product((1, -1), repeat=7)]
+    assert found.p_value == pytest.approx(np.mean([f >= abs(np.mean(d)) - 1e-12 for f in flips]))
+    assert found.low < found.value < found.high and found.high - found.low == pytest.approx(2 * 1.96 * np.std(d) / math.sqrt(7), rel=0.3)
+
+
+def test_drift_to_yes_is_no_keyed_shift():
+    still = asked(BLUR["noise alone"], 2, noise=0)
+    noticing = yes_drift(changed(still, lambda p: p.baseline + (3 if p.keyed == "yes" else -3), kinds=("introspective",)), resamples=999)
+    assert noticing.value == pytest.approx(0) and noticing.p_value == 1 and noticing.low < 0 < noticing.high
+    drifting = changed(still, lambda p: p.baseline + 2)
+    found = yes_drift(drifting, resamples=999)
+    assert found.value == pytest.approx(2) and 1.9 < found.low < 2 < found.high < 2.1 and found.p_value < 0.01
+    more = [p for p in drifting if p.keyed == "yes" or int(p.id.split("-")[1]) < 6]  # fewer No-keyed: halves still weigh alike
+    more = [replace(p, modified=p.modified + 1) if p.keyed == "no" and p.kind == "introspective" else p for p in more]
+    assert yes_drift(more, resamples=999).value == pytest.approx((2 + 3) / 2)
+
+
+def test_drift_to_yes_leaves_out_what_is_not_answered():
+    probes = changed(asked(BLUR["noise alone"], 2, noise=0), lambda p: p.baseline + 1)
+    gone = [replace(p, modified=None) if "-1-" in p.id else replace(p, modified=99.0, modified_mass=1e-4) if "-2-" in p.id else p for p in probes]
+    assert yes_drift(gone, resamples=999).value == pytest.approx(1) and yes_drift(gone, resamples=999).n == 14
+    few = [p for p in probes if p.keyed == "yes" or int(p.id.split("-")[1]) < 3]
+    assert yes_drift(few) is None and yes_drift([]) is None
+    assert keyed_shift(gone, "introspective") == pytest.approx(0) and keyed_shift(few, "neither") is None
+    noticing = [replace(p, modified=p.baseline + (2 if p.keyed == "yes" else -1)) for p in probes]
+    assert keyed_shift(noticing, "introspective") == pytest.approx(1.5) == keyed_shift(noticing, "control")

@@ -145,3 +145,35 @@ def test_perplexity_is_token_weighted():
     overflow = stats.perplexity_contrast([2.0, 3.0], [1e4, 2e4], [10, 10])
     assert overflow.after is None and overflow.value == pytest.approx(14997.5)
     dumps([destroyed.to_json(), overflow.to_json()])
+
+
+# ---------------------------------------------------------------- placebos
+
+
+def test_place_among_placebos_by_hand():
+    assert stats.placebo_place(-0.5, [0.1, -0.2, 0.5, 0.6]) == (3 / 5, False)  # as far counts as beyond
+    assert stats.placebo_place(0.61, [0.1, -0.2, 0.5, 0.6]) == (1 / 5, True)
+    assert stats.placebo_place(0.0, [0.1, -0.2]) == (1, False)
+    with pytest.raises(ValueError, match="placebos"):
+        stats.placebo_place(0.5, [])
+
+
+def test_auroc_equals_counting_pairs():
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(0.8, 1, 21).round(1), rng.normal(0, 1, 18).round(1)  # rounded: ties
+    pairs = [1.0 if x > y else 0.5 if x == y else 0.0 for x in a for y in b]
+    got = stats.auroc(a, b)
+    assert got.value == pytest.approx(np.mean(pairs)) and got.n == 39
+    draws = []
+    for _ in range(400):
+        x, y = rng.choice(a, 21), rng.choice(b, 18)
+        draws.append(np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y)))
+    assert (got.low, got.high) == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
+    assert stats.auroc(b, a).value == pytest.approx(1 - got.value)
+
+
+def test_auroc_at_its_edges():
+    assert stats.auroc([1, 2], [0, 0, 0]) is None and stats.auroc([1, 2, 3], []) is None
+    apart = stats.auroc([4, 5, 6], [1, 2, 3])
+    assert (apart.value, apart.low, apart.high, apart.method) == (1.0, None, None, "none")
+    assert stats.auroc([1, 1, 1], [1, 1, 1]).value == 0.5
