@@ -44,7 +44,7 @@ from weights import Adapter, FrankenError, Source
 DEFAULT = ("baseline_instruct", "swap_distant_10_55", "franken_instruct_first_32")
 TARGET, RELOAD_TARGET = 3.0, 0.05  # at least so many times faster; apply of a swap at most this share of a reload
 QUICK = 4  # --quick asks every 4th question
-BATTERIES = ("INFORMED_PROBES", "BLIND_PROBES", "BINARY_PROBES", "CAPABILITY", "CHAT_PROBES")
+BATTERIES = ("INFORMED_PROBES", "BLIND_PROBES", "BINARY_PROBES", "FORMAT_PROBES", "CAPABILITY", "CHAT_PROBES")
 
 
 class Recorder:
