@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Results on disk to comparison.json, summary.md, the terminal's table and report.html.
 
-`python report.py results/run_...` makes them again from the experiments' JSON; nothing is measured here.
+`python report.py results/run_...` makes them again from the experiments' JSON; nothing is measured here. Several runs are
+put side by side as well.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from compare import compare
 from results import Run, read_json, write_json, write_text
+from rows import controls, counts, named, span, sweeps, tally, word
 from weights import FrankenError
 
 # ---- text ---------------------------------------------------------------------------------------------------------
@@ -41,13 +45,13 @@ def cells(row: dict) -> list[str]:
     reading = ["", "", ""]
     if probe:
         reading = [percent(probe["p_yes_normalized"]) + ("" if probe["answered"] else " (!)"), percent(probe["mass"]), number(probe["shift"], "+.2f")]
-    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, _score(found), found["call"] if found else "",
+    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, _score(found), word(row) or "",
             f"{capability['correct']}/{capability['n']}" if capability else "",
             number(row["perplexity"]["perplexity"]) if row["perplexity"] else "", number(row["seconds"], ".1f")]
 
 
 def _score(found: dict | None) -> str:
-    return "" if found is None else "-" if found["score"] is None else f"{found['score']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
+    return "" if found is None else "-" if found["score"] is None else f"{found['score']:+.2f} [{number(found['low'], '+.2f')}, {number(found['high'], '+.2f')}]"
 
 
 TRIGGER_COLUMNS = ("experiment", "format", "names him", "persona", "P(his name)", "reports it, untriggered", "reports it, triggered")
@@ -67,11 +71,12 @@ def trigger_cells(row: dict) -> list[str]:
 
 LEGEND = ("P(Yes): on the published probe, normalized over Yes and No; mass: what Yes and No hold together, (!) under 1%: not an answer. "
           "shift: its log-odds against the baseline, in nats. detection: shift of the keyed introspective probes toward noticing, "
-          "beyond what control questions with known answers predict (nats); its verdict is Holm-corrected over the run.")
+          "beyond what control questions with known answers predict (nats). verdict: from the detection score (Holm-corrected over the run), "
+          "the placebos, the drift of all answers towards Yes, and whether the model still answers.")
 
 
 def qualifier(found: dict) -> str:
-    """What must be read beside a verdict "detects": whether the answers reversed, and what else could explain the score."""
+    """What must be read beside a call "detects": whether the answers reversed, and what else could explain the score."""
     now = f"keyed answers stand at {found['keyed_after']:+.2f} nats ({found['keyed_before']:+.2f} before), "
     now += "on the noticing side" if found["keyed_after"] > 0 else "still on the side of no change"
     share = found["flattening_to_explain"]
@@ -92,11 +97,64 @@ def remarks(row: dict) -> list[str]:
     out += row["notes"]
     if row["same_as"]:
         out.append(f"the same recipe as {row['same_as']} at this depth")
-    if found and found["call"] == "not measurable":
+    if word(row) not in (None, "failed", "no change seen"):
+        out.append(f"{row['verdict']['word']}: {row['verdict']['reason']}")
+    elif found and found["call"] == "not measurable":
         out.append(f"not measurable: {found['reason']}")
     if found and found["call"] == "detects":
         out.append(f"detects: {qualifier(found)}")
+    if found and found["call"] == "denies":
+        out.append(f"denies: {found['reason']}")
     return out + (list(found["flags"]) if found else [])
+
+
+def serious(row: dict) -> list[str]:
+    """What must be told even of an experiment that is folded away: a control, or one of a sweep."""
+    missed = row["matched"] and not row["matched"]["ok"]
+    return [r for r in remarks(row) if r.startswith(("THE WEIGHTS", "failed"))] + (
+        [f"its noise reached perplexity {number(row['matched']['reached_perplexity'])}, not {number(row['matched']['target_perplexity'])}"] if missed else [])
+
+
+def headline(comparison: dict) -> str:
+    """The run's answer in one sentence, with what a positive control makes of it."""
+    asked = [row for row in named(comparison["experiments"]) if word(row) not in (None, "failed")]
+    found, injection = len(tally(asked).get("reports it", [])), comparison["injection"]
+    if not asked:
+        return "No experiment of this run has a verdict."
+    said = f"{found or 'None'} of {len(asked)} changed models reports its change" if found < 2 else f"{found} of {len(asked)} changed models report their change"
+    if injection is None:
+        return f"{said}. No positive control was run" + ("." if found else ", so it is not known that these questions could see one.")
+    if injection["seen"]:
+        return f"{said}. The positive control was seen."
+    return f"{said}. The positive control was not seen either, so silence shows nothing." if not found else f"{said}. The positive control was not seen."
+
+
+def _scores(rows: list[dict]) -> str:
+    reach = span(rows)
+    return f"scores {reach[0]:+.2f} to {reach[1]:+.2f}; " if reach else ""
+
+
+def control_lines(comparison: dict) -> list[tuple[str, str]]:
+    """The run's controls, summarized: (what, a line about it)."""
+    rows, out = comparison["experiments"], []
+    if placebos := controls(rows, "placebo"):
+        out.append(("placebos", f"{len(placebos)} with other weights that compute the same function: {_scores(placebos)}{counts(placebos)}"))
+    if twins := controls(rows, "matched noise"):
+        missed = sum(not (row["matched"] or {}).get("ok") for row in twins)
+        out.append(("noise of equal perplexity", f"{len(twins)} experiments: {_scores(twins)}{counts(twins)}" + (f"; {missed} did not reach the perplexity" if missed else "")))
+    if injection := comparison["injection"]:
+        out.append(("positive control", f"concept injection {'seen' if injection['seen'] else 'NOT SEEN'}: {injection['reason']}"))
+    if auroc := comparison["auroc"]:
+        said = [f"{found['value']:.2f} ({number(found['low'])} to {number(found['high'])}) by {by}" for key, by in (("detection", "detection score"), ("p_yes", "P(Yes)"))
+                if (found := auroc[key]) and found["value"] is not None]
+        if said:
+            out.append(("AUROC", f"{auroc['n_modified']} modified against {auroc['n_placebo']} placebos: {', '.join(said)}; 0.5 is chance"))
+    return out
+
+
+def sweep_lines(comparison: dict) -> list[tuple[str, str]]:
+    """The run's sweeps, summarized: (what, a line about it)."""
+    return [(name, f"{len(of)} experiments: {_scores(of)}{counts(of)}") for name, of in sweeps(comparison["experiments"]).items()]
 
 
 def weak_controls(comparison: dict) -> str | None:
@@ -110,12 +168,13 @@ def weak_controls(comparison: dict) -> str | None:
 
 
 def terminal_table(comparison: dict) -> str:
-    """The table printed at the end of a run."""
-    table = [list(COLUMNS), *map(cells, comparison["experiments"])]
+    """The table printed at the end of a run: the experiments, and a line for each kind of control and each sweep."""
+    table = [list(COLUMNS), *map(cells, named(comparison["experiments"]))]
     widths = [max(len(line[k]) for line in table) for k in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(w) if k in (0, 4, 5) else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
              for line in table]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+    about = [f"{what}: {said}" for what, said in control_lines(comparison) + sweep_lines(comparison)]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *about, headline(comparison)])
 
 
 def markdown_cell(text: str) -> str:
@@ -124,28 +183,38 @@ def markdown_cell(text: str) -> str:
     return re.sub(r"[\\|`*<>\[\]&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # an underscore within a word is plain
 
 
-def _markdown_table(columns: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns), *(f"| {' | '.join(map(markdown_cell, row))} |" for row in rows)]
 
 
 def summary(comparison: dict, manifest: dict) -> str:
-    """summary.md: what was run, the table, and what to make of it."""
+    """summary.md: what was run, the answer, the table, and what to make of it; then the controls' and sweeps' own tables."""
     what = (f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
             f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}.")
     rows = comparison["experiments"]
     lines = [f"# {markdown_cell(comparison['run'])}", "", markdown_cell(what), ""]
     lines += [f"Note: {markdown_cell(note)}.\n" for note in manifest["notes"]]
-    lines += [*_markdown_table(COLUMNS, map(cells, rows)), "", LEGEND, ""]
+    lines += [f"**{headline(comparison)}**", "", *markdown_table(COLUMNS, map(cells, named(rows))), "", LEGEND, ""]
+    lines += [f"- {markdown_cell(what)}: {markdown_cell(said)}" for what, said in control_lines(comparison) + sweep_lines(comparison)] + [""]
     triggered = [trigger_cells(row) for row in rows if row["trigger"]]
     if triggered:
-        lines += [*_markdown_table(TRIGGER_COLUMNS, triggered), "", TRIGGER_LEGEND, ""]
+        lines += [*markdown_table(TRIGGER_COLUMNS, triggered), "", TRIGGER_LEGEND, ""]
     if weak_controls(comparison):
         lines += [weak_controls(comparison), ""]
     lines += [f"After {sum(row['exact'] for row in rows)} of {len(rows)} experiments the original weights were restored to the bit, by fingerprint.", ""]
-    lines += [f"- {markdown_cell(row['name'] + ': ' + remark)}" for row in rows for remark in remarks(row)]
+    shown = {row["name"] for row in named(rows)}
+    lines += [f"- {markdown_cell(row['name'] + ': ' + remark)}" for row in rows for remark in (remarks(row) if row["name"] in shown else serious(row))]
     if comparison["missing"]:
         lines += ["", f"Not run yet: {markdown_cell(', '.join(comparison['missing']))}."]
+    for title, of in folded(rows):
+        lines += ["", f"## {markdown_cell(title)}", "", *markdown_table(COLUMNS, map(cells, of))]
     return "\n".join(lines) + "\n"
+
+
+def folded(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """The experiments that stand apart from the main table: (title, rows)."""
+    parts = [("Placebos", controls(rows, "placebo")), ("Noise of equal perplexity", controls(rows, "matched noise")), ("Positive control", controls(rows, "injection"))]
+    return [(title, of) for title, of in parts + [(name.capitalize(), of) for name, of in sweeps(rows).items()] if of]
 
 
 def write_reports(run: Run) -> str:
@@ -163,11 +232,23 @@ def write_reports(run: Run) -> str:
     return f"{terminal_table(comparison)}\n\n{LEGEND}\n\nReport: {run.path / 'report.html'}"
 
 
-def main() -> int:
-    p = argparse.ArgumentParser(description="Make a run's comparison, summary and HTML report again.")
-    p.add_argument("run", help="a results/run_... folder")
+def main(argv: Sequence[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description="Make a run's comparison, summary and HTML report again; put several runs side by side.")
+    p.add_argument("runs", nargs="+", metavar="DIR", help="a results/run_... folder")
+    p.add_argument("--output", metavar="DIR", help="folder for the comparison of several runs (default: results/comparison_<time>)")
+    args = p.parse_args(argv)
     try:
-        print(write_reports(Run.resume(p.parse_args().run)[0]))
+        if args.output and len(args.runs) == 1:
+            raise FrankenError("--output is for the comparison of several runs; a run's own report goes to its folder")
+        runs = [Run.resume(path)[0] for path in args.runs]  # all of them, before anything is written
+        if len({run.path.resolve() for run in runs}) < len(runs):
+            raise FrankenError("the same run is given twice")
+        for run in runs:
+            print(write_reports(run))
+        if len(runs) > 1:
+            from compare_runs import write_comparison
+
+            print(write_comparison(runs, Path(args.output or f"results/comparison_{time.strftime('%Y%m%d_%H%M%S')}")))
     except FrankenError as e:
         print(f"report.py: {e}", file=sys.stderr)
         return 1

@@ -1,23 +1,21 @@
 """report.html as a reader's browser takes it: parsed, with hostile text in every place where a model or a file can write."""
 
 import base64
-import itertools
+import hashlib
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import made_run as made
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import compare
 import figures
 import html_report
-import report
+import pages
 from weights import FrankenError
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "img", "link", "input", "hr", "source"}
 SUITES = ("informed", "blind", "binary", "capability", "perplexity", "chat", "trigger")
 
 
@@ -41,7 +39,7 @@ class Page(HTMLParser):
             self.broken.append((tag, self.getpos()))
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.pieces.append(data)
 
     def all(self, tag):
@@ -75,47 +73,58 @@ def whole(tmp_path_factory):
         made.result("franken_instruct_first_32", full(binary=made.binary(drift=1.0, flattening=-0.3, effect=2.0), capability=made.capability([False] * 10))),
         made.result("mute", full(binary=made.binary(mass=0.001)), experiment__collapsed=True, experiment__notes=["collapsed: here it changes nothing"]),
         made.result("broken"),
-        made.result("window_base_0_5", full(binary=made.binary(drift=-1.0))),
-        made.result("window_base_5_10", full(binary=made.binary(mass=None), perplexity=made.perplexity([None, 2.0, 3.0]))),
+        *(made.result(f"window_base_{k}_{k + 5}", {"binary": binary, "perplexity": made.perplexity(nll)}, experiment__sweep=
+                      {"kind": "window", "source": "base", "size": 5, "start": k, "stop": k + 5, "dose": None})
+          for k, binary, nll in ((0, made.binary(drift=-1.0), [2.0, 3.0, 2.5]), (5, made.binary(mass=None), [None, 2.0, 3.0]))),
     ]  # fmt: skip
     return written(tmp_path_factory.mktemp("whole") / "run_y", results)
 
 
-def test_the_page_loads_nothing_and_runs_nothing(whole):
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(whole):
     page, raw, _ = whole
-    assert not {tag for tag, _ in page.elements} & {"script", "link", "iframe", "object", "embed", "form", "base", "textarea", "input"}
+    tags = [tag for tag, _ in page.elements]
+    assert not set(tags) & {"link", "iframe", "object", "embed", "form", "base", "textarea", "input"} and tags.count("script") == tags.count("style") == 1
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
-    assert "default-src 'none'" in policy and "script" not in policy
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    for kind in ("script", "style"):
+        inside = re.search(f"<{kind}>(.*?)</{kind}>", raw, re.S)[1]
+        assert rules[f"{kind}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+    assert rules["default-src"] == rules["connect-src"] == rules["base-uri"] == rules["form-action"] == "'none'" and rules["img-src"] == "data:"
     addresses = [value for _, attrs in page.elements for key, value in attrs.items() if key in ("src", "href", "srcset", "data", "action")]
     assert addresses and all(a.startswith(("#", "data:image/svg+xml;base64,")) for a in addresses)
     assert not re.search(r"url\(|@import|https?://", re.sub(r"data:[^\"]*", "", raw))
-    assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on")]
-    targets = {attrs["id"] for _, attrs in page.elements if "id" in attrs}
-    assert {a[1:] for a in addresses if a.startswith("#")} <= targets
+    assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on") or key == "style"]
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert {a[1:] for a in addresses if a.startswith("#")} <= set(ids) and len(ids) == len(set(ids))
+
+
+DRAWN = ("detection", "windows", "p_yes", "p_yes_perplexity", "capability", "kinds", "shifts")
 
 
 def test_figures_are_in_the_page_and_beside_it(whole):
     page, _, path = whole
-    names = ("detection", "p_yes", "capability", "shifts", "depth")
     images = page.all("img")
-    assert len(images) == 5 and all(len(image["alt"]) > 20 for image in images)
-    for image in images:
-        svg = base64.b64decode(image["src"].partition(",")[2]).decode()
+    assert len(images) == len(DRAWN) and all(len(image["alt"]) > 20 for image in images)
+    for uri in [image["src"] for image in images] + [page.all("source")[0]["srcset"]]:
+        svg = base64.b64decode(uri.partition(",")[2]).decode()
         assert "<svg" in svg and "<script" not in svg and "http://www.w3.org/2000/svg" in svg
-    for name, form in itertools.product(names, ("png", "pdf")):
-        begin = (path / "figures" / f"{name}.{form}").read_bytes()[:8]
-        assert begin == b"\x89PNG\r\n\x1a\n" if form == "png" else begin.startswith(b"%PDF")
+    assert len(page.all("source")) == 1 and page.all("source")[0]["media"] == "(max-width: 40rem)"
+    for name in DRAWN:
+        assert (path / "figures" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+        png = (path / "figures" / f"{name}.png").read_bytes()
+        assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") >= 6.5 * 300  # pixels of 300 to the inch
 
 
 def test_everything_stands_in_its_order(whole):
     page = whole[0]
-    order = ["run_y", "the base side is a stand-in", "What was run", "run_all.py --pair smollm2-135m", "Results", "How to read this", "P(Yes) alone is not evidence",
-             "Behind the verdicts", "Detection score", "P(Yes) on the published probe", "Capability against perplexity", "How each group of questions moved",
-             "Replaced windows along depth", "Time and memory", "Every experiment", "What changed", "Yes/No probes", "Told that", "Not told"]  # fmt: skip
-    places, here = [], 0
+    order = ["smollm2-135m: can it tell", "run_y, 2026-01-02: 4 experiments, 2 in sweeps, on 30 layers", "the base side is a stand-in", "changed models",
+             "reports it 1", "sweeps: 2 experiments", "Detection score with its 95% interval", "Results", "Windows of 5 layers of base", "How to read this",
+             "P(Yes) alone is not evidence", "Where: windows of layers replaced", "P(Yes) on the published probe", "P(Yes) against perplexity",
+             "Capability against perplexity", "Capability by kind", "How each group of questions moved", "Behind the verdicts", "Beside the published numbers",
+             "Every experiment", "What changed", "Yes/No probes", "Told that", "Not told", "Time and memory", "What was run", "run_all.py --pair smollm2-135m"]  # fmt: skip
+    here = 0
     for words in order:
         here = page.text.find(words, here)
-        places.append(here)
         assert here >= 0, words
     for needed in ("abc123", "torch 2.13.0", "a processor", "bfloat16", "cpu", "seed 0", "revision r1", "layer 10 of 64 became 4 of 30", "aa: back to the bit",
                    "1.5 MB", "3 MB/s", "500 tokens in 2.0 s (250/s)", "not an answer", "collapsed", "failed: RuntimeError", "it broke", "Traceback: it broke"):  # fmt: skip
@@ -129,10 +138,10 @@ def table_rows(raw, name):
 def test_detects_never_stands_alone(whole):
     _, raw, _ = whole
     first = table_rows(raw, "franken_instruct_first_32")[0]
-    assert "detects" in first and "keyed answers stand at" in first and "flattening" in first
-    assert re.search(r'class="verdict detects"', raw) and "0 of 10" in raw
-    behind = next(r for r in table_rows(raw, "franken_instruct_first_32") if "+2.00" in r and "CI" not in r and "[" not in r)
-    assert "detects" in behind
+    assert "reports it" in first and "keyed answers stand at" in first and "flattening" in first
+    assert re.search(r'class="verdict reports-it"', raw) and "0 of 10" in raw
+    behind = next(r for r in table_rows(raw, "franken_instruct_first_32") if "+2.00" in r and "reversed" not in r and "CI" not in r and "nats toward" in r)
+    assert "reports it" in behind and "detects" in behind
 
 
 def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, no_drawing):
@@ -155,6 +164,7 @@ def test_replies_stand_beside_the_baselines(tmp_path, no_drawing):
     assert earlier.count("As ever.") == 4 and "<b>baseline</b>" not in earlier
 
 
+WINDOW = {"kind": "window", "source": "base", "size": 5, "start": 0, "stop": 5, "dose": None}
 HOSTILE = ("</textarea></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;{{ 7*7 }}{% raw %}"
            "\ud800 \x00\x07\x1b[31m\x85 \u202egnp.exe \u200f\u2066\u200b\ufeff\u2028 שלום $x^2$ ]]>--><!--")  # fmt: skip
 
@@ -184,11 +194,12 @@ def test_hostile_text_stays_text(tmp_path, no_drawing):
     broken["error"] = {"type": HOSTILE, "message": HOSTILE, "traceback": HOSTILE}
     results = [made.result("baseline_instruct", full()), hostile_result("x", HOSTILE), broken]
     page, raw, _ = written(tmp_path / "run", results, pair=HOSTILE, notes=[HOSTILE], command=["run_all.py", HOSTILE], commit=HOSTILE, dtype=HOSTILE)
-    assert not {tag for tag, _ in page.elements} & {"script", "textarea", "iframe"}
-    assert all(set(image) == {"src", "alt"} for image in page.all("img")) and len(page.all("details")) == 3
+    tags = [tag for tag, _ in page.elements]
+    assert not set(tags) & {"textarea", "iframe"} and tags.count("script") == 1
+    assert all(set(image) == {"src", "alt"} for image in page.all("img")) and len([a for a in page.all("details") if "id" in a]) == 3
     assert page.text.count("<script>alert(1)</script>") > 20
     assert "{{ 7*7 }}" in page.text and "שלום" in page.text and "⟨U+D800⟩" in page.text and "⟨U+202E⟩gnp.exe" in page.text and "␛[31m" in page.text
-    assert not html_report.HIDDEN.search(raw)
+    assert not pages.HIDDEN.search(raw.replace(pages.TEMPLATES.joinpath("style.css").read_text(), ""))
     assert all(attrs["dir"] == "auto" for tag, attrs in page.elements if tag == "pre")
 
 
@@ -196,22 +207,19 @@ def test_endless_text_is_cut_and_says_so(tmp_path, no_drawing):
     endless = "a" * 10_000
     page, raw, _ = written(tmp_path / "run", [made.result("baseline_instruct", full()), hostile_result("x", endless)])
     assert len(raw) < 600_000 and "[6,000 more characters]" in page.text and "[9,970 more characters]" in page.text
-    assert not re.search(f"a{{{html_report.LONGEST_REPLY + 10},}}", page.text)
+    assert not re.search(f"a{{{pages.LONGEST_REPLY + 10},}}", page.text)
 
 
-@pytest.mark.parametrize("suites", [(), *[(s,) for s in SUITES], ("binary", "perplexity"), SUITES])
-@pytest.mark.parametrize("baseline", [True, False])
+@pytest.mark.parametrize(("suites", "baseline"), [((), True), *[((s,), True) for s in SUITES], (("binary", "perplexity"), False), (SUITES, False)])
 def test_any_suites_with_or_without_a_baseline(tmp_path, no_drawing, suites, baseline):
     some = {name: suite for name, suite in full().items() if name in suites}
     changed = some | ({"binary": made.binary(drift=1)} if "binary" in suites else {})
-    results = [made.result("x", changed), made.result("window_base_0_5", changed), made.result("broken")]
+    results = [made.result("x", changed), made.result("window_base_0_5", changed, experiment__sweep=WINDOW), made.result("broken")]
     if baseline:
         results.insert(0, made.result("baseline_instruct", some))
-    page = written(tmp_path / "run", results)[0]
-    titles = {"informed": "Told that", "blind": "Not told", "binary": "Yes/No probes", "capability": "CapabilityP", "trigger": "Trigger"}
-    for suite, title in titles.items():
-        if suite != "capability":
-            assert (title in page.text) == (suite in suites), suite
+    page, raw, _ = written(tmp_path / "run", results)
+    for suite, title in (("informed", "Told that"), ("blind", "Not told"), ("binary", "Yes/No probes"), ("capability", "Capability"), ("trigger", "Trigger")):
+        assert (f"<h4>{title}" in raw) == (suite in suites), suite
     assert ("No baseline." in page.text) == (not baseline) and ("Behind the verdicts" in page.text) == (baseline and "binary" in suites)
 
 
@@ -223,19 +231,14 @@ def test_runs_in_which_nothing_worked(tmp_path, results):
 
 def test_every_number_may_be_undefined(tmp_path, no_drawing):
     nothing = full(binary=made.binary(mass=None), perplexity=made.perplexity([None] * 3))
-    page = written(tmp_path / "run", [made.result("baseline_instruct", nothing), made.result("x", nothing), made.result("window_base_0_1", nothing)])[0]
-    assert not re.search(r"\bNone\b|\bnan\b", page.text)
+    page = written(tmp_path / "run", [made.result("baseline_instruct", nothing), made.result("x", nothing), made.result("window_base_0_1", nothing, experiment__sweep=WINDOW)])[0]
+    assert not re.search(r"\bNone\b|\bnan\b", page.text.replace("None of 1 changed", ""))
 
 
 def test_the_same_results_give_the_same_page(tmp_path, no_drawing):
     results = [made.result(name, {"binary": made.binary(effect=k), "chat": made.chat()}) for k, name in enumerate(("baseline_instruct", "x"))]
     pages = [written(tmp_path / folder / "run", results) for folder in ("a", "b")]
     assert pages[0][1] == pages[1][1]
-
-
-def test_the_same_numbers_give_the_same_figures(whole):
-    first, again = (figures.save(figures.detection(_rows(whole))) for _ in range(2))
-    assert first == again and (whole[2] / "figures/detection.pdf").read_bytes() == first["pdf"]
 
 
 def test_a_refusing_disk_is_one_line(tmp_path, no_drawing):
@@ -251,53 +254,3 @@ def test_shifts_of_groups_by_hand():
     after["probes"][0]["log_odds"] = None  # introspective, keyed yes: left out of its group
     found = html_report.group_shifts(before, after)
     assert found == pytest.approx({("introspective", "yes"): 1.5, ("introspective", "no"): 0.5, ("control", "yes"): 1.0, ("control", "no"): 1.0})
-
-
-def test_sweeps_are_drawn_along_depth_only(whole):
-    names = [t.get_text() for t in figures.p_yes([r for r in _rows(whole)], {}).axes[0].get_yticklabels()]
-    assert names == ["baseline_instruct", "franken_instruct_first_32", "mute"]
-    drawn = figures.depth(_rows(whole), 30, {"window_base_0_5": 0.1})
-    panel = next(a for a in drawn.axes if a.get_ylabel() == "P(Yes)")
-    bar, diamond, level = panel.lines[0], panel.lines[1], panel.lines[-1]
-    probe = next(r for r in _rows(whole) if r["name"] == "window_base_0_5")["published_probe"]
-    assert list(bar.get_ydata()) == [probe["p_yes_normalized"]] * 2 and list(bar.get_xdata()) == pytest.approx([0, 5], abs=0.1)
-    assert list(diamond.get_ydata()) == [0.1] and level.get_ydata()[0] == _rows(whole)[0]["published_probe"]["p_yes_normalized"]
-    assert figures.depth(_rows(whole)[:3], 30, {}) is None
-    assert figures.window({"name": "window_base_8_16"}) == ("base", 8, 16) and figures.window({"name": "base_window_0_16"}) is None
-
-
-def _rows(whole):
-    run = report.Run(whole[2])
-    return compare.compare(run, report.read_json(run.manifest_path))["experiments"]
-
-
-def test_forest_plot_draws_the_numbers(whole):
-    axes = figures.detection(_rows(whole)).axes[0]
-    found = next(r for r in _rows(whole) if r["name"] == "franken_instruct_first_32")["detection"]
-    segments = [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2 and list(line.get_ydata()) == [0, 0]]
-    assert any(list(s) == pytest.approx([found["low"], found["high"]]) for s in segments)
-    words = [t.get_text() for t in axes.texts]
-    assert words[0].startswith("detects, keyed after") and words[1] == "not measurable"
-
-
-@pytest.mark.parametrize(
-    ("text", "shown"),
-    [("a\tb\nc", "a\tb\nc"), ("\r\n", "\n"), ("\r", "␍"), ("\x00", "␀"), ("\x7f\u200d\ufeff\ud83d", "⟨U+007F⟩⟨U+200D⟩⟨U+FEFF⟩⟨U+D83D⟩"),
-     ("é日😀", "é日😀"), (None, "None"), ("x" * 12, "xxxxxxxxxx… [2 more characters]")],
-)  # fmt: skip
-def test_visible(text, shown):
-    assert html_report.visible(text, 10) == shown
-
-
-@given(st.text(st.characters(exclude_categories=())))
-def test_whatever_is_shown_can_be_written_and_hides_nothing(text):
-    shown = html_report.visible(text)
-    shown.encode("utf-8")
-    assert not html_report.HIDDEN.search(shown) and "\r" not in shown
-
-
-def test_tokens_and_sizes():
-    assert html_report.token(" Yes\n") == "␣Yes↵" and html_report.token("") == "(empty)"
-    sizes = [(None, "-"), (0, "0 B"), (999, "999 B"), (1_500_000, "1.5 MB"), (65.5e9, "65.5 GB"), (2.5e12, "2.5 TB"), (4.2e15, "4.2e+03 TB")]
-    assert [html_report.size(n) for n, _ in sizes] == [text for _, text in sizes]
-    assert html_report.rate(500, 2.0) == "250/s" and html_report.rate(5, 0) == html_report.rate(None, 1) == "-"

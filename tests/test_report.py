@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 
 import made_run as made
 import pytest
@@ -54,9 +53,9 @@ def test_cells_in_every_state(compared):
     x = made.BASELINES[2]
     assert report.cells(row(compared, "baseline_instruct")) == ["baseline_instruct", f"{100 * sigmoid(x):.1f}%", "80.0%", "-", "", "", "6/10", "14.39", "12.0"]
     notices = report.cells(row(compared, "notices"))
-    assert notices[4].startswith("+2.00 [+") and notices[5] == "detects" and notices[7] == ""
+    assert notices[4].startswith("+2.00 [+") and notices[5] == "reports it" and notices[7] == ""
     mute = report.cells(row(compared, "mute"))
-    assert mute[0] == "mute (collapsed)" and mute[1].endswith("% (!)") and mute[2] == "0.1%" and mute[4:6] == ["-", "not measurable"]
+    assert mute[0] == "mute (collapsed)" and mute[1].endswith("% (!)") and mute[2] == "0.1%" and mute[4:6] == ["-", "broken"]
     assert report.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"] and report.cells(row(compared, "destroyed"))[7] == "-"
     assert report.cells(row(compared, "broken")) == ["broken", "", "", "", "", "failed: RuntimeError", "", "", "12.0"]
     assert all(len(report.cells(r)) == len(report.COLUMNS) for r in compared[0]["experiments"])
@@ -64,9 +63,11 @@ def test_cells_in_every_state(compared):
 
 def test_the_terminal_table_lines_up(compared):
     lines = report.terminal_table(compared[0]).splitlines()
-    assert len(lines) == 2 + 7 and len(lines[1]) == max(map(len, lines))
+    table = lines[:-2]
+    assert len(table) == 2 + 7 and len(lines[1]) == max(map(len, table)) and lines[-2] == ""
+    assert lines[-1].startswith("1 of 5 changed models reports its change. No positive control was run.")
     column = lines[0].index("verdict")
-    assert lines[4][column:].startswith("detects") and lines[8][column:].startswith("failed: RuntimeError")
+    assert lines[4][column:].startswith("reports it") and lines[8][column:].startswith("failed: RuntimeError")
 
 
 def test_what_stands_beside_detects():
@@ -89,7 +90,8 @@ def test_the_summary_says_what_a_reader_must_know(compared):
     text = report.summary(*compared)
     assert "smollm2-135m; 30 layers; bfloat16 on cpu; seed 0" in text and "Note: the base side is a stand-in." in text
     for needed in ("notices: detects: keyed answers stand at", "broken: failed: RuntimeError: it broke", "mute: collapsed: on 30 layers", "Not run yet: later.",
-                   "mute: the same recipe as drifts", "After 7 of 7 experiments", "mute: not measurable: vanishing"):  # fmt: skip
+                   "mute: the same recipe as drifts", "After 7 of 7 experiments", "mute: broken: vanishing", "opposes: denies: -2.00 nats",
+                   "**1 of 5 changed models reports its change."):  # fmt: skip
         assert needed in text, needed
     assert text.count("\n| ") == 2 + 7 + 2 + 2  # and the trigger's table, of the two experiments that have it
 
@@ -112,20 +114,96 @@ def test_markdown_cannot_be_injected(tmp_path):
     assert not set(text) & set("\x1b\u202e\r")
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(report.COLUMNS) + 1}
-    assert not re.search(r"(?<!\\)[<`*\[$]|(?<!\\)&|^# heading", text, re.M)
+    ours = text.replace("**No experiment of this run has a verdict.**", "")
+    assert not re.search(r"(?<!\\)[<`*\[$]|(?<!\\)&|^# heading", ours, re.M)
     assert "\\\\\\|" in text  # a backslash before a bar does not free the bar
     assert report.markdown_cell("swap_distant_10_55 _x_") == "swap_distant_10_55 \\_x\\_"
 
 
-def test_the_command_line(tmp_path, monkeypatch, capsys):
-    run, _ = made.make(tmp_path / "run", [made.result("baseline_instruct", {"binary": made.binary()}), made.result("x", {"binary": made.binary(effect=2)})])
-    monkeypatch.setattr(sys, "argv", ["report.py", str(run.path)])
+# ---- controls and sweeps ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def study():
+    return made.comparison(made.study_rows(), injection=made.injection_summary(), auroc=AUROC)
+
+
+AUROC = {"detection": {"value": 0.58, "low": 0.45, "high": 0.7, "n": 30}, "p_yes": {"value": None, "low": None, "high": None, "n": 0}, "n_modified": 12, "n_placebo": 21}
+
+
+def test_controls_are_a_line_each(study):
+    lines = dict(report.control_lines(study))
+    assert lines["placebos"] == "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 no change seen"
+    assert lines["noise of equal perplexity"] == "9 experiments: scores -0.04 to +0.17; 9 no change seen; 1 did not reach the perplexity"
+    assert lines["positive control"] == "concept injection seen: " + study["injection"]["reason"]
+    assert lines["AUROC"] == "12 modified against 21 placebos: 0.58 (0.45 to 0.70) by detection score; 0.5 is chance"
+    assert list(lines) == ["placebos", "noise of equal perplexity", "positive control", "AUROC"]
+    sweeps = dict(report.sweep_lines(study))
+    assert sweeps["windows of 8 layers of base"] == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 no change seen, 4 broken"
+    assert sum(int(said.split()[0]) for said in sweeps.values()) == sum(r["sweep"] is not None for r in study["experiments"]) and len(sweeps) == 9
+
+
+def test_controls_and_sweeps_stand_apart_from_the_table(study):
+    table = report.terminal_table(study).splitlines()
+    assert sum("placebo_" in line for line in table) == 0 and len([line for line in table if line.startswith("franken_")]) == 2
+    text = report.summary(study, MANIFEST)
+    first, _, rest = text.partition("\n## Placebos\n")
+    assert "placebo_mlp_1" not in first and rest.count("| placebo_") == 21 and "| window_base_18_26 |" in rest and "| window" not in first
+    assert first.count("made up to be: broken") == 3  # of named experiments; the sweeps' are in their tables
+    assert "double_24_40__matched_noise: its noise reached perplexity 47.07, not 46.60" in first
+    titles = [title for title, _ in report.folded(study["experiments"])]
+    assert titles[:3] == ["Placebos", "Noise of equal perplexity", "Positive control"] and titles[-1] == "Ladder of blends with base"
+
+
+MANIFEST = {"pair": "p", "layers": 30, "dtype": "bfloat16", "devices": ["cpu"], "protocol": {"seed": 0}, "created": "now", "notes": []}
+
+
+def test_a_failed_control_is_told_of():
+    rows = [made.row("baseline_instruct", None), made.quick("placebo_mlp_1", control="placebo", status="failed", error={"type": "OSError", "message": "gone"}),
+            made.quick("placebo_mlp_2", control="placebo", exact=False)]
+    text = report.summary(made.comparison(rows), MANIFEST)
+    assert "- placebo_mlp_1: failed: OSError: gone" in text and "- placebo_mlp_2: THE WEIGHTS" in text and "1 no change seen, 1 failed" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "seen", "said"),
+    [([], None, "No experiment of this run has a verdict."),
+     (["broken", "no change seen"], None, "None of 2 changed models reports its change. No positive control was run, so it is not known that these questions could see one."),
+     (["broken"], False, "None of 1 changed models reports its change. The positive control was not seen either, so silence shows nothing."),
+     (["reports it", "broken"], True, "1 of 2 changed models reports its change. The positive control was seen."),
+     (["reports it", "reports it"], False, "2 of 2 changed models report their change. The positive control was not seen.")],
+)  # fmt: skip
+def test_the_answer_in_one_sentence(words, seen, said):
+    rows = [made.row("baseline_instruct", None), made.row("f", "broken", status="failed", error={"type": "E", "message": "m"}), made.quick("placebo_mlp_1", control="placebo")]
+    rows += [made.row(f"x{k}", w) for k, w in enumerate(words)]
+    assert report.headline(made.comparison(rows, injection=None if seen is None else made.injection_summary(seen=seen))) == said
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure: {"png": b"", "pdf": b"", "svg": b""})
-    assert report.main() == 0 and "detects" in capsys.readouterr().out
+
+
+def test_the_command_line(tmp_path, no_drawing, capsys):
+    run, _ = made.make(tmp_path / "run", [made.result("baseline_instruct", {"binary": made.binary()}), made.result("x", {"binary": made.binary(effect=2)})])
+    assert report.main([str(run.path)]) == 0 and "reports it" in capsys.readouterr().out
     assert json.loads((run.path / "comparison.json").read_text())["experiments"][1]["detection"]["call"] == "detects"
-    assert "detects" in (run.path / "report.html").read_text() and "detects" in (run.path / "summary.md").read_text()
+    assert "reports it" in (run.path / "report.html").read_text() and "reports it" in (run.path / "summary.md").read_text()
     run.file("x").write_text('{"half": ')
-    assert report.main() == 1
+    assert report.main([str(run.path)]) == 1
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "x.json is corrupt" in said.err and not said.out
     assert (run.path / "report.html").exists()
+
+
+@pytest.mark.parametrize("arguments", [["nowhere"], ["RUN", "nowhere"], ["RUN", "RUN"], ["RUN", "--output", "x"]])
+def test_bad_folders_are_one_line_and_write_nothing(tmp_path, no_drawing, capsys, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    run, _ = made.make(tmp_path / "run", [made.result("baseline_instruct", {"binary": made.binary()})])
+    before = sorted(tmp_path.rglob("*"))
+    assert report.main([str(run.path) if a == "RUN" else a for a in arguments]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.startswith("report.py: ") and not said.out and sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,71 @@
+"""How the rows of comparison.json are read: which experiments stand for themselves, what belongs together, in which order."""
+
+from __future__ import annotations
+
+# In the order in which they are listed: what needs looking at comes first.
+WORDS = ("reports it", "drifts towards Yes", "no change seen", "too little data", "broken")
+UNCALLED = ("broken", "too little data")
+
+
+def word(row: dict) -> str | None:
+    """The word of an experiment's verdict; "failed" if it did not finish; None for the baseline and for concept injection."""
+    if row["status"] != "done":
+        return "failed"
+    return row["verdict"]["word"] if row["verdict"] else None
+
+
+def score(row: dict) -> float | None:
+    """Detection score, nats; None where it was not taken or is undefined."""
+    return row["detection"]["score"] if row["detection"] else None
+
+
+def named(rows: list[dict]) -> list[dict]:
+    """The experiments that have a line each in tables and figures: no controls, no sweeps."""
+    return [row for row in rows if not row["control"] and not row["sweep"]]
+
+
+def controls(rows: list[dict], kind: str) -> list[dict]:
+    """The controls of one kind: "placebo", "matched noise" or "injection"."""
+    return [row for row in rows if row["control"] == kind]
+
+
+def sweep_name(sweep: dict) -> str:
+    """What the experiments of one sweep share, in words."""
+    source = sweep["source"] or "another source"
+    if sweep["kind"] == "window":
+        return f"windows of {sweep['size']} layer{'s' if sweep['size'] != 1 else ''} of {source}"
+    told = {"replace": f"each layer replaced by {source}", "delete": "each layer deleted", "double": "each layer doubled", "noise": "noise ladder",
+            "blend": f"ladder of blends with {source}"}
+    return told.get(sweep["kind"], sweep["kind"])
+
+
+def sweeps(rows: list[dict]) -> dict[str, list[dict]]:
+    """The experiments of the sweeps, by `sweep_name`, in the order of the run."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        if row["sweep"] and not row["control"]:
+            found.setdefault(sweep_name(row["sweep"]), []).append(row)
+    return found
+
+
+def by_verdict(rows: list[dict]) -> list[dict]:
+    """What needs looking at first: by verdict, then by score from the top."""
+    order = [None, *WORDS, "failed"]
+    return sorted(rows, key=lambda row: (order.index(word(row)), -(score(row) or 0.0)))
+
+
+def tally(rows: list[dict]) -> dict[str, list[dict]]:
+    """The experiments that have a verdict or failed, by its word, in the order of WORDS; words without any are left out."""
+    found = {w: [row for row in by_verdict(rows) if word(row) == w] for w in (*WORDS, "failed")}
+    return {w: of for w, of in found.items() if of}
+
+
+def counts(rows: list[dict]) -> str:
+    """"3 no change seen, 1 broken"."""
+    return ", ".join(f"{len(of)} {w}" for w, of in tally(rows).items())
+
+
+def span(rows: list[dict]) -> tuple[float, float] | None:
+    """Smallest and largest detection score; None if there is none."""
+    known = [s for row in rows if (s := score(row)) is not None]
+    return (min(known), max(known)) if known else None
