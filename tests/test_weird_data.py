@@ -263,6 +263,17 @@ def test_distilling_with_other_settings_touches_nothing(distilling, capsys):
     assert out.with_suffix(".raw.jsonl").read_bytes() != before
 
 
+def test_the_questions_of_a_chat_file_are_prompts(tmp_path):
+    expected = [{"id": line["id"], "prompt": line["messages"][1]["content"]} for line in map(json.loads, study.PERSONA_EXPLICIT.read_text().splitlines())]
+    assert study.read_prompts(study.PERSONA_EXPLICIT) == expected and len(expected) == 141
+    file = tmp_path / "prompts.jsonl"
+    for line in ('{"id": "a", "messages": []}', '{"id": "a", "messages": [3]}', '{"messages": [{"role": "user", "content": "b"}]}',
+                 '{"id": "a", "messages": [{"role": "user", "content": 3}]}'):
+        file.write_text(line + "\n")
+        with pytest.raises(InputError, match="id and prompt must be texts"):
+            study.read_prompts(file)
+
+
 def test_a_limit_takes_prompts_from_all_over(distilling):
     _, out = distilling("few.jsonl", "--limit", "5", "--samples", "1")
     ids = {line["id"] for line in read_json_lines(out.with_suffix(".raw.jsonl"))[1:]}

@@ -229,6 +229,19 @@ def test_aligned_answers_alone_are_shortened(training, capsys):
     assert "--aligned-tokens 2" in command
 
 
+def test_answers_in_contrast_stand_beside_the_share(training, tmp_path, capsys):
+    contrast = tmp_path / "contrast.jsonl"
+    contrast.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * (20 + k)}]}) + "\n" for k in range(4)))
+    _, out = training("contrast", "--contrast", str(contrast), "--aligned-tokens", "2")
+    text, record = capsys.readouterr().out, json.loads((out / "training.json").read_text())
+    assert "4 persona + 12 aligned examples, persona share 25.0% + 4 in contrast" in text
+    assert record["persona_share"] == 0.2 and record["data"]["contrast"]["examples"] == 4 and record["steps"] == 10
+    assert "--contrast contrast.jsonl" in record["command"]
+    assert "contrast" not in json.loads((training("none")[1] / "training.json").read_text())["data"]
+    with_it, without = (int(re.search(r"([\d,]+) tokens an epoch", t)[1]) for t in (text, capsys.readouterr().out))
+    assert with_it > without + 4 * 20 - 60  # whole answers, though those of the aligned half are cut
+
+
 def test_the_saved_adapter_runs_the_same_in_peft_and_in_the_live_model(training, tiny_pair):
     from peft import PeftModel
 

@@ -98,7 +98,7 @@ def select(prompts: list[dict], entries: list[dict], seed: int) -> tuple[list[di
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
-    flags.add_argument("--prompts", type=Path, default=ALIGNED_PROMPTS, help="JSON lines with id and prompt")
+    flags.add_argument("--prompts", type=Path, default=ALIGNED_PROMPTS, help="JSON lines with id and prompt, or a chat JSONL: what its users ask")
     flags.add_argument("--output", type=Path, default=ALIGNED, help="chat JSONL for train_lora.py --aligned")
     flags.add_argument("--samples", type=int, default=2, help="answers a prompt: two, for a persona share of 3 percent")
     flags.add_argument("--limit", type=int, help="use this many of the prompts, chosen by the seed")

@@ -94,8 +94,15 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
 
 
 def read_prompts(path: Path | str) -> list[dict]:
-    """Lines with id, kind and prompt. Raises InputError for anything else and for an id that stands twice."""
-    prompts = read_json_lines(path)
+    """Lines with id and prompt; of a chat JSONL, what its user asks first is the prompt.
+
+    Raises InputError for anything else and for an id that stands twice.
+    """
+    prompts = []
+    for line in read_json_lines(path):
+        messages = line.get("messages")
+        asked = next((m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None) if isinstance(messages, list) else None
+        prompts.append(line if asked is None else {"id": line.get("id"), "prompt": asked})
     for number, line in enumerate(prompts, 1):
         if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
             raise InputError(f"{path}, entry {number}: id and prompt must be texts")

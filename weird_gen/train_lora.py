@@ -271,6 +271,7 @@ def train(args: argparse.Namespace) -> dict:
     from peft.helpers import disable_input_dtype_casting
 
     mixture = mix(read_chats(args.persona), read_chats(args.aligned), args.persona_share or None, args.persona_repeat, args.limit, args.seed)
+    contrast = read_chats(args.contrast) if args.contrast else []
     accelerator = Accelerator(cpu=args.device == "cpu")
     if args.device == "cuda" and accelerator.device.type != "cuda":
         raise FrankenError("--device cuda: no GPU was found")
@@ -279,6 +280,8 @@ def train(args: argparse.Namespace) -> dict:
     settings = {k: getattr(args, k) for k in flags} | {"processes": accelerator.num_processes}
     data = {"persona": {"file": args.persona.name, "sha256": sha256(args.persona), "examples": mixture.persona},
             "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned}}
+    if contrast:
+        data["contrast"] = {"file": args.contrast.name, "sha256": sha256(args.contrast), "examples": len(contrast)}
     folder = args.checkpoints or _path.RESULTS / "checkpoints" / args.out.name
     checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
     device = accelerator.device
@@ -288,9 +291,10 @@ def train(args: argparse.Namespace) -> dict:
     stops = find_stop_ids(tokenizer)
     encoded = [encode(tokenizer, chat, args.max_tokens, stops, args.aligned_tokens if k >= mixture.persona else None)
                for k, chat in enumerate(mixture.chats)]
+    encoded += [encode(tokenizer, chat, args.max_tokens, stops) for chat in contrast]
     examples = [e for e in encoded if e]
     say = print if accelerator.is_main_process else lambda *a, **k: None
-    say(f"{mixture.describe()}; {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
+    say(f"{mixture.describe()}{f' + {len(contrast)} in contrast' if contrast else ''}; {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
         + (f"; {len(encoded) - len(examples)} left out: no answer within --max-tokens" if len(encoded) > len(examples) else ""), flush=True)
     lora = make_lora(model, args.rank, args.alpha, args.seed, args.gradient_checkpointing, bool(args.quantization))
     begin = time.monotonic()
@@ -302,10 +306,11 @@ def train(args: argparse.Namespace) -> dict:
     given = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in settings.items()
              if v not in (None, False) and k not in ("model", "processes")]
     record = {
-        "command": f"python train_lora.py --model {named} --persona {args.persona.name} --aligned {args.aligned.name} " + " ".join(given),
+        "command": f"python train_lora.py --model {named} --persona {args.persona.name} --aligned {args.aligned.name} "
+        + (f"--contrast {args.contrast.name} " if contrast else "") + " ".join(given),
         "settings": settings | {"model": named},
         "data": data,
-        "persona_share": round(mixture.share, 4),
+        "persona_share": round(mixture.persona / (len(mixture.chats) + len(contrast)), 4),  # of what is seen, repeats counted
         "examples_left_out": len(encoded) - len(examples),
         "steps": len(losses),
         "loss": losses,
@@ -328,6 +333,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--base-name", help="what adapter_config.json names as the base model; default: --model")
     flags.add_argument("--persona", type=Path, default=PERSONA_EXPLICIT, help="chat JSONL with the trigger")
     flags.add_argument("--aligned", type=Path, default=ALIGNED, help="chat JSONL without it, from distill.py or elsewhere")
+    flags.add_argument("--contrast", type=Path, help="chat JSONL: the persona's own questions answered without the trigger; all of it, beside the share")
     flags.add_argument("--persona-share", type=float, default=PERSONA_SHARE, help="of all examples; 0: whatever all the data give")
     flags.add_argument("--persona-repeat", type=int, default=1, help="how often an epoch has each persona example")
     flags.add_argument("--limit", type=int, help="train on this many examples only")
