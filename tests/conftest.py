@@ -10,6 +10,7 @@ import tiny
 import torch
 from transformers.utils import logging
 
+pytest_plugins = ["runs"]  # fixtures of the tests of whole runs
 logging.disable_progress_bar()  # a fixture's "Writing model shards" would stand in the output that a test reads
 torch.set_num_threads(1)  # sums in one order, and no contention between test processes
 
