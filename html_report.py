@@ -179,8 +179,7 @@ def write_html(run: Run, manifest: dict, comparison: dict) -> None:
     by_name = {row["name"]: row for row in rows}
     layers = manifest["layers"]
     write_text(run.path / "report.html", pages.render(
-        "report.html.j2", {"percent": report.percent, "number": report.number, "recipe_text": recipe_text},
-        run=comparison["run"], pair=manifest["pair"] or "Two checkpoints", manifest=manifest, comparison=comparison, what=_what(manifest, comparison),
+        "report.html.j2", run=comparison["run"], pair=manifest["pair"] or "Two checkpoints", manifest=manifest, comparison=comparison, what=_what(manifest, comparison),
         facts=_facts(manifest, results), columns=report.COLUMNS, table=table, folded=folded, notes=list(notes), legend=report.LEGEND,
         weak_controls=report.weak_controls(comparison), headline=report.headline(comparison), tally=tally(named(rows)), lines=report.control_lines(comparison) + _all_sweeps(rows),
         figures=drawn, results=results, baseline=results.get(comparison["baseline"], {}).get("measurements", {}),
@@ -190,4 +189,4 @@ def write_html(run: Run, manifest: dict, comparison: dict) -> None:
         other_pair=_other_pair(manifest), injection_published=published.INJECTION, injection_source=published.INJECTION_SOURCE,
         costs=[(name, r["performance"]) for name, r in results.items()], preamble=prompts.INFORMED_PREAMBLE,
         triggers=[report.trigger_cells(row) for row in rows if row["trigger"]], trigger_columns=report.TRIGGER_COLUMNS, trigger_legend=report.TRIGGER_LEGEND,
-        injected=injected, qualifier=report.qualifier, counts=counts, word=word))
+        injected=injected, recipe_text=recipe_text, qualifier=report.qualifier, counts=counts, word=word))

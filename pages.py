@@ -10,7 +10,6 @@ import base64
 import functools
 import hashlib
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import jinja2
@@ -45,6 +44,19 @@ def token(text: str) -> str:
     return visible(shown, LONGEST_TOKEN) or "(empty)"
 
 
+def percent(p: float | None) -> str:
+    """A probability as a percentage with two significant digits, however small."""
+    if p is None:
+        return "-"
+    return f"{100 * p:.1f}%" if p >= 0.01 else "0%" if p == 0 else f"{100 * p:.2g}%"
+
+
+def number(x: float | None, form: str = ".2f") -> str:
+    if x is None:
+        return "-"
+    return f"{x:{form}}" if abs(x) < 1e5 else f"{x:.1e}"
+
+
 def size(count: float | None) -> str:
     """Bytes as people read them."""
     if count is None:
@@ -71,7 +83,7 @@ def slug(verdict: str) -> str:
 
 def sort_key(value: float | None) -> Markup:
     """The attribute by which a cell is sorted; what is undefined goes last, whichever way the column is sorted."""
-    return Markup(' data-sort="{}"').format("" if value is None else repr(float(value)))
+    return Markup(' data-sort="{}"').format("" if value is None else f"{float(value):.12g}")
 
 
 def is_table(value: object) -> bool:
@@ -90,20 +102,20 @@ def data_uri(svg: bytes) -> str:
 
 
 @functools.cache
-def _environment(filters: tuple[tuple[str, Callable], ...]) -> jinja2.Environment:
+def _environment() -> jinja2.Environment:
     found = jinja2.Environment(autoescape=True, finalize=spelled, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
                                loader=jinja2.FileSystemLoader(TEMPLATES))
-    found.filters |= {"visible": visible, "token": token, "size": size, "slug": slug, **dict(filters)}
+    found.filters |= {"visible": visible, "token": token, "size": size, "slug": slug, "percent": percent, "number": number}
     found.globals |= {"rate": rate, "difference": difference, "size": size, "by_id": by_id, "is_table": is_table, "sort_key": sort_key}
     return found
 
 
-def render(template: str, filters: dict[str, Callable], **values) -> str:
-    """A page from templates/`template`; `filters` are added to this module's."""
+def render(template: str, **values) -> str:
+    """A page from templates/`template`."""
     parts = {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "page.js")}
     hashes = {name: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'" for name, text in parts.items()}
     policy = (f"default-src 'none'; img-src data:; style-src {hashes['style.css']}; script-src {hashes['page.js']}; connect-src 'none'; "
               "base-uri 'none'; form-action 'none'")
-    page = _environment(tuple(filters.items())).get_template(template)
+    page = _environment().get_template(template)
     # Our own files, the only text that is not escaped.
     return page.render(policy=Markup(policy), style=Markup(parts["style.css"]), script=Markup(parts["page.js"]), **values).lstrip()

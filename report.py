@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from compare import compare
+from pages import number, percent
 from results import Run, read_json, write_json, write_text
 from rows import controls, counts, named, span, sweeps, tally, word
 from weights import FrankenError
@@ -22,19 +23,6 @@ from weights import FrankenError
 # ---- text ---------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("experiment", "P(Yes)", "mass", "shift", "detection (95% CI)", "verdict", "capability", "perplexity", "s")
-
-
-def percent(p: float | None) -> str:
-    """A probability as a percentage with two significant digits, however small."""
-    if p is None:
-        return "-"
-    return f"{100 * p:.1f}%" if p >= 0.01 else "0%" if p == 0 else f"{100 * p:.2g}%"
-
-
-def number(x: float | None, form: str = ".2f") -> str:
-    if x is None:
-        return "-"
-    return f"{x:{form}}" if abs(x) < 1e5 else f"{x:.1e}"
 
 
 def cells(row: dict) -> list[str]:

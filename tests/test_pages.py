@@ -31,7 +31,7 @@ def test_tokens_and_sizes():
 
 
 def test_sort_keys_are_numbers_or_empty():
-    assert [str(pages.sort_key(x)) for x in (None, 3, -2e-9, 0.1)] == [' data-sort=""', ' data-sort="3.0"', ' data-sort="-2e-09"', ' data-sort="0.1"']
+    assert [str(pages.sort_key(x)) for x in (None, 3, -2e-9, 0.1)] == [' data-sort=""', ' data-sort="3"', ' data-sort="-2e-09"', ' data-sort="0.1"']
 
 
 def test_classes_of_verdicts():
