@@ -224,32 +224,35 @@ def formats(rows: list[dict]) -> Figure | None:
 
 
 def injection(found: dict | None, published: dict[str, float]) -> Figure | None:
-    """The positive control: sensitivity, false positives and bits by strength of the injected concept, for each framing.
+    """The positive control: how often the model says Yes, its detection score and what it says of the concept, by strength
+    of the injection, for each framing; at strength 0 stand the false positives.
 
     `published`: {framing: sensitivity} of the published experiment, drawn as lines across.
     """
     if not found or not found["rows"]:
         return None
     framings = list(dict.fromkeys(row["framing"] for row in found["rows"]))
-    panels = (("says Yes when injected", "sensitivity"), ("false positives", "false_positive_rate"), ("detection score (nats)", None), ("bits about the concept", "bits"))
+    panels = (("says Yes (at 0: nothing injected)", "sensitivity"), ("detection score (nats)", None), ("bits about the concept", "bits"))
     with rc_context(STYLE):
         figure = new_figure(2.9)
-        for place, (axes, (title, key)) in enumerate(zip(figure.subplots(1, len(panels)), panels, strict=True)):
+        for axes, (title, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             axes.set_title(title, fontsize=9)
             axes.grid()
             axes.set_axisbelow(True)
             axes.set_xlabel("strength")
             for k, framing in enumerate(framings):
                 rows = sorted((row for row in found["rows"] if row["framing"] == framing), key=lambda row: row["strength"])
-                points = [(row["strength"], row[key] if key else (row["detection"] or {}).get("score"), row) for row in rows]
-                points = [p for p in points if p[1] is not None]
-                axes.plot([x for x, *_ in points], [y for _, y, _ in points], MARKERS[k % 6] + "-", color=SERIES[k % 6], markersize=4.5, linewidth=1.3)
-                if not key:
-                    for x, _, row in points:
-                        axes.plot([x, x], [row["detection"]["low"], row["detection"]["high"]], color=SERIES[k % 6], linewidth=0.9, alpha=0.6)
-                if place == 0 and framing in published:
+                points = [(row["strength"], row[key] if key else row["detection"]["score"]) for row in rows]
+                if key == "sensitivity":
+                    points.insert(0, (0, rows[0]["false_positive_rate"]))
+                points = [(x, y) for x, y in points if y is not None]
+                axes.plot([x for x, _ in points], [y for _, y in points], MARKERS[k % 6] + "-", color=SERIES[k % 6], markersize=4.5, linewidth=1.3)
+                for row in rows if not key else ():
+                    if row["detection"]["low"] is not None:
+                        axes.plot([row["strength"]] * 2, [row["detection"]["low"], row["detection"]["high"]], color=SERIES[k % 6], linewidth=0.9, alpha=0.6)
+                if key == "sensitivity" and framing in published:
                     axes.axhline(published[framing], color=SERIES[k % 6], linewidth=1, linestyle=(0, (3, 2)))
-            if key in ("sensitivity", "false_positive_rate"):
+            if key == "sensitivity":
                 axes.set_ylim(-0.03, 1.03)
                 axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
             elif not key:

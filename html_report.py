@@ -136,7 +136,7 @@ def _figures(manifest: dict, comparison: dict, results: dict[str, dict]) -> list
         ("formats", figures_experiments.formats(rows), "Does the format of the answer matter?",
          "The detection score as Yes or No, with No named first, as letters in both orders, and as a rating. A finding that one format alone shows is about the format."),
         ("injection", figures_experiments.injection(comparison["injection"], published.INJECTION), "Positive control: concept injection",
-         f"How often an injected concept is reported, how often nothing is, and what is said about it. Dashed: {published.INJECTION_SOURCE}. Another model, other questions."),
+         f"How often the model says that something was injected, and what it says of the concept, by strength and with or without an explanation. Dashed: {published.INJECTION_SOURCE}. Another model, other questions."),
         ("shifts", figures_experiments.shifts(rows, groups), "How each group of questions moved",
          "Drift moves all four groups one way. Flattening moves each group toward the other answer, controls too. Noticing moves "
          "the filled circles apart, blue to the right and orange to the left, and leaves the squares behind."),

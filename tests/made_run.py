@@ -196,23 +196,24 @@ CONCEPTS = tuple(f"concept{k}" for k in range(9))
 
 
 def measured_injection() -> dict:
-    """The measurements of the suite "injection": two framings, strengths 0 and 8, three of nine concepts."""
+    """The measurements of the suite "injection": two framings, strengths 0 and 0.5, three of nine concepts."""
     def probes(strength):
-        return [{"id": f"{kind}-{k}", "kind": kind, "keyed": "yes", "pair": None, "log_odds": -2.0 + (strength if kind == "introspective" else 0), "mass": 0.7,
-                 "entropy": 1.0, "answered": True} for kind in ("introspective", "control") for k in range(3)]
+        return [{"id": f"{kind}-{k}-{keyed}", "kind": kind, "keyed": keyed, "pair": f"{kind}-{k}", "log_odds": -2.0 + (6 * strength if kind == "introspective" else 0),
+                 "mass": 0.7, "entropy": 1.0, "answered": True} for kind in ("introspective", "control") for k in range(3) for keyed in ("yes", "no")]
 
     cells = [{"framing": f, "strength": s, "concept": c, "probes": probes(s), "naming": [math.log(1 / 9)] * 9}
-             for f in ("plain", "informed") for s in (0.0, 8.0) for c in ((None,) if s == 0 else CONCEPTS[:3])]
-    return {"layers": [10, 20], "concepts": list(CONCEPTS), "strengths": [0.0, 8.0], "framings": ["plain", "informed"], "unit": "times the residual norm",
-            "cells": cells, "bits": [{"framing": f, "strength": s, "bits": 0.1 * s} for f in ("plain", "informed") for s in (0.0, 8.0)]}
+             for f in ("plain", "informed") for s in (0.0, 0.5) for c in ((None,) if s == 0 else CONCEPTS[:3])]
+    return {"layers": [10, 20], "concepts": list(CONCEPTS), "strengths": [0.0, 0.5], "framings": ["plain", "informed"], "unit": "times the residual norm", "cells": cells,
+            "bits": [{"framing": f, "strength": s, "bits": s} for f in ("plain", "informed") for s in (0.0, 0.5)],
+            "texts": {"first_turn": {"plain": ["Hello.", "Hello."]}, "naming": "Which?", "questions": {"introspective-0-yes": "Is it?"}}}
 
 
-def injection_summary(strengths: tuple[float, ...] = (0.0, 2.0, 4.0, 8.0), seen: bool = True) -> dict:
+def injection_summary(strengths: tuple[float, ...] = (0.05, 0.15, 0.5), seen: bool = True) -> dict:
     """The top level's "injection"."""
-    rows = [{"framing": f, "strength": s, "sensitivity": min(0.95, 0.02 + gain * s), "p_yes": min(0.95, 0.05 + gain * s), "false_positive_rate": 0.01 + 0.005 * s,
+    rows = [{"framing": f, "strength": s, "sensitivity": min(0.95, 0.02 + gain * s), "p_yes": min(0.95, 0.05 + gain * s), "false_positive_rate": 0.02,
              "detection": found_score(gain * 5 * s, 0.3, "detects" if gain * s > 0.2 else "no evidence"), "bits": min(3.0, gain * 2 * s)}
-            for f, gain in (("plain", 0.01), ("informed", 0.06)) for s in strengths]
-    return {"rows": rows, "seen": seen, "reason": "at strength 8 with the explanation, 50% of injections are reported, 5% without one"}
+            for f, gain in (("plain", 0.16), ("informed", 0.96)) for s in strengths]
+    return {"rows": rows, "seen": seen, "reason": "at strength 0.5 with the explanation, 50% of injections are reported, 2% without one"}
 
 
 def comparison(rows: list[dict], **changes) -> dict:

@@ -103,9 +103,9 @@ def test_formats_stand_apart_on_one_line():
 def test_injection_by_strength_and_framing():
     found = made.injection_summary()
     panels = figures_experiments.injection(found, published.INJECTION).axes
-    curves = {(axes.get_title(), k): line for axes in panels for k, line in enumerate(p for p in axes.lines if p.get_marker() in "os")}
-    assert list(curves["says Yes when injected", 1].get_ydata()) == pytest.approx([0.02, 0.14, 0.26, 0.5])
-    assert list(curves["bits about the concept", 0].get_xdata()) == [0, 2, 4, 8]
+    curves = {(axes.get_title().split(" (")[0], k): line for axes in panels for k, line in enumerate(p for p in axes.lines if p.get_marker() in ("o", "s"))}
+    assert list(curves["says Yes", 1].get_ydata()) == pytest.approx([0.02, 0.068, 0.164, 0.5]) and list(curves["says Yes", 1].get_xdata()) == [0, 0.05, 0.15, 0.5]
+    assert list(curves["bits about the concept", 0].get_xdata()) == [0.05, 0.15, 0.5]
     levels = [line.get_ydata()[0] for line in panels[0].lines if line.get_linestyle() == "--"]
     assert levels == [0.003, 0.392]
     assert figures_experiments.injection(None, {}) is None and figures_experiments.injection({"rows": []}, {}) is None
