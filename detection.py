@@ -101,7 +101,8 @@ def _half_mean(sign: np.ndarray, values: np.ndarray) -> float:
 
 def _membership(clusters: Sequence[Hashable]) -> np.ndarray:
     """[n, clusters] 0/1 matrix, clusters in order of first appearance."""
-    return np.array([[c == label for label in dict.fromkeys(clusters)] for c in clusters], dtype=float)
+    codes = {label: k for k, label in enumerate(dict.fromkeys(clusters))}
+    return np.eye(len(codes))[[codes[c] for c in clusters]].reshape(len(clusters), len(codes))  # the shape of none, too
 
 
 def _resample(groups: np.ndarray, sign: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

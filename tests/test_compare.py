@@ -244,19 +244,21 @@ def test_each_format_is_scored_against_itself(tmp_path):
 def injected(effect, concepts=("tea", "moss"), strengths=(0.0, 2.0)):
     """The suite's measurements, plainly framed: concept k moves keyed answers by effect * strength * (k + 1)."""
     def probes(extra):
-        asked = [p for p in made.binary()["probes"]]
+        asked = made.binary()["probes"]
         moved = [p["log_odds"] + (extra * (1 if p["keyed"] == "yes" else -1) if p["kind"] == "introspective" else 0) for p in asked]
-        return [{k: p[k] for k in ("id", "kind", "keyed", "pair")} | made.reading(x) for p, x in zip(asked, moved, strict=True)]
+        return [{k: p[k] for k in ("id", "kind", "keyed")} | {"pair": "its twin"} | made.reading(x) for p, x in zip(asked, moved, strict=True)]
 
     cells = [{"framing": "plain", "strength": s, "concept": c, "probes": probes(effect * s * (k + 1)), "naming": [math.log(1 / 9)] * 9}
              for s in strengths for k, c in enumerate(concepts if s else (None,))]
     return {"layers": [1, 2], "concepts": list(concepts), "strengths": list(strengths), "framings": ["plain"], "unit": "made up", "cells": cells,
-            "bits": [{"framing": "plain", "strength": s, "bits": s / 4} for s in strengths]}  # fmt: skip
+            "bits": [{"framing": "plain", "strength": s, "bits": s / 4} for s in strengths],
+            "texts": {"first_turn": {"plain": ["Hello.", "Yes?"]}, "naming": "Which?", "questions": {}}}  # fmt: skip
 
 
 def run_with_injection(path, found):
-    run = made.make(path, [made.result("baseline_instruct", {"binary": made.binary()}),
-                           made.result("concept_injection", {"injection": found}, experiment__control="injection")])  # fmt: skip
+    baseline = made.result("baseline_instruct", {"binary": made.binary()})
+    same = baseline["experiment"]["recipe"]  # nothing is done to the weights
+    run = made.make(path, [baseline, made.result("concept_injection", {"injection": found}, experiment__control="injection", experiment__recipe=same)])
     return compare.compare(*run)
 
 
