@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
+import matched_noise
 import prompts
+from experiments import QUICK, TWIN
 from pairs import GIB, HEADROOM, PAIRS, available_memory, pick_dtype, read_config
 from weights import FrankenError
 
@@ -79,6 +81,8 @@ def workload(protocol) -> tuple[int, int, int]:
         budgets += [protocol.max_new_tokens] * len(prompts.CHAT_PROBES)
     if "binary" in protocol.suites:
         texts += [p.text for p in prompts.BINARY_PROBES]
+    if "formats" in protocol.suites:
+        texts += [p.text for p in prompts.FORMAT_PROBES]
     if "perplexity" in protocol.suites:
         texts += [text for _, text in protocol.texts]
     words = sum(len(t.split()) + 25 for t in texts)  # 25: the chat template with its system prompt
@@ -88,7 +92,7 @@ def workload(protocol) -> tuple[int, int, int]:
 
 def dry_run(args) -> int:
     """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
-    from run_all import choose, make_protocol
+    from run_all import choose, given_suites, make_protocol
 
     layers, parameters, inside = model_shape(args)
     plans = [e.plan(layers, args.seed) for e in choose(args, layers)]
@@ -117,6 +121,12 @@ def dry_run(args) -> int:
         print(f"  {'':32} {'; '.join(moves) or 'nothing moves'}; at most about {seconds:.0f} s")
         for note in plan.notes:
             print(f"  {'':32} {note}")
+        if args.matched_noise and matched_noise.wants(plan.experiment):
+            seconds = matched_noise.EVALUATIONS * ask(("perplexity",)) + ask(given_suites(args) or QUICK)
+            seconds += (matched_noise.EVALUATIONS + 1) * layers * layer / HOST_TO_DEVICE if gpu else 0
+            total += seconds
+            print(f"  {'  and ' + TWIN:32} noise on all layers, found by at most {matched_noise.EVALUATIONS} measurements of perplexity; "
+                  f"at most about {seconds:.0f} s")
     device = "GPU" if gpu else "CPU"
     found = available_memory("cuda" if gpu else "cpu")
     print(f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB beside them; free on the {device}: "

@@ -49,6 +49,7 @@ from weights import FrankenError
 PUBLISHED_DEPTH = 64
 BASELINE = "baseline_instruct"
 CONTROLS = ("placebo", "matched noise", "injection")
+TWIN = "__matched_noise"  # ends the name of an experiment's noise twin; see matched_noise.py
 
 
 @dataclass
@@ -285,13 +286,14 @@ def sweep(kind: str, n_layers: int) -> list[Experiment]:
             for s in BLEND_LADDER]
 
 
-def with_suites(chosen: Sequence[Experiment], given: tuple[str, ...] | None) -> list[Experiment]:
+def with_suites(chosen: Sequence[Experiment], given: tuple[str, ...] | None, matched_noise: bool = False) -> list[Experiment]:
     """The experiments with what each will be asked: what is given, else its own suites, else everything.
 
-    The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are asked.
+    The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are asked,
+    with `matched_noise` also what the noise twins will be.
     """
     asked = [replace(e, suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING) for e in chosen]
-    union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites}
+    union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites} | {*((given or QUICK) if matched_noise else ())}
     whole = tuple(name for name in evaluate.SUITES if name in union) or given or EVERYTHING
     return [replace(e, suites=whole) if e.name == BASELINE else e for e in asked]
 
@@ -320,7 +322,7 @@ def load_file(path: str) -> list[Experiment]:
         raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}") from e
     names = set()
     for entry in found:
-        if not isinstance(entry, Experiment) or not isinstance(entry.name, str) or not re.fullmatch(r"[\w.+-]{1,80}", entry.name, re.ASCII):
+        if not isinstance(entry, Experiment) or not isinstance(entry.name, str) or not re.fullmatch(r"[\w.+-]{1,80}", entry.name, re.ASCII) or entry.name.endswith(TWIN):
             raise FrankenError(f"{path}: EXPERIMENTS holds {_short(entry)}, not an Experiment with a plain name")
         if not (isinstance(entry.group, str) and isinstance(entry.hypothesis, str) and callable(entry.build)):
             raise FrankenError(f"{path}: experiment {entry.name} needs a group and a hypothesis in text and a build function")

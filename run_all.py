@@ -40,6 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--sweep", action="append", default=[], metavar="KIND", help="window (base layers, see --size), replace (one layer by the base's), delete or double (one layer), noise, blend (doses on all layers); repeatable")
     what.add_argument("--size", metavar="N[,N...]", help="--sweep window: layers in a window (4 if not given)")
     what.add_argument("--step", metavar="N", help="--sweep window: layers from one window to the next (its size if not given)")
+    what.add_argument("--matched-noise", action="store_true", help="for every experiment that raises perplexity by more than 1%%, also NAME__matched_noise: noise tuned to the same perplexity")
     what.add_argument("--experiments-file", action="append", default=[], metavar="FILE.py", help="a Python file with EXPERIMENTS = [Experiment(...), ...]; it is run")
     what.add_argument("--no-baseline", action="store_true", help="do not add baseline_instruct, against which shifts are measured")
     what.add_argument("--suites", help="introspection, capability, perplexity, chat, trigger, quick (binary, perplexity), all, or single suites; comma-separated. "
@@ -115,7 +116,6 @@ def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
 
 def choose(args, n_layers: int) -> list:
     """The experiments asked for, with what each is asked, the baseline first. Raises FrankenError for unknown names."""
-    import evaluate
     import experiments as ex
 
     named, sourced, swept, own = known_experiments(args, n_layers)
@@ -133,8 +133,18 @@ def choose(args, n_layers: int) -> list:
     baseline = known[ex.BASELINE]
     if baseline not in chosen and not args.no_baseline:
         chosen = [baseline, *chosen]
+    return ex.with_suites(list({e.name: e for e in chosen}.values()), given_suites(args), args.matched_noise)
+
+
+def given_suites(args) -> tuple[str, ...] | None:
+    """What --suites says, None where it says nothing. Raises FrankenError for a suite there is not, or noise matched to nothing."""
+    import evaluate
+    from weights import FrankenError
+
     given = evaluate.parse_suites(args.suites) if args.suites is not None else None
-    return ex.with_suites(list({e.name: e for e in chosen}.values()), given)
+    if args.matched_noise and given and "perplexity" not in given:
+        raise FrankenError("--matched-noise matches perplexity, which is not among the suites given")
+    return given
 
 
 def set_threads() -> None:
@@ -160,8 +170,11 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_experiment(engine, plan, protocol, original: str, on_progress=None) -> dict:
-    """Apply one plan, measure, go back, prove it. Whatever goes wrong inside is part of the result, not raised."""
+def run_experiment(engine, plan, protocol, original: str, on_progress=None, find=None) -> dict:
+    """Apply one plan, measure, go back, prove it. Whatever goes wrong inside is part of the result, not raised.
+
+    `find(plan, on_progress)`, if given, measures first what the plan's recipe is to be, and returns the whole plan.
+    """
     from dataclasses import asdict, replace
 
     import torch
@@ -177,6 +190,7 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None) -> d
         torch.cuda.reset_peak_memory_stats()
     measurements, error, modified, restored, phases = {}, None, None, None, {}
     try:
+        plan = find(plan, on_progress) if find else plan
         surgery = live.apply(plan.recipe)
         modified = live.fingerprint()
         measurements, phases = evaluate(engine, replace(protocol, suites=plan.experiment.suites or protocol.suites), on_progress)
@@ -202,52 +216,74 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None) -> d
             "measurements": measurements, "error": error, "performance": performance}
 
 
-def run_batch(run, engine, plans: list, protocol, original: str) -> int:
+def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str, matcher=None) -> int:
     """Run what has not been run yet. Returns how many experiments failed, over the whole run.
 
-    Raises FrankenError if a result on disk is corrupt or of another recipe, if going back was not exact or if results
-    cannot be written; KeyboardInterrupt on Ctrl-C or SIGTERM.
+    With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose name is
+    added to the manifest as soon as it is known that there will be one. Raises FrankenError if a result on disk is
+    corrupt or of another recipe, if going back was not exact or if results cannot be written; KeyboardInterrupt on
+    Ctrl-C or SIGTERM.
     """
     from tqdm import tqdm
 
+    from experiments import BASELINE, TWIN
+    from matched_noise import wants
+    from results import write_json
     from weights import FrankenError
 
     def stop(signum, frame):
         raise KeyboardInterrupt
 
     previous = signal.signal(signal.SIGTERM, stop)  # a batch system's kill ends a run as cleanly as Ctrl-C
-    finished = {plan.experiment.name: run.load(plan.experiment.name) for plan in plans}  # all checked before anything runs
-    failed = sum(r is not None and r["status"] == "failed" for r in finished.values())
-    todo = [plan for plan in plans if finished[plan.experiment.name] is None]
+    finished = {name: run.load(name) for name in manifest["experiments"]}  # all checked before anything runs
     for plan in plans:
         result = finished[plan.experiment.name]
         for what in ("recipe", "suites"):  # a user's file may have changed since
             if result and result["experiment"].get(what) != plan.to_json()[what]:
                 raise FrankenError(f"{run.file(plan.experiment.name)} was made with {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a new run")
-    bar = tqdm(total=len(plans), initial=len(plans) - len(todo), unit="experiment", dynamic_ncols=True)
-    try:
-        for plan in todo:
-            name = plan.experiment.name
-            bar.set_description(name)
-            with tqdm(total=1, leave=False, position=1, dynamic_ncols=True, mininterval=0.5) as inner:
-                def progress(what, done, total, inner=inner, name=name):
-                    inner.total, inner.n = total, done
-                    inner.set_description(f"  {name}: {what}")
+    bar = tqdm(total=len(finished), initial=sum(r is not None for r in finished.values()), unit="experiment", dynamic_ncols=True)
 
-                result = run_experiment(engine, plan, protocol, original, progress)
-            run.save(result)
-            failed += result["status"] == "failed"
-            if result["error"]:
-                first_line = (result["error"]["message"].splitlines() or [""])[0]
-                tqdm.write(f"{name} failed: {result['error']['type']}: {first_line}", file=sys.stderr)
-            if not result["weights"]["exact"]:
-                raise FrankenError(f"after {name} the weights are not back to the original (fingerprint {result['weights']['restored']}, "
-                                   f"expected {original}); the run stops")
-            bar.update()
+    def measure(plan, find=None) -> dict:
+        name = plan.experiment.name
+        bar.set_description(name)
+        with tqdm(total=1, leave=False, position=1, dynamic_ncols=True, mininterval=0.5) as inner:
+            def progress(what, done, total):
+                inner.total, inner.n = total, done
+                inner.set_description(f"  {name}: {what}")
+
+            result = run_experiment(engine, plan, protocol, original, progress, find)
+        if matcher and wants(plan.experiment) and result["status"] == "done" and (note := matcher.refusal(result)):
+            result["experiment"]["notes"].append(note)
+        run.save(result)
+        if result["error"]:
+            first_line = (result["error"]["message"].splitlines() or [""])[0]
+            tqdm.write(f"{name} failed: {result['error']['type']}: {first_line}", file=sys.stderr)
+        if not result["weights"]["exact"]:
+            raise FrankenError(f"after {name} the weights are not back to the original (fingerprint {result['weights']['restored']}, "
+                               f"expected {original}); the run stops")
+        bar.update()
+        return result
+
+    try:
+        for plan in plans:
+            name = plan.experiment.name
+            matched = matcher is not None and wants(plan.experiment)
+            if matched and not finished[name]:
+                matcher.unmodified()  # before the experiment, so that none is lost if this fails
+            result = finished[name] = finished[name] or measure(plan)
+            if matcher and name == BASELINE and "perplexity" in result["measurements"]:
+                matcher.known[0.0] = result["measurements"]["perplexity"]["perplexity"]
+            if not matched or result["status"] != "done" or finished.get(name + TWIN) or matcher.refusal(result):
+                continue
+            if name + TWIN not in manifest["experiments"]:
+                manifest["experiments"].insert(manifest["experiments"].index(name) + 1, name + TWIN)
+                write_json(run.manifest_path, manifest)
+                bar.total += 1
+            finished[name + TWIN] = measure(matcher.twin(plan, result["measurements"]["perplexity"]["perplexity"]), matcher.find)
     finally:
         bar.close()
         signal.signal(signal.SIGTERM, previous)
-    return failed
+    return sum(r["status"] == "failed" for r in finished.values())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -283,8 +319,9 @@ def list_experiments(args) -> int:
 def make_protocol(args, plans: list):
     """The run's evaluate.Protocol: its suites are all that any experiment is asked; each is asked its own of them."""
     import evaluate
+    import experiments
 
-    wanted = {name for plan in plans for name in plan.experiment.suites}
+    wanted = {name for plan in plans for name in plan.experiment.suites} | {*((given_suites(args) or experiments.QUICK) if args.matched_noise else ())}
     texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
     return evaluate.Protocol(tuple(name for name in evaluate.SUITES if name in wanted), args.samples, args.max_new_tokens, seed=args.seed,
                              execute_code=args.execute_code, **texts)
@@ -292,11 +329,13 @@ def make_protocol(args, plans: list):
 
 SETTINGS = ("pair", "base", "instruct", "base_revision", "instruct_revision", "source", "dtype", "device_map", "resident",
             "experiments", "priority_limit", "all", "sweep", "size", "step", "experiments_file", "no_baseline", "suites", "samples",
-            "max_new_tokens", "seed", "perplexity_file", "execute_code")
+            "max_new_tokens", "seed", "perplexity_file", "execute_code", "matched_noise")
 
 
 def execute(args) -> int:
     import evaluate
+    from experiments import TWIN
+    from matched_noise import Matcher
     from pairs import PAIRS, open_pair
     from report import write_reports
     from results import Run, check_writable, new_manifest, protocol_json
@@ -313,8 +352,7 @@ def execute(args) -> int:
         evaluate.read_text(args.perplexity_file)
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
     sweep_windows(args)
-    if args.suites is not None:
-        evaluate.parse_suites(args.suites)
+    given = given_suites(args)
     if pair or not args.sweep:  # only the names of a sweep depend on the depth
         choose(args, pair.layers if pair else 1)  # unknown names are refused before anything is downloaded or loaded
     check_writable(run.path / "experiments" if run else args.output)
@@ -340,7 +378,7 @@ def execute(args) -> int:
         run = Run.create(args.output, manifest)
     else:
         for what, then, now in (("weights", manifest["original_fingerprint"], original), ("protocol", manifest["protocol"], recorded),
-                                ("experiments", manifest["experiments"], [p.experiment.name for p in plans])):
+                                ("experiments", [n for n in manifest["experiments"] if not n.endswith(TWIN)], [p.experiment.name for p in plans])):
             if then != now:
                 raise FrankenError(f"{args.resume} was made with other {what}; start a new run")
     for note in opened.notes:
@@ -348,7 +386,7 @@ def execute(args) -> int:
     print(f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in {load_seconds:.1f} s; results in {run.path}", file=sys.stderr)
     resume = f"python run_all.py --resume {shlex.quote(str(run.path))}"
     try:
-        failed = run_batch(run, engine, plans, protocol, original)
+        failed = run_batch(run, manifest, engine, plans, protocol, original, Matcher(engine, protocol, given) if args.matched_noise else None)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished experiments are kept; go on with:\n  {resume}", file=sys.stderr)
         write_reports(run)
@@ -359,7 +397,7 @@ def execute(args) -> int:
         raise FrankenError(f"{e}; finished experiments are kept; once mended: {resume}") from e
     print(write_reports(run))
     if failed:
-        print(f"{failed} of {len(plans)} experiments failed; their errors are in {run.path / 'experiments'}", file=sys.stderr)
+        print(f"{failed} of {len(manifest['experiments'])} experiments failed; their errors are in {run.path / 'experiments'}", file=sys.stderr)
     return 1 if failed else 0
 
 

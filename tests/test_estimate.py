@@ -5,6 +5,7 @@ import torch
 
 import estimate
 import pairs
+import prompts
 import run_all
 from evaluate import Protocol
 from experiments import EXPERIMENTS, select
@@ -53,9 +54,47 @@ def test_the_default_pair_can_be_planned_anywhere(nothing_loaded, capsys):
     assert "61.0 GiB of weights" in capsys.readouterr().out or torch.cuda.is_available()
 
 
+def seconds(out: str) -> dict[str, float]:
+    """The estimate printed for each experiment, by name; a noise twin by the name of its experiment and a plus."""
+    found, name = {}, None
+    for line in out.splitlines():
+        if line.startswith("  ") and line[2] != " ":
+            name = line.split()[0]
+        if line.startswith("    and __matched_noise"):
+            found[name + "+"] = float(line.split()[-2])
+        elif "at most about" in line and line.startswith("  "):
+            found[name] = float(line.split()[-2])
+    return found
+
+
+def test_each_experiment_is_counted_with_its_own_suites_and_its_noise_twin(nothing_loaded, capsys):
+    argv = ["--pair", "smollm2-135m", "--device-map", "cpu", "--experiments", "shuffle_all", "placebo_mlp_1", "--dry-run"]
+    assert run_all.main(argv) == 0
+    out = capsys.readouterr().out
+    alone = seconds(out)
+    assert set(alone) == {"baseline_instruct", "shuffle_all", "placebo_mlp_1"} and alone["placebo_mlp_1"] < alone["shuffle_all"] == alone["baseline_instruct"]
+    assert out.count("work per experiment with ") == 3 - 1 and "work per experiment with binary, perplexity: " in out
+    assert run_all.main([*argv, "--matched-noise"]) == 0
+    out = capsys.readouterr().out
+    both = seconds(out)
+    assert {k: v for k, v in both.items() if k != "shuffle_all+"} == alone and set(both) - set(alone) == {"shuffle_all+"}
+    perplexity = estimate.workload(Protocol(suites=("perplexity",)))[0] / estimate.workload(Protocol(suites=("binary", "perplexity")))[0]
+    assert both["shuffle_all+"] == pytest.approx(alone["placebo_mlp_1"] * (1 + 12 * perplexity), rel=0.1)
+    assert "at most 12 measurements of perplexity" in out
+
+
+@pytest.mark.parametrize("kind, first, count", [("window", "window_base_0_4", 7), ("delete", "delete_0", 30), ("noise", "noise_0.005", 7)])
+def test_sweeps_are_planned_at_the_pairs_depth(nothing_loaded, capsys, kind, first, count):
+    assert run_all.main(["--pair", "smollm2-135m", "--sweep", kind, "--device-map", "cpu", "--dry-run"]) == 0
+    planned = seconds(capsys.readouterr().out)
+    assert list(planned)[:2] == ["baseline_instruct", first] and len(planned) == 1 + count
+
+
 def test_fewer_suites_mean_less_work():
     everything, quick = estimate.workload(Protocol()), estimate.workload(Protocol(suites=("binary", "perplexity")))
     assert quick[1:] == (0, 0) and 0 < quick[0] < everything[0]
+    binary, formats = (estimate.workload(Protocol(suites=suites))[0] for suites in (("binary",), ("binary", "formats")))
+    assert formats - binary == pytest.approx(1.5 * sum(len(p.text.split()) + 25 for p in prompts.FORMAT_PROBES), abs=1)
     assert estimate.workload(Protocol(samples=2))[1] - everything[1] == 16 * Protocol().max_new_tokens
 
 

@@ -284,8 +284,8 @@ def test_ladders_of_doses():
     assert blends[-1].plan(3).recipe.slots == tuple(plain(s, k) for s, k in base(0, 1, 2))
 
 
-def asked(*experiments: ex.Experiment, given=None) -> list[str]:
-    return ["+".join(e.suites) for e in ex.with_suites(experiments, given)]
+def asked(*experiments: ex.Experiment, given=None, matched_noise=False) -> list[str]:
+    return ["+".join(e.suites) for e in ex.with_suites(experiments, given, matched_noise)]
 
 
 def test_what_each_experiment_is_asked():
@@ -299,6 +299,7 @@ def test_what_each_experiment_is_asked():
     assert asked(baseline) == asked(baseline, injection)[0].split() == [everything]
     assert asked(baseline, named, placebo, mine, injection, given=("chat",)) == ["chat"] * 4 + ["injection"]
     assert asked(baseline, injection, given=("chat",)) == ["chat", "injection"]
+    assert asked(baseline, mine, matched_noise=True) == ["binary+perplexity+trigger", "trigger"]  # what the noise twin is asked
 
 
 def test_windows_of_a_further_source():
