@@ -86,17 +86,23 @@ def _row(result: dict, baseline: dict | None, seed: int) -> dict:
 
 def _correct(rows: list[dict]) -> None:
     """Scores to JSON, with adjusted p-values and calls at them; controls keep their own."""
+    def about_itself(row: dict) -> list[tuple[dict, str]]:
+        return [(row, "detection")] if row["detection"] else []
+
+    def about_triggers(row: dict) -> list[tuple[dict, str]]:
+        found = row["trigger"]["detection"] if row["trigger"] else {}
+        return [(found, condition) for condition in found if found[condition]]
+
+    family = [row for row in rows if row["control"] is None]
+    for held in (about_itself, about_triggers):
+        scores = [place for row in family for place in held(row)]
+        for (where, key), score in zip(scores, detection.correct_calls([where[key] for where, key in scores]), strict=True):
+            where[key] = score.to_json()
+        for where, key in (place for row in rows if row["control"] is not None for place in held(row)):
+            where[key] = where[key].to_json()
     for row in rows:
-        if row["control"] is not None and row["detection"]:
-            row["detection"] = row["detection"].to_json()
         if row["capability"]:
             row["capability"]["p_adjusted"] = None
-    family = [row for row in rows if row["control"] is None]
-    sets = [[(row, "detection") for row in family if row["detection"]],
-            [(row["trigger"]["detection"], c) for row in family if row["trigger"] for c, found in row["trigger"]["detection"].items() if found]]
-    for held in sets:
-        for (where, key), score in zip(held, detection.correct_calls([where[key] for where, key in held]), strict=True):
-            where[key] = score.to_json()
     for key in ("yes_drift", "capability"):
         found = [row[key] for row in family if row[key]]
         for one, p in zip(found, stats.holm([one.get("p_value") for one in found]), strict=True):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import made_run as made
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 import compare
+from results import Run
 
 BEFORE = [True] * 6 + [False] * 4  # capability of the baseline
 LOST = [True] * 1 + [False] * 5 + [False] * 4  # five lost, none gained: p = 2 / 2**5
@@ -194,6 +196,15 @@ def test_controls_belong_to_no_family(controlled):
     assert row(controlled, "damaged__matched_noise")["detection"]["call"] == "detects"
 
 
+def test_a_control_that_is_asked_about_triggers_keeps_its_own_p_values(tmp_path):
+    results = [made.result(name, {"trigger": made.trigger()}, experiment__control=control) for name, control in
+               (("baseline_instruct", None), ("adapter", None), ("placebo_1", "placebo"))]  # fmt: skip
+    comparison = compare.compare(*made.make(tmp_path / "run", results))
+    json.dumps(comparison, allow_nan=False)
+    adjusted = [r["trigger"]["detection"]["triggered"]["p_adjusted"] for r in comparison["experiments"][1:]]
+    assert adjusted[0] is not None and adjusted[1] is None
+
+
 def test_auroc_of_modified_against_placebos(controlled):
     rows = [r for r in controlled[0]["experiments"] if r["detection"]]
     found = controlled[0]["auroc"]
@@ -293,3 +304,14 @@ def test_injection_takes_holm_over_its_rows_and_leaves_out_what_no_concept_answe
     now = [x + 2 * k for k in (1, 2, 3) for x in made.BASELINES[k > 1 :]]  # the first question has no answer under two of them
     assert rows[1]["sensitivity"] == pytest.approx(sum(x > 0 for x in now) / 30)
     assert rows[1]["p_yes"] == pytest.approx(np.mean([sigmoid(x) for x in now]))
+
+
+@pytest.mark.real
+def test_the_reference_run_of_real_weights_is_judged():
+    run, manifest = Run.resume(str(Path(compare.__file__).parent / "results" / "reference" / "smollm2-135m"))
+    comparison = compare.compare(run, manifest)
+    judged = {r["name"]: r["verdict"] for r in comparison["experiments"] if r["name"] != comparison["baseline"] and r["control"] != "injection"}
+    words = {"reports it", "drifts towards Yes", "broken", "no change seen", "too little data"}
+    assert len(judged) >= 28 and all(v["word"] in words and v["reason"] for v in judged.values())
+    assert judged["shuffle_all"]["word"] == judged["keep_every_2nd"]["word"] == "broken"
+    json.dumps(comparison, allow_nan=False)
