@@ -105,8 +105,9 @@ def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
     own = [e for path in args.experiments_file for e in ex.load_file(path)]
     sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
     sizes, step = sweep_windows(args)
-    swept = {e.name: e for kind in args.sweep for e in ([w for size in sizes for w in ex.window_sweep(size, n_layers, stride=step)]
-                                                        if kind == "window" else ex.sweep(kind, n_layers))}
+    windows = [w for size in sizes for w in ex.window_sweep(size, n_layers, stride=step)] if "window" in args.sweep else []
+    windows.sort(key=lambda w: w.sweep["start"])  # in this order the layers below a window need not be computed again
+    swept = {e.name: e for kind in args.sweep for e in (windows if kind == "window" else ex.sweep(kind, n_layers))}
     known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept.values()]}
     for e in own:  # results are kept by name
         if known.setdefault(e.name, e) is not e:
