@@ -187,6 +187,7 @@ def write_html(run: Run, manifest: dict, comparison: dict) -> None:
         formatted=[row for row in by_verdict(named(rows)) if row["formats"]],
         published=[(row, found) for row in rows if row["published_probe"] and (found := published.of(row, layers))], published_source=published.SOURCE,
         other_pair=_other_pair(manifest), injection_published=published.INJECTION, injection_source=published.INJECTION_SOURCE,
-        costs=[(name, r["performance"]) for name, r in results.items()], preamble=prompts.INFORMED_PREAMBLE,
+        costs=[(line["row"]["name"], results[line["row"]["name"]]["performance"]) for line in table],
+        folded_costs=[(line["row"]["name"], results[line["row"]["name"]]["performance"]) for _, of in folded for line in of], preamble=prompts.INFORMED_PREAMBLE,
         triggers=[report.trigger_cells(row) for row in rows if row["trigger"]], trigger_columns=report.TRIGGER_COLUMNS, trigger_legend=report.TRIGGER_LEGEND,
         injected=injected, recipe_text=recipe_text, qualifier=report.qualifier, counts=counts, word=word))

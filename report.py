@@ -202,7 +202,7 @@ def summary(comparison: dict, manifest: dict) -> str:
 def folded(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     """The experiments that stand apart from the main table: (title, rows)."""
     parts = [("Placebos", controls(rows, "placebo")), ("Noise of equal perplexity", controls(rows, "matched noise")), ("Positive control", controls(rows, "injection"))]
-    return [(title, of) for title, of in parts + [(name.capitalize(), of) for name, of in sweeps(rows).items()] if of]
+    return [(title, of) for title, of in parts + [(name[0].upper() + name[1:], of) for name, of in sweeps(rows).items()] if of]
 
 
 def write_reports(run: Run) -> str:
