@@ -20,6 +20,7 @@ from scipy import special
 import prompts
 from generation import Completion, Engine, Request
 from grading import describe_reply
+from injection import Injection
 from stats import MASS_FLOOR, log_odds_from_logprobs, readings_to_json, wilson_interval
 from weights import FrankenError
 
@@ -70,7 +71,7 @@ def read_text(path: str) -> tuple[tuple[str, str], ...]:
 def check_tokenizer(tokenizer, protocol: Protocol) -> None:
     """Raises FrankenError if no experiment could be measured: no token for an answer, or a chat template that fails."""
     try:
-        if {"binary", "formats", "trigger"} & set(protocol.suites):
+        if {"binary", "formats", "trigger", "injection"} & set(protocol.suites):
             prompts.answer_token_ids(tokenizer)
         if "formats" in protocol.suites:
             prompts.letter_token_ids(tokenizer)
@@ -320,4 +321,5 @@ SUITES: dict[str, Callable[[], object]] = {
     "perplexity": Perplexity,
     "chat": Chat,
     "trigger": _trigger_suite,
+    "injection": Injection,
 }

@@ -15,83 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from attention import ATTENTION, KV, Continued
 from franken import LiveModel
 from sampling import Completion, Decoding, Request, draw
 from weights import FrankenError
 
-ATTENTION = "franken"
+KEPT_BYTES = 1 << 29  # of hidden states kept for the next experiment
 PASS_TOKENS = 64  # a further pass over the layers costs about as much as this many tokens more in a batch
-
-
-def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
-    """Attention as transformers calls it: query [B, H, S, D], key and value [B, G, K, D] -> [B, S, H, D], None.
-
-    `attention_mask` is boolean, or None for plain causal attention of a prompt to itself. In a decode step the H / G
-    query heads of a group are folded into the query length: the KV heads are read once instead of being expanded to
-    H of them (batch 64 on the 32B shape: 80.6 -> 29.2 ms a step).
-    """
-    batch, heads, length, width = query.shape
-    groups = key.shape[1]
-    if softcap is not None:  # Gemma 2: the scores are bent before the softmax, which no fused kernel does
-        return _attend_softcapped(query, key, value, attention_mask, scaling, softcap), None
-    if length == 1:
-        folded = query.view(batch, groups, heads // groups, width)
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
-        return out.reshape(batch, 1, heads, width), None
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
-                                         scale=scaling, enable_gqa=heads != groups)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _attend_softcapped(query, key, value, mask, scaling, softcap):
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
-    if mask is None:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous()
-
-
-AttentionInterface.register(ATTENTION, attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-class KV:
-    """The cache of one position, in the form decoder layers expect of `past_key_values`.
-
-    k, v: [B, G, K, D]. In prefill (`at` is None) the prompt's keys are stored and handed back as they came; in a
-    decode step row b writes at position at[1][b] and all K positions are handed back.
-    """
-
-    def __init__(self, k: torch.Tensor, v: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor] | None = None):
-        self.k, self.v, self.at = k, v, at
-
-    def update(self, key, value, layer_idx, *args, **kwargs):
-        if self.at is None:
-            self.k[:, :, : key.shape[2]] = key
-            self.v[:, :, : value.shape[2]] = value
-            return key, value
-        rows, positions = self.at
-        self.k[rows, :, positions] = key[:, :, 0]
-        self.v[rows, :, positions] = value[:, :, 0]
-        return self.k, self.v
-
-
-class Continued:
-    """The cache of one position while prompts go on after tokens that it already holds; what is new is not kept.
-
-    k, v: [rows, G, P, D]; row b of the new batch follows on row `rows[b]`.
-    """
-
-    def __init__(self, cache: KV, rows: Sequence[int]):
-        self.cache, self.rows = cache, torch.tensor(rows, device=cache.k.device)
-
-    def update(self, key, value, layer_idx, *args, **kwargs):
-        return (torch.cat([self.cache.k[self.rows], key], 2), torch.cat([self.cache.v[self.rows], value], 2))
 
 
 @dataclass
@@ -130,6 +61,7 @@ class Engine:
         self.max_batch = max_batch or (128 if on_gpu and self.fast else 64 if on_gpu else 32)
         self.timing = Timing()
         self._accelerator = None
+        self._entered: dict[tuple, tuple[int, torch.Tensor]] = {}  # by what was asked: hidden states before that position
         attention = live.banks[0].module.self_attn
         self.kv_heads = self.config.num_key_value_heads
         self.head_dim = attention.head_dim
@@ -163,15 +95,24 @@ class Engine:
         return dict.fromkeys(kinds, both)
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KV | Continued | None],
-                mask: Callable[[int | None, torch.device], torch.Tensor | None], layer=None) -> torch.Tensor:
+                mask: Callable[[int | None, torch.device], torch.Tensor | None], layer=None, asked: tuple = ()) -> torch.Tensor:
         """Hidden states before the final norm: ids and positions [B, S] -> [B, S, hidden].
 
-        `caches[p]` serves position p; `mask(window, device)` gives the boolean mask for layers of that window.
+        `caches[p]` serves position p; `mask(window, device)` gives the boolean mask for layers of that window. `asked`
+        identifies all that the states depend on besides weights: where an earlier model was asked the same, the layers
+        that both have in common with the unmodified model are not computed again (a window sweep saves half its work).
         """
-        hidden = self.live.backbone.embed_tokens(ids)
+        unchanged = self._unchanged() if asked else 0
+        first, hidden = self._entered.get(asked, (0, None))
+        if not 0 < first <= unchanged:
+            first, hidden = 0, self.live.backbone.embed_tokens(ids)
         kinds = self.live.attention_kinds()
         rotary, here = self._rotary(hidden, positions, dict.fromkeys(kinds)), {}
-        for bank, kind, cache in zip(self.live.layers, kinds, caches, strict=True):
+        for p, (bank, kind, cache) in enumerate(zip(self.live.layers, kinds, caches, strict=True)):
+            if p < first:
+                continue
+            if p == unchanged > first:
+                self._keep(asked, p, hidden)
             if (kind, bank.device) not in here:
                 here[kind, bank.device] = tuple(t.to(bank.device) for t in rotary[kind]), positions.to(bank.device)
             cos_sin, at = here[kind, bank.device]
@@ -179,6 +120,19 @@ class Engine:
             run = layer or run_layer
             hidden = run(bank.module, hidden, mask(self.window_of(bank.module), bank.device), cos_sin, at, cache)
         return hidden.to(self.norm.weight.device)
+
+    def _unchanged(self) -> int:
+        """How many leading positions hold what they hold in the unmodified model; 0 with another embedding."""
+        recipe, original = self.live.recipe, self.live.original
+        if recipe is None or recipe.embed != original.embed:
+            return 0
+        pairs = zip(recipe.slots, original.slots, strict=False)
+        return next((p for p, (now, before) in enumerate(pairs) if now != before), min(len(recipe), len(original)))
+
+    def _keep(self, asked: tuple, position: int, hidden: torch.Tensor) -> None:
+        self._entered.pop(asked, None)
+        if sum(t.nbytes for _, t in self._entered.values()) + hidden.nbytes <= KEPT_BYTES:
+            self._entered[asked] = position, hidden
 
     def _prompt_mask(self, length: int, start: int):
         """Masks for `length` tokens after `start` others: none where plain causal attention of a prompt to itself does."""
@@ -201,10 +155,11 @@ class Engine:
                      for _ in (0, 1))) for bank in self.live.layers]
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], caches: Sequence[KV | Continued | None] | None = None,
-                start: int = 0) -> torch.Tensor:
+                start: int = 0, layer=None, asked: tuple = ()) -> torch.Tensor:
         """Hidden states [n, S, hidden] of right-padded prompts, before the final norm.
 
         start: how many tokens stand before each prompt, held by `caches` of the class Continued.
+        layer: runs each layer instead of `run_layer`; called once for every position, in order. asked: see `forward`.
         """
         begin, length = time.perf_counter(), max(map(len, prompts))
         if not all(prompts):
@@ -213,7 +168,7 @@ class Engine:
         ids = torch.tensor([[*prompt, *prompt[-1:] * (length - len(prompt))] for prompt in prompts])
         positions = torch.arange(start, start + length)[None].expand(len(prompts), -1)
         hidden = self.forward(ids.to(self.live.device), positions.to(self.live.device),
-                              caches or [None] * len(self.live.order), self._prompt_mask(length, start))
+                              caches or [None] * len(self.live.order), self._prompt_mask(length, start), layer, asked)
         self.synchronize()
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += sum(map(len, prompts))
@@ -248,31 +203,54 @@ class Engine:
             batches[-1].append(i)
         return batches
 
+    def in_batches(self, lengths: list[int], run: Callable[[list[int]], None]) -> None:
+        """Calls `run` with indices of rows of these lengths, in batches of bounded size, halved where memory is full."""
+        todo = self.prefill_batches(lengths)
+        while todo:
+            batch = todo.pop(0)
+            try:
+                run(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self._halve("prefill_tokens")
+                todo = [batch[: len(batch) // 2], batch[len(batch) // 2 :], *todo]
+
+    @torch.inference_mode()
+    def _follow(self, prompts: list[tuple[int, ...]], caches: list[KV], rows: Sequence[int],
+                read: Callable[[int, torch.Tensor], object], prefix: tuple[int, ...] | None = None) -> list:
+        """read(i, hidden states [len, hidden] of prompt i) for every prompt; it follows on row rows[i] of full caches, if any.
+
+        prefix: the tokens behind the caches, if nothing but tokens and weights is in them; lower layers may be reused then.
+        """
+        results, start = [None] * len(prompts), caches[0].k.shape[2] if caches else 0
+
+        def run(batch: list[int]) -> None:
+            here = [rows[i] for i in batch] if caches else []
+            hidden = self.prefill([prompts[i] for i in batch], [Continued(cache, here) for cache in caches], start,
+                                  asked=() if prefix is None else (prefix, *(prompts[i] for i in batch)))
+            for row, i in enumerate(batch):
+                results[i] = read(i, hidden[row, : len(prompts[i])])
+
+        self.in_batches([start + len(prompt) for prompt in prompts], run)
+        return results
+
     @torch.inference_mode()
     def _prefill_map(self, sequences: list[tuple[int, ...]], needed: list[int], read: Callable[[int, torch.Tensor], object]) -> list:
         """read(i, hidden states [needed[i] or more, hidden] at the end of sequence i) for every sequence, in order.
 
-        Batched, surviving a full memory; what sequences have in common at the beginning is computed once (the 135M model
-        needs 0.37 of the CPU time for all binary probes, and 0.28 of the tokens).
+        What sequences have in common at the beginning is computed once (the 135M model needs 0.37 of the CPU time for
+        all binary probes, and 0.28 of the tokens).
         """
         results: list = [None] * len(sequences)
         for start, group in shared_prefixes(sequences, needed):
-            prefix = self.empty_caches(1, start) if start else None
-            if prefix:
-                self.prefill([sequences[group[0]][:start]], prefix)
-            todo = [[group[k] for k in batch] for batch in self.prefill_batches([len(sequences[i]) for i in group])]
-            while todo:
-                batch = todo.pop(0)
-                try:
-                    caches = prefix and [Continued(cache, [0] * len(batch)) for cache in prefix]
-                    hidden = self.prefill([sequences[i][start:] for i in batch], caches, start)
-                    for row, i in enumerate(batch):
-                        results[i] = read(i, hidden[row, : len(sequences[i]) - start])
-                except torch.OutOfMemoryError:
-                    if len(batch) == 1:
-                        raise
-                    self._halve("prefill_tokens")
-                    todo = [batch[: len(batch) // 2], batch[len(batch) // 2 :], *todo]
+            caches = self.empty_caches(1, start) if start else []
+            if caches:
+                self.prefill([sequences[group[0]][:start]], caches)
+            found = self._follow([sequences[i][start:] for i in group], caches, [0] * len(group), lambda k, hidden, g=group: read(g[k], hidden),
+                                 sequences[group[0]][:start])
+            for i, result in zip(group, found, strict=True):
+                results[i] = result
         return results
 
     def _halve(self, what: str) -> None:
@@ -280,13 +258,20 @@ class Engine:
         self.timing.out_of_memory += 1
         torch.cuda.empty_cache()
 
-    def next_token_logprobs(self, prompts: Sequence[tuple[int, ...]]) -> torch.Tensor:
-        """Log-probabilities (nats) of the token after each prompt: float32 [n, vocab] on the CPU."""
+    def next_token_logprobs(self, prompts: Sequence[tuple[int, ...]], caches: list[KV] | None = None, rows: Sequence[int] = ()) -> torch.Tensor:
+        """Log-probabilities (nats) of the token after each prompt: float32 [n, vocab] on the CPU.
+
+        With `caches`, filled to their last token, prompt i follows on their row rows[i].
+        """
         if not prompts:
             return torch.zeros(0, self.config.vocab_size)
-        last = torch.stack(self._prefill_map(list(prompts), [1] * len(prompts), lambda i, hidden: hidden[-1].clone()))
+
+        def last_state(_, hidden):
+            return hidden[-1].clone()
+
+        last = self._follow(list(prompts), caches, rows, last_state) if caches else self._prefill_map(list(prompts), [1] * len(prompts), last_state)
         with torch.inference_mode():
-            return torch.cat([self.logits(rows).log_softmax(-1).cpu() for rows in last.split(64)])
+            return torch.cat([self.logits(part).log_softmax(-1).cpu() for part in torch.stack(last).split(64)])
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
         """For each (prefix, target): the log-probability (nats) of every target token given all before it, float32.

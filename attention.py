@@ -1,0 +1,80 @@
+"""Attention as the engine asks decoder layers for it, and the caches that a layer finds at its position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+ATTENTION = "franken"
+
+
+def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
+    """Attention as transformers calls it: query [B, H, S, D], key and value [B, G, K, D] -> [B, S, H, D], None.
+
+    `attention_mask` is boolean, or None for plain causal attention of a prompt to itself. In a decode step the H / G
+    query heads of a group are folded into the query length: the KV heads are read once instead of being expanded to
+    H of them (batch 64 on the 32B shape: 80.6 -> 29.2 ms a step).
+    """
+    batch, heads, length, width = query.shape
+    groups = key.shape[1]
+    if softcap is not None:  # Gemma 2: the scores are bent before the softmax, which no fused kernel does
+        return _attend_softcapped(query, key, value, attention_mask, scaling, softcap), None
+    if length == 1:
+        folded = query.view(batch, groups, heads // groups, width)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(batch, 1, heads, width), None
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
+                                         scale=scaling, enable_gqa=heads != groups)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attend_softcapped(query, key, value, mask, scaling, softcap):
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous()
+
+
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+class KV:
+    """The cache of one position, in the form decoder layers expect of `past_key_values`.
+
+    k, v: [B, G, K, D]. In prefill (`at` is None) the prompt's keys are stored and handed back as they came; in a
+    decode step row b writes at position at[1][b] and all K positions are handed back.
+    """
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor] | None = None):
+        self.k, self.v, self.at = k, v, at
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        if self.at is None:
+            self.k[:, :, : key.shape[2]] = key
+            self.v[:, :, : value.shape[2]] = value
+            return key, value
+        rows, positions = self.at
+        self.k[rows, :, positions] = key[:, :, 0]
+        self.v[rows, :, positions] = value[:, :, 0]
+        return self.k, self.v
+
+
+class Continued:
+    """The cache of one position while prompts go on after tokens that it already holds; what is new is not kept.
+
+    k, v: [rows, G, P, D]; row b of the new batch follows on row `rows[b]`.
+    """
+
+    def __init__(self, cache: KV, rows: Sequence[int]):
+        self.cache, self.rows = cache, torch.tensor(rows, device=cache.k.device)
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        return (torch.cat([self.cache.k[self.rows], key], 2), torch.cat([self.cache.v[self.rows], value], 2))
