@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from rows import UNCALLED, by_verdict, controls, named, score, sweeps, word
+from rows import UNCALLED, by_verdict, controls, many, named, score, sweeps, word
 
 MUTED, FAINT, INK, BAND = "#5b6470", "#c9ced6", "#1d232b", "#dde2e8"
 VERDICTS = {"reports it": ("#0072B2", "^"), "drifts towards Yes": ("#C65500", ">"), "no change seen": (MUTED, "o"),
@@ -29,6 +29,7 @@ STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "
          "legend.fontsize": 8, "grid.color": "#eceff3", "font.family": "DejaVu Sans", "pdf.fonttype": 42, "svg.hashsalt": "figure",
          "hatch.linewidth": 0.6}  # fmt: skip
 WIDTH, ROW = 8.4, 0.23  # inches
+MANY, DENSE_ROW = 40, 0.175  # where a figure has more lines than this, they stand closer
 NARROW_WIDTH, NARROW_ROW = 4.1, 0.33  # of a figure for a phone, where names stand above their lines
 DPI = 300  # of the PNG
 P_FLOOR, PERPLEXITY_CEILING = 1e-12, 1e8  # of the log axes; what lies beyond is drawn at the edge, as an arrow
@@ -83,7 +84,8 @@ def new_figure(height: float, width: float = WIDTH) -> Figure:
 
 def lines(names: list[str], extra: float = 1.1, narrow: bool = False, width: float = WIDTH) -> tuple[Figure, object]:
     """A figure with one line per name, the first on top; narrow: each name above its line."""
-    figure = new_figure((NARROW_ROW if narrow else ROW) * len(names) + extra, NARROW_WIDTH if narrow else width)
+    row = NARROW_ROW if narrow else ROW if len(names) <= MANY else DENSE_ROW
+    figure = new_figure(row * len(names) + extra, NARROW_WIDTH if narrow else width)
     axes = figure.subplots()
     axes.set_yticks(range(len(names)), [""] * len(names) if narrow else [label(n) for n in names])
     if narrow:
@@ -153,7 +155,7 @@ def scores(rows: list[dict], placebo: dict | None, narrow: bool = False) -> Figu
     """
     shown = by_verdict([row for row in drawn(rows) if score(row) is not None])
     strips = {f"{name} ({len(of)})": of for name, of in sweeps(rows).items()}
-    strips[f"{len(controls(rows, 'placebo'))} placebos"] = controls(rows, "placebo")
+    strips[many(len(controls(rows, "placebo")), "placebo")] = controls(rows, "placebo")
     strips = {name: known for name, of in strips.items() if (known := [row for row in of if score(row) is not None])}
     dots = [row for of in strips.values() for row in of]
     if not shown and not dots:

@@ -20,7 +20,7 @@ import report
 from compare import paired_probes
 from recipes import Recipe, RecipeError
 from results import Run, read_json, write_text
-from rows import WORDS, by_verdict, controls, counts, named, sweeps, tally, word
+from rows import WORDS, by_verdict, controls, counts, many, named, sweeps, tally, word
 from weights import FrankenError
 
 
@@ -56,16 +56,16 @@ def recipe_text(recipe: dict) -> str:
 def _what(manifest: dict, comparison: dict) -> str:
     """What was run, in a line."""
     rows = comparison["experiments"]
-    parts = [(len(named(rows)), "experiments"), (len(controls(rows, "placebo")), "placebos"), (len(controls(rows, "matched noise")), "with noise of equal perplexity"),
-             (sum(map(len, sweeps(rows).values())), "in sweeps")]
-    return (f"{', '.join(f'{n} {what}' for n, what in parts if n) or 'nothing'}, on {manifest['layers']} layers in {manifest['dtype']} on "
+    parts = [(len(named(rows)), many(len(named(rows)), "experiment")), (len(controls(rows, "placebo")), many(len(controls(rows, "placebo")), "placebo")),
+             (n := len(controls(rows, "matched noise")), f"{n} with noise of equal perplexity"), (n := sum(map(len, sweeps(rows).values())), f"{n} in sweeps")]
+    return (f"{', '.join(what for n, what in parts if n) or 'nothing'}, on {manifest['layers']} layers in {manifest['dtype']} on "
             f"{', '.join(manifest['devices'])}, seed {manifest['protocol']['seed']}.")
 
 
 def _all_sweeps(rows: list[dict]) -> list[tuple[str, str]]:
     """One line for the first screen: the figure beside it has a strip for each sweep."""
     swept = [row for of in sweeps(rows).values() for row in of]
-    return [("sweeps", f"{len(swept)} experiments: {counts(swept)}")] if swept else []
+    return [("sweeps", f"{many(len(swept), 'experiment')}: {counts(swept)}")] if swept else []
 
 
 def _facts(manifest: dict, results: dict[str, dict]) -> list[tuple[str, str]]:

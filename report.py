@@ -17,7 +17,7 @@ from pathlib import Path
 from compare import compare
 from pages import number, percent
 from results import Run, read_json, write_json, write_text
-from rows import controls, counts, named, span, sweeps, tally, word
+from rows import controls, counts, many, named, span, sweeps, tally, word
 from weights import FrankenError
 
 # ---- text ---------------------------------------------------------------------------------------------------------
@@ -109,7 +109,11 @@ def headline(comparison: dict) -> str:
     found, injection = len(tally(asked).get("reports it", [])), comparison["injection"]
     if not asked:
         return "No experiment of this run has a verdict."
-    said = f"{found or 'None'} of {len(asked)} changed models reports its change" if found < 2 else f"{found} of {len(asked)} changed models report their change"
+    said = f"{found} of {len(asked)} changed models report their change"
+    if found < 2:
+        said = f"{found or 'None'} of {len(asked)} changed models reports its change"
+    if len(asked) == 1:
+        said = f"The one changed model {'reports' if found else 'does not report'} its change"
     if injection is None:
         return f"{said}. No positive control was run" + ("." if found else ", so it is not known that these questions could see one.")
     if injection["seen"]:
@@ -119,6 +123,8 @@ def headline(comparison: dict) -> str:
 
 def _scores(rows: list[dict]) -> str:
     reach = span(rows)
+    if reach and reach[0] == reach[1]:
+        return f"score {reach[0]:+.2f}; "
     return f"scores {reach[0]:+.2f} to {reach[1]:+.2f}; " if reach else ""
 
 
@@ -129,7 +135,7 @@ def control_lines(comparison: dict) -> list[tuple[str, str]]:
         out.append(("placebos", f"{len(placebos)} with other weights that compute the same function: {_scores(placebos)}{counts(placebos)}"))
     if twins := controls(rows, "matched noise"):
         missed = sum(not (row["matched"] or {}).get("ok") for row in twins)
-        out.append(("noise of equal perplexity", f"{len(twins)} experiments: {_scores(twins)}{counts(twins)}" + (f"; {missed} did not reach the perplexity" if missed else "")))
+        out.append(("noise of equal perplexity", f"{many(len(twins), 'experiment')}: {_scores(twins)}{counts(twins)}" + (f"; {missed} did not reach the perplexity" if missed else "")))
     if injection := comparison["injection"]:
         out.append(("positive control", f"concept injection {'seen' if injection['seen'] else 'NOT SEEN'}: {injection['reason']}"))
     if auroc := comparison["auroc"]:
@@ -142,7 +148,7 @@ def control_lines(comparison: dict) -> list[tuple[str, str]]:
 
 def sweep_lines(comparison: dict) -> list[tuple[str, str]]:
     """The run's sweeps, summarized: (what, a line about it)."""
-    return [(name, f"{len(of)} experiments: {_scores(of)}{counts(of)}") for name, of in sweeps(comparison["experiments"]).items()]
+    return [(name, f"{many(len(of), 'experiment')}: {_scores(of)}{counts(of)}") for name, of in sweeps(comparison["experiments"]).items()]
 
 
 def weak_controls(comparison: dict) -> str | None:

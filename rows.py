@@ -65,6 +65,11 @@ def counts(rows: list[dict]) -> str:
     return ", ".join(f"{len(of)} {w}" for w, of in tally(rows).items())
 
 
+def many(n: int, what: str) -> str:
+    """"1 placebo", "21 placebos"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def span(rows: list[dict]) -> tuple[float, float] | None:
     """Smallest and largest detection score; None if there is none."""
     known = [s for row in rows if (s := score(row)) is not None]

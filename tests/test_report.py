@@ -158,6 +158,12 @@ def test_controls_and_sweeps_stand_apart_from_the_table(study):
 MANIFEST = {"pair": "p", "layers": 30, "dtype": "bfloat16", "devices": ["cpu"], "protocol": {"seed": 0}, "created": "now", "notes": []}
 
 
+def test_one_is_not_many():
+    (line,) = report.control_lines(made.comparison([made.quick("placebo_mlp_1", "no change seen", 0.04, control="placebo")]))
+    assert line[1].endswith("function: score +0.04; 1 no change seen")
+    assert report.sweep_lines(made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])) == [("each layer deleted", "1 experiment: 1 broken")]
+
+
 def test_a_failed_control_is_told_of():
     rows = [made.row("baseline_instruct", None), made.quick("placebo_mlp_1", control="placebo", status="failed", error={"type": "OSError", "message": "gone"}),
             made.quick("placebo_mlp_2", control="placebo", exact=False)]
@@ -169,8 +175,9 @@ def test_a_failed_control_is_told_of():
     ("words", "seen", "said"),
     [([], None, "No experiment of this run has a verdict."),
      (["broken", "no change seen"], None, "None of 2 changed models reports its change. No positive control was run, so it is not known that these questions could see one."),
-     (["broken"], False, "None of 1 changed models reports its change. The positive control was not seen either, so silence shows nothing."),
+     (["broken"], False, "The one changed model does not report its change. The positive control was not seen either, so silence shows nothing."),
      (["reports it", "broken"], True, "1 of 2 changed models reports its change. The positive control was seen."),
+     (["reports it"], None, "The one changed model reports its change. No positive control was run."),
      (["reports it", "reports it"], False, "2 of 2 changed models report their change. The positive control was not seen.")],
 )  # fmt: skip
 def test_the_answer_in_one_sentence(words, seen, said):
