@@ -24,9 +24,9 @@ from prompts import answer_token_ids
 from stats import log_odds_from_logprobs, plain, readings_to_json
 
 CONCEPTS = ("bread", "ocean", "wolf", "music", "winter", "castle", "doctor", "war", "gold")
-# On the 135M model the lowest moves log-odds by about the rounding of bf16 (sd 0.17 nats), the highest disturbs all answers
-# (0.76 nats); what is added in ten layers adds up.
-STRENGTHS = (0.0, 0.03, 0.1, 0.3)
+# Chosen on the 135M model: the lowest moves log-odds by little more than bf16 rounds them (sd 0.2 nats, 0.006 bits), the
+# highest leaves half of the questions without Yes or No (1.3 bits). All of it takes about 110 s of one core's time.
+STRENGTHS = (0.0, 0.03, 0.1, 0.3, 1.0)
 UNIT = ("times the mean norm of the residual stream after that layer, at the last token of the neutral prompts; "
         "added after every layer of the middle third")  # fmt: skip
 
