@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+import injection
 import matched_noise
 import prompts
 from experiments import QUICK, TWIN
@@ -83,6 +84,11 @@ def workload(protocol) -> tuple[int, int, int]:
         texts += [p.text for p in prompts.BINARY_PROBES]
     if "formats" in protocol.suites:
         texts += [p.text for p in prompts.FORMAT_PROBES]
+    if "injection" in protocol.suites:
+        texts += [about.format(word) for about in injection.ABOUT for word in (*injection.CONCEPTS, *injection.NEUTRAL)]
+        cells = sum(len(injection.CONCEPTS) if strength else 1 for strength in injection.STRENGTHS)
+        for framing, opening in injection.FRAMINGS.items():
+            texts += [opening, injection.NAMING, *(p.text for p in injection.questions(framing))] * cells
     if "perplexity" in protocol.suites:
         texts += [text for _, text in protocol.texts]
     words = sum(len(t.split()) + 25 for t in texts)  # 25: the chat template with its system prompt

@@ -242,8 +242,6 @@ EXPERIMENTS: list[Experiment] = [
     E("keep_every_2nd", "depth", lambda m: keep_every(m.model, 2), "Half the depth"),
     *(_placebo(what, k) for what in PERMUTED for k in range(1, PLACEBO_SEEDS + 1) if (what, k) != ("both", 1)),
 ]
-if "injection" not in evaluate.SUITES:
-    EXPERIMENTS = [e for e in EXPERIMENTS if e.control != "injection"]
 
 
 SWEEPS = ("window", "replace", "delete", "double", "noise", "blend")

@@ -93,6 +93,8 @@ def test_sweeps_are_planned_at_the_pairs_depth(nothing_loaded, capsys, kind, fir
 def test_fewer_suites_mean_less_work():
     everything, quick = estimate.workload(Protocol()), estimate.workload(Protocol(suites=("binary", "perplexity")))
     assert quick[1:] == (0, 0) and 0 < quick[0] < everything[0]
+    injected = estimate.workload(Protocol(suites=("injection",)))
+    assert injected[1:] == (0, 0) and injected[0] > 25 * 1.5 * 2 * (1 + 3 * 9) * 41  # 28 first turns a framing, 41 questions on each
     binary, formats = (estimate.workload(Protocol(suites=suites))[0] for suites in (("binary",), ("binary", "formats")))
     assert formats - binary == pytest.approx(1.5 * sum(len(p.text.split()) + 25 for p in prompts.FORMAT_PROBES), abs=1)
     assert estimate.workload(Protocol(samples=2))[1] - everything[1] == 16 * Protocol().max_new_tokens

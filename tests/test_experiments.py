@@ -27,6 +27,7 @@ def base(*numbers):
 # What runs at each of the 64 positions; ranges are Python's.
 AT_64 = {
     "baseline_instruct": I64,
+    "concept_injection": I64,
     "baseline_base": base(*range(64)),
     "swap_adjacent_30_35": inst(*range(30), 35, 31, 32, 33, 34, 30, *range(36, 64)),
     "swap_adjacent_31_32": inst(*range(31), 32, 31, *range(33, 64)),
@@ -50,6 +51,7 @@ AT_64 = {
 # By hand: position p of 64 is floor(30 p / 64) of 30, so 10 -> 4, 55 -> 25, 30 -> 14, 35 -> 16, 5 -> 2, 60 -> 28.
 AT_30 = {
     "baseline_instruct": inst(*range(30)),
+    "concept_injection": inst(*range(30)),
     "baseline_base": base(*range(30)),
     "swap_adjacent_30_35": inst(*range(14), 16, 15, 14, *range(17, 30)),
     "swap_adjacent_31_32": inst(*range(14), 15, 14, *range(16, 30)),
@@ -71,6 +73,7 @@ AT_30 = {
 }
 AT_2 = {
     "baseline_instruct": inst(0, 1),
+    "concept_injection": inst(0, 1),
     "baseline_base": base(0, 1),
     "swap_adjacent_30_35": inst(1, 0),
     "swap_adjacent_31_32": inst(1, 0),
@@ -168,14 +171,13 @@ def test_the_order_of_priority():
     """The first six as ever, then one placebo and the positive control; the other placebos last."""
     names = [e.name for e in ex.EXPERIMENTS]
     assert names[:6] == ["baseline_instruct", "baseline_base", "franken_instruct_first_32", "franken_base_first_32", "swap_distant_10_55", "shuffle_all"]
-    assert names[6] == "placebo_both_1" and names[-20:] == [name for name in PLACEBOS if name != "placebo_both_1"]
+    assert names[6:8] == ["placebo_both_1", "concept_injection"] and names[-20:] == [name for name in PLACEBOS if name != "placebo_both_1"]
     assert "sham_permute_all" not in names
 
 
 def test_all_names_are_covered_and_known():
     """Every experiment is tested above; the issue's own names, written out, are all there; names are file names."""
-    others = {name for name, e in NAMED.items() if e.control == "injection"}
-    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", *PLACEBOS, *others} and len(NAMED) == len(ex.EXPERIMENTS)
+    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", *PLACEBOS} and len(NAMED) == len(ex.EXPERIMENTS)
     wanted = [
         "baseline_instruct", "baseline_base", "swap_adjacent_30_35", "swap_adjacent_31_32", "swap_distant_10_55",
         "swap_distant_5_60", "swap_chunk_25_35_with_45_55", "swap_chunk_16_32_with_32_48", "shuffle_all",
@@ -208,7 +210,7 @@ def test_experiments_that_collapse_say_so():
     assert plan.recipe == NAMED["baseline_instruct"].plan(7).recipe and plan.collapsed
     assert len(plan.notes) == 2 and all(note.startswith("collapsed: on 7 layers") for note in plan.notes)
     assert NAMED["reverse_24_40"].plan(2).collapsed  # one layer backwards
-    assert not NAMED["baseline_instruct"].plan(2).notes
+    assert not NAMED["baseline_instruct"].plan(2).notes and not NAMED["concept_injection"].plan(2).notes
     assert [name for name, e in NAMED.items() if e.plan(64).collapsed or e.plan(30).collapsed] == []
 
 
@@ -289,8 +291,7 @@ def asked(*experiments: ex.Experiment, given=None, matched_noise=False) -> list[
 
 
 def test_what_each_experiment_is_asked():
-    baseline, named, placebo, window = NAMED["baseline_instruct"], NAMED["shuffle_all"], NAMED["placebo_mlp_1"], ex.sweep("noise", 3)[0]
-    injection = ex.Experiment("i", "control", lambda m: m.model, "", True, ("injection",), "injection")
+    baseline, named, placebo, injection, window = NAMED["baseline_instruct"], NAMED["shuffle_all"], NAMED["placebo_mlp_1"], NAMED["concept_injection"], ex.sweep("noise", 3)[0]
     everything, quick, mine = "+".join(evaluate.GROUPS["all"]), "binary+perplexity", ex.Experiment("m", "g", lambda m: m.model, suites=("trigger",))
     ordered = "+".join(name for name in evaluate.SUITES if name in evaluate.GROUPS["all"])
     assert asked(baseline, named, placebo, window, injection) == [ordered, everything, quick, quick, "injection"]
