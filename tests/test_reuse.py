@@ -1,0 +1,111 @@
+"""Layers below a change are not computed again: the same numbers to the bit, from fewer runs of layers."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+import generation
+import recipes as r
+
+SHARED = tiny.random_prompt(1, 90)
+PROMPTS = [SHARED + tiny.random_prompt(k, n) for k, n in enumerate((4, 9, 6))] + [tiny.random_prompt(9, 11)]
+PAIRS = [(tiny.random_prompt(11, 8), tiny.random_prompt(12, 9))]
+
+
+def ask(engine):
+    return engine.next_token_logprobs(PROMPTS), engine.loglikelihood(PAIRS)[0]
+
+
+def same(a, b):
+    return torch.equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """How many layers have run so far."""
+    count, run = [0], generation.run_layer
+
+    def counted(*args):
+        count[0] += 1
+        return run(*args)
+
+    monkeypatch.setattr(generation, "run_layer", counted)
+    return count
+
+
+def changes(n):
+    """(what, operation, how many layers below it stay) in an order that goes up, down, and away from the layers."""
+    yield from ((f"window {a}", lambda x, a=a: r.splice(x, "base", a, a + 1), a) for a in range(n))
+    yield "all noise", lambda x: r.perturb(x, 0.1, 0), 0
+    yield "delete", lambda x: r.delete(x, 2, 3), 2
+    yield "double", lambda x: r.double(x, 3, 4), 4
+    yield "the last taken away", lambda x: r.delete(x, n - 1, n), n - 1
+    yield "outer", lambda x: r.with_outer(r.splice(x, "base", n - 1, n), "base"), 0
+    yield "nothing", lambda x: x, n
+    yield "first", lambda x: r.splice(x, "base", 0, 1), 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_reusing_changes_no_bit(tiny_pair, family):
+    """Every change asked of one engine in a row, against an engine that has never seen another model."""
+    pair = tiny_pair(family)
+    live = pair.live()
+    engine = pair.engine(live)
+    for what, operation, below in changes(len(live.original)):
+        live.apply(operation(live.original))
+        assert engine._unchanged() == below, what
+        assert same(ask(engine), ask(pair.engine(live))), what
+
+
+def test_a_window_sweep_runs_the_lower_layers_once(tiny_pair, runs):
+    """n windows need n * (n + 1) / 2 layers a batch, and each lower layer once more on the way up."""
+    pair = tiny_pair("llama")
+    live = pair.live()
+    engine, n = pair.engine(live), len(live.original)
+    engine.loglikelihood(PAIRS)
+    assert runs[0] == n
+    for a in range(n):
+        live.apply(r.splice(live.original, "base", a, a + 1))
+        engine.loglikelihood(PAIRS)
+    assert runs[0] == n + n * (n + 1) // 2 + (n - 1)
+    live.apply(live.original)
+    engine.loglikelihood(PAIRS)  # the unmodified model has all of them in common
+    assert runs[0] == n + n * (n + 1) // 2 + (n - 1) + 1
+
+
+def test_an_injected_beginning_is_never_reused(tiny_pair):
+    """Caches that hold more than tokens and weights say: the same prompts on other caches get other numbers."""
+    pair = tiny_pair("llama")
+    live = pair.live()
+    engine = pair.engine(live)
+    live.apply(r.splice(live.original, "base", 2, 3))
+    found = []
+    for scale in (1.0, 3.0):
+        caches = engine.empty_caches(1, len(SHARED))
+        engine.prefill([SHARED], caches)
+        for cache in caches:
+            cache.v *= scale
+        found.append(engine.next_token_logprobs([p[len(SHARED) :] for p in PROMPTS[:3]], caches, [0, 0, 0]))
+    assert not torch.allclose(*found) and not engine._entered
+
+
+def test_little_memory_keeps_little(tiny_pair, monkeypatch):
+    monkeypatch.setattr(generation, "KEPT_BYTES", 0)
+    pair = tiny_pair("llama")
+    live = pair.live()
+    engine = pair.engine(live)
+    live.apply(r.splice(live.original, "base", 2, 3))
+    assert same(ask(engine), ask(engine)) and not engine._entered
+
+
+def test_what_is_kept_belongs_to_the_whole_prompt(tiny_pair):
+    """Two beginnings of one length with the same ends must not be taken for each other."""
+    pair = tiny_pair("llama")
+    live = pair.live()
+    engine, other = pair.engine(live), tiny.random_prompt(5, len(SHARED))
+    live.apply(r.splice(live.original, "base", 2, 3))
+    for start in (SHARED, other, SHARED):
+        prompts = [start + p[len(SHARED) :] for p in PROMPTS[:3]]
+        assert torch.equal(engine.next_token_logprobs(prompts), pair.engine(live).next_token_logprobs(prompts))
+    assert len(engine._entered) == 2
