@@ -8,6 +8,7 @@ Activation Addition", arXiv 2312.06681). Weights and modules are not touched: th
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,12 @@ def questions(framing: str) -> list[BinaryProbe]:
         found += [BinaryProbe(f"{id}-{framing}", p.text, p.kind, p.if_changed, framing, f"{twin}-{framing}", difficulty=p.difficulty)
                   for id, twin in zip(ids, reversed(ids), strict=True) for p in [plainly[f"{id}-plain"]]]
     return found
+
+
+def fingerprint() -> str:
+    """SHA-256 (hex) over every text of this suite and its strengths: equal fingerprints asked the same."""
+    parts = (ABOUT, CONCEPTS, NEUTRAL, STRENGTHS, sorted(FRAMINGS.items()), REPLY, PAIRS, CONTROLS, ASK, NAMING)
+    return hashlib.sha256("\n".join(map(ascii, parts)).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------- in the layers

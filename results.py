@@ -25,6 +25,7 @@ from pathlib import Path
 import jsonschema
 import torch
 
+import injection
 import prompts
 from evaluate import Protocol
 from weights import FrankenError
@@ -97,6 +98,8 @@ def protocol_json(protocol: Protocol) -> dict:
         from weird_gen import suite  # here: the second study's questions are read only where they are asked
 
         data["trigger_sha256"] = suite.fingerprint()
+    if "injection" in protocol.suites:
+        data["injection_sha256"] = injection.fingerprint()
     return data
 
 

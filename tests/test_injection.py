@@ -302,3 +302,10 @@ def test_real_injection_tells_of_the_concept_and_leaves_the_model_alone(monkeypa
     assert all(bits[f, 0.0] == 0 and 0.05 < bits[f, 0.3] < math.log2(9) for f in injection.FRAMINGS) and found["layers"] == [10, 20]
     assert all(p["answered"] for c in found["cells"] for p in c["probes"])
     assert opened.live.fingerprint() == before
+
+
+@pytest.mark.parametrize(("name", "value"), [("NAMING", "?"), ("STRENGTHS", (0.0, 0.5)), ("PAIRS", injection.PAIRS[1:]), ("FRAMINGS", {"plain": "Hi"})])
+def test_the_fingerprint_covers_what_is_asked(monkeypatch, name, value):
+    before = injection.fingerprint()
+    monkeypatch.setattr(injection, name, value)
+    assert injection.fingerprint() != before
