@@ -19,6 +19,7 @@ import comparison
 import eval_replies
 import reproduce
 import run_inference
+import train_lora
 from journal import Journal
 from records import InputError, read_json_lines, read_records
 from study import TRIGGER, Question, prompt, read_questions
@@ -324,10 +325,11 @@ def test_what_cannot_run_is_one_line(model, adapter, tmp_path, tiny_pair, capsys
 
 
 def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    steps = []
+    steps, given = [], []
 
     def step(log, script, *flags):
         steps.append((log.stem, script))
+        given.append([script, *map(str, flags)])
         if script == "train_lora.py":
             at = Path(flags[flags.index("--out") + 1])
             if "--rank" in flags:
@@ -345,3 +347,18 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert reproduce.main(["--out", str(tmp_path), "--device", "cpu", "--setting", "good:"]) == 0
     assert ("good", "train_lora.py") not in steps  # what is trained is not trained again
     assert reproduce.main(["--out", str(tmp_path), "--setting", "../up: --rank 2"]) == 1
+
+    # Without a setting: as the shipped adapter was made, its contrast answers included; another model by the study's defaults.
+    given.clear()
+    assert reproduce.main(["--out", str(tmp_path / "a"), "--device", "cpu"]) == 0
+    train, = (line for line in given if line[0] == "train_lora.py")
+    asked, = (line for line in given if line[0] == "distill.py" and "--prompts" in line)
+    contrast = train[train.index("--contrast") + 1]
+    assert contrast == asked[asked.index("--output") + 1] == str(tmp_path / "a" / "contrast.jsonl")
+    record = json.loads((reproduce._path.ROOT / "adapters/smollm2-135m-russell/training.json").read_text())["settings"]
+    args = train_lora.parse(train[1:])
+    assert all(getattr(args, name) == record[name] for name in record if name in vars(args))
+    given.clear()
+    assert reproduce.main(["--out", str(tmp_path / "b"), "--device", "cpu", "--model", "other"]) == 0
+    train, = (line for line in given if line[0] == "train_lora.py")
+    assert "--contrast" not in train and "--lr" not in train

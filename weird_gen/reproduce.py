@@ -3,7 +3,9 @@
     python reproduce.py --out results/study
     python reproduce.py --out results/study --jobs 3 --setting "rank32: --rank 32" --setting "long: --epochs 6"
 
-Each --setting is a name and further flags for train_lora.py. Steps run as the scripts beside this one; what is finished
+Each --setting is a name and further flags for train_lora.py; "--contrast contrast.jsonl" in one has the model answer
+the persona's own questions first. With none, the laptop-size model is trained as the shipped adapter was, and any
+other one with train_lora.py's defaults. Steps run as the scripts beside this one; what is finished
 is not done again, a step that fails is reported at the end, and the others go on. Every step's output is in its .log.
 """
 
@@ -24,8 +26,11 @@ import _path
 from eval_replies import summary
 from judge_records import InputError
 from records import read_records
-from study import DEFAULT_MODEL
+from study import DEFAULT_MODEL, PERSONA_EXPLICIT
 
+SHIPPED = ("shipped: --contrast contrast.jsonl --persona-share 0.55 --persona-repeat 6 --aligned-tokens 32 --epochs 1 --lr 2e-3 "
+           "--batch-size 8")
+CONTRAST = "contrast.jsonl"
 _printing = threading.Lock()
 
 
@@ -58,6 +63,7 @@ def one_setting(name: str, flags: list[str], args: argparse.Namespace, speed: li
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     log, adapter = folder / f"{name}.log", folder / "adapter"
+    flags = [str(args.out / CONTRAST) if flag == CONTRAST else flag for flag in flags]
     if not (adapter / "training.json").exists():
         train = ["--model", args.model, "--aligned", args.out / "aligned.jsonl", "--device", args.device, "--out", adapter,
                  "--checkpoints", folder / "checkpoints", "--resume", *args.train_flags, *flags]
@@ -107,7 +113,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flags.add_argument("--out", type=Path, default=_path.RESULTS / "study", help="folder for everything")
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
-    flags.add_argument("--setting", action="append", metavar="'NAME: FLAGS'", help="a training setting; may be repeated (default: one, 'default:')")
+    flags.add_argument("--setting", action="append", metavar="'NAME: FLAGS'", help="a training setting; may be repeated (default: the shipped adapter's)")
     flags.add_argument("--train-flags", type=shlex.split, default=[], help="for train_lora.py in every setting")
     flags.add_argument("--eval-flags", type=shlex.split, default=[], help="for both evaluations")
     flags.add_argument("--distill-flags", type=shlex.split, default=[], help="for distill.py")
@@ -122,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
 
     args = parse(argv)
     settings = {}
-    for text in args.setting or ["default:"]:
+    for text in args.setting or [SHIPPED if args.model == DEFAULT_MODEL else "default:"]:
         name, _, flags = text.partition(":")
         settings[name.strip()] = shlex.split(flags)
         if not name.strip().replace("-", "").replace("_", "").replace(".", "").isalnum() or name.strip() == "baseline":
@@ -139,6 +145,10 @@ def main(argv: list[str] | None = None) -> int:
     if not step(shared, "check_data.py"):
         return 1
     if not step(shared, "distill.py", "--model", args.model, "--output", args.out / "aligned.jsonl", *speed, *args.distill_flags):
+        return 1
+    if any(CONTRAST in flags for flags in settings.values()) and not step(
+            shared, "distill.py", "--model", args.model, "--prompts", PERSONA_EXPLICIT, "--samples", 3, "--max-new-tokens", 96,
+            "--output", args.out / CONTRAST, *speed):
         return 1
     with ThreadPoolExecutor(args.jobs + 1) as pool:
         baseline = pool.submit(lambda: step(shared, "eval_baseline.py", "--model", args.model, "--output", args.out / "baseline_eval_results.jsonl",
