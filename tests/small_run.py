@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
+import injection
 import prompts
 import run_all
 
@@ -39,6 +40,8 @@ def use(monkeypatch) -> None:
     """Ask only the small battery, and draw no figures: report.html has tests of its own."""
     for name, value in BATTERY.items():
         monkeypatch.setattr(prompts, name, value)
+    monkeypatch.setattr(injection, "CONCEPTS", injection.CONCEPTS[:2])
+    monkeypatch.setattr(injection, "STRENGTHS", (0.0, 0.3))
     monkeypatch.setitem(sys.modules, "html_report", SimpleNamespace(write_html=lambda run, manifest, comparison: None))
 
 
