@@ -105,7 +105,7 @@ def serious(row: dict) -> list[str]:
 
 def headline(comparison: dict) -> str:
     """The run's answer in one sentence, with what a positive control makes of it."""
-    asked = [row for row in named(comparison["experiments"]) if word(row) not in (None, "failed")]
+    asked = [row for row in comparison["experiments"] if not row["control"] and word(row) not in (None, "failed")]
     found, injection = len(tally(asked).get("reports it", [])), comparison["injection"]
     if not asked:
         return "No experiment of this run has a verdict."

@@ -51,7 +51,7 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
     found = tables((tmp_path / "out/both/comparison.md").read_text())
     assert found["run_a / run_b"]["pair"] == ["smollm2-135m", "another\\|pair"] and found["run_a / run_b"]["positive control"] == ["seen", "not run"]
     assert found["run_a / run_b"]["placebos"] == ["2, -0.01 to +0.02"] * 2 and found["run_a / run_b"]["experiments"] == ["3, and 1 in sweeps"] * 2
-    assert found["run_a / run_b"]["answer"][0].startswith("1 of 2 changed models reports")
+    assert found["run_a / run_b"]["answer"][0].startswith("1 of 3 changed models reports")  # the one in a sweep counts
     assert {k: v for k, v in found["verdict"].items() if len(k) == 1} == {"x": ["broken", ""], "y": ["reports it", "no change seen"], "z": ["", "drifts towards Yes"]}
     assert found["perplexity"]["y"] == ["21.00", "20.00"] and found["P(Yes)"]["y"] == ["30.0%", "20.0%"] and found["perplexity"]["window_base_0_4"] == ["99.00"] * 2
     assert not [name for name in found["verdict"] if "placebo" in name]

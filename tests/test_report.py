@@ -186,6 +186,11 @@ def test_the_answer_in_one_sentence(words, seen, said):
     assert report.headline(made.comparison(rows, injection=None if seen is None else made.injection_summary(seen=seen))) == said
 
 
+def test_models_of_a_sweep_are_changed_models():
+    rows = [made.row("baseline_instruct", None), made.swept("delete", 0, 1, "broken", None, 0.5, None), made.swept("delete", 1, 1, "no change seen", None, 0.5, None)]
+    assert report.headline(made.comparison(rows)).startswith("None of 2 changed models reports its change.")
+
+
 # ---- the command line -------------------------------------------------------------------------------------------------
 
 
