@@ -256,6 +256,7 @@ class Engine:
     def _halve(self, what: str) -> None:
         setattr(self, what, max(1, getattr(self, what) // 2))
         self.timing.out_of_memory += 1
+        self._entered.clear()  # they only save time
         torch.cuda.empty_cache()
 
     def next_token_logprobs(self, prompts: Sequence[tuple[int, ...]], caches: list[KV] | None = None, rows: Sequence[int] = ()) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 
 import generation
 import recipes as r
+from generation import Engine
 
 SHARED = tiny.random_prompt(1, 90)
 PROMPTS = [SHARED + tiny.random_prompt(k, n) for k, n in enumerate((4, 9, 6))] + [tiny.random_prompt(9, 11)]
@@ -99,13 +100,20 @@ def test_little_memory_keeps_little(tiny_pair, monkeypatch):
     assert same(ask(engine), ask(engine)) and not engine._entered
 
 
-def test_what_is_kept_belongs_to_the_whole_prompt(tiny_pair):
-    """Two beginnings of one length with the same ends must not be taken for each other."""
+def test_a_full_memory_gives_up_what_is_kept(tiny_pair, monkeypatch):
     pair = tiny_pair("llama")
     live = pair.live()
-    engine, other = pair.engine(live), tiny.random_prompt(5, len(SHARED))
+    engine, forward, kept = pair.engine(live), Engine.forward, []
     live.apply(r.splice(live.original, "base", 2, 3))
-    for start in (SHARED, other, SHARED):
-        prompts = [start + p[len(SHARED) :] for p in PROMPTS[:3]]
-        assert torch.equal(engine.next_token_logprobs(prompts), pair.engine(live).next_token_logprobs(prompts))
-    assert len(engine._entered) == 2
+    expected = ask(engine)
+
+    def full_once(self, ids, *args, **kwargs):
+        kept.append(len(self._entered))
+        if len(ids) > 1 and not self.timing.out_of_memory:
+            raise torch.OutOfMemoryError
+        return forward(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(Engine, "forward", full_once)
+    found = ask(engine)
+    assert torch.allclose(found[0], expected[0], atol=1e-5) and np.allclose(found[1], expected[1], atol=1e-5)
+    assert engine.timing.out_of_memory == 1 and kept[0] > 1 and 0 in kept
