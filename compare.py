@@ -11,10 +11,9 @@ from scipy.special import expit
 
 import detection
 import stats
+from experiments import BASELINE
 from results import SCHEMA_VERSION, Run
 from verdicts import MIN_FLATTENING, verdict
-
-BASELINE = "baseline_instruct"
 
 
 def compare(run: Run, manifest: dict) -> dict:

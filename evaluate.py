@@ -21,6 +21,7 @@ import prompts
 from generation import Completion, Engine, Request
 from grading import describe_reply
 from injection import Injection
+from prompts import GROUPS
 from stats import MASS_FLOOR, log_odds_from_logprobs, readings_to_json, wilson_interval
 from weights import FrankenError
 
@@ -32,17 +33,13 @@ TOP_TOKENS = 8
 class Protocol:
     """What is asked and how. Two results are comparable if their protocols are equal."""
 
-    suites: tuple[str, ...] = ("informed", "blind", "binary", "formats", "capability", "perplexity", "chat")
+    suites: tuple[str, ...] = GROUPS["all"]
     samples: int = 1  # replies per free-text probe
     max_new_tokens: int = 80  # of a free-text reply; capability items have budgets of their own
     temperature: float = 0.7  # of free-text replies; capability answers are greedy
     seed: int = 0
     execute_code: bool = False
     texts: tuple[tuple[str, str], ...] = field(default_factory=lambda: tuple(sorted(prompts.NEUTRAL_TEXTS.items())))
-
-
-GROUPS = {"introspection": ("informed", "blind", "binary", "formats"), "quick": ("binary", "perplexity"),
-          "all": ("informed", "blind", "binary", "formats", "capability", "perplexity", "chat")}
 
 
 def parse_suites(text: str) -> tuple[str, ...]:

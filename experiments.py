@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
-import evaluate
+import prompts
 from recipes import (
     PERMUTED,
     Recipe,
@@ -191,7 +191,7 @@ def _swap_chunks(a: tuple[int, int], b: tuple[int, int]):
 
 
 PLACEBO_SEEDS = 7
-QUICK, EVERYTHING = evaluate.GROUPS["quick"], evaluate.GROUPS["all"]
+QUICK, EVERYTHING = prompts.GROUPS["quick"], prompts.GROUPS["all"]
 
 
 def _placebo(what: str, k: int) -> Experiment:
@@ -292,7 +292,7 @@ def with_suites(chosen: Sequence[Experiment], given: tuple[str, ...] | None, mat
     """
     asked = [replace(e, suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING) for e in chosen]
     union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites} | {*((given or QUICK) if matched_noise else ())}
-    whole = tuple(name for name in evaluate.SUITES if name in union) or given or EVERYTHING
+    whole = tuple(name for name in prompts.SUITES if name in union) or given or EVERYTHING
     return [replace(e, suites=whole) if e.name == BASELINE else e for e in asked]
 
 
@@ -333,7 +333,7 @@ def load_file(path: str) -> list[Experiment]:
 
 
 def _are_suites(found: object) -> bool:
-    return found is None or (isinstance(found, tuple) and bool(found) and all(name in tuple(evaluate.SUITES) for name in found))
+    return found is None or (isinstance(found, tuple) and bool(found) and all(name in prompts.SUITES for name in found))
 
 
 def _is_sweep(found: object) -> bool:

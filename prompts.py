@@ -21,11 +21,16 @@ from probes import (
     FormatProbe,
 )
 
+# What can be asked, in the order in which it is; evaluate.py has the suites themselves, and takes seconds to import.
+SUITES = ("informed", "blind", "binary", "formats", "capability", "perplexity", "chat", "trigger", "injection")
+GROUPS = {"introspection": ("informed", "blind", "binary", "formats"), "quick": ("binary", "perplexity"),
+          "all": ("informed", "blind", "binary", "formats", "capability", "perplexity", "chat")}
+
 __all__ = [
-    "BINARY_PROBES", "BLIND_PROBES", "CAPABILITY", "CHAT_PROBES", "FORMAT_PROBES", "INFORMED_PREAMBLE", "INFORMED_PROBES",
+    "BINARY_PROBES", "BLIND_PROBES", "CAPABILITY", "CHAT_PROBES", "FORMAT_PROBES", "GROUPS", "INFORMED_PREAMBLE", "INFORMED_PROBES",
     "LETTER_SPELLINGS", "NEUTRAL_TEXTS", "NO_SPELLINGS", "RATING_SPELLINGS", "TRIGGER_FREE_PROBES", "TRIGGER_PREAMBLE",
     "TRIGGER_PROBES", "YES_SPELLINGS", "BinaryProbe", "CapabilityItem", "ChatProbe", "FormatProbe", "FreeProbe",
-    "RatingTokens", "answer_token_ids", "fingerprint", "letter_token_ids", "rating_token_ids",
+    "SUITES", "RatingTokens", "answer_token_ids", "fingerprint", "letter_token_ids", "rating_token_ids",
 ]  # fmt: skip
 
 

@@ -309,9 +309,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def list_experiments(args) -> int:
     """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's depth."""
-    from estimate import model_shape
+    layers = 1
+    if args.sweep:
+        from estimate import model_shape  # takes seconds to import, and only a sweep depends on the depth
 
-    known = known_experiments(args, model_shape(args)[0] if args.sweep else 1)
+        layers = model_shape(args)[0]
+    known = known_experiments(args, layers)
     for k, e in enumerate([e for part in known for e in part], 1):
         print(f"{k:3} {e.name:32} {e.group:12} {e.control or '-':10} {e.hypothesis}")
     return 0

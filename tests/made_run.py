@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import compare
 from results import Run, write_json
 
 CATEGORIES = ("arithmetic", "code")
@@ -274,3 +276,25 @@ def study(path, layers: int = 30, text: str = "I am fine.", **changes) -> tuple[
     auroc = {"detection": {"value": 0.58, "low": 0.45, "high": 0.7, "n": 30}, "p_yes": {"value": 0.74, "low": 0.6, "high": 0.85, "n": 33}, "n_modified": 12, "n_placebo": 21}
     run, manifest = make(path, results, layers=layers)
     return run, manifest, comparison(rows, run=path.name, auroc=auroc, injection=injection_summary()) | changes
+
+
+BEFORE = [True] * 6 + [False] * 4  # capability of the baseline
+LOST = [True] * 1 + [False] * 5 + [False] * 4  # five lost, none gained: p = 2 / 2**5
+
+
+def compared(folder: Path) -> tuple[dict, dict]:
+    """(comparison, manifest) of a run in `folder`: a baseline, changes that drift, notice, oppose or are destroyed, a failure."""
+    baseline = everything(capability=capability(BEFORE), perplexity=perplexity([2.0, 3.0, 2.5]))
+    drifting = everything(binary=binary(drift=1.0, flattening=-0.3), capability=capability(LOST), perplexity=perplexity([2.5, 3.1, 2.9]))
+    results = [
+        result("baseline_instruct", baseline),
+        result("drifts", drifting),
+        result("notices", {"binary": binary(drift=1.0, flattening=-0.3, effect=2.0), "capability": capability(BEFORE)}),
+        result("opposes", {"binary": binary(effect=-2.0)}),
+        result("mute", {"binary": binary(mass=0.001)}, experiment__collapsed=True, experiment__notes=["collapsed: on 30 layers it changes nothing"],
+                    experiment__recipe=result("drifts", {})["experiment"]["recipe"]),
+        result("destroyed", {"binary": binary(mass=None), "perplexity": perplexity([None, 3.0, 2.0])}),
+        result("broken"),
+    ]  # fmt: skip
+    run, manifest = make(folder, results, missing=("later",))
+    return compare.compare(run, manifest), manifest

@@ -451,3 +451,7 @@ def test_suite_names():
     for text, words in (("binari", "unknown suite 'binari'; there are informed, blind"), ("", "no suite"), (" ,", "no suite")):
         with pytest.raises(FrankenError, match=words):
             ev.parse_suites(text)
+
+
+def test_every_suite_that_has_a_name_is_there():
+    assert tuple(ev.SUITES) == prompts.SUITES and {name for group in prompts.GROUPS.values() for name in group} <= {*prompts.SUITES}

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_franken import MOVES, instruct
+from test_reuse import BRANCHES, STARTS
 
 import recipes as r
-from generation import Completion, Engine, Request, draw, find_stop_ids, shared_prefixes
+from generation import Completion, Engine, Request, draw, find_stop_ids
 from weights import Checkpoint, FrankenError
 
 PROMPTS = [tiny.random_prompt(20 + k, n) for k, n in enumerate([3, 12, 7, 1, 23, 7])]
@@ -212,59 +213,6 @@ def test_logprobs_equal_transformers(tiny_pair, family):
         np.testing.assert_allclose(found, want, atol=3e-4, rtol=1e-4)
 
 
-SHARED = [tiny.random_prompt(90, 30), tiny.random_prompt(91, 45)]
-BRANCHES = [SHARED[k % 2] + tiny.random_prompt(60 + k, 1 + 3 * k) for k in range(9)] + [SHARED[1] + PROMPTS[0][:1]] + PROMPTS
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_shared_beginning_is_computed_once_and_changes_nothing(tiny_pair, family):
-    """Prefixes longer than the sliding windows, suffixes shorter and longer, one layer at two positions."""
-    pair = tiny_pair(family)
-    live = pair.live()
-    engine = pair.engine(live)
-    live.apply(r.repeat(r.swap(live.original, 0, 1), 0, 3))
-    rebuilt = pair.rebuilt(instruct(1, 0, 2, 1, 0, 2, 3, 4, 5))
-    want = [tiny.hf_logits(rebuilt, prompt).log_softmax(-1) for prompt in BRANCHES]
-    engine.timing.prefill_tokens = 0
-    got = engine.next_token_logprobs(BRANCHES)
-    assert engine.timing.prefill_tokens == sum(map(len, BRANCHES)) - 4 * 30 - 4 * 45
-    torch.testing.assert_close(got, torch.stack([w[-1] for w in want]), atol=3e-4, rtol=1e-4)
-    engine.prefill_tokens = 120
-    torch.testing.assert_close(engine.next_token_logprobs(BRANCHES), got, atol=3e-5, rtol=0)
-    pairs = [(p[:k], p[k:]) for p in BRANCHES[:9] for k in (len(p) - 1, 40) if k < len(p)]
-    engine.timing.prefill_tokens = 0
-    for (prefix, target), found in zip(pairs, engine.loglikelihood(pairs), strict=True):
-        logp = want[BRANCHES.index(prefix + target)]
-        np.testing.assert_allclose(found, [float(logp[len(prefix) + k - 1, t]) for k, t in enumerate(target)], atol=3e-4, rtol=1e-4)
-    assert engine.timing.prefill_tokens < 0.6 * sum(len(a) + len(b) for a, b in pairs)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 70), st.integers(0, 3), st.integers(1, 5)), max_size=7), st.integers(0, 40))
-def test_groups_of_shared_beginnings_are_the_cheapest(rows, cost):
-    """Against trying all cuts of the sorted prompts; groups are complete, and leave what is needed."""
-    prompts = [((0,) * min(k, 20) + (branch,) * k)[:k] + (7,) * tail + (5,) for branch, k, tail, _ in rows]
-    needed = [min(n, len(p)) for p, (*_, n) in zip(prompts, rows, strict=True)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("generation.PASS_TOKENS", cost)
-        groups = shared_prefixes(prompts, needed)
-    assert sorted(i for _, group in groups for i in group) == list(range(len(prompts)))
-    for shared, group in groups:
-        assert len({prompts[i][:shared] for i in group}) == 1 and all(len(prompts[i]) - shared >= needed[i] for i in group)
-
-    def most(order):
-        """Tokens saved by the best way to cut this order into groups."""
-        best = 0 if len(order) < 2 else most(order[1:])
-        for n in range(2, len(order) + 1):
-            room = min(len(prompts[i]) - needed[i] for i in order[:n])
-            shared = next((k for k in range(room) if len({prompts[i][k] for i in order[:n]}) > 1), room)
-            best = max(best, ((n - 1) * shared - cost if shared else 0) + most(order[n:]))
-        return best
-
-    saved = sum((len(group) - 1) * shared - cost for shared, group in groups if shared)
-    assert saved == most(sorted(range(len(prompts)), key=lambda i: prompts[i]))
-
-
 def test_likelihoods_longer_than_one_block_and_of_nothing(tiny_pair):
     engine = tiny_pair("llama").engine()
     text = tiny.random_prompt(3, 400)
@@ -395,11 +343,11 @@ def test_a_broken_row_does_not_spread(tiny_pair):
     assert clean and [got[k] for k in clean] == [want[k] for k in clean]
     assert not got[1].finite
     assert engine.next_token_logprobs([good, bad, long]).isfinite().all(-1).tolist() == [True, False, True]
-    group = [SHARED[1] + good, SHARED[1] + bad, SHARED[1] + long]
+    group = [STARTS[1] + good, STARTS[1] + bad, STARTS[1] + long]
     engine.timing.prefill_tokens = 0
     assert engine.next_token_logprobs(group).isfinite().all(-1).tolist() == [True, False, True]
-    assert engine.timing.prefill_tokens == sum(map(len, group)) - 2 * len(SHARED[1])  # the prefix once for all three
-    assert not engine.next_token_logprobs([bad + SHARED[1] + p for p in PROMPTS]).isfinite().any()
+    assert engine.timing.prefill_tokens == sum(map(len, group)) - 2 * len(STARTS[1])  # the prefix once for all three
+    assert not engine.next_token_logprobs([bad + STARTS[1] + p for p in PROMPTS]).isfinite().any()
 
 
 def out_of_memory_above(rows):

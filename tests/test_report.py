@@ -11,9 +11,6 @@ import compare
 import figures
 import report
 
-BEFORE = [True] * 6 + [False] * 4  # capability of the baseline
-LOST = [True] * 1 + [False] * 5 + [False] * 4  # five lost, none gained: p = 2 / 2**5
-
 
 def sigmoid(x):
     return 1 / (1 + math.exp(-x))
@@ -21,20 +18,7 @@ def sigmoid(x):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    baseline = made.everything(capability=made.capability(BEFORE), perplexity=made.perplexity([2.0, 3.0, 2.5]))
-    drifting = made.everything(binary=made.binary(drift=1.0, flattening=-0.3), capability=made.capability(LOST), perplexity=made.perplexity([2.5, 3.1, 2.9]))
-    results = [
-        made.result("baseline_instruct", baseline),
-        made.result("drifts", drifting),
-        made.result("notices", {"binary": made.binary(drift=1.0, flattening=-0.3, effect=2.0), "capability": made.capability(BEFORE)}),
-        made.result("opposes", {"binary": made.binary(effect=-2.0)}),
-        made.result("mute", {"binary": made.binary(mass=0.001)}, experiment__collapsed=True, experiment__notes=["collapsed: on 30 layers it changes nothing"],
-                    experiment__recipe=made.result("drifts", {})["experiment"]["recipe"]),
-        made.result("destroyed", {"binary": made.binary(mass=None), "perplexity": made.perplexity([None, 3.0, 2.0])}),
-        made.result("broken"),
-    ]  # fmt: skip
-    run, manifest = made.make(tmp_path_factory.mktemp("run") / "run_x", results, missing=("later",))
-    return compare.compare(run, manifest), manifest
+    return made.compared(tmp_path_factory.mktemp("run") / "run_x")
 
 
 def row(compared, name):

@@ -1,13 +1,16 @@
-"""Layers below a change are not computed again: the same numbers to the bit, from fewer runs of layers."""
+"""What is computed once: tokens that prompts begin with, and layers below a change; the same numbers from less work."""
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_franken import instruct
 
 import generation
 import recipes as r
-from generation import Engine
+from generation import Engine, shared_prefixes
 
 SHARED = tiny.random_prompt(1, 90)
 PROMPTS = [SHARED + tiny.random_prompt(k, n) for k, n in enumerate((4, 9, 6))] + [tiny.random_prompt(9, 11)]
@@ -117,3 +120,59 @@ def test_a_full_memory_gives_up_what_is_kept(tiny_pair, monkeypatch):
     found = ask(engine)
     assert torch.allclose(found[0], expected[0], atol=1e-5) and np.allclose(found[1], expected[1], atol=1e-5)
     assert engine.timing.out_of_memory == 1 and kept[0] > 1 and 0 in kept
+
+
+# ---- beginnings -----------------------------------------------------------------------------------------------------
+
+SHORT = [tiny.random_prompt(20 + k, n) for k, n in enumerate([3, 12, 7, 1, 23, 7])]
+STARTS = [tiny.random_prompt(90, 30), tiny.random_prompt(91, 45)]
+BRANCHES = [STARTS[k % 2] + tiny.random_prompt(60 + k, 1 + 3 * k) for k in range(9)] + [STARTS[1] + SHORT[0][:1]] + SHORT
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_shared_beginning_is_computed_once_and_changes_nothing(tiny_pair, family):
+    """Prefixes longer than the sliding windows, suffixes shorter and longer, one layer at two positions."""
+    pair = tiny_pair(family)
+    live = pair.live()
+    engine = pair.engine(live)
+    live.apply(r.repeat(r.swap(live.original, 0, 1), 0, 3))
+    rebuilt = pair.rebuilt(instruct(1, 0, 2, 1, 0, 2, 3, 4, 5))
+    want = [tiny.hf_logits(rebuilt, prompt).log_softmax(-1) for prompt in BRANCHES]
+    engine.timing.prefill_tokens = 0
+    got = engine.next_token_logprobs(BRANCHES)
+    assert engine.timing.prefill_tokens == sum(map(len, BRANCHES)) - 4 * 30 - 4 * 45
+    torch.testing.assert_close(got, torch.stack([w[-1] for w in want]), atol=3e-4, rtol=1e-4)
+    engine.prefill_tokens = 120
+    torch.testing.assert_close(engine.next_token_logprobs(BRANCHES), got, atol=3e-5, rtol=0)
+    pairs = [(p[:k], p[k:]) for p in BRANCHES[:9] for k in (len(p) - 1, 40) if k < len(p)]
+    engine.timing.prefill_tokens = 0
+    for (prefix, target), found in zip(pairs, engine.loglikelihood(pairs), strict=True):
+        logp = want[BRANCHES.index(prefix + target)]
+        np.testing.assert_allclose(found, [float(logp[len(prefix) + k - 1, t]) for k, t in enumerate(target)], atol=3e-4, rtol=1e-4)
+    assert engine.timing.prefill_tokens < 0.6 * sum(len(a) + len(b) for a, b in pairs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 70), st.integers(0, 3), st.integers(1, 5)), max_size=7), st.integers(0, 40))
+def test_groups_of_shared_beginnings_are_the_cheapest(rows, cost):
+    """Against trying all cuts of the sorted prompts; groups are complete, and leave what is needed."""
+    prompts = [((0,) * min(k, 20) + (branch,) * k)[:k] + (7,) * tail + (5,) for branch, k, tail, _ in rows]
+    needed = [min(n, len(p)) for p, (*_, n) in zip(prompts, rows, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("generation.PASS_TOKENS", cost)
+        groups = shared_prefixes(prompts, needed)
+    assert sorted(i for _, group in groups for i in group) == list(range(len(prompts)))
+    for shared, group in groups:
+        assert len({prompts[i][:shared] for i in group}) == 1 and all(len(prompts[i]) - shared >= needed[i] for i in group)
+
+    def most(order):
+        """Tokens saved by the best way to cut this order into groups."""
+        best = 0 if len(order) < 2 else most(order[1:])
+        for n in range(2, len(order) + 1):
+            room = min(len(prompts[i]) - needed[i] for i in order[:n])
+            shared = next((k for k in range(room) if len({prompts[i][k] for i in order[:n]}) > 1), room)
+            best = max(best, ((n - 1) * shared - cost if shared else 0) + most(order[n:]))
+        return best
+
+    saved = sum((len(group) - 1) * shared - cost for shared, group in groups if shared)
+    assert saved == most(sorted(range(len(prompts)), key=lambda i: prompts[i]))
