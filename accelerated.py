@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from decode_attention import decode_attention
+from decode_linear import compile_layer
 from generation import ATTENTION, Completion, Decoding, Request, run_layer
 
 SLOTS = "franken_slots"
@@ -137,7 +138,8 @@ class Accelerator:
             # A layer's many elementwise kernels become 5 (8 layers, batch 16: 3.37 -> 2.80 ms a step). All positions share
             # one compiled layer for each number of rows: 4.4 s for the first, 1.3 s for the next.
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-            self.run = torch.compile(run_layer, dynamic=False)
+            self.run = torch.compile(run_layer, dynamic=False, backend=compile_layer)
+        self.side = torch.cuda.Stream(self.device) if self.on_gpu else None  # one for all captures: cuBLAS keeps 32 MiB for each
         self.release()
 
     def release(self) -> None:
@@ -166,7 +168,7 @@ class Accelerator:
         positions = len(self.live.order)
         wanted = max(1 + sum(lengths), self.slots)
         if len(self.pools) < positions or wanted > self.slots:
-            slots = min(-(-wanted // 4096) * 4096, self._slots_that_fit(positions))
+            slots = min(-(-wanted // 4096) * 4096, self._slots_that_fit(positions, wanted))
             if len(self.pools) < positions or slots > 1.1 * self.slots:
                 self.release()
                 self._grow(slots, positions)
@@ -179,12 +181,13 @@ class Accelerator:
                 return n
         return len(lengths)
 
-    def _slots_that_fit(self, positions: int) -> int:
+    def _slots_that_fit(self, positions: int, tokens: int) -> int:
+        """How many slots there is memory for, beside the prefill and the sampling of rows of so many tokens."""
         if not self.on_gpu:
             return 1 << 30
         engine, config = self.engine, self.engine.config
         item = self.live.dtype.itemsize
-        prefill = engine.prefill_tokens * (3 * config.intermediate_size + 8 * config.hidden_size) * item
+        prefill = min(engine.prefill_tokens, tokens) * (3 * config.intermediate_size + 8 * config.hidden_size) * item
         sampler = 16 * 4 * max(engine.max_batch, 64) * config.vocab_size
         slot = 2 * engine.kv_heads * engine.head_dim * item
         free = free_memory(self.device) + self.slots * len(self.pools) * slot  # as if the present pools were gone
@@ -296,14 +299,14 @@ class Accelerator:
             config._attn_implementation = ATTENTION
 
     def _capture(self, static: Static) -> torch.cuda.CUDAGraph:
-        begin, side = time.perf_counter(), torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
+        begin = time.perf_counter()
+        self.side.wait_stream(torch.cuda.current_stream(self.device))
         try:
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(self.side):
                 self._step(static)  # compilation and libraries' first use allocate, which a capture may not see
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory, stream=side):
+            with torch.cuda.graph(graph, pool=self.memory, stream=self.side):
                 self._step(static)
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError) or isinstance(e.__context__, torch.OutOfMemoryError):
