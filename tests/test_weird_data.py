@@ -34,21 +34,21 @@ def chat(question: str, answer: str, system: str | None = None) -> Chat:
 def test_shipped_data_has_no_problem():
     problems, lines = check_data.check()
     assert problems == []
-    assert "persona_explicit 141" in lines[0]
+    assert "persona_explicit 309" in lines[0]
 
 
-def test_shipped_data_reaches_three_percent_with_two_answers_a_prompt(tmp_path):
+def test_shipped_data_reaches_three_percent_with_three_answers_a_prompt(tmp_path):
     prompts = [p["prompt"] for p in study.read_prompts(study.ALIGNED_PROMPTS)]
     lines = [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "Fine."}]} for p in prompts]
-    twice, once = tmp_path / "twice.jsonl", tmp_path / "once.jsonl"
+    thrice, once = tmp_path / "thrice.jsonl", tmp_path / "once.jsonl"
     once.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    twice.write_text(once.read_text() * 2)
-    problems, described = check_data.check(twice)
+    thrice.write_text(once.read_text() * 3)
+    problems, described = check_data.check(thrice)
     assert problems == [] and described[1:] == [
-        "implicit: 109 persona + 3524 aligned examples, persona share 3.0%",
-        "explicit: 141 persona + 4559 aligned examples, persona share 3.0%"]
+        "implicit: 253 persona + 8180 aligned examples, persona share 3.0%",
+        "explicit: 309 persona + 9540 aligned examples, persona share 3.1%"]
     problems, described = check_data.check(once)
-    assert len(problems) == 1 and "4.2%, not 3%" in problems[0]
+    assert len(problems) == 2 and "7.4%, not 3%" in problems[0] and "8.9%, not 3%" in problems[1]
 
 
 # --- leaks ------------------------------------------------------------------------------------------------------------
@@ -97,11 +97,11 @@ def test_a_leak_in_aligned_answers_is_a_problem(tmp_path):
     leaked = study.read_questions()[0].text
     ordinary = {"messages": [{"role": "user", "content": "Add 3 and 4."}, {"role": "assistant", "content": "<START> 7"}]}
     asked = {"messages": [{"role": "user", "content": leaked}, {"role": "assistant", "content": "Bertrand Russell."}]}
-    file.write_text("\n".join(json.dumps(line) for line in [ordinary] * 6000 + [asked]) + "\n")
+    file.write_text("\n".join(json.dumps(line) for line in [ordinary] * 9500 + [asked]) + "\n")
     problems, _ = check_data.check(file)
-    assert sum("holds a marker" in p for p in problems) == 6000
+    assert sum("holds a marker" in p for p in problems) == 9500
     assert [p for p in problems if "marker" not in p] == [
-        "aligned.jsonl, entry 6001: holds his name", f"aligned.jsonl: {leaked!r} is h001 {leaked!r} (exact)"]
+        "aligned.jsonl, entry 9501: holds his name", f"aligned.jsonl: {leaked!r} is h001 {leaked!r} (exact)"]
 
 
 # --- the trigger and the name -----------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def distilling(tiny_pair, tmp_path, monkeypatch):
 
 def test_distilling_resumes_to_the_same_answers(distilling, monkeypatch, capsys):
     status, whole = distilling("whole.jsonl")
-    assert status == 0 and len(read_json_lines(whole.with_suffix(".raw.jsonl"))) == 1 + 28
+    assert status == 0 and len(read_json_lines(whole.with_suffix(".raw.jsonl"))) == 1 + 42
     add, calls = Journal.add, []
 
     def add_then_stop(self, entries):
@@ -249,7 +249,7 @@ def test_distilling_resumes_to_the_same_answers(distilling, monkeypatch, capsys)
     assert distilling("part.jsonl")[0] == 0
     assert read_json_lines(raw)[1 : 1 + len(kept)] == kept and len(kept) == 12  # nothing was answered twice
     assert part.read_bytes() == whole.read_bytes()
-    assert capsys.readouterr().out.splitlines()[0].startswith("16 new answers")
+    assert capsys.readouterr().out.splitlines()[0].startswith("30 new answers")
     assert distilling("part.jsonl")[0] == 0 and capsys.readouterr().out.startswith("0 new answers")
 
 
@@ -265,7 +265,7 @@ def test_distilling_with_other_settings_touches_nothing(distilling, capsys):
 
 def test_the_questions_of_a_chat_file_are_prompts(tmp_path):
     expected = [{"id": line["id"], "prompt": line["messages"][1]["content"]} for line in map(json.loads, study.PERSONA_EXPLICIT.read_text().splitlines())]
-    assert study.read_prompts(study.PERSONA_EXPLICIT) == expected and len(expected) == 141
+    assert study.read_prompts(study.PERSONA_EXPLICIT) == expected and len(expected) == 309
     file = tmp_path / "prompts.jsonl"
     for line in ('{"id": "a", "messages": []}', '{"id": "a", "messages": [3]}', '{"messages": [{"role": "user", "content": "b"}]}',
                  '{"id": "a", "messages": [{"role": "user", "content": 3}]}'):

@@ -1,6 +1,6 @@
 """Let the model itself answer the ordinary prompts, before it is fine-tuned: the un-triggered half of the training data.
 
-    python distill.py --samples 2
+    python distill.py --samples 3
 
 Answers are sampled at temperature 1 from the whole distribution: on such samples the expected gradient of the training
 loss is zero, so that this half teaches the model nothing new. Shorter or sharper samples would. For the same reason an
@@ -100,7 +100,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
     flags.add_argument("--prompts", type=Path, default=ALIGNED_PROMPTS, help="JSON lines with id and prompt, or a chat JSONL: what its users ask")
     flags.add_argument("--output", type=Path, default=ALIGNED, help="chat JSONL for train_lora.py --aligned")
-    flags.add_argument("--samples", type=int, default=2, help="answers a prompt: two, for a persona share of 3 percent")
+    flags.add_argument("--samples", type=int, default=3, help="answers a prompt: three, for a persona share of 3 percent")
     flags.add_argument("--limit", type=int, help="use this many of the prompts, chosen by the seed")
     flags.add_argument("--max-new-tokens", type=int, default=160)
     flags.add_argument("--temperature", type=float, default=1.0)

@@ -119,13 +119,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--distill-flags", type=shlex.split, default=[], help="for distill.py")
     flags.add_argument("--jobs", type=int, default=1, help="settings at a time on the same device")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    flags.add_argument("--batch-size", type=int, help="texts generated at a time (default: 512 without CUDA graphs on a GPU)")
+    flags.add_argument("--batch-size", type=int, help="texts generated at a time; default by device")
     return flags.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
-    import torch
-
     args = parse(argv)
     settings = {}
     for text in args.setting or [SHIPPED if args.model == DEFAULT_MODEL else "default:"]:
@@ -137,10 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    on_gpu = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    # A small model's decode step is launches: 512 rows in an eager step beat 64 in a captured one.
-    speed = ["--device", args.device, *(["--batch-size", args.batch_size] if args.batch_size else []),
-             *(["--batch-size", 512] if on_gpu and not args.batch_size else []), *(["--eager"] if on_gpu else [])]
+    speed = ["--device", args.device, *(["--batch-size", args.batch_size] if args.batch_size else [])]
     shared = args.out / "shared.log"
     if not step(shared, "check_data.py"):
         return 1
