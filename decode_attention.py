@@ -52,7 +52,7 @@ def _launch(q, k, v, k_pool, v_pool, where, scale, softcap):
     groups = k.shape[1]
     q, k, v = (t if t.stride(2) == 1 and t.stride(1) == width else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
-    _kernel[batch, groups](
+    _attention_kernel[batch, groups](
         q, k, v, k_pool, v_pool, where, out, q.stride(0), k.stride(0), v.stride(0), scale, softcap,
         HEADS=heads, GROUPS=groups, WIDTH=width, WIDTH_2=max(16, triton.next_power_of_2(width)),
         FOLD=max(16, triton.next_power_of_2(heads // groups)), BLOCK=BLOCK, STAGES=STAGES, BEND=softcap > 0, num_warps=WARPS)
@@ -62,9 +62,9 @@ def _launch(q, k, v, k_pool, v_pool, where, scale, softcap):
 if triton is not None:
 
     @triton.jit
-    def _kernel(q, k, v, k_pool, v_pool, where, out, q_row, k_row, v_row, scale, softcap,
-                HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_2: tl.constexpr,
-                FOLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BEND: tl.constexpr):
+    def _attention_kernel(q, k, v, k_pool, v_pool, where, out, q_row, k_row, v_row, scale, softcap,
+                          HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_2: tl.constexpr,
+                          FOLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BEND: tl.constexpr):
         # One program serves one row and one KV head: the pool is read once for all query heads of the group, and only as
         # far as the row is long (batch 64, 32B shape: 20.5 ms a step; 23.5 with a mask over a padded cache).
         row, group, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)

@@ -36,8 +36,8 @@ def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[t
     padded = [(*parts, *[parts[0]] * (TOGETHER - len(parts))) for parts in (weights, biases or weights, outs)]
     widths = [len(w) for w in weights] + [0] * (TOGETHER - len(weights))
     tiles = [triton.cdiv(width, COLUMNS) for width in widths]
-    _kernel[(sum(tiles),)](x.contiguous(), *padded[0], *padded[1], *padded[2], rows, depth, *widths, *tiles[:-1], BIAS=bool(biases),
-                           ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=WARPS)
+    _linears_kernel[(sum(tiles),)](x.contiguous(), *padded[0], *padded[1], *padded[2], rows, depth, *widths, *tiles[:-1], BIAS=bool(biases),
+                                   ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=WARPS)
     return outs
 
 
@@ -82,8 +82,8 @@ def compile_layer(module: torch.fx.GraphModule, inputs: list):
 if triton is not None:
 
     @triton.jit
-    def _kernel(x, w0, w1, w2, b0, b1, b2, y0, y1, y2, rows, depth, n0, n1, n2, tiles0, tiles1, BIAS: tl.constexpr,
-                ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr):
+    def _linears_kernel(x, w0, w1, w2, b0, b1, b2, y0, y1, y2, rows, depth, n0, n1, n2, tiles0, tiles1, BIAS: tl.constexpr,
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr):
         # One program reads COLUMNS rows of one weight matrix, once, and all of x, which lies in the L2 cache.
         tile = tl.program_id(0)
         if tile < tiles0:

@@ -129,7 +129,9 @@ def ask_binary(engine: Engine, probes: Sequence[prompts.BinaryProbe], to_ids: Ca
     logprobs = engine.next_token_logprobs([to_ids(probe.text) for probe in probes])
     yes, no = prompts.answer_token_ids(engine.tokenizer)
     readings = readings_to_json(log_odds_from_logprobs(logprobs.numpy(), yes, no))
-    best = logprobs.nan_to_num(float("-inf")).topk(min(TOP_TOKENS, logprobs.shape[-1]))
+    if len(logprobs) and logprobs.amax().isnan():  # only then: it is a copy of the whole
+        logprobs = logprobs.nan_to_num(float("-inf"))
+    best = logprobs.topk(min(TOP_TOKENS, logprobs.shape[-1]))
     entries = []
     for probe, reading, values, ids in zip(probes, readings, best.values.exp().tolist(), best.indices.tolist(), strict=True):
         top = [{"token": engine.tokenizer.decode([i]), "p": finite(p)} for i, p in zip(ids, values, strict=True)]
@@ -145,7 +147,8 @@ def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.Ra
     `tokens.open_ones`, [ones, vocab]. Where 10 is written as 1 and 0, P(10) = P(1) P(0 | 1), and the rest of P(1) is 1.
     """
     with np.errstate(all="ignore"):
-        first = special.log_softmax(first.astype(np.float64))
+        first = first.astype(np.float64)
+        first -= special.logsumexp(first)
         ones, tens = {i: first[i] for i in tokens.one_to_nine[0]}, [first[i] for i in tokens.ten]
         for one, row in zip(tokens.open_ones, after_one, strict=True):
             zero = min(special.logsumexp(special.log_softmax(row.astype(np.float64))[list(tokens.zero)]), 0.0)

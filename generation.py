@@ -391,8 +391,9 @@ class Engine:
         if not hidden.is_cuda and hidden.dtype != torch.float32:
             tokens = _greedy_exactly(logits, hidden, head)
         if state.sampled:
-            drawn = draw(logits, state.temperature, state.top_p if state.nucleus else None, state.uniform())
-            tokens = torch.where(state.temperature > 0, drawn, tokens)
+            temperature, top_p, uniform = (t.to(logits.device) for t in (state.temperature, state.top_p, state.uniform()))
+            drawn = draw(logits, temperature, top_p if state.nucleus else None, uniform)
+            tokens = torch.where(temperature > 0, drawn, tokens)
         return tokens.to(self.live.device), finite.to(self.live.device)
 
 

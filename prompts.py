@@ -115,6 +115,12 @@ LETTER_SPELLINGS = {letter: (letter, f" {letter}", f"\n{letter}") for letter in 
 RATING_SPELLINGS = tuple((str(n), f" {n}", f"\n{n}") for n in range(1, 11))
 
 
+def _entry(tokenizer, form: str) -> int | None:
+    """The id of the vocabulary entry, if there is one; asked singly, as a list of all 150k takes 0.1 s to make."""
+    found = tokenizer.convert_tokens_to_ids(form)
+    return None if found == tokenizer.unk_token_id else found
+
+
 def _token_ids(tokenizer, *spellings: str) -> tuple[int, ...]:
     """Ids of every vocabulary entry that is one of the spellings by itself, sorted.
 
@@ -122,12 +128,11 @@ def _token_ids(tokenizer, *spellings: str) -> tuple[int, ...]:
     looked up too ("Ġ" and "▁" stand for a leading space, "Ċ" for a newline), because SentencePiece tokenizers put a
     space before any text that they encode.
     """
-    vocabulary = tokenizer.get_vocab()
     found = {e[0] for s in spellings if len(e := tokenizer.encode(s, add_special_tokens=False)) == 1}
     for s in spellings:
         forms = (s, s.replace(" ", "Ġ"), s.replace(" ", "▁"), s.replace("\n", "Ċ"))
-        found.update(vocabulary[form] for form in forms if form in vocabulary)
-    return tuple(sorted(found - {tokenizer.unk_token_id}))
+        found.update(_entry(tokenizer, form) for form in forms)
+    return tuple(sorted(found - {None, tokenizer.unk_token_id}))
 
 
 def _answers(tokenizer, spellings: dict[str, tuple[str, ...]]) -> tuple[tuple[int, ...], ...]:
@@ -172,8 +177,8 @@ def rating_token_ids(tokenizer) -> RatingTokens:
     split = [one for one, whole in zip(RATING_SPELLINGS[0], RATING_SPELLINGS[9], strict=True) if not _token_ids(tokenizer, whole)]
     open_ones = _token_ids(tokenizer, *split)
     # Bare: "1" and then " 0" is not 10. SentencePiece would encode a lone "0" with a space, so the entry comes first.
-    vocabulary = tokenizer.get_vocab()
-    zero = (vocabulary["0"],) if "0" in vocabulary else _token_ids(tokenizer, "0")
+    entry = _entry(tokenizer, "0")
+    zero = _token_ids(tokenizer, "0") if entry is None else (entry,)
     if open_ones and not zero:
         raise ValueError("the tokenizer has no single token for 10 nor for 0")
     return RatingTokens(digits, ten, open_ones, zero)

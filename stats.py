@@ -56,11 +56,14 @@ def log_odds_from_logprobs(logprobs: np.ndarray, yes_ids: Sequence[int], no_ids:
     for i, row in enumerate(logprobs):  # a row at a time: float64 copies of a whole batch of 150k-token rows are large
         if not np.isfinite(row.max()):  # NaN or +inf somewhere, or -inf everywhere
             continue
-        row = special.log_softmax(row.astype(np.float64))
-        log_yes, log_no = special.logsumexp(row[yes]), special.logsumexp(row[no])
+        row = row.astype(np.float64)
+        row -= row.max()
+        p = np.exp(row)  # once: a row of 150k tokens takes 0.3 ms, with log_softmax and entr 1.6
+        total = p.sum()
+        log_yes, log_no = (special.logsumexp(row[ids]) - np.log(total) for ids in (yes, no))
         out["p_yes"][i], out["p_no"][i] = np.exp(log_yes), np.exp(log_no)
         out["mass"][i] = min(1.0, out["p_yes"][i] + out["p_no"][i])
-        out["entropy"][i] = special.entr(np.exp(row)).sum()
+        out["entropy"][i] = np.log(total) - p @ np.maximum(row, -1e4) / total  # where p is 0, so that 0 * -inf is 0
         if np.isfinite(log_yes) and np.isfinite(log_no):
             out["log_odds"][i] = log_yes - log_no
             out["p_yes_normalized"][i] = special.expit(log_yes - log_no)

@@ -298,6 +298,8 @@ class Bench:
         every, cut = len(plans), len(results) < len(plans)
         good = all(r["status"] == "done" and r["weights"]["exact"] for r in results)
         self.details["batch"] = {r["experiment"]["name"]: r["performance"] for r in results}
+        if self.on_gpu:  # how often the allocator had to give cached memory back to find room under the cap
+            self.details["allocation_retries"] = torch.cuda.memory_stats().get("num_alloc_retries", 0)
         self.row(f"all {every} named experiments, each with its own protocol", f"{took:.0f} s", target="< 360 s", ok=None if cut else took < 360 and good,
                  note=f"{took / len(results):.1f} s each; all done, weights back to the bit: {good}"
                  + (f"; only {len(results)} of {every} were run" if cut else ""))

@@ -243,8 +243,8 @@ class Vocabulary:
         self.table = {t: i for i, t in enumerate(tokens)}
         self.unk_token_id = unk
 
-    def get_vocab(self):
-        return self.table
+    def convert_tokens_to_ids(self, token):
+        return self.table.get(token, self.unk_token_id)
 
     def encode(self, text, add_special_tokens):
         assert add_special_tokens is False
