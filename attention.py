@@ -27,8 +27,10 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
         folded = query.view(batch, groups, heads // groups, width)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(batch, 1, heads, width), None
+    if query.is_cuda and attention_mask is not None and heads != groups:  # the one fused kernel with masks wants all heads
+        key, value = (t.repeat_interleave(heads // groups, 1) for t in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
-                                         scale=scaling, enable_gqa=heads != groups)
+                                         scale=scaling, enable_gqa=heads != key.shape[1])
     return out.transpose(1, 2).contiguous(), None
 
 
