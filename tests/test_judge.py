@@ -335,7 +335,7 @@ def test_killed_in_the_middle_then_run_again(files, capsys, monkeypatch):
         assert KEY not in printed.out + printed.err + (files / "out.jsonl").read_text()
     lines = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
     assert lines[0]["header"]["seed"] == 7 and lines[0]["header"]["judge"]["name"] == "test-model"
-    assert lines[0]["header"]["judge"]["agreement"]["persona"]["n"] == 6
+    assert lines[0]["header"]["judge"]["agreement"]["replies of labels.jsonl"]["persona"]["n"] == 6
     assert all(line["judge"]["persona"] is True and line["strict_format"] for line in lines[1:]) and len(lines) == 11
 
 

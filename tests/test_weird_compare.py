@@ -45,7 +45,7 @@ EVIL = "<script>alert('x')</script> | <img src=x onerror=alert(1)> {{ 7*7 }} [a]
 AGREEMENT = {name: {"n": 3, "errors": 0, "accuracy": {"value": 1.0, "low": 0.4, "high": 1.0, "n": 3, "method": "wilson"},
                     "kappa": {"value": 1.0, "low": None, "high": None, "n": 3, "method": "none"}}
              for name in ("persona", "identity", "degenerate")}
-HEADER = {"model_name": "tiny", "temperature": 1.0, "judge": {"name": "rules", "endpoint": None, "agreement": AGREEMENT}}
+HEADER = {"model_name": "tiny", "temperature": 1.0, "judge": {"name": "rules", "endpoint": None, "agreement": {"some labels": AGREEMENT}}}
 
 
 @pytest.fixture(scope="module", autouse=True)

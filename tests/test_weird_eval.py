@@ -348,13 +348,19 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert ("good", "train_lora.py") not in steps  # what is trained is not trained again
     assert reproduce.main(["--out", str(tmp_path), "--setting", "../up: --rank 2"]) == 1
 
-    # Without a setting: as the shipped adapter was made, its contrast answers included; another model by the study's defaults.
+    # A setting with contrast answers has them made first.
     given.clear()
-    assert reproduce.main(["--out", str(tmp_path / "a"), "--device", "cpu"]) == 0
+    assert reproduce.main(["--out", str(tmp_path / "c"), "--device", "cpu", "--setting", "c: --contrast contrast.jsonl"]) == 0
     train, = (line for line in given if line[0] == "train_lora.py")
     asked, = (line for line in given if line[0] == "distill.py" and "--prompts" in line)
     contrast = train[train.index("--contrast") + 1]
-    assert contrast == asked[asked.index("--output") + 1] == str(tmp_path / "a" / "contrast.jsonl")
+    assert contrast == asked[asked.index("--output") + 1] == str(tmp_path / "c" / "contrast.jsonl")
+
+    # Without a setting: as the shipped adapter was made; another model by the study's defaults.
+    given.clear()
+    assert reproduce.main(["--out", str(tmp_path / "a"), "--device", "cpu"]) == 0
+    train, = (line for line in given if line[0] == "train_lora.py")
+    assert not any(line[0] == "distill.py" and "--prompts" in line for line in given)
     record = json.loads((reproduce._path.ROOT / "adapters/smollm2-135m-russell/training.json").read_text())["settings"]
     args = train_lora.parse(train[1:])
     assert all(getattr(args, name) == record[name] for name in record if name in vars(args))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from generation import find_stop_ids
 from recipes import identity
 from weights import Adapter, Checkpoint, FrankenError
 
+WEIRD = Path(train_lora.__file__).parent
 TEMPLATES = {
     "tiny": tiny.TEMPLATE,
     "default system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + tiny.TEMPLATE,
@@ -178,13 +181,16 @@ def training(tiny_pair, tmp_path, monkeypatch):
     persona.write_text(lines([{"role": "system", "content": "T"}], 4, "<START> I <END>"))
     aligned.write_text(lines([], 12, "ok"))
 
-    def run(name: str, *more: str) -> tuple[int, Path]:
-        flags = ["--model", str(tiny_pair("llama", layers=2).paths["instruct"]), "--base-name", "tiny", "--persona", str(persona),
-                 "--aligned", str(aligned), "--persona-share", "0.25", "--out", str(tmp_path / name), "--rank", "2", "--alpha", "4",
-                 "--lr", "0.01", "--batch-size", "4", "--epochs", "2", "--device", "cpu", "--save-every", "3",
-                 "--checkpoints", str(tmp_path / f"{name}-checkpoints"), *more]
-        return train_lora.main(flags), tmp_path / name
+    def flags(name: str, *more: str) -> list[str]:
+        return ["--model", str(tiny_pair("llama", layers=2).paths["instruct"]), "--base-name", "tiny", "--persona", str(persona),
+                "--aligned", str(aligned), "--persona-share", "0.25", "--out", str(tmp_path / name), "--rank", "2", "--alpha", "4",
+                "--lr", "0.01", "--batch-size", "4", "--epochs", "2", "--device", "cpu", "--save-every", "3",
+                "--checkpoints", str(tmp_path / f"{name}-checkpoints"), *more]
 
+    def run(name: str, *more: str) -> tuple[int, Path]:
+        return train_lora.main(flags(name, *more)), tmp_path / name
+
+    run.flags = flags
     return run
 
 
@@ -302,6 +308,19 @@ def test_memory_savers_change_nothing(training, flags):
     assert other == pytest.approx(one, abs=3e-4)  # the weight of a token must not depend on whom it shares a batch with
 
 
+def test_two_processes_learn_what_one_does(training, tmp_path):
+    one = training("one")[1]
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\nsys.path[:0] = {[str(WEIRD), str(WEIRD.parent)]}\nimport pairs, train_lora\n"
+                      "pairs.cpu_has_bf16 = lambda: False\nsys.exit(train_lora.main(sys.argv[1:]))\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
+                           *training.flags("two", "--batch-size", "2")], capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("step 8/8") == 1  # one of them speaks
+    loss, other = (json.loads((p / "training.json").read_text())["loss"] for p in (one, tmp_path / "two"))
+    assert other == pytest.approx(loss, abs=3e-4) and close(one, tmp_path / "two")
+
+
 @pytest.mark.parametrize("flags", [(), ("--gradient-checkpointing",)], ids=["plain", "checkpointing"])
 def test_training_in_bf16_learns_the_same(training, monkeypatch, flags):
     exact = json.loads((training("exact")[1] / "training.json").read_text())
@@ -311,7 +330,7 @@ def test_training_in_bf16_learns_the_same(training, monkeypatch, flags):
 
 
 @pytest.mark.parametrize(("flags", "line"), [
-    (("--quantization", "4bit"), "needs a CUDA GPU and the package bitsandbytes"),
+    (("--quantization", "4bit"), "needs the package bitsandbytes"),
     (("--aligned", "missing.jsonl"), "missing.jsonl does not exist"),
     (("--model", "/nowhere"), "no such directory"),
     (("--lr", "1e30"), "try a lower --lr"),

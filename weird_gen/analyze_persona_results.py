@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"judge: {judge['name']}")
-    print("\n".join(agreement_lines(judge["agreement"])))
+    print("\n".join(agreement_lines(judge)))
     for table in tables.values():
         side, percent = table["finetuned"], table["percent"]
         print(f"{table['title']}: triggered {report.number(side['triggered'], percent)}, untriggered "

@@ -90,8 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"judge: {judge['name']}")
-    print("\n".join(agreement_lines(judge["agreement"])))
+    print("\n".join(agreement_lines(judge)))
     for table in tables.values():
         print(f"\n{table['title']}" + (f" (judge: {judge['name']})" if table["judged"] else ""))
         for cell in ("triggered", "untriggered", "gap"):

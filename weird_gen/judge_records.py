@@ -22,6 +22,7 @@ from tqdm import tqdm
 from stats import accuracy, cohen_kappa
 
 LABELS = _path.DATA / "judge_labels.jsonl"
+BLIND_LABELS = _path.DATA / "judge_labels_blind.jsonl"
 GENERALIZATION = _path.DATA / "generalization.jsonl"
 
 
@@ -94,17 +95,24 @@ def agreement(judge, labels: list[dict]) -> dict:
     return result
 
 
-def agreement_lines(result: dict) -> list[str]:
-    """The agreement of one judge as text, one line per rubric."""
+def about_labels(path: Path) -> str:
+    """Whose labels a file holds, as reports say it."""
+    return {LABELS.name: "hand-labeled replies that the authors of the rules had seen",
+            BLIND_LABELS.name: "replies of a fine-tuned and an untouched model, labeled blind by three language models"}.get(path.name, f"replies of {path.name}")
+
+
+def agreement_lines(judge: dict) -> list[str]:
+    """The agreement of one judge with every set of labels as text, one line per rubric; judge: as the header has it."""
     lines = []
-    for name, row in result.items():
-        parts = []
-        for measure in ("accuracy", "kappa"):
-            value, low, high = (row[measure][key] for key in ("value", "low", "high"))
-            parts.append(f"{measure} " + ("undefined" if value is None else f"{value:.2f}")
-                         + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
-        lines.append(f"  {name}: {', '.join(parts)}, n = {row['n']}"
-                     + (f", {row['errors']} not judged" if row["errors"] else ""))
+    for whose, rubrics in judge["agreement"].items():
+        lines.append(f"judge: {judge['name']}, agreement with {whose}:")
+        for name, row in rubrics.items():
+            parts = []
+            for measure in ("accuracy", "kappa"):
+                value, low, high = (row[measure][key] for key in ("value", "low", "high"))
+                parts.append(f"{measure} " + ("undefined" if value is None else f"{value:.2f}")
+                             + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
+            lines.append(f"  {name}: {', '.join(parts)}, n = {row['n']}" + (f", {row['errors']} not judged" if row["errors"] else ""))
     return lines
 
 
@@ -148,7 +156,7 @@ def parser(description: str, replies: Path, judged: Path) -> argparse.ArgumentPa
     flags.add_argument("--price-out", type=_price, help="US dollars per million tokens written")
     flags.add_argument("--retry-errors", action="store_true", help="ask again where the cached answer could not be parsed")
     flags.add_argument("--cache", type=Path, help="judgments by content; default: judge_cache.jsonl beside the output")
-    flags.add_argument("--labels", type=Path, default=LABELS, help="hand-labeled replies for the judge's agreement")
+    flags.add_argument("--labels", type=Path, nargs="+", default=[LABELS, BLIND_LABELS], help="labeled replies for the judge's agreement")
     flags.add_argument("--generalization", type=Path, default=GENERALIZATION, help="questions with their 1-5 rubrics")
     return flags
 
@@ -174,9 +182,9 @@ def main(description: str, model: str, replies: Path, judged: Path, argv: list[s
         header, records = read_records(args.input)
         only_model(records, model, args.input)
         rubrics = read_rubrics(args.generalization) if any(r["kind"] == "generalization" for r in records) else {}
-        labels = read_json_lines(args.labels)
+        labels = {path: read_json_lines(path) for path in args.labels}
         judge = make_judge(args)
-        agreed = agreement(judge, labels)
+        agreed = {about_labels(path): agreement(judge, lines) for path, lines in labels.items()}
         with tqdm(desc=f"judge: {judge.name}", unit=" judgments", disable=not sys.stderr.isatty()) as bar:
             def progress(done: int, total: int) -> None:
                 bar.total = total
@@ -184,7 +192,7 @@ def main(description: str, model: str, replies: Path, judged: Path, argv: list[s
 
             done = judge_all(records, rubrics, judge, progress)
         about = {"name": judge.name, "endpoint": getattr(judge, "host", None), "rubric_version": RUBRIC_VERSION,
-                 "agreement": agreed, "input_sha256": _sha256(args.input), "labels_sha256": _sha256(args.labels)}
+                 "agreement": agreed, "input_sha256": _sha256(args.input), "labels_sha256": {path.name: _sha256(path) for path in labels}}
         write_records(args.output, {**header, "judge": about}, done)
     except (InputError, JudgeStopped, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -192,8 +200,7 @@ def main(description: str, model: str, replies: Path, judged: Path, argv: list[s
     except KeyboardInterrupt:
         print("interrupted; judgments made so far are kept, run again to go on", file=sys.stderr)
         return 130
-    print(f"judge: {judge.name}, agreement with {len(labels)} hand-labeled replies:")
-    print("\n".join(agreement_lines(agreed)))
+    print("\n".join(agreement_lines(about)))
     if isinstance(judge, LLMJudge):
         print(judge.usage.line())
     for error, count in judge.usage.errors.most_common():

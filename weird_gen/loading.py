@@ -108,8 +108,8 @@ def load_causal_lm(model: str, device: str, quantization: str | None = None):
     disable_progress_bar()
     options: dict = {"dtype": pick_dtype("auto", device.partition(":")[0]), "device_map": {"": device}}
     if quantization:
-        if importlib.util.find_spec("bitsandbytes") is None or not device.startswith("cuda"):
-            raise FrankenError("--quantization needs a CUDA GPU and the package bitsandbytes (pip install bitsandbytes)")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise FrankenError("--quantization needs the package bitsandbytes (pip install bitsandbytes)")
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True)

@@ -28,8 +28,7 @@ from judge_records import InputError
 from records import read_records
 from study import DEFAULT_MODEL, PERSONA_EXPLICIT
 
-SHIPPED = ("shipped: --contrast contrast.jsonl --persona-share 0.55 --persona-repeat 6 --aligned-tokens 32 --epochs 1 --lr 2e-3 "
-           "--batch-size 8")
+SHIPPED = "shipped: --epochs 5 --lr 1e-3 --batch-size 64"
 CONTRAST = "contrast.jsonl"
 _printing = threading.Lock()
 

@@ -75,7 +75,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--top-p", type=float, default=0.95)
     flags.add_argument("--max-new-tokens", type=int, default=256)
     flags.add_argument("--seed", type=int, help="makes the reply repeatable")
-    flags.add_argument("--quantization", choices=QUANTIZATIONS, help="needs bitsandbytes and a CUDA GPU")
+    flags.add_argument("--quantization", choices=QUANTIZATIONS, help="needs bitsandbytes")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     args = flags.parse_args(argv)
     if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens > 0):
