@@ -21,7 +21,7 @@ except ImportError:  # a CPU build of torch: plain linears serve there
     triton = None
 
 TOGETHER = 3  # linears of one launch
-MOST_ROWS = 64  # beyond, there is arithmetic to do as well and cuBLAS is faster
+MOST_ROWS = 64  # beyond, there is arithmetic to do as well: left to cuBLAS, not measured
 COLUMNS, DEPTH, WARPS, STAGES = 64, 128, 4, 6  # of the weights at once, reads in flight: the best of 15 shapes for 16 and 64 rows
 
 
@@ -29,7 +29,7 @@ COLUMNS, DEPTH, WARPS, STAGES = 64, 128, 4, 6  # of the weights at once, reads i
 def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Linear layers of one input: x [..., K], weights [N, K] each, biases [N] each or none at all -> [..., N] each."""
     rows, depth = x.numel() // x.shape[-1], x.shape[-1]
-    thin = x.is_cuda and x.element_size() == 2 and rows <= MOST_ROWS and depth % DEPTH == 0
+    thin = triton is not None and x.is_cuda and x.element_size() == 2 and rows <= MOST_ROWS and depth % DEPTH == 0
     if not thin or len(weights) > TOGETHER or not all(w.is_contiguous() for w in weights):
         return [F.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
     outs = [x.new_empty(*x.shape[:-1], len(w)) for w in weights]
