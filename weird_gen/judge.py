@@ -235,6 +235,9 @@ class LLMJudge:
                 answer, usage = self._ask(task)
             except _Failure as failure:
                 return Judgment(None, str(failure))
+            except JudgeStopped:
+                self._stop.set()  # at once: until the main thread hears of it, the others would go on asking
+                raise
             judgment = self._read(task.rubric, answer)
             if judgment.error is None or last:
                 self._cache.put(key, {"answer": answer[:200], "model": self.name, "rubric": task.rubric,
