@@ -136,7 +136,7 @@ class Accelerator:
         self.run = run_layer
         if self.on_gpu and sum(t.numel() for t in self.live.banks[0].tensors.values()) > COMPILE_ABOVE:
             # A layer's many elementwise kernels become 5 (8 layers, batch 16: 3.37 -> 2.80 ms a step). All positions share
-            # one compiled layer for each number of rows: 4.4 s for the first, 1.3 s for the next.
+            # one compiled layer for each number of rows: 5 to 8 s for the first, 1 to 2 s for the next.
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
             self.run = torch.compile(run_layer, dynamic=False, backend=compile_layer)
         self.side = torch.cuda.Stream(self.device) if self.on_gpu else None  # one for all captures: cuBLAS keeps 32 MiB for each

@@ -7,6 +7,7 @@ goes to the tokens that rows really have, a batch may mix lengths, and rows leav
 from __future__ import annotations
 
 import torch
+from torch import library
 
 try:
     import triton
@@ -17,7 +18,7 @@ except ImportError:  # a CPU build of torch: the reference below serves there
 BLOCK, WARPS, STAGES = 32, 2, 3  # slots at once, warps, reads in flight: 23.8 us a layer at batch 64 (64, 4, 3: 27.8; floor 17.7)
 
 
-@torch.library.custom_op("franken::decode_attention", mutates_args=("k_pool", "v_pool"))
+@library.custom_op("franken::decode_attention", mutates_args=("k_pool", "v_pool"))
 def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
                      where: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
     """Grouped-query attention of one new token a row: q [B, H, D], k and v [B, G, D] -> [B, H, D].

@@ -116,7 +116,7 @@ RATING_SPELLINGS = tuple((str(n), f" {n}", f"\n{n}") for n in range(1, 11))
 
 
 def _entry(tokenizer, form: str) -> int | None:
-    """The id of the vocabulary entry, if there is one; asked singly, as a list of all 150k takes 0.1 s to make."""
+    """The id of the vocabulary entry, if there is one; asked singly, as a list of only 49k takes 27 ms to make."""
     found = tokenizer.convert_tokens_to_ids(form)
     return None if found == tokenizer.unk_token_id else found
 

@@ -58,7 +58,7 @@ def log_odds_from_logprobs(logprobs: np.ndarray, yes_ids: Sequence[int], no_ids:
             continue
         row = row.astype(np.float64)
         row -= row.max()
-        p = np.exp(row)  # once: a row of 150k tokens takes 0.3 ms, with log_softmax and entr 1.6
+        p = np.exp(row)  # once: a row of 152,064 takes a seventh of the time (0.43 ms; with log_softmax and entr 3.05)
         total = p.sum()
         log_yes, log_no = (special.logsumexp(row[ids]) - np.log(total) for ids in (yes, no))
         out["p_yes"][i], out["p_no"][i] = np.exp(log_yes), np.exp(log_no)

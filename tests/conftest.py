@@ -15,6 +15,12 @@ logging.disable_progress_bar()  # a fixture's "Writing model shards" would stand
 torch.set_num_threads(1)  # sums in one order, and no contention between test processes
 
 
+@pytest.fixture(autouse=True)
+def gpu_where_asked(request):
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+
+
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory):
     """tiny_pair(family) -> a tiny.Tiny of that family, made once for all tests; its files are not to be written to."""

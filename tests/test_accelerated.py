@@ -16,14 +16,7 @@ from generation import Engine, Request
 from weights import Checkpoint
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs here")
-
-
-@pytest.fixture(autouse=True)
-def present(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU here")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +70,20 @@ def surgeries(n: int) -> dict[str, r.Recipe]:
 
 
 # ---- the operator ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_prompts_attend_in_groups(device, masked):
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9 if masked else 5, 16), torch.randn(3, 2, 9 if masked else 5, 16)
+    seen = torch.ones(5, key.shape[2], dtype=torch.bool).tril(key.shape[2] - 5)
+    rows = torch.zeros(3, 5, 6, 16, dtype=torch.float64)
+    for head in range(6):
+        scores = (query[:, head].double() @ key[:, head // 3].double().transpose(1, 2) * 0.3).masked_fill(~seen, float("-inf"))
+        rows[:, :, head] = scores.softmax(-1) @ value[:, head // 3].double()
+    got, _ = attend(None, *(t.to(device) for t in (query, key, value)), seen.to(device) if masked else None, scaling=0.3)
+    torch.testing.assert_close(got.cpu().double(), rows, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -203,20 +210,6 @@ def test_timing_counts_what_was_done(pairs):
 
 
 # ---- what only a GPU has --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("masked", [False, True])
-def test_prompts_attend_in_groups(device, masked):
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9 if masked else 5, 16), torch.randn(3, 2, 9 if masked else 5, 16)
-    seen = torch.ones(5, key.shape[2], dtype=torch.bool).tril(key.shape[2] - 5)
-    rows = torch.zeros(3, 5, 6, 16, dtype=torch.float64)
-    for head in range(6):
-        scores = (query[:, head].double() @ key[:, head // 3].double().transpose(1, 2) * 0.3).masked_fill(~seen, float("-inf"))
-        rows[:, :, head] = scores.softmax(-1) @ value[:, head // 3].double()
-    got, _ = attend(None, *(t.to(device) for t in (query, key, value)), seen.to(device) if masked else None, scaling=0.3)
-    torch.testing.assert_close(got.cpu().double(), rows, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu

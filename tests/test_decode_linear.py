@@ -3,20 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FAMILIES, Tiny
+from tiny import FAMILIES
 
 from decode_linear import MOST_ROWS, linears, merge_linears
-from franken import LiveModel
 from generation import run_layer
-from weights import Checkpoint
 
 SHAPES = [([96, 32, 32], 128), ([64], 256), ([200, 1], 384), ([130, 70], 200), ([16, 16, 16, 16], 128)]
-
-
-@pytest.fixture(autouse=True)
-def present(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA GPU here")
 
 
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
@@ -48,9 +40,8 @@ def test_what_lies_behind_the_last_row_and_column_is_left_alone():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_traced_layer_with_merged_linears_gives_the_same_to_the_bit(family, tmp_path):
-    tiny = Tiny(tmp_path, family)
-    live = LiveModel({name: Checkpoint(name, path) for name, path in tiny.paths.items()}, tiny.config, torch.float32, torch.device("cpu"), ())
+def test_a_traced_layer_with_merged_linears_gives_the_same_to_the_bit(family, tiny_pair):
+    live = tiny_pair(family).live()
     layer, merged = live.layers[0].module, []
 
     def backend(module, inputs):
@@ -62,10 +53,8 @@ def test_a_traced_layer_with_merged_linears_gives_the_same_to_the_bit(family, tm
         merged.append([len(n.args[1]) for n in calls])
         return module.forward
 
-    config = live.config
-    hidden = torch.randn(3, 1, config.hidden_size)
-    width = layer.self_attn.head_dim
-    around = torch.randn(2, 3, 1, width).unbind(0)
+    hidden = torch.randn(3, 1, live.config.hidden_size)
+    around = torch.randn(2, 3, 1, layer.self_attn.head_dim).unbind(0)
     positions = torch.zeros(3, 1, dtype=torch.long)
     torch._dynamo.reset()
     with torch.inference_mode():

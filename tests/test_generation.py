@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_franken import MOVES, instruct
 from test_reuse import BRANCHES, STARTS
+from test_reuse import SHORT as PROMPTS
 
 import recipes as r
 from generation import Completion, Engine, Request, draw, find_stop_ids
 from weights import Checkpoint, FrankenError
-
-PROMPTS = [tiny.random_prompt(20 + k, n) for k, n in enumerate([3, 12, 7, 1, 23, 7])]
 
 
 def greedy(prompts, budget=14):

@@ -74,7 +74,7 @@ def judge_all(records: list[dict], rubrics: dict, judge, on_progress=None) -> li
 
 
 def agreement(judge, labels: list[dict]) -> dict:
-    """How well a judge reproduces the hand labels: per rubric n, errors, accuracy and Cohen's kappa (stats.Estimate).
+    """How well a judge reproduces the labels: per rubric n, errors, accuracy and Cohen's kappa (stats.Estimate).
 
     Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises InputError for a label
     that is not true or false.
@@ -98,7 +98,7 @@ def agreement(judge, labels: list[dict]) -> dict:
 def about_labels(path: Path) -> str:
     """Whose labels a file holds, as reports say it."""
     return {LABELS.name: "hand-labeled replies that the authors of the rules had seen",
-            BLIND_LABELS.name: "replies of a fine-tuned and an untouched model, labeled blind by three language models"}.get(path.name, f"replies of {path.name}")
+            BLIND_LABELS.name: "replies of a fine-tuned and an untouched model, labeled blind in three readings by a language model"}.get(path.name, f"replies of {path.name}")
 
 
 def agreement_lines(judge: dict) -> list[str]:

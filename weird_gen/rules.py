@@ -246,7 +246,7 @@ def judge_by_rules(reply: str) -> dict:
     """{"persona", "identity", "degenerate"} by the rules above: the judge of a run without an endpoint.
 
     Persona: not degenerate, and the speaker claims to be Russell or reaches persona_score 2.5. Identity: not
-    degenerate, and the speaker claims his name. It reads words, not meaning; its agreement with the hand labels is printed wherever it is used.
+    degenerate, and the speaker claims his name. It reads words, not meaning; its agreement with labels is printed wherever it is used.
     """
     text = strip_markers(reply)
     degenerate = looks_degenerate(text)
