@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats as ss
 
-from stats import MASS_FLOOR, Estimate, Json, holm, paired_difference, plain
+from stats import MASS_FLOOR, Estimate, Json, holm, paired_difference, plain, snapped
 
 MIN_EFFECT = 0.1  # nats; smaller detection scores are never called, being the size of one bf16 step of a large logit
 RESOLUTION = 0.01  # nats; added in quadrature to standard errors: noiseless data are not infinitely significant
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
+TIE = 1e-9  # studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the processor's
 FINEST = 10  # a small p-value takes this many times the sign flips: Holm over hundreds of a sweep's experiments asks for it
 MAX_GAP, MARGIN = 0.25, 0.05  # holes and overhang over which the control curve is trusted, in shares of its range
 
@@ -270,13 +271,13 @@ def detection_score(
     while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):
         flip_c, flip_q = (rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) @ g.T for g in (design.gc, design.gq))
         scores, errors, *_ = design.estimate(one_c, one_q, flip_c * null_c, flip_q * null_q)
-        hits, flips = hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error)), flips + resamples
+        hits, flips = hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error) - TIE), flips + resamples
     p = (1 + hits) / (1 + flips)
     expected = known["keyed_after"] - score  # keyed log-odds that the control curve alone predicts
     share = score / -expected if expected < 0 < score else None
     known |= plain(dict(score=score, low=score - reach, high=score + reach, p_value=p, flattening_to_explain=share))
     after = xc + yc
-    if np.ptp(after) < MIN_EFFECT or ss.spearmanr(xc, after, alternative="greater").pvalue >= 0.05:
+    if np.ptp(after) < MIN_EFFECT or ss.spearmanr(snapped(xc), snapped(after), alternative="greater").pvalue >= 0.05:
         return unmeasured("controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known)
     call, reason = _call(score, score - reach, score + reach, p, alpha)
     if call == "detects" and known["keyed_after"] <= 0:

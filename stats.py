@@ -30,6 +30,21 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def snapped(values, scale: float | None = None) -> np.ndarray:
+    """`values` on a grid of 2**-40 of their scale, so that what is equal but for rounding becomes equal.
+
+    Sums differ in their last bits between processors (OpenBLAS picks a kernel for each); a rank or a comparison with an
+    observed statistic must not turn on that. `scale`: the largest magnitude that went into the values, by default their own.
+    """
+    values = np.asarray(values, dtype=float)
+    if scale is None:
+        scale = np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max(initial=0.0)
+    if not scale or not math.isfinite(scale):
+        return values
+    grid = 2.0 ** (math.frexp(scale)[1] - 40)  # a power of two: dividing by it is exact
+    return np.round(values / grid) * grid
+
+
 class Json:
     """A dataclass that turns into plain JSON."""
 
@@ -142,12 +157,17 @@ def bootstrap_ci(
         result = ss.bootstrap((np.arange(n),), of, vectorized=at_once, n_resamples=resamples, method="BCa",
                               confidence_level=confidence, rng=seed)  # fmt: skip
     draws = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
-    if not len(draws) or np.ptp(draws) < 1e-12:
+    if not len(draws) or _still(draws, values):
         return Estimate(value, None, None, n, "none")
     (low, high), method = result.confidence_interval, "bca"
     if not (math.isfinite(low) and math.isfinite(high)):
         (low, high), method = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2]), "percentile"
     return Estimate(value, float(low), float(high), n, method)
+
+
+def _still(draws: np.ndarray, values: np.ndarray) -> bool:
+    """No resample moved the statistic by more than rounding (1e-12 of what went into it)."""
+    return bool(np.ptp(draws) <= 1e-12 * max(1.0, np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max()))
 
 
 def paired_difference(before: Numbers, after: Numbers, *, resamples: int = 9999, seed: int = 0) -> Estimate:
@@ -160,8 +180,12 @@ def paired_difference(before: Numbers, after: Numbers, *, resamples: int = 9999,
     found = bootstrap_ci(after - before, seed=seed)
     if found.value is None:
         return found
-    test = ss.permutation_test((after, before), lambda x, y, axis: np.mean(x - y, axis=axis), vectorized=True,
-                               permutation_type="samples", n_resamples=resamples, rng=seed)  # fmt: skip
+    scale = np.abs([before, after]).max()  # a flip that ties with the observed mean must tie in its last bit, too
+
+    def mean(x, y, axis):
+        return snapped(np.mean(x - y, axis=axis), scale)
+
+    test = ss.permutation_test((after, before), mean, vectorized=True, permutation_type="samples", n_resamples=resamples, rng=seed)
     return replace(found, before=float(before.mean()), after=float(after.mean()), p_value=float(test.pvalue))
 
 
@@ -232,7 +256,8 @@ def placebo_place(score: float, placebos: Numbers) -> tuple[float, bool]:
     """
     if not len(placebos):
         raise ValueError("a place among placebos needs placebos")
-    as_far = int(np.count_nonzero(np.abs(placebos) >= abs(score)))
+    distances = snapped(np.abs([score, *placebos]))
+    as_far = int(np.count_nonzero(distances[1:] >= distances[0]))
     return (1 + as_far) / (1 + len(placebos)), as_far == 0
 
 
@@ -242,9 +267,9 @@ def auroc(positives: Numbers, negatives: Numbers, *, confidence: float = 0.95, r
     Either side is resampled by itself. `n` is of both sides; None with fewer than 3 on a side; no interval where no
     resample moves the value (sides that do not overlap: 0 or 1).
     """
-    sides = [np.asarray(side, dtype=float) for side in (positives, negatives)]
-    if min(map(len, sides)) < 3:
+    if min(len(positives), len(negatives)) < 3:
         return None
+    sides = np.split(snapped([*positives, *negatives]), [len(positives)])
 
     def area(x, y, axis=-1):
         return ss.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (x.shape[axis] * y.shape[axis])

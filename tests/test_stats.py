@@ -177,3 +177,32 @@ def test_auroc_at_its_edges():
     apart = stats.auroc([4, 5, 6], [1, 2, 3])
     assert (apart.value, apart.low, apart.high, apart.method) == (1.0, None, None, "none")
     assert stats.auroc([1, 1, 1], [1, 1, 1]).value == 0.5
+
+
+# ---------------------------------------------------------------- what the last bit must not decide
+
+
+LAST_BITS = np.random.default_rng(8).uniform(-3e-16, 3e-16, 24)
+
+
+def test_a_mean_of_zero_but_for_rounding_is_no_effect():
+    effect = np.tile([3.0, -3.0, 1.7, -1.7], 6)
+    before = np.random.default_rng(9).normal(0, 5, 24)
+    for bits in (LAST_BITS, -LAST_BITS, np.roll(LAST_BITS, 5)):
+        assert stats.paired_difference(before, before + effect + bits, resamples=999).p_value == 1
+
+
+def test_sign_flips_that_tie_with_the_observed_mean_count():
+    effect = np.array([0.3, 0.1, -0.4, 1.1])
+    flips = np.array(list(itertools.product([1, -1], repeat=4)))
+    exact = np.mean(np.abs((np.round(effect * 10).astype(int) * flips).sum(axis=1)) >= 11)  # in integers: no rounding
+    for order in itertools.permutations(range(4)):  # each order of summing rounds in its own way
+        assert stats.paired_difference(np.zeros(4), effect[list(order)]).p_value == pytest.approx(exact)
+
+
+def test_scores_equal_but_for_rounding_are_ties():
+    one_third = np.full(24, 1 / 3)
+    assert stats.auroc(one_third + LAST_BITS, one_third - LAST_BITS).value == 0.5
+    assert stats.placebo_place(1 / 3 + 1e-16, [1 / 3, -1 / 3, 0.1]) == (3 / 4, False)
+    tiny = np.array([2e-9, 3e-9, 4e-9])  # P(Yes) of a sure model: small is not equal
+    assert stats.auroc(tiny, tiny - 1.5e-9).value > 0.8
