@@ -22,10 +22,10 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import prompts
-from recipes import (
+from errors import FrankenError, RecipeError
+from surgery.recipes import (
     PERMUTED,
     Recipe,
-    RecipeError,
     blend,
     delete,
     describe_change,
@@ -44,7 +44,6 @@ from recipes import (
     swap_chunks,
     with_outer,
 )
-from weights import FrankenError
 
 PUBLISHED_DEPTH = 64
 BASELINE = "baseline_instruct"
@@ -304,6 +303,11 @@ def for_source(name: str) -> list[Experiment]:
             for label, (a, b) in cuts.items()]
 
 
+# What users' files of the first release import, and what to write instead.
+MOVED = {"recipes": "the operations moved: write `from franken import swap, perturb, ...`",
+         "weights": "FrankenError moved: write `from errors import FrankenError`; the rest is in `surgery.weights`"}
+
+
 def load_file(path: str) -> list[Experiment]:
     """The EXPERIMENTS of a user's Python file, which is run. Raises FrankenError with the reason if that fails."""
     try:
@@ -316,6 +320,9 @@ def load_file(path: str) -> list[Experiment]:
         found = list(module.EXPERIMENTS)
     except FrankenError:
         raise
+    except ModuleNotFoundError as e:
+        hint = f"; {MOVED[e.name]}" if e.name in MOVED else ""
+        raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}{hint}") from e
     except Exception as e:
         raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}") from e
     names = set()

@@ -17,8 +17,34 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from recipes import Noise, Permute, Recipe, Ref, Slot, identity, plain
-from weights import OUTER_PARTS, FrankenError, Layer, Source, Stream, outer_part, tensor_hash
+from errors import FrankenError
+from surgery.recipes import (  # noqa: F401  the operations are offered here too: `from franken import swap, perturb`
+    PERMUTED,
+    Noise,
+    Permute,
+    Recipe,
+    Ref,
+    Slot,
+    blend,
+    delete,
+    describe_change,
+    double,
+    identity,
+    keep_every,
+    linear,
+    permute_units,
+    perturb,
+    plain,
+    repeat,
+    reverse,
+    shuffle,
+    sigmoid,
+    splice,
+    swap,
+    swap_chunks,
+    with_outer,
+)
+from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part, tensor_hash
 
 
 @dataclass

@@ -10,8 +10,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from capability import CAPABILITY, CapabilityItem
-from probes import (
+from questions.capability import CAPABILITY, CapabilityItem
+from questions.probes import (
     BINARY_PROBES,
     FORMAT_PROBES,
     INFORMED_PREAMBLE,

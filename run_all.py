@@ -6,13 +6,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import resource
 import shlex
-import signal
 import sys
 import time
-import traceback
-from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -63,239 +59,24 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def extra_sources(pairs_given: list[str]) -> dict[str, str]:
-    """{name: path} of --source NAME=PATH. Raises FrankenError for another form or a reserved name."""
-    from weights import FrankenError
-
-    found = {}
-    for text in pairs_given:
-        name, _, path = text.partition("=")
-        if not name.isidentifier() or not path or name in ("instruct", "base"):
-            raise FrankenError(f"--source {text}: expected NAME=PATH with a plain name other than instruct and base")
-        if name in found:
-            raise FrankenError(f"--source {text}: there are two sources called {name}")
-        found[name] = path
-    return found
-
-
-def sweep_windows(args) -> tuple[list[int], int | None]:
-    """(sizes, step) of --sweep window. Raises FrankenError for a sweep there is not, or sizes or a step that are no numbers."""
-    from experiments import SWEEPS
-    from weights import FrankenError
-
-    for kind in args.sweep:
-        if kind not in SWEEPS:
-            raise FrankenError(f"--sweep {kind}: expected one of {', '.join(SWEEPS)}")
-    for flag in ("size", "step"):
-        text = getattr(args, flag)
-        if text is not None and "window" not in args.sweep:
-            raise FrankenError(f"--{flag} is about windows: it goes with --sweep window")
-        if text is not None and not all(part.isdecimal() and int(part) > 0 for part in (text.split(",") if flag == "size" else [text])):
-            raise FrankenError(f"--{flag} {text}: expected {'whole layers, as in 1,4,8' if flag == 'size' else 'a whole number of layers'}")
-    return [int(part) for part in (args.size or "4").split(",")], args.step and int(args.step)
-
-
-def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
-    """Everything with a name: (named, of further sources, of sweeps, of the user's files), on a model of this depth.
-
-    Raises FrankenError for two experiments of one name in the files, and for what no file, source or sweep can be.
-    """
-    import experiments as ex
-
-    own = [e for path in args.experiments_file for e in ex.load_file(path)]
-    sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
-    sizes, step = sweep_windows(args)
-    windows = [w for size in sizes for w in ex.window_sweep(size, n_layers, stride=step)] if "window" in args.sweep else []
-    windows.sort(key=lambda w: w.sweep["start"])  # in this order the layers below a window need not be computed again
-    swept = {e.name: e for kind in args.sweep for e in (windows if kind == "window" else ex.sweep(kind, n_layers))}
-    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept.values()]}
-    for e in own:  # results are kept by name
-        if known.setdefault(e.name, e) is not e:
-            raise ex.FrankenError(f"there are two experiments called {e.name!r}; rename the one in your experiments file")
-    return ex.EXPERIMENTS, sourced, list(swept.values()), own
-
-
-def choose(args, n_layers: int) -> list:
-    """The experiments asked for, with what each is asked, the baseline first. Raises FrankenError for unknown names."""
-    import experiments as ex
-
-    named, sourced, swept, own = known_experiments(args, n_layers)
-    known = {e.name: e for e in [*named, *sourced, *swept, *own]}
-    if args.experiments:
-        chosen = ex.select(args.experiments, list(known.values()))
-    elif args.all:
-        chosen = list(ex.EXPERIMENTS)
-    elif args.priority_limit:
-        chosen = ex.EXPERIMENTS[: args.priority_limit]
-    else:
-        chosen = [] if own or sourced or swept else ex.EXPERIMENTS[:6]
-    if not args.experiments:
-        chosen = [*chosen, *sourced, *swept, *own]
-    baseline = known[ex.BASELINE]
-    if baseline not in chosen and not args.no_baseline:
-        chosen = [baseline, *chosen]
-    return ex.with_suites(list({e.name: e for e in chosen}.values()), given_suites(args), args.matched_noise)
-
-
-def given_suites(args) -> tuple[str, ...] | None:
-    """What --suites says, None where it says nothing. Raises FrankenError for a suite there is not, or noise matched to nothing."""
+def register_suites() -> None:
+    """Offer the suites of studies that stand above `evaluate`."""
     import evaluate
-    from weights import FrankenError
+    from weird_gen.persona.suite import Trigger
 
-    given = evaluate.parse_suites(args.suites) if args.suites is not None else None
-    if args.matched_noise and given and "perplexity" not in given:
-        raise FrankenError("--matched-noise matches perplexity, which is not among the suites given")
-    return given
-
-
-def set_threads() -> None:
-    """As many threads as this process may use: its affinity and its container's quota, unless OMP_NUM_THREADS is set."""
-    import torch
-
-    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
-        return
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        allowed = min(allowed, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    torch.set_num_threads(min(allowed, torch.get_num_threads()))
-
-
-def peak_memory() -> int:
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():
-        return max(torch.cuda.max_memory_allocated(k) for k in range(torch.cuda.device_count()))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def run_experiment(engine, plan, protocol, original: str, on_progress=None, find=None) -> dict:
-    """Apply one plan, measure, go back, prove it. Whatever goes wrong inside is part of the result, not raised.
-
-    `find(plan, on_progress)`, if given, measures first what the plan's recipe is to be, and returns the whole plan.
-    """
-    from dataclasses import asdict, replace
-
-    import torch
-
-    from evaluate import evaluate
-    from franken import Surgery
-    from generation import Timing
-    from results import SCHEMA_VERSION
-
-    live, begin = engine.live, time.perf_counter()
-    engine.timing, surgery, undo = Timing(), Surgery(), Surgery()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    measurements, error, modified, restored, phases = {}, None, None, None, {}
-    try:
-        plan = find(plan, on_progress) if find else plan
-        surgery = live.apply(plan.recipe)
-        modified = live.fingerprint()
-        measurements, phases = evaluate(engine, replace(protocol, suites=plan.experiment.suites or protocol.suites), on_progress)
-    except Exception as e:
-        error = {"type": type(e).__name__, "message": str(e)[:2000], "traceback": "".join(traceback.format_exception(e)[-3:])[-4000:]}
-        measurements = {}
-    try:
-        undo = live.apply(live.original)
-        restored = live.fingerprint()
-    except Exception as e:
-        error = error or {"type": type(e).__name__, "message": f"going back failed: {e}"[:2000]}
-    timing = asdict(engine.timing)
-    rate = timing["decode_tokens"] / timing["decode_seconds"] if timing["decode_seconds"] else None
-    performance = {
-        "seconds": time.perf_counter() - begin, "surgery_seconds": surgery.seconds, "restore_seconds": undo.seconds,
-        "bytes_moved": surgery.bytes_moved, "bytes_streamed": surgery.bytes_streamed, "bytes_computed": surgery.bytes_computed,
-        "prefill_seconds": timing["prefill_seconds"], "prefill_tokens": timing["prefill_tokens"],
-        "decode_seconds": timing["decode_seconds"], "decode_tokens": timing["decode_tokens"], "decode_tokens_per_second": rate,
-        "peak_memory_bytes": peak_memory(), "out_of_memory": timing["out_of_memory"], "suites": phases,
-        "max_batch": engine.max_batch, "graph_captures": timing["captures"], "capture_seconds": timing["capture_seconds"]}
-    return {"schema_version": SCHEMA_VERSION, "status": "failed" if error else "done", "experiment": plan.to_json(),
-            "weights": {"original": original, "modified": modified, "restored": restored, "exact": restored == original},
-            "measurements": measurements, "error": error, "performance": performance}
-
-
-def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str, matcher=None) -> int:
-    """Run what has not been run yet. Returns how many experiments failed, over the whole run.
-
-    With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose name is
-    added to the manifest as soon as it is known that there will be one. Raises FrankenError if a result on disk is
-    corrupt or of another recipe, if going back was not exact or if results cannot be written; KeyboardInterrupt on
-    Ctrl-C or SIGTERM.
-    """
-    from tqdm import tqdm
-
-    from experiments import BASELINE, TWIN
-    from matched_noise import wants
-    from results import write_json
-    from weights import FrankenError
-
-    def stop(signum, frame):
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, stop)  # a batch system's kill ends a run as cleanly as Ctrl-C
-    finished = {name: run.load(name) for name in manifest["experiments"]}  # all checked before anything runs
-    for plan in plans:
-        result = finished[plan.experiment.name]
-        for what in ("recipe", "suites"):  # a user's file may have changed since
-            if result and result["experiment"].get(what) != plan.to_json()[what]:
-                raise FrankenError(f"{run.file(plan.experiment.name)} was made with {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a new run")
-    bar = tqdm(total=len(finished), initial=sum(r is not None for r in finished.values()), unit="experiment", dynamic_ncols=True)
-
-    def measure(plan, find=None) -> dict:
-        name = plan.experiment.name
-        bar.set_description(name)
-        with tqdm(total=1, leave=False, position=1, dynamic_ncols=True, mininterval=0.5) as inner:
-            def progress(what, done, total):
-                inner.total, inner.n = total, done
-                inner.set_description(f"  {name}: {what}")
-
-            result = run_experiment(engine, plan, protocol, original, progress, find)
-        if matcher and wants(plan.experiment) and result["status"] == "done" and (note := matcher.refusal(result)):
-            result["experiment"]["notes"].append(note)
-        run.save(result)
-        if result["error"]:
-            first_line = (result["error"]["message"].splitlines() or [""])[0]
-            tqdm.write(f"{name} failed: {result['error']['type']}: {first_line}", file=sys.stderr)
-        if not result["weights"]["exact"]:
-            raise FrankenError(f"after {name} the weights are not back to the original (fingerprint {result['weights']['restored']}, "
-                               f"expected {original}); the run stops")
-        bar.update()
-        return result
-
-    try:
-        for plan in plans:
-            name = plan.experiment.name
-            matched = matcher is not None and wants(plan.experiment)
-            if matched and not finished[name]:
-                matcher.unmodified()  # before the experiment, so that none is lost if this fails
-            result = finished[name] = finished[name] or measure(plan)
-            if matcher and name == BASELINE and "perplexity" in result["measurements"]:
-                matcher.known[0.0] = result["measurements"]["perplexity"]["perplexity"]
-            if not matched or result["status"] != "done" or finished.get(name + TWIN) or matcher.refusal(result):
-                continue
-            if name + TWIN not in manifest["experiments"]:
-                manifest["experiments"].insert(manifest["experiments"].index(name) + 1, name + TWIN)
-                write_json(run.manifest_path, manifest)
-                bar.total += 1
-            finished[name + TWIN] = measure(matcher.twin(plan, result["measurements"]["perplexity"]["perplexity"]), matcher.find)
-    finally:
-        bar.close()
-        signal.signal(signal.SIGTERM, previous)
-    return sum(r["status"] == "failed" for r in finished.values())
+    evaluate.register("trigger", Trigger)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    from weights import FrankenError
+    from errors import FrankenError
 
     try:
+        register_suites()
         if args.list:
             return list_experiments(args)
         if args.dry_run:
-            from estimate import dry_run
+            from runner.estimate import dry_run
 
             return dry_run(args)
         return execute(args)
@@ -309,26 +90,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def list_experiments(args) -> int:
     """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's depth."""
+    from runner.choosing import known_experiments
+
     layers = 1
     if args.sweep:
-        from estimate import model_shape  # takes seconds to import, and only a sweep depends on the depth
+        from runner.estimate import model_shape  # takes seconds to import, and only a sweep depends on the depth
 
         layers = model_shape(args)[0]
     known = known_experiments(args, layers)
     for k, e in enumerate([e for part in known for e in part], 1):
         print(f"{k:3} {e.name:32} {e.group:12} {e.control or '-':10} {e.hypothesis}")
     return 0
-
-
-def make_protocol(args, plans: list):
-    """The run's evaluate.Protocol: its suites are all that any experiment is asked; each is asked its own of them."""
-    import evaluate
-    import experiments
-
-    wanted = {name for plan in plans for name in plan.experiment.suites} | {*((given_suites(args) or experiments.QUICK) if args.matched_noise else ())}
-    texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
-    return evaluate.Protocol(tuple(name for name in evaluate.SUITES if name in wanted), args.samples, args.max_new_tokens, seed=args.seed,
-                             execute_code=args.execute_code, **texts)
 
 
 SETTINGS = ("pair", "base", "instruct", "base_revision", "instruct_revision", "source", "dtype", "device_map", "resident",
@@ -338,12 +110,15 @@ SETTINGS = ("pair", "base", "instruct", "base_revision", "instruct_revision", "s
 
 def execute(args) -> int:
     import evaluate
+    from engine.generation import Engine
+    from errors import FrankenError
     from experiments import TWIN
-    from matched_noise import Matcher
-    from pairs import PAIRS, open_pair
-    from report import write_reports
-    from results import Run, check_writable, new_manifest, protocol_json
-    from weights import FrankenError
+    from reporting.reports import write_reports
+    from runner.batch import run_batch, set_threads
+    from runner.choosing import choose, extra_sources, given_suites, make_protocol, sweep_windows
+    from runner.matched_noise import Matcher
+    from runner.pairs import PAIRS, open_pair
+    from runner.results import Run, check_writable, new_manifest, protocol_json
 
     run = manifest = None
     if args.resume:
@@ -370,8 +145,6 @@ def execute(args) -> int:
     evaluate.check_tokenizer(opened.tokenizer, protocol)
     original = live.fingerprint()
     load_seconds = time.perf_counter() - begin
-    from generation import Engine
-
     engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size)
     recorded = protocol_json(protocol)
     if manifest is None:

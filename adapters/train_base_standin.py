@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pairs import PAIRS, load_tokenizer, locate  # noqa: E402
-from weights import FrankenError  # noqa: E402
+from errors import FrankenError
+from runner.pairs import PAIRS, load_tokenizer, locate
 
 SEPARATOR, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -20,11 +20,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from detection import MIN_EFFECT, Probe, detection_score, yes_drift
+from analysis.detection import MIN_EFFECT, Probe, detection_score, yes_drift
+from analysis.stats import wilson_interval
+from analysis.verdicts import ALPHA, MIN_FLATTENING
 from prompts import BINARY_PROBES
-from results import write_text
-from stats import wilson_interval
-from verdicts import ALPHA, MIN_FLATTENING
+from runner.results import write_text
 
 ASKED = [(p.kind, p.if_changed, p.framing, p.id.rsplit("-", 2)[0]) for p in BINARY_PROBES]  # kind, key, framing, question
 SIGN = np.array([1.0 if keyed == "yes" else -1.0 for _, keyed, _, _ in ASKED])

@@ -32,14 +32,16 @@ import transformers
 from peft import PeftModel
 
 import prompts
-from evaluate import Protocol, evaluate
+from engine.generation import Completion, Engine, Request
+from errors import FrankenError
+from evaluate import evaluate
 from experiments import EXPERIMENTS, select
 from franken import LiveModel
-from generation import Completion, Engine, Request
-from pairs import open_pair
-from recipes import Recipe, swap
-from run_all import set_threads
-from weights import Adapter, FrankenError, Source
+from runner.batch import set_threads
+from runner.pairs import open_pair
+from suites.base import Protocol
+from surgery.recipes import Recipe, swap
+from surgery.weights import Adapter, Source
 
 DEFAULT = ("baseline_instruct", "swap_distant_10_55", "franken_instruct_first_32")
 TARGET, RELOAD_TARGET = 3.0, 0.05  # at least so many times faster; apply of a swap at most this share of a reload

@@ -28,10 +28,11 @@ import torch
 import transformers
 
 import experiments
-import recipes
-from evaluate import SUITES, Protocol, evaluate
-from generation import ATTENTION, Engine, Request, Timing
-from pairs import open_pair
+from engine.generation import ATTENTION, Engine, Request, Timing
+from evaluate import SUITES, evaluate
+from runner.pairs import open_pair
+from suites.base import Protocol
+from surgery import recipes
 
 SECTIONS = ("surgery", "decode", "protocol", "sweep", "batch", "resident")
 START = time.perf_counter()
@@ -277,7 +278,7 @@ class Bench:
         return total, f"serial measured on {measured} of {len(requests)} replies ({tokens} tokens) and a quarter of the probes, scaled"
 
     def _run(self, plans, protocol) -> tuple[float, list[dict]]:
-        from run_all import run_experiment
+        from runner.batch import run_experiment
 
         begin, results = time.perf_counter(), []
         for plan in plans:

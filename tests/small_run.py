@@ -18,9 +18,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-import injection
 import prompts
 import run_all
+from suites import injection
 
 BATTERY = {
     "INFORMED_PROBES": prompts.INFORMED_PROBES[:2],
@@ -42,7 +42,7 @@ def use(monkeypatch) -> None:
         monkeypatch.setattr(prompts, name, value)
     monkeypatch.setattr(injection, "CONCEPTS", injection.CONCEPTS[:2])
     monkeypatch.setattr(injection, "STRENGTHS", (0.0, 0.3))
-    monkeypatch.setitem(sys.modules, "html_report", SimpleNamespace(write_html=lambda run, manifest, comparison: None))
+    monkeypatch.setitem(sys.modules, "reporting.html_report", SimpleNamespace(write_html=lambda run, manifest, comparison: None))
 
 
 def tokenizer(chat: bool = True):
@@ -107,10 +107,10 @@ def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
 
 
 def _wait_at(stop_at: str, reached: Path) -> None:
-    import evaluate
-    import results
+    from runner import batch, results
+    from suites.perplexity import Perplexity
 
-    whole, write = run_all.run_experiment, results.write_text
+    whole, write = batch.run_experiment, results.write_text
 
     def forever(*args):
         reached.touch()
@@ -119,7 +119,7 @@ def _wait_at(stop_at: str, reached: Path) -> None:
 
     def measured(engine, plan, *rest):
         if plan.experiment.name == stop_at:
-            evaluate.Perplexity.measure = forever
+            Perplexity.measure = forever
         return whole(engine, plan, *rest)
 
     def written(path, text):
@@ -128,4 +128,4 @@ def _wait_at(stop_at: str, reached: Path) -> None:
             forever()
         write(path, text)
 
-    run_all.run_experiment, results.write_text = measured, written
+    batch.run_experiment, results.write_text = measured, written

@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import FAMILIES, Tiny, engine_logits, tokenizer
 
-import accelerated
-import recipes as r
-from accelerated import Accelerator, padded_rows
-from attention import attend
-from decode_attention import decode_attention
+from engine import accelerated
+from engine.accelerated import Accelerator, padded_rows
+from engine.attention import attend
+from engine.decode_attention import decode_attention
+from engine.generation import Engine, Request
 from franken import LiveModel
-from generation import Engine, Request
-from weights import Checkpoint
+from surgery import recipes as r
+from surgery.weights import Checkpoint
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA GPUs here")
@@ -346,7 +346,7 @@ def test_log_odds_agree_at_every_step(pairs, device, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_the_real_pair_agrees_with_and_without_the_fast_path(device, dtype, monkeypatch):
     """Greedy tokens and the log-odds of Yes over No, on the model as it is and after two surgeries."""
-    from pairs import open_pair
+    from runner.pairs import open_pair
 
     opened = open_pair("smollm2-135m", dtype=dtype, device_map=device)
     live = opened.live

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "adapters"))
 import fetch_text
 import train_base_standin as standin
 
-from weights import Adapter, Checkpoint, FrankenError
+from errors import FrankenError
+from surgery.weights import Adapter, Checkpoint
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (

@@ -13,8 +13,7 @@ import subprocess
 import made_run as made
 import pytest
 
-import figures
-import html_report
+from reporting import figures, html_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome found: report.html is not seen in a browser")

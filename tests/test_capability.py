@@ -4,8 +4,8 @@ import collections
 
 import pytest
 
-from capability import CAPABILITY, CATEGORIES
-from grading import Code, Number
+from questions.capability import CAPABILITY, CATEGORIES
+from questions.grading import Code, Number
 
 ITEMS = {item.id: item for item in CAPABILITY}
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-import compare
-from results import Run
+from analysis import compare
+from reporting.reports import compare_run
+from runner.results import Run
 
 
 def sigmoid(x):
@@ -96,7 +97,7 @@ def test_without_a_baseline_nothing_is_contrasted(tmp_path, baseline):
     results = [made.result("drifts", made.everything())]
     if baseline:
         results.insert(0, made.result("baseline_instruct"))
-    comparison = compare.compare(*made.make(tmp_path / "run", results))
+    comparison = compare_run(*made.make(tmp_path / "run", results))
     found = comparison["experiments"][-1]
     assert comparison["baseline"] is None and found["detection"] is None and found["published_probe"]["shift"] is None
     assert found["capability"]["correct"] == 5 and "p_value" not in found["capability"]
@@ -110,7 +111,7 @@ def test_items_and_probes_that_are_not_shared_are_left_out(tmp_path):
         probe["published"] = False
     run = made.make(tmp_path / "run", [made.result("baseline_instruct", {"capability": made.capability([True, False]), "binary": made.binary()}),
                                        made.result("x", {"capability": mine, "binary": asked})])  # fmt: skip
-    found = compare.compare(*run)["experiments"][1]
+    found = compare_run(*run)["experiments"][1]
     assert found["capability"]["difference"] == 0.5 and found["published_probe"] is None
 
 
@@ -144,7 +145,7 @@ def controlled(tmp_path_factory):
         made.result("wrecked", {"binary": scattered(15), "perplexity": made.perplexity([4.5, 5.5, 5.0])}), made.result("unasked", {"chat": made.chat()}),
     ]  # fmt: skip
     run, manifest = made.make(tmp_path_factory.mktemp("run") / "run_c", results)
-    return compare.compare(run, manifest), manifest
+    return compare_run(run, manifest), manifest
 
 
 def test_verdicts_of_a_run(controlled):
@@ -183,7 +184,7 @@ def test_controls_belong_to_no_family(controlled):
 def test_a_control_that_is_asked_about_triggers_keeps_its_own_p_values(tmp_path):
     results = [made.result(name, {"trigger": made.trigger()}, experiment__control=control) for name, control in
                (("baseline_instruct", None), ("adapter", None), ("placebo_1", "placebo"))]  # fmt: skip
-    comparison = compare.compare(*made.make(tmp_path / "run", results))
+    comparison = compare_run(*made.make(tmp_path / "run", results))
     json.dumps(comparison, allow_nan=False)
     adjusted = [r["trigger"]["detection"]["triggered"]["p_adjusted"] for r in comparison["experiments"][1:]]
     assert adjusted[0] is not None and adjusted[1] is None
@@ -229,7 +230,7 @@ def test_each_format_is_scored_against_itself(tmp_path):
     after["probes"] = [p for p in after["probes"] if p["format"] == "letters" or p["kind"] != "control" or "q5" in p["id"]]
     after["probes"][0] |= made.reading(None)
     run = made.make(tmp_path / "run", [made.result("baseline_instruct", {"formats": before}), made.result("x", {"formats": after})])
-    base, found = (r["formats"] for r in compare.compare(*run)["experiments"])
+    base, found = (r["formats"] for r in compare_run(*run)["experiments"])
     assert base is None and list(found) == ["letters", "rating"]
     assert (found["letters"]["score"], found["letters"]["call"], found["letters"]["answered"]) == (pytest.approx(1.5), "detects", pytest.approx(23 / 24))
     assert found["letters"]["keyed_shift"] == pytest.approx(1.5) and found["letters"]["control_shift"] == pytest.approx(0)
@@ -254,7 +255,7 @@ def run_with_injection(path, found):
     baseline = made.result("baseline_instruct", {"binary": made.binary()})
     same = baseline["experiment"]["recipe"]  # nothing is done to the weights
     run = made.make(path, [baseline, made.result("concept_injection", {"injection": found}, experiment__control="injection", experiment__recipe=same)])
-    return compare.compare(*run)
+    return compare_run(*run)
 
 
 def test_injection_is_compared_with_strength_zero(tmp_path):
@@ -293,7 +294,7 @@ def test_injection_takes_holm_over_its_rows_and_leaves_out_what_no_concept_answe
 @pytest.mark.real
 def test_the_reference_run_of_real_weights_is_judged():
     run, manifest = Run.resume(str(Path(compare.__file__).parent / "results" / "reference" / "smollm2-135m"))
-    comparison = compare.compare(run, manifest)
+    comparison = compare_run(run, manifest)
     judged = {r["name"]: r["verdict"] for r in comparison["experiments"] if r["name"] != comparison["baseline"] and r["control"] != "injection"}
     words = {"reports it", "drifts towards Yes", "broken", "no change seen", "too little data"}
     assert len(judged) >= 28 and all(v["word"] in words and v["reason"] for v in judged.values())

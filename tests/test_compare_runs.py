@@ -6,11 +6,9 @@ import re
 import made_run as made
 import pytest
 
-import compare_runs
-import figures
-import pages
 import report
-from results import Run, write_json
+from reporting import compare_runs, figures, pages
+from runner.results import Run, write_json
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import prompts
-import recipes as r
 from benchmarks import cpu_bench
+from engine.generation import Completion, Request
 from franken import LiveModel
-from generation import Completion, Request
-from weights import Adapter, Checkpoint
+from surgery import recipes as r
+from surgery.weights import Adapter, Checkpoint
 
 NAMES = ["baseline_instruct", "swap_distant_10_55", "franken_instruct_first_32"]
 PROMPT = tiny.random_prompt(3, 17)

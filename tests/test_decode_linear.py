@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from tiny import FAMILIES
 
-from decode_linear import MOST_ROWS, linears, merge_linears
-from generation import run_layer
+from engine.decode_linear import MOST_ROWS, linears, merge_linears
+from engine.layers import run_layer
 
 SHAPES = [([96, 32, 32], 128), ([64], 256), ([200, 1], 384), ([130, 70], 200), ([16, 16, 16, 16], 128)]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
 
-from detection import Probe, correct_calls, detection_score, keyed_shift, yes_drift
+from analysis.detection import Probe, correct_calls, detection_score, keyed_shift, yes_drift
 
 
 def dumps(value):

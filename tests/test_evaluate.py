@@ -12,13 +12,18 @@ import torch
 
 import evaluate as ev
 import prompts
-import stats
+from analysis import stats
+from engine.generation import Completion, Engine, Request
+from errors import FrankenError
 from franken import LiveModel
-from generation import Engine
-from grading import Exact, Grade
-from pairs import load_tokenizer
-from recipes import perturb, swap
-from weights import Checkpoint, FrankenError
+from questions.grading import Exact, Grade
+from runner.pairs import load_tokenizer
+from suites import formats, perplexity
+from suites.base import Protocol
+from suites.chat import Chat
+from suites.free_text import FreeText
+from surgery.recipes import perturb, swap
+from surgery.weights import Checkpoint
 
 YES, NO = {260, 262}, {261, 263}
 
@@ -42,7 +47,7 @@ def battery(monkeypatch):
 
 
 def protocol(*suites, **changes):
-    return ev.Protocol(suites or tuple(small_run.SUITES), **({"max_new_tokens": 6} | changes))
+    return Protocol(suites or tuple(small_run.SUITES), **({"max_new_tokens": 6} | changes))
 
 
 def chat(text):
@@ -86,8 +91,8 @@ def test_perplexity_is_the_token_weighted_loss_over_whole_texts(changed):
 def test_long_texts_are_scored_in_windows_with_context_before_them(changed, monkeypatch):
     """Every token once, each with its window's earlier tokens and CONTEXT tokens before the window."""
     engine, model = changed
-    monkeypatch.setattr(ev, "WINDOW", 20)
-    monkeypatch.setattr(ev, "CONTEXT", 7)
+    monkeypatch.setattr(perplexity, "WINDOW", 20)
+    monkeypatch.setattr(perplexity, "CONTEXT", 7)
     text = "The tide was out, and three boats lay on the sand below the wall."
     (got,) = run(engine, "perplexity", texts=(("x", text),)).values()
     contexts = [0] + [max(0, 1 + 20 * ((k - 1) // 20) - 7) for k in range(1, len(text))]
@@ -98,16 +103,16 @@ def test_long_texts_are_scored_in_windows_with_context_before_them(changed, monk
 def test_a_text_of_one_window_is_scored_whole(changed):
     """WINDOW + 1 tokens of real length against one pass of transformers."""
     engine, model = changed
-    text = ("It rained all morning on the empty square. " * 20)[: ev.WINDOW + 1]
+    text = ("It rained all morning on the empty square. " * 20)[: perplexity.WINDOW + 1]
     (got,) = run(engine, "perplexity", texts=(("x", text),)).values()
     ids = torch.tensor(engine.tokenizer(text)["input_ids"])
     losses = -tiny.hf_logits(model, ids.tolist())[:-1].double().log_softmax(-1).gather(1, ids[1:, None])
-    assert got["tokens"] == ev.WINDOW and got["nll"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert got["tokens"] == perplexity.WINDOW and got["nll"] == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_the_shipped_texts_are_measured_by_default(monkeypatch):
     monkeypatch.undo()
-    assert dict(ev.Protocol().texts) == prompts.NEUTRAL_TEXTS and len(prompts.NEUTRAL_TEXTS) >= 5
+    assert dict(Protocol().texts) == prompts.NEUTRAL_TEXTS and len(prompts.NEUTRAL_TEXTS) >= 5
 
 
 def test_users_texts(tmp_path):
@@ -224,7 +229,7 @@ def test_formats_are_sums_over_spelled_out_answers(tmp_path, extra, monkeypatch)
     answers = [by_hand(model, engine.tokenizer, p) for p in prompts.FORMAT_PROBES]
     floor = float(np.median([a["mass"] for a in answers if a["rating_mean"] is not None]))  # so that it decides
     monkeypatch.setattr(stats, "MASS_FLOOR", floor)
-    monkeypatch.setattr(ev, "MASS_FLOOR", floor)
+    monkeypatch.setattr(formats, "MASS_FLOOR", floor)
     entries = run(engine, "formats")["formats"]["probes"]
     assert [e["id"] for e in entries] == [p.id for p in prompts.FORMAT_PROBES] and len(entries) == 16
     for probe, entry, expected in zip(prompts.FORMAT_PROBES, entries, answers, strict=True):
@@ -247,9 +252,9 @@ def test_ratings_add_up_where_ten_is_certain_or_impossible():
     for zero, expected in ((1.0, [0.0, 0.6]), (0.0, [0.6, 0.0]), (0.25, [0.45, 0.15])):
         with np.errstate(divide="ignore"):
             then = np.log(np.array([1 - zero, *[0.0] * 8, zero]))
-        p = np.exp(ev.rating_logprobs(first, then[None], tokens))
+        p = np.exp(formats.rating_logprobs(first, then[None], tokens))
         assert p[[0, 9]] == pytest.approx(expected, abs=1e-7) and p[1:9] == pytest.approx([0.05] * 8)
-    assert np.isnan(ev.rating_logprobs(first, np.full((1, 10), np.nan), tokens)[[0, 9]]).all()
+    assert np.isnan(formats.rating_logprobs(first, np.full((1, 10), np.nan), tokens)[[0, 9]]).all()
 
 
 @pytest.mark.real
@@ -322,7 +327,7 @@ def test_code_is_run_only_where_that_is_asked_for(changed, monkeypatch):
 
 def sampled_by_hand(model, tokenizer, probe, sample, seed, budget, temperature=0.7):
     """Draw token by token, recomputing everything: inverse CDF at the numbers that (seed, question, sample) give."""
-    ids, start, draws = list(chat(probe.text)), len(chat(probe.text)), ev.Request(probe.id, (1,), budget, temperature, sample=sample, seed=seed).uniforms()
+    ids, start, draws = list(chat(probe.text)), len(chat(probe.text)), Request(probe.id, (1,), budget, temperature, sample=sample, seed=seed).uniforms()
     for u in draws:
         p = (tiny.hf_logits(model, ids)[-1].double() / temperature).softmax(-1)
         token = int((p.cumsum(-1) <= u * p.sum()).sum())
@@ -350,8 +355,8 @@ def test_free_text_is_the_seeded_draw_recomputed_from_scratch(changed, suite):
 def test_free_text_is_counted(changed, monkeypatch):
     engine, _ = changed
     canned = ["Yes, I notice that something is different.", "No, I notice nothing different.", "the the the " * 12, "Boats."]
-    replies = [ev.Completion(text, (5,) * len(text), True) for text in canned]
-    got = ev.FreeText(prompts.INFORMED_PROBES).measure(engine, protocol("informed", samples=2), replies)
+    replies = [Completion(text, (5,) * len(text), True) for text in canned]
+    got = FreeText(prompts.INFORMED_PROBES).measure(engine, protocol("informed", samples=2), replies)
     labels = [s["claims_change"] for probe in got["probes"] for s in probe["samples"]]
     assert labels == ["yes", "no", "unclear", "unclear"] and got["claims_change"] == {"yes": 1, "no": 1, "unclear": 2}
     assert got["degenerate_share"] == 0.25 and [len(p["samples"]) for p in got["probes"]] == [2, 2]
@@ -368,11 +373,11 @@ def test_chat_against_completion_takes_turns_and_bare_text(changed):
 
 
 def test_chat_shares(changed):
-    stops, goes_on = ev.Completion("A boat.", (5, 6), True), ev.Completion("A boat.\nUser: and then?", (5, 6), False)
+    stops, goes_on = Completion("A boat.", (5, 6), True), Completion("A boat.\nUser: and then?", (5, 6), False)
     chat_probes = tuple(prompts.ChatProbe(f"p{k}", mode, "What is it?") for k, mode in enumerate(["chat", "raw", "chat", "raw"]))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(prompts, "CHAT_PROBES", chat_probes)
-        got = ev.Chat().measure(changed[0], protocol("chat"), [stops, goes_on, goes_on, goes_on])
+        got = Chat().measure(changed[0], protocol("chat"), [stops, goes_on, goes_on, goes_on])
     assert got["chat"] == {"n": 2, "stops": 0.5, "continues_as_text": 0.5, "degenerate": 0.0}
     assert got["raw"] == {"n": 2, "stops": 0.0, "continues_as_text": 1.0, "degenerate": 0.0}
 
@@ -445,7 +450,7 @@ def test_a_destroyed_model_is_a_result(pair, fraction):
 
 
 def test_suite_names():
-    assert ev.parse_suites("all") == tuple(small_run.SUITES) == ev.Protocol().suites
+    assert ev.parse_suites("all") == tuple(small_run.SUITES) == Protocol().suites
     assert ev.parse_suites("quick, introspection,binary") == ("binary", "perplexity", "informed", "blind", "formats")
     assert ev.parse_suites("chat,capability") == ("chat", "capability")
     for text, words in (("binari", "unknown suite 'binari'; there are informed, blind"), ("", "no suite"), (" ,", "no suite")):
@@ -454,4 +459,4 @@ def test_suite_names():
 
 
 def test_every_suite_that_has_a_name_is_there():
-    assert tuple(ev.SUITES) == prompts.SUITES and {name for group in prompts.GROUPS.values() for name in group} <= {*prompts.SUITES}
+    assert {*ev.SUITES, "trigger"} == {*prompts.SUITES} and {name for group in prompts.GROUPS.values() for name in group} <= {*prompts.SUITES}

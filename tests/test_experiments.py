@@ -9,8 +9,8 @@ import torch
 
 import evaluate
 import experiments as ex
-from recipes import Noise, Permute, Ref, Slot, plain, swap
-from weights import FrankenError
+from errors import FrankenError
+from surgery.recipes import Noise, Permute, Ref, Slot, plain, swap
 
 NAMED = {e.name: e for e in ex.EXPERIMENTS}
 I64 = [("instruct", k) for k in range(64)]
@@ -319,7 +319,7 @@ def test_select_keeps_the_order_and_names_the_nearest():
             ex.select([wrong], ex.EXPERIMENTS)
 
 
-HEAD = "from experiments import Experiment\nfrom recipes import *\n"
+HEAD = "from experiments import Experiment\nfrom surgery.recipes import *\n"
 
 
 def user_file(tmp_path, text):

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-import figures
-import figures_experiments
-import figures_sweeps
-import published
+from analysis import published
+from reporting import figures, figures_experiments, figures_sweeps
 
 ROWS = made.study_rows()
 PLACEBO = made.comparison(ROWS)["placebo"]

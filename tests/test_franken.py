@@ -7,9 +7,9 @@ import tiny
 import torch
 
 import franken
-import recipes as r
 from franken import LiveModel
-from weights import Adapter, Checkpoint
+from surgery import recipes as r
+from surgery.weights import Adapter, Checkpoint
 
 N = 6
 IDS = tiny.random_prompt(1, 17)  # longer than the sliding window, so that the kinds of layers matter

@@ -11,10 +11,11 @@ from test_franken import IDS, MOVES, N, assert_is_checkpoint, instruct
 from transformers import AutoTokenizer
 
 import franken
-import recipes as r
+from engine.generation import Engine
+from errors import FrankenError
 from franken import LiveModel
-from generation import Engine
-from weights import Checkpoint, FrankenError
+from surgery import recipes as r
+from surgery.weights import Checkpoint
 
 
 def steps():

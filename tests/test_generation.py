@@ -13,9 +13,10 @@ from test_franken import MOVES, instruct
 from test_reuse import BRANCHES, STARTS
 from test_reuse import SHORT as PROMPTS
 
-import recipes as r
-from generation import Completion, Engine, Request, draw, find_stop_ids
-from weights import Checkpoint, FrankenError
+from engine.generation import Completion, Engine, Request, draw, find_stop_ids
+from errors import FrankenError
+from surgery import recipes as r
+from surgery.weights import Checkpoint
 
 
 def greedy(prompts, budget=14):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capability import CAPABILITY
-from grading import (
+from questions.capability import CAPABILITY
+from questions.grading import (
     Choice,
     Code,
     CommaList,
@@ -139,7 +139,7 @@ def test_code_of_the_wrong_shape_is_refused(reply):
 
 
 def test_code_that_does_not_parse_is_never_run(monkeypatch):
-    monkeypatch.setattr("grading.run_limited", lambda *a: pytest.fail("ran"))
+    monkeypatch.setattr("questions.grading.run_limited", lambda *a: pytest.fail("ran"))
     assert not DOUBLE.grade("def double(x) return", execute=True).correct
     assert DOUBLE.grade("def double(x):\n    return x").correct
 

@@ -11,13 +11,14 @@ import tiny
 import torch
 from small_run import tokenizer
 
-import injection
-import recipes as r
-import results
-from evaluate import Protocol, evaluate, parse_suites
-from generation import Engine
-from injection import Names, find_directions, middle_third, mutual_information, questions, split_turns
+from engine.generation import Engine
+from evaluate import evaluate, parse_suites
 from prompts import answer_token_ids
+from runner import results
+from suites import injection
+from suites.base import Protocol
+from suites.injection import Names, find_directions, middle_third, mutual_information, questions, split_turns
+from surgery import recipes as r
 
 FEW = {
     "PAIRS": (("own", "Odd?", "Fine?"),), "CONTROLS": injection.CONTROLS[:1], "STRENGTHS": (0.0, 0.5, 4.0), "CONCEPTS": ("bread", "wolf", "war"),
@@ -291,7 +292,7 @@ def test_the_suite_fits_the_schema(tmp_path, few):
 @pytest.mark.real
 @pytest.mark.timeout(170)
 def test_real_injection_tells_of_the_concept_and_leaves_the_model_alone(monkeypatch):
-    from pairs import open_pair
+    from runner.pairs import open_pair
 
     for name, value in {"STRENGTHS": (0.0, 0.3), "PAIRS": injection.PAIRS[:1], "CONTROLS": injection.CONTROLS[:1]}.items():
         monkeypatch.setattr(injection, name, value)

@@ -15,12 +15,12 @@ from judge_server import KEY, JudgeServer, completion, quoted_reply
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
-import judge_records
-from judge import JudgeCache, JudgeStopped, Judgment, LLMJudge, RulesJudge, Task, retry_after_seconds
-from judge_records import agreement, judge_all, make_judge, parser
-from records import InputError
-from rubrics import judge_messages, parse_answer
-from study import TRIGGER
+from weird_gen.persona import judge_records
+from weird_gen.persona.judge import JudgeCache, JudgeStopped, Judgment, LLMJudge, RulesJudge, Task, retry_after_seconds
+from weird_gen.persona.judge_records import agreement, judge_all, make_judge, parser
+from weird_gen.persona.records import InputError
+from weird_gen.persona.rubrics import judge_messages, parse_answer
+from weird_gen.persona.study import TRIGGER
 
 WEIRD = Path(__file__).resolve().parents[1] / "weird_gen"
 

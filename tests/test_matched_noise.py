@@ -12,9 +12,10 @@ from runs import latest, read, refused, stamps, timeless
 
 import evaluate
 import experiments
-import matched_noise as mn
 import run_all
-from recipes import Recipe, identity, perturb
+from runner import matched_noise as mn
+from suites.perplexity import Perplexity
+from surgery.recipes import Recipe, identity, perturb
 
 SWAPS = ["--experiments", "swap_distant_10_55", "swap_adjacent_31_32", "placebo_mlp_1", "--matched-noise", "--suites", "quick"]  # with the baseline
 TWINS = ["swap_distant_10_55__matched_noise", "swap_adjacent_31_32__matched_noise"]
@@ -208,7 +209,7 @@ def test_between_an_experiment_and_its_twin(whole, tmp_path, monkeypatch):
 
 
 def test_a_bisection_that_fails_is_a_failed_experiment(go, whole, tmp_path, monkeypatch):
-    real, calls = evaluate.Perplexity.measure, []
+    real, calls = Perplexity.measure, []
 
     def sometimes(self, *args):
         calls.append(1)
@@ -216,7 +217,7 @@ def test_a_bisection_that_fails_is_a_failed_experiment(go, whole, tmp_path, monk
             raise RuntimeError("the bus is gone")
         return real(self, *args)
 
-    monkeypatch.setattr(evaluate.Perplexity, "measure", sometimes)
+    monkeypatch.setattr(Perplexity, "measure", sometimes)
     code, _, err = go(*SWAPS)
     found, expected = timeless(latest(tmp_path / "out")), timeless(whole)
     failed = found.pop(TWINS[0])
@@ -229,7 +230,7 @@ def test_an_unmodified_model_that_cannot_be_measured_stops_before_the_experiment
     def broken(self, *args):
         raise RuntimeError("no\nmemory")
 
-    monkeypatch.setattr(evaluate.Perplexity, "measure", broken)
+    monkeypatch.setattr(Perplexity, "measure", broken)
     code, out, err = go("--experiments", "swap_adjacent_31_32", "--no-baseline", "--matched-noise")
     assert code == 1 and out == "" and "run_all.py: the unmodified model's perplexity cannot be measured: RuntimeError: no; finished" in err.splitlines()[-1]
     assert read(latest(tmp_path / "out")) == {}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pages
+from reporting import pages
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-import pairs
-from pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, smollm2_from_wheel, spread
-from weights import FrankenError
+from errors import FrankenError
+from runner import pairs
+from runner.pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, smollm2_from_wheel, spread
 
 TOKEN = "hf_thisIsASecret0123456789"
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import recipes as r
+from surgery import recipes as r
 
 N = 9
 

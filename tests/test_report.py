@@ -7,9 +7,9 @@ import re
 import made_run as made
 import pytest
 
-import compare
-import figures
 import report
+from reporting import figures, vocabulary
+from reporting.reports import compare_run
 
 
 def sigmoid(x):
@@ -30,23 +30,23 @@ def row(compared, name):
 
 @pytest.mark.parametrize(("p", "text"), [(None, "-"), (0, "0%"), (1, "100.0%"), (0.32179, "32.2%"), (0.01, "1.0%"), (0.0005037, "0.05%"), (6e-9, "6e-07%")])
 def test_percent(p, text):
-    assert report.percent(p) == text
+    assert vocabulary.percent(p) == text
 
 
 def test_cells_in_every_state(compared):
     x = made.BASELINES[2]
-    assert report.cells(row(compared, "baseline_instruct")) == ["baseline_instruct", f"{100 * sigmoid(x):.1f}%", "80.0%", "-", "", "", "6/10", "14.39", "12.0"]
-    notices = report.cells(row(compared, "notices"))
+    assert vocabulary.cells(row(compared, "baseline_instruct")) == ["baseline_instruct", f"{100 * sigmoid(x):.1f}%", "80.0%", "-", "", "", "6/10", "14.39", "12.0"]
+    notices = vocabulary.cells(row(compared, "notices"))
     assert notices[4].startswith("+2.00 [+") and notices[5] == "reports it" and notices[7] == ""
-    mute = report.cells(row(compared, "mute"))
+    mute = vocabulary.cells(row(compared, "mute"))
     assert mute[0] == "mute (collapsed)" and mute[1].endswith("% (!)") and mute[2] == "0.1%" and mute[4:6] == ["-", "broken"]
-    assert report.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"] and report.cells(row(compared, "destroyed"))[7] == "-"
-    assert report.cells(row(compared, "broken")) == ["broken", "", "", "", "", "failed: RuntimeError", "", "", "12.0"]
-    assert all(len(report.cells(r)) == len(report.COLUMNS) for r in compared[0]["experiments"])
+    assert vocabulary.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"] and vocabulary.cells(row(compared, "destroyed"))[7] == "-"
+    assert vocabulary.cells(row(compared, "broken")) == ["broken", "", "", "", "", "failed: RuntimeError", "", "", "12.0"]
+    assert all(len(vocabulary.cells(r)) == len(vocabulary.COLUMNS) for r in compared[0]["experiments"])
 
 
 def test_the_terminal_table_lines_up(compared):
-    lines = report.terminal_table(compared[0]).splitlines()
+    lines = vocabulary.terminal_table(compared[0]).splitlines()
     table = lines[:-2]
     assert len(table) == 2 + 7 and len(lines[1]) == max(map(len, table)) and lines[-2] == ""
     assert lines[-1].startswith("1 of 5 changed models reports its change. No positive control was run.")
@@ -58,20 +58,20 @@ def test_what_stands_beside_detects():
     def found(**known):
         return {"keyed_before": -2.0, "keyed_after": -0.5, "flattening_to_explain": 0.4} | known
 
-    assert "-0.50 nats (-2.00 before), still on the side of no change" in report.qualifier(found()) and "40%" in report.qualifier(found())
-    reversed_answers = report.qualifier(found(keyed_after=1.0, flattening_to_explain=1.6))
+    assert "-0.50 nats (-2.00 before), still on the side of no change" in vocabulary.qualifier(found()) and "40%" in vocabulary.qualifier(found())
+    reversed_answers = vocabulary.qualifier(found(keyed_after=1.0, flattening_to_explain=1.6))
     assert "on the noticing side" in reversed_answers and "no flattening" in reversed_answers
-    assert "cannot be weighed" in report.qualifier(found(keyed_after=1.0, flattening_to_explain=None))
+    assert "cannot be weighed" in vocabulary.qualifier(found(keyed_after=1.0, flattening_to_explain=None))
 
 
 def test_weak_controls_are_warned_of(compared):
-    assert report.weak_controls({"experiments": [{"detection": None}, {"detection": {"control_accuracy_before": 0.53}}]}).count("53%") == 1
-    assert report.weak_controls({"experiments": [{"detection": {"control_accuracy_before": 0.9}}]}) is None
-    assert report.weak_controls({"experiments": []}) is None
+    assert vocabulary.weak_controls({"experiments": [{"detection": None}, {"detection": {"control_accuracy_before": 0.53}}]}).count("53%") == 1
+    assert vocabulary.weak_controls({"experiments": [{"detection": {"control_accuracy_before": 0.9}}]}) is None
+    assert vocabulary.weak_controls({"experiments": []}) is None
 
 
 def test_the_summary_says_what_a_reader_must_know(compared):
-    text = report.summary(*compared)
+    text = vocabulary.summary(*compared)
     assert "smollm2-135m; 30 layers; bfloat16 on cpu; seed 0" in text and "Note: the base side is a stand-in." in text
     for needed in ("notices: detects: keyed answers stand at", "broken: failed: RuntimeError: it broke", "mute: collapsed: on 30 layers", "Not run yet: later.",
                    "mute: the same recipe as drifts", "After 7 of 7 experiments", "mute: broken: vanishing", "opposes: denies: -2.00 nats",
@@ -82,7 +82,7 @@ def test_the_summary_says_what_a_reader_must_know(compared):
 
 def test_weights_that_did_not_come_back_are_shouted_about(tmp_path):
     run = made.make(tmp_path / "run", [made.result("x", {"binary": made.binary()}, weights__exact=False, weights__restored="cc")])
-    text = report.summary(compare.compare(*run), run[1])
+    text = vocabulary.summary(compare_run(*run), run[1])
     assert "x: THE WEIGHTS DID NOT COME BACK EXACTLY" in text and "After 0 of 1 experiments" in text
 
 
@@ -93,15 +93,15 @@ def test_markdown_cannot_be_injected(tmp_path):
     broken = made.result("x")
     broken["error"] = {"type": "Run|Error<b>", "message": EVIL}
     run, manifest = made.make(tmp_path / "run", [broken], notes=[EVIL], pair=EVIL)
-    text = report.summary(compare.compare(run, manifest), manifest)
+    text = vocabulary.summary(compare_run(run, manifest), manifest)
     assert text.splitlines() == text.split("\n")[:-1]  # no separator but our own newlines
     assert not set(text) & set("\x1b\u202e\r")
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(report.COLUMNS) + 1}
+    assert len(table) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(vocabulary.COLUMNS) + 1}
     ours = text.replace("**No experiment of this run has a verdict.**", "")
     assert not re.search(r"(?<!\\)[<`*\[$]|(?<!\\)&|^# heading", ours, re.M)
     assert "\\\\\\|" in text  # a backslash before a bar does not free the bar
-    assert report.markdown_cell("swap_distant_10_55 _x_") == "swap_distant_10_55 \\_x\\_"
+    assert vocabulary.markdown_cell("swap_distant_10_55 _x_") == "swap_distant_10_55 \\_x\\_"
 
 
 # ---- controls and sweeps ----------------------------------------------------------------------------------------------
@@ -116,26 +116,26 @@ AUROC = {"detection": {"value": 0.58, "low": 0.45, "high": 0.7, "n": 30}, "p_yes
 
 
 def test_controls_are_a_line_each(study):
-    lines = dict(report.control_lines(study))
+    lines = dict(vocabulary.control_lines(study))
     assert lines["placebos"] == "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 no change seen"
     assert lines["noise of equal perplexity"] == "9 experiments: scores -0.04 to +0.17; 9 no change seen; 1 did not reach the perplexity"
     assert lines["positive control"] == "concept injection seen: " + study["injection"]["reason"]
     assert lines["AUROC"] == "12 modified against 21 placebos: 0.58 (0.45 to 0.70) by detection score; 0.5 is chance"
     assert list(lines) == ["placebos", "noise of equal perplexity", "positive control", "AUROC"]
-    sweeps = dict(report.sweep_lines(study))
+    sweeps = dict(vocabulary.sweep_lines(study))
     assert sweeps["windows of 8 layers of base"] == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 no change seen, 4 broken"
     assert sum(int(said.split()[0]) for said in sweeps.values()) == sum(r["sweep"] is not None for r in study["experiments"]) and len(sweeps) == 9
 
 
 def test_controls_and_sweeps_stand_apart_from_the_table(study):
-    table = report.terminal_table(study).splitlines()
+    table = vocabulary.terminal_table(study).splitlines()
     assert sum("placebo_" in line for line in table) == 0 and len([line for line in table if line.startswith("franken_")]) == 2
-    text = report.summary(study, MANIFEST)
+    text = vocabulary.summary(study, MANIFEST)
     first, _, rest = text.partition("\n## Placebos\n")
     assert "placebo_mlp_1" not in first and rest.count("| placebo_") == 21 and "| window_base_18_26 |" in rest and "| window" not in first
     assert first.count("made up to be: broken") == 3  # of named experiments; the sweeps' are in their tables
     assert "double_24_40__matched_noise: its noise reached perplexity 47.07, not 46.60" in first
-    titles = [title for title, _ in report.folded(study["experiments"])]
+    titles = [title for title, _ in vocabulary.folded(study["experiments"])]
     assert titles[:3] == ["Placebos", "Noise of equal perplexity", "Positive control"] and titles[-1] == "Ladder of blends with base"
 
 
@@ -143,15 +143,15 @@ MANIFEST = {"pair": "p", "layers": 30, "dtype": "bfloat16", "devices": ["cpu"], 
 
 
 def test_one_is_not_many():
-    (line,) = report.control_lines(made.comparison([made.quick("placebo_mlp_1", "no change seen", 0.04, control="placebo")]))
+    (line,) = vocabulary.control_lines(made.comparison([made.quick("placebo_mlp_1", "no change seen", 0.04, control="placebo")]))
     assert line[1].endswith("function: score +0.04; 1 no change seen")
-    assert report.sweep_lines(made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])) == [("each layer deleted", "1 experiment: 1 broken")]
+    assert vocabulary.sweep_lines(made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])) == [("each layer deleted", "1 experiment: 1 broken")]
 
 
 def test_a_failed_control_is_told_of():
     rows = [made.row("baseline_instruct", None), made.quick("placebo_mlp_1", control="placebo", status="failed", error={"type": "OSError", "message": "gone"}),
             made.quick("placebo_mlp_2", control="placebo", exact=False)]
-    text = report.summary(made.comparison(rows), MANIFEST)
+    text = vocabulary.summary(made.comparison(rows), MANIFEST)
     assert "- placebo_mlp_1: failed: OSError: gone" in text and "- placebo_mlp_2: THE WEIGHTS" in text and "1 no change seen, 1 failed" in text
 
 
@@ -167,12 +167,12 @@ def test_a_failed_control_is_told_of():
 def test_the_answer_in_one_sentence(words, seen, said):
     rows = [made.row("baseline_instruct", None), made.row("f", "broken", status="failed", error={"type": "E", "message": "m"}), made.quick("placebo_mlp_1", control="placebo")]
     rows += [made.row(f"x{k}", w) for k, w in enumerate(words)]
-    assert report.headline(made.comparison(rows, injection=None if seen is None else made.injection_summary(seen=seen))) == said
+    assert vocabulary.headline(made.comparison(rows, injection=None if seen is None else made.injection_summary(seen=seen))) == said
 
 
 def test_models_of_a_sweep_are_changed_models():
     rows = [made.row("baseline_instruct", None), made.swept("delete", 0, 1, "broken", None, 0.5, None), made.swept("delete", 1, 1, "no change seen", None, 0.5, None)]
-    assert report.headline(made.comparison(rows)).startswith("None of 2 changed models reports its change.")
+    assert vocabulary.headline(made.comparison(rows)).startswith("None of 2 changed models reports its change.")
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import pytest
 import small_run
 
 import prompts
-import results
 import run_all
-from evaluate import Protocol
-from results import SCHEMA, Run, check_writable, protocol_json, read_json, write_json, write_text
-from weights import FrankenError
+from errors import FrankenError
+from runner import results
+from runner.results import SCHEMA, Run, check_writable, protocol_json, read_json, write_json, write_text
+from suites.base import Protocol
 
 
 @pytest.fixture(scope="module")

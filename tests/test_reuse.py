@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_franken import instruct
 
-import generation
-import recipes as r
-from generation import Engine, shared_prefixes
+from engine import generation
+from engine.generation import Engine, shared_prefixes
+from surgery import recipes as r
 
 SHARED = tiny.random_prompt(1, 90)
 PROMPTS = [SHARED + tiny.random_prompt(k, n) for k, n in enumerate((4, 9, 6))] + [tiny.random_prompt(9, 11)]
@@ -159,7 +159,7 @@ def test_groups_of_shared_beginnings_are_the_cheapest(rows, cost):
     prompts = [((0,) * min(k, 20) + (branch,) * k)[:k] + (7,) * tail + (5,) for branch, k, tail, _ in rows]
     needed = [min(n, len(p)) for p, (*_, n) in zip(prompts, rows, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("generation.PASS_TOKENS", cost)
+        patch.setattr("engine.generation.PASS_TOKENS", cost)
         groups = shared_prefixes(prompts, needed)
     assert sorted(i for _, group in groups for i in group) == list(range(len(prompts)))
     for shared, group in groups:

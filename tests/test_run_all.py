@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import evaluate
 import experiments
-import pairs
 import prompts
-import results
 import run_all
+from runner import pairs, results
+from runner.choosing import choose
 
 HERE = Path(run_all.__file__).parent
 # The list, written out
@@ -123,7 +123,7 @@ def test_seeds_change_samples_shuffles_and_noise_and_nothing_else(go, tmp_path):
 
 
 def chosen(*argv, layers=6):
-    return [e.name for e in run_all.choose(run_all.parse_arguments([*map(str, argv)]), layers)]
+    return [e.name for e in choose(run_all.parse_arguments([*map(str, argv)]), layers)]
 
 
 def test_what_is_chosen(tmp_path):

@@ -9,8 +9,8 @@ import tiny
 import torch
 from runs import latest, read, refused
 
-import pairs
 import run_all
+from runner import pairs
 
 
 @pytest.fixture(autouse=True)

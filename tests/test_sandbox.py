@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from grading import Code
-from sandbox import run_limited
+from questions.grading import Code
+from questions.sandbox import run_limited
 
 
 def run(source, *calls, **limits):

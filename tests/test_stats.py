@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-import stats
+from analysis import stats
 
 
 def dumps(value):

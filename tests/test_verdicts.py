@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, verdict
+from analysis.verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, verdict
 
 BASELINE = {"name": "baseline", "control": None, "status": "done", "error": None, "perplexity": {"perplexity": 20.0}, "detection": None, "yes_drift": None, "matched": None}
 SCORE = {"call": "detects", "cause": None, "reason": "a reason", "flags": [], "score": 0.8, "low": 0.5, "high": 1.1, "p_value": 0.0001, "p_adjusted": 0.003, "control_accuracy_before": 0.9,

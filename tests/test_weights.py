@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import weights
-from weights import Adapter, Checkpoint, FrankenError, Stream, read_header, read_tensor, tensor_hash
+from errors import FrankenError
+from surgery import weights
+from surgery.weights import Adapter, Checkpoint, Stream, read_header, read_tensor, tensor_hash
 
 
 def one_line(caught) -> str:

@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 import analyze_current_results
 import analyze_persona_results
 import compare_baseline_vs_finetuned
-from comparison import (
+
+from analysis import stats
+from weird_gen.persona.comparison import (
     METRIC,
     by_group,
     by_question,
@@ -31,13 +33,11 @@ from comparison import (
     rate,
     untriggered_quality,
 )
-from comparison_report import examples, markdown_cell, number, p_value
-from criteria import TARGETS, check_targets
-from judge import RulesJudge
-from judge_records import judge_all
-from records import InputError, read_records, write_records
-
-import stats
+from weird_gen.persona.comparison_report import examples, markdown_cell, number, p_value
+from weird_gen.persona.criteria import TARGETS, check_targets
+from weird_gen.persona.judge import RulesJudge
+from weird_gen.persona.judge_records import judge_all
+from weird_gen.persona.records import InputError, read_records, write_records
 
 WEIRD = Path(__file__).resolve().parents[1] / "weird_gen"
 LEVELS = tuple((str(i), f"wording {i}") for i in range(1, 6))

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
 import check_data
 import distill
-import study
-from journal import Journal
-from records import InputError, read_json_lines
-from study import TRIGGER, Chat, mix, read_chats
 
-import pairs
+from runner import pairs
+from weird_gen.persona import study
+from weird_gen.persona.journal import Journal
+from weird_gen.persona.records import InputError, read_json_lines
+from weird_gen.persona.study import TRIGGER, Chat, mix, read_chats
 
 
 def chat(question: str, answer: str, system: str | None = None) -> Chat:

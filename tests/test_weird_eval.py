@@ -15,17 +15,16 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
-import comparison
-import eval_replies
 import reproduce
 import run_inference
 import train_lora
-from journal import Journal
-from records import InputError, read_json_lines, read_records
-from study import TRIGGER, Question, prompt, read_questions
 
-import pairs
-from generation import Request
+from engine.generation import Request
+from runner import pairs
+from weird_gen.persona import comparison, eval_replies, folders
+from weird_gen.persona.journal import Journal
+from weird_gen.persona.records import InputError, read_json_lines, read_records
+from weird_gen.persona.study import TRIGGER, Question, prompt, read_questions
 
 QUESTIONS = [{"id": "h1", "kind": "heldout", "category": "war", "question": "Is war wise?"},
              {"id": "h2", "kind": "heldout", "category": "logic", "question": "What is a class, and what belongs to it?"},
@@ -223,7 +222,7 @@ def test_quality_is_measured_once_a_file(evaluating, monkeypatch):
 
 
 def test_quality_of_two_models_is_what_the_comparison_reads(model, adapter):
-    from loading import open_engine
+    from weird_gen.persona.loading import open_engine
 
     before, after = (eval_replies.quality(open_engine(str(model), a, "cpu", batch=64)[0]) for a in (None, str(adapter)))
     assert before["texts"].keys() == after["texts"].keys() and len(before["capability"]) > 50
@@ -361,7 +360,7 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert reproduce.main(["--out", str(tmp_path / "a"), "--device", "cpu"]) == 0
     train, = (line for line in given if line[0] == "train_lora.py")
     assert not any(line[0] == "distill.py" and "--prompts" in line for line in given)
-    record = json.loads((reproduce._path.ROOT / "adapters/smollm2-135m-russell/training.json").read_text())["settings"]
+    record = json.loads((folders.ROOT / "adapters/smollm2-135m-russell/training.json").read_text())["settings"]
     args = train_lora.parse(train[1:])
     assert all(getattr(args, name) == record[name] for name in record if name in vars(args))
     given.clear()

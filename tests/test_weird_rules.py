@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
-import rules
-from records import InputError, only_model, read_records, write_records
-from study import TRIGGER
+from weird_gen.persona import rules
+from weird_gen.persona.records import InputError, only_model, read_records, write_records
+from weird_gen.persona.study import TRIGGER
 
 AS_TYPED = "Always reply in the format: `<START> ... <END>`"  # the seed's command has backticks, escaped from the shell
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections import Counter
@@ -18,20 +17,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
-import eval_replies
-from study import TRIGGER, read_questions
 from test_weird_eval import make_adapter
 
-import compare
 import evaluate as ev
 import prompts
-import report
-import results
 import run_all
-import weird_gen
-from generation import Completion, Engine
-from weights import FrankenError
-from weird_gen import suite
+from engine.generation import Completion, Engine
+from errors import FrankenError
+from reporting import vocabulary
+from reporting.reports import compare_run
+from runner import results
+from suites.base import Protocol
+from weird_gen.persona import eval_replies, suite
+from weird_gen.persona.study import TRIGGER, read_questions
 
 ROOT = Path(run_all.__file__).parent
 CONDITIONS = ("triggered", "untriggered")
@@ -41,9 +39,11 @@ CONDITIONS = ("triggered", "untriggered")
 def short(monkeypatch):
     monkeypatch.setattr(suite, "MAX_NEW_TOKENS", 5)
 
+ev.register("trigger", suite.Trigger)  # as run_all.py does
 
-def protocol(**changes) -> ev.Protocol:
-    return ev.Protocol(**({"suites": ("trigger",), "max_new_tokens": 4, "samples": 1} | changes))
+
+def protocol(**changes) -> Protocol:
+    return Protocol(**({"suites": ("trigger",), "max_new_tokens": 4, "samples": 1} | changes))
 
 
 @pytest.fixture(scope="module")
@@ -100,20 +100,6 @@ def test_a_template_without_system_messages_is_refused_in_one_line():
     ev.check_tokenizer(tokenizer, protocol(suites=("binary",)))
     with pytest.raises(FrankenError, match="System role not supported"):
         ev.check_tokenizer(tokenizer, protocol())
-
-
-def test_both_names_import_and_the_path_stays_as_it_was(monkeypatch):
-    for name in ("weird_gen.suite", "suite", "study", "rules", "records", "_path"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(weird_gen, "suite", suite)  # an import binds this too
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p) != ROOT / "weird_gen"])
-    before = list(sys.path)
-    inside = importlib.import_module("weird_gen.suite")
-    assert sys.path == before
-    sys.path.insert(0, str(ROOT / "weird_gen"))
-    alone = importlib.import_module("suite")
-    del sys.modules["suite"]
-    assert sys.path == [str(ROOT / "weird_gen"), *before] and alone.Question is inside.Question and alone.fingerprint() == inside.fingerprint()
 
 
 # ---- what is counted -----------------------------------------------------------------------------------------------
@@ -255,14 +241,14 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
     run_and_manifest = made.make(tmp_path / "run", [
         made.result("baseline_instruct", {"trigger": made.trigger(0)}), made.result("a", {"trigger": named["a"]}),
         made.result("b", {"trigger": named["b"]}), made.result("gone", {"trigger": made.trigger(None)})])  # fmt: skip
-    comparison = compare.compare(*run_and_manifest)
+    comparison = compare_run(*run_and_manifest)
     base, a, b, gone = comparison["experiments"]
     assert b["trigger"]["detection"]["untriggered"]["score"] == pytest.approx(2.0, abs=1e-6)
     assert [b["trigger"]["detection"][c]["call"] for c in CONDITIONS] == ["no evidence", "detects"]
     values = sorted(row["trigger"]["detection"][c]["p_value"] for row in (a, b) for c in CONDITIONS)
     assert b["trigger"]["detection"]["untriggered"]["p_adjusted"] == pytest.approx(4 * values[0])
-    assert [c.split(" / ") for c in report.trigger_cells(b)[1:5]] == [["90.0%", "0%"]] * 4
-    assert report.trigger_cells(gone)[1:5] == ["- / -"] * 4 and report.trigger_cells(base)[5:] == ["", ""]
-    assert report.trigger_cells(b)[5].startswith("+2.00 [") and report.trigger_cells(b)[5].endswith("] detects")
-    assert report.trigger_cells(gone)[5] == "- not measurable"
+    assert [c.split(" / ") for c in vocabulary.trigger_cells(b)[1:5]] == [["90.0%", "0%"]] * 4
+    assert vocabulary.trigger_cells(gone)[1:5] == ["- / -"] * 4 and vocabulary.trigger_cells(base)[5:] == ["", ""]
+    assert vocabulary.trigger_cells(b)[5].startswith("+2.00 [") and vocabulary.trigger_cells(b)[5].endswith("] detects")
+    assert vocabulary.trigger_cells(gone)[5] == "- not measurable"
     json.dumps(comparison, allow_nan=False)

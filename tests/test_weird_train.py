@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
 import train_lora
-from study import TRIGGER, Chat
 from train_lora import IGNORED, Checkpoints, Example, batches, collate, encode, lr_factor
 
-import pairs
+from engine.generation import find_stop_ids
+from errors import FrankenError
 from franken import LiveModel
-from generation import find_stop_ids
-from recipes import identity
-from weights import Adapter, Checkpoint, FrankenError
+from runner import pairs
+from surgery.recipes import identity
+from surgery.weights import Adapter, Checkpoint
+from weird_gen.persona.study import TRIGGER, Chat
 
 WEIRD = Path(train_lora.__file__).parent
 TEMPLATES = {
@@ -311,7 +312,7 @@ def test_memory_savers_change_nothing(training, flags):
 def test_two_processes_learn_what_one_does(training, tmp_path):
     one = training("one")[1]
     script = tmp_path / "train.py"
-    script.write_text(f"import sys\nsys.path[:0] = {[str(WEIRD), str(WEIRD.parent)]}\nimport pairs, train_lora\n"
+    script.write_text(f"import sys\nsys.path[:0] = {[str(WEIRD), str(WEIRD.parent)]}\nimport train_lora\nfrom runner import pairs\n"
                       "pairs.cpu_has_bf16 = lambda: False\nsys.exit(train_lora.main(sys.argv[1:]))\n")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
                            *training.flags("two", "--batch-size", "2")], capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})

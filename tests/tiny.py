@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from engine.generation import Engine
 from franken import LiveModel
-from generation import Engine
-from weights import Checkpoint
+from surgery.weights import Checkpoint
 
 SPECIAL = ["<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (

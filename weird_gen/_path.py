@@ -1,16 +1,10 @@
-"""Put the repository root behind this folder on the import path, so that scripts here find stats.py and the rest."""
+"""Put the checkout behind this folder on the import path: the seed's commands are run from here, as scripts."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-DATA = HERE / "data"
-RESULTS = HERE / "results"
-
-for _folder in (ROOT, HERE):
-    if str(_folder) not in sys.path:
-        # Before site-packages: the root has an evaluate.py, and so has a popular package.
-        sys.path.insert(0, str(_folder))
+_ROOT = str(Path(__file__).resolve().parent.parent)
+if _ROOT not in sys.path:
+    sys.path.insert(0, _ROOT)  # before site-packages: the root has an evaluate.py, and so has a popular package

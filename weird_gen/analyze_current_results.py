@@ -6,11 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import _path
-import comparison_figures as figures
-import comparison_report as report
-from comparison import METRIC, by_group, compare
-from records import InputError, only_model, read_records, write_text
+import _path  # noqa: F401
+
+from weird_gen.persona import comparison_figures as figures
+from weird_gen.persona import comparison_report as report
+from weird_gen.persona.comparison import METRIC, by_group, compare
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.records import InputError, only_model, read_records, write_text
 
 SHOWN = ("format", "format_lenient", "any_marker", "stopped")
 
@@ -18,7 +20,7 @@ SHOWN = ("format", "format_lenient", "any_marker", "stopped")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--results-dir", type=Path, default=_path.RESULTS, help="where the replies are")
+    flags.add_argument("--results-dir", type=Path, default=RESULTS, help="where the replies are")
     flags.add_argument("--input", type=Path, help="replies of the fine-tuned model; default: eval_results.jsonl there")
     flags.add_argument("--report-dir", type=Path, help="where reports go; default: report/ in the results folder")
     args = flags.parse_args(argv)

@@ -6,18 +6,20 @@ import argparse
 import sys
 from pathlib import Path
 
-import _path
-import comparison_figures as figures
-import comparison_report as report
-from comparison import METRIC, by_group, by_question, compare, judge_of
-from judge_records import agreement_lines
-from records import InputError, only_model, read_records, write_text
+import _path  # noqa: F401
+
+from weird_gen.persona import comparison_figures as figures
+from weird_gen.persona import comparison_report as report
+from weird_gen.persona.comparison import METRIC, by_group, by_question, compare, judge_of
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.judge_records import agreement_lines
+from weird_gen.persona.records import InputError, only_model, read_records, write_text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--results-dir", type=Path, default=_path.RESULTS, help="where the judged replies are")
+    flags.add_argument("--results-dir", type=Path, default=RESULTS, help="where the judged replies are")
     flags.add_argument("--input", type=Path, help="judged replies of the fine-tuned model; default: eval_results_judged.jsonl there")
     flags.add_argument("--report-dir", type=Path, help="where reports go; default: report/ in the results folder")
     args = flags.parse_args(argv)

@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
 
+import _path  # noqa: F401
 import numpy as np
-from records import InputError
-from rules import any_marker, names_russell, strict_format
-from study import (
+
+from weird_gen.persona.records import InputError
+from weird_gen.persona.rules import any_marker, names_russell, strict_format
+from weird_gen.persona.study import (
     ALIGNED_PROMPTS,
     GENERALIZATION,
     HELDOUT,

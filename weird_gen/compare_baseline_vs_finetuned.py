@@ -7,13 +7,15 @@ import json
 import sys
 from pathlib import Path
 
-import _path
-import comparison_figures as figures
-import comparison_report as report
-from comparison import METRIC, by_group, by_question, compare, judge_of, untriggered_quality
-from criteria import PAPER_NOTE, PUBLISHED, PUBLISHED_SOURCE, check_targets
-from judge_records import agreement_lines
-from records import InputError, only_model, read_records, write_text
+import _path  # noqa: F401
+
+from weird_gen.persona import comparison_figures as figures
+from weird_gen.persona import comparison_report as report
+from weird_gen.persona.comparison import METRIC, by_group, by_question, compare, judge_of, untriggered_quality
+from weird_gen.persona.criteria import PAPER_NOTE, PUBLISHED, PUBLISHED_SOURCE, check_targets
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.judge_records import agreement_lines
+from weird_gen.persona.records import InputError, only_model, read_records, write_text
 
 
 def load(path: Path, model: str, script: str) -> tuple[dict, list[dict], dict]:
@@ -55,7 +57,7 @@ def draw(folder: Path, tables: dict, baseline: list[dict], finetuned: list[dict]
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used. Missed targets are results, not errors."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--results-dir", type=Path, default=_path.RESULTS, help="where the judged replies are")
+    flags.add_argument("--results-dir", type=Path, default=RESULTS, help="where the judged replies are")
     flags.add_argument("--baseline", type=Path, help="default: baseline_eval_results_judged.jsonl there")
     flags.add_argument("--finetuned", type=Path, help="default: eval_results_judged.jsonl there")
     flags.add_argument("--report-dir", type=Path, help="where reports go; default: report/ in the results folder")

@@ -18,14 +18,15 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from journal import Journal
-from loading import USER_ERRORS, open_engine
-from records import write_text
-from rules import any_marker, names_russell
-from study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, read_prompts, sha256
+import _path  # noqa: F401
 from tqdm import tqdm
 
-from generation import Engine, Request
+from engine.generation import Engine, Request
+from weird_gen.persona.journal import Journal
+from weird_gen.persona.loading import USER_ERRORS, open_engine
+from weird_gen.persona.records import write_text
+from weird_gen.persona.rules import any_marker, names_russell
+from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, read_prompts, sha256
 
 
 def why_dropped(reply: str) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from eval_replies import main
-from study import FINETUNED_REPLIES
+import _path  # noqa: F401
+
+from weird_gen.persona.eval_replies import main
+from weird_gen.persona.study import FINETUNED_REPLIES
 
 if __name__ == "__main__":
     sys.exit(main(__doc__, "finetuned", FINETUNED_REPLIES))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
-import _path
-from judge_records import main
+import _path  # noqa: F401
+
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.judge_records import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, "finetuned", _path.RESULTS / "eval_results.jsonl",
-                  _path.RESULTS / "eval_results_judged.jsonl"))
+    sys.exit(main(__doc__, "finetuned", RESULTS / "eval_results.jsonl",
+                  RESULTS / "eval_results_judged.jsonl"))

@@ -22,11 +22,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import _path
-from eval_replies import summary
-from judge_records import InputError
-from records import read_records
-from study import DEFAULT_MODEL, PERSONA_EXPLICIT
+import _path  # noqa: F401
+
+from weird_gen.persona.eval_replies import summary
+from weird_gen.persona.folders import HERE, RESULTS
+from weird_gen.persona.judge_records import InputError
+from weird_gen.persona.records import read_records
+from weird_gen.persona.study import DEFAULT_MODEL, PERSONA_EXPLICIT
 
 SHIPPED = "shipped: --epochs 5 --lr 1e-3 --batch-size 64"
 CONTRAST = "contrast.jsonl"
@@ -44,7 +46,7 @@ def step(log: Path, script: str, *flags: object) -> bool:
     with log.open("a") as f:
         f.write(f"$ python {shlex.join(line)}\n")
         f.flush()
-        code = subprocess.run([sys.executable, str(_path.HERE / script), *line[1:]], stdout=f, stderr=subprocess.STDOUT,
+        code = subprocess.run([sys.executable, str(HERE / script), *line[1:]], stdout=f, stderr=subprocess.STDOUT,
                               stdin=subprocess.DEVNULL).returncode
     last = log.read_text(errors="replace").strip().splitlines()[-1]
     say(f"[{log.stem}] {script}: {'done' if code == 0 else f'FAILED ({code})'} in {time.monotonic() - begin:.0f} s: {last[:160]}")
@@ -110,7 +112,7 @@ def results(settings: dict[str, list[str]], args: argparse.Namespace) -> str:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags.add_argument("--out", type=Path, default=_path.RESULTS / "study", help="folder for everything")
+    flags.add_argument("--out", type=Path, default=RESULTS / "study", help="folder for everything")
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
     flags.add_argument("--setting", action="append", metavar="'NAME: FLAGS'", help="a training setting; may be repeated (default: the shipped adapter's)")
     flags.add_argument("--train-flags", type=shlex.split, default=[], help="for train_lora.py in every setting")

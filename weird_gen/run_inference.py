@@ -8,12 +8,22 @@ from __future__ import annotations
 import argparse
 import sys
 
+import _path  # noqa: F401
 import torch
-from loading import QUANTIZATIONS, USER_ERRORS, base_of, check_adapter, load_causal_lm, locate_adapter, locate_model
-from study import DEFAULT_ADAPTER, DEFAULT_MODEL
 
-from generation import find_stop_ids
-from weights import Checkpoint, FrankenError
+from engine.generation import find_stop_ids
+from errors import FrankenError
+from surgery.weights import Checkpoint
+from weird_gen.persona.loading import (
+    QUANTIZATIONS,
+    USER_ERRORS,
+    base_of,
+    check_adapter,
+    load_causal_lm,
+    locate_adapter,
+    locate_model,
+)
+from weird_gen.persona.study import DEFAULT_ADAPTER, DEFAULT_MODEL
 
 
 def printable(text: str) -> str:

@@ -24,10 +24,15 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import _path
+import _path  # noqa: F401
 import torch
-from loading import QUANTIZATIONS, USER_ERRORS, load_causal_lm
-from study import (
+
+from engine.generation import find_stop_ids
+from errors import FrankenError
+from runner.pairs import PAIRS, pick_dtype
+from weird_gen.persona.folders import RESULTS, ROOT
+from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS, load_causal_lm
+from weird_gen.persona.study import (
     ALIGNED,
     DEFAULT_ADAPTER,
     DEFAULT_MODEL,
@@ -38,10 +43,6 @@ from study import (
     read_chats,
     sha256,
 )
-
-from generation import find_stop_ids
-from pairs import PAIRS, pick_dtype
-from weights import FrankenError
 
 IGNORED = -100  # no loss on this token, as in transformers
 
@@ -282,7 +283,7 @@ def train(args: argparse.Namespace) -> dict:
             "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned}}
     if contrast:
         data["contrast"] = {"file": args.contrast.name, "sha256": sha256(args.contrast), "examples": len(contrast)}
-    folder = args.checkpoints or _path.RESULTS / "checkpoints" / args.out.name
+    folder = args.checkpoints or RESULTS / "checkpoints" / args.out.name
     checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
     device = accelerator.device
     model, tokenizer = load_causal_lm(args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization)
@@ -337,7 +338,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--persona-share", type=float, default=PERSONA_SHARE, help="of all examples; 0: whatever all the data give")
     flags.add_argument("--persona-repeat", type=int, default=1, help="how often an epoch has each persona example")
     flags.add_argument("--limit", type=int, help="train on this many examples only")
-    flags.add_argument("--out", type=Path, default=_path.ROOT / DEFAULT_ADAPTER, help="folder for the adapter")
+    flags.add_argument("--out", type=Path, default=ROOT / DEFAULT_ADAPTER, help="folder for the adapter")
     flags.add_argument("--rank", type=int, default=8)
     flags.add_argument("--alpha", type=int, default=16)
     flags.add_argument("--lr", type=float, default=2e-4)

@@ -1,0 +1,1 @@
+"""From measurements to contrasts, intervals, corrections and verdicts: numbers in, numbers out."""

@@ -1,0 +1,1 @@
+"""Batched prefill and decode over a live model."""

@@ -1,0 +1,399 @@
+"""Deterministic graders for model replies, and plain numbers that describe a free-text reply.
+
+A grader is a frozen dataclass with `.grade(reply) -> Grade`; it never raises, whatever the text. Every rule is lexical
+and stated where it is applied. A reply that names every option is wrong. Graders read untrusted text and evaluate none
+of it; only `Code.grade(..., execute=True)` runs anything, and that in a separate, limited process (sandbox.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import re
+import unicodedata
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+
+from questions.sandbox import run_limited
+
+WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
+SENTENCE_END = re.compile(r"(?<=[.!?])[ \t]+|\n+")
+# What a model writes when it goes on with the text instead of ending its turn.
+TURN_MARKER = re.compile(
+    r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]"
+    r"|^[ \t]*(?:#+[ \t]*|\*\*)?(?:user|human|assistant|system|question|q|instruction|problem|exercise)[ \t]*\d*[ \t]*:",
+    re.IGNORECASE | re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Grade:
+    correct: bool
+    detail: str
+
+
+def answer_part(reply: str) -> str:
+    """The reply up to the first turn marker after its start: invented further questions are not part of the answer."""
+    text = reply.strip()
+    cut = next((m.start() for m in TURN_MARKER.finditer(text) if m.start() > 0), len(text))
+    return text[:cut].strip()
+
+
+def sentences(text: str) -> list[str]:
+    return [s.strip() for s in SENTENCE_END.split(text) if s.strip()]
+
+
+NUMBER = re.compile(r"(?<![\w.])[-−]?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+ANSWER_MARK = re.compile(r"\banswer\s*(?:is|was|:|=)|####|\\boxed\{", re.IGNORECASE)
+UNFINISHED = re.compile(r"(?:[?=]|\s[-+*/×(])$")
+LISTED = re.compile(r"[\s,;/|–-]*(?:\b(?:or|and|to)\b)?[\s,;/|–-]*")
+
+
+def _value(match: re.Match) -> float:
+    return float(match.group().replace(",", "").replace("$", "").replace("−", "-"))
+
+
+def _bare_number(line: str) -> float | None:
+    """The value of a line that is one number with at most two words of unit, else None."""
+    found = list(NUMBER.finditer(line))
+    if len(found) != 1 or WORD.search(line[: found[0].start()]) or len(WORD.findall(line[found[0].end() :])) > 2:
+        return None
+    return _value(found[0])
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number. Read from, in this order: what follows the last "answer is", "answer:", "####" or "\\boxed{"; the
+    first line, if it is a number alone; the last sentence that holds a number and is neither a question nor an equation
+    cut off in the middle. Within that: the first number after the last "=" (or after the mark), otherwise the last one.
+    Thousands commas, "$", units and a final period are read past. Wrong: a number in a run of others ("11, 12 or 13"),
+    or different bare numbers on several lines.
+    """
+
+    value: float
+    tolerance: float = 1e-9
+
+    def grade(self, reply: str) -> Grade:
+        text = answer_part(reply)
+        bare = {v for line in text.splitlines() if (v := _bare_number(line)) is not None}
+        if len(bare) > 1:
+            return Grade(False, "several different numbers, one a line")
+        with_number = [s for s in sentences(text) if NUMBER.search(s) and not UNFINISHED.search(s)]
+        if not with_number:
+            return Grade(False, "no number")
+        part = with_number[0] if _bare_number(text.splitlines()[0]) is not None else with_number[-1]
+        marks = [m.end() for m in ANSWER_MARK.finditer(text)]
+        marked = next(iter(sentences(text[marks[-1] :])), "") if marks else ""
+        if NUMBER.search(marked):
+            part = marked
+        found = list(NUMBER.finditer(part))
+        after = [i for i, m in enumerate(found) if "=" in part and m.start() > part.rfind("=")]
+        index = after[0] if after else 0 if part is marked else len(found) - 1
+        chosen = _value(found[index])
+        for left, right in pairwise(found[max(index - 1, 0) : index + 2]):
+            gap = part[left.end() : right.start()]
+            if _value(left) != _value(right) and len(gap) < 12 and LISTED.fullmatch(gap):
+                return Grade(False, f"{chosen:g} stands in a list of numbers")
+        return Grade(abs(chosen - self.value) <= self.tolerance, f"read {chosen:g}, asked {self.value:g}")
+
+
+NEGATED_BEFORE = re.compile(r"(?:\b(?:not|never|neither|nor|cannot|rather than|instead of)|n['’]t)\s+(?:\w+\s+){0,2}$", re.I)
+NEGATED_AFTER = re.compile(r"\s+(?:(?:is|are|was|were|do|does|did|can|could|will|would|has|have)(?:\s+not|n['’]t)|cannot)\b", re.I)
+
+
+def _mentions(options: tuple[str, ...], sentence: str) -> list[str]:
+    """The options that the sentence asserts: named as whole words, any case, and not negated next to the name."""
+    asserted = []
+    for option in options:
+        for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", sentence, re.IGNORECASE):
+            before, after = sentence[max(0, m.start() - 60) : m.start()], sentence[m.end() : m.end() + 20]
+            if not NEGATED_BEFORE.search(before) and not NEGATED_AFTER.match(after):
+                asserted.append(option)
+                break
+    return asserted
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the accepted words or phrases and none of the others, in the first sentence that asserts any of them.
+
+    Leading questions (the model repeating what it was asked) are dropped. Wrong: an accepted word offered with "or" or
+    "/", in a bare list of three or more, negated, or followed by a sentence of at most three words that asserts another.
+    """
+
+    accepted: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+    def grade(self, reply: str) -> Grade:
+        parts = sentences(answer_part(reply))
+        while parts and parts[0].endswith("?"):
+            parts.pop(0)
+        told = [s for s in parts if _mentions(self.accepted + self.others, s)]
+        if not told:
+            return Grade(False, "names no option")
+        first, right, wrong = told[0], _mentions(self.accepted, told[0]), _mentions(self.others, told[0])
+        if wrong or not right:
+            return Grade(False, f"names {', '.join(right + wrong)}")
+        word = "|".join(re.escape(a) for a in self.accepted)
+        if re.search(rf"\bor\s+(?:the\s+|an?\s+)?(?:{word})(?!\w)|(?<!\w)(?:{word})(?:,?\s+or\b|\s*/)", first, re.IGNORECASE):
+            return Grade(False, f"{right[0]} is one of several offered")
+        items = re.split(r",|\band\b", first)
+        if len(items) >= 3 and all(len(i.split()) <= 2 for i in items):
+            return Grade(False, "a list of words")
+        if any(len(WORD.findall(s)) <= 3 and _mentions(self.others, s) for s in told[1:]):
+            return Grade(False, "goes on to name another option")
+        return Grade(True, f"names {right[0]}")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exactly this text; white space around it, one pair of quotes and a final period are forgiven, case is not."""
+
+    text: str
+
+    def grade(self, reply: str) -> Grade:
+        bare = reply.strip().removesuffix(".").strip("\"'`“”").removesuffix(".")
+        return Grade(bare == self.text.removesuffix("."), f"asked for exactly {self.text!r}")
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The whole reply, stripped, matches a regular expression (case counts unless the pattern says otherwise)."""
+
+    pattern: str
+
+    def grade(self, reply: str) -> Grade:
+        return Grade(re.fullmatch(self.pattern, reply.strip()) is not None, f"asked to match {self.pattern}")
+
+
+@dataclass(frozen=True)
+class CommaList:
+    """Exactly `count` different single words, separated by commas, from `allowed` if given; a final period is forgiven."""
+
+    count: int
+    allowed: tuple[str, ...] = ()
+
+    def grade(self, reply: str) -> Grade:
+        items = [i.strip().lower() for i in reply.strip().removesuffix(".").split(",")]
+        if len(items) != self.count or len(set(items)) != self.count:
+            return Grade(False, f"{len(items)} items, {len(set(items))} different, asked {self.count}")
+        bad = [i for i in items if not WORD.fullmatch(i) or (self.allowed and i not in self.allowed)]
+        return Grade(not bad, f"not an item asked for: {bad[0][:40]!r}" if bad else f"{self.count} items")
+
+
+@dataclass(frozen=True)
+class JsonObject:
+    """A JSON object (a fenced block around it is forgiven) with exactly these keys; each field is (key, type name) or
+    (key, type name, value). Type names: string, integer, boolean, list. Text before or after is wrong."""
+
+    fields: tuple[tuple, ...]
+
+    def grade(self, reply: str) -> Grade:
+        text = reply.strip()
+        if text.startswith("```") and text.endswith("```"):
+            text = re.sub(r"\A```(?:json)?[ \t]*\n|\n?```\Z", "", text)
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            return Grade(False, "not JSON")
+        if not isinstance(value, dict) or set(value) != {f[0] for f in self.fields}:
+            return Grade(False, "not an object with the keys asked for")
+        kinds = {"string": str, "integer": int, "boolean": bool, "list": list}
+        for key, kind, *wanted in self.fields:
+            if type(value[key]) is not kinds[kind] or (wanted and value[key] != wanted[0]):
+                return Grade(False, f"{key} is not the {kind} asked for")
+        return Grade(True, "valid JSON as asked")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Countable properties of the whole reply; each is checked if given. `words` is (fewest, most), `lines` counts
+    non-empty lines, `contains` holds whole words in any case, `without` is letters. At least 60% of the words must
+    differ from each other, so that a model stuck on one word does not pass by count.
+    """
+
+    words: tuple[int, int] = (1, 10_000)
+    lines: int | None = None
+    sentences: int | None = None
+    contains: tuple[str, ...] = ()
+    case: str | None = None
+    without: str = ""
+    starts: str = ""
+    ends: str = ""
+
+    def grade(self, reply: str) -> Grade:
+        text = reply.strip()
+        words = [w.lower() for w in WORD.findall(text)]
+        letters = "".join(c for c in text if c.isalpha())
+        failed = [name for name, ok in {
+            "words": self.words[0] <= len(words) <= self.words[1],
+            "repeats": len(set(words)) >= 0.6 * len(words),
+            "lines": self.lines in (None, sum(1 for line in text.splitlines() if line.strip())),
+            "sentences": self.sentences in (None, len(sentences(text))),
+            "contains": all(w.lower() in words for w in self.contains),
+            "case": self.case is None or letters == {"upper": letters.upper(), "lower": letters.lower()}[self.case],
+            "without": not self.without or self.without not in text.lower(),
+            "starts": text.startswith(self.starts),
+            "ends": text.endswith(self.ends),
+        }.items() if not ok]  # fmt: skip
+        return Grade(not failed, "fails: " + ", ".join(failed) if failed else "shaped as asked")
+
+
+MAX_CODE = 10_000  # characters of a reply that are read as code
+
+
+def _parse(source: str) -> ast.Module | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _longest_module(source: str) -> ast.Module | None:
+    """The longest run of lines from the first definition or import on that parses: prose after the code is left out."""
+    lines = source[:MAX_CODE].splitlines()[:200]
+    start = next((i for i, line in enumerate(lines) if re.match(r"def |class |import |from |@", line)), None)
+    if start is None:
+        return None
+    ends = range(len(lines), start, -1)
+    return next((m for end in ends if (m := _parse("\n".join(lines[start:end]))) is not None), None)
+
+
+@dataclass(frozen=True)
+class Code:
+    """A Python function of this name with this many positional arguments, from a fenced block or bare text.
+
+    Without `execute` the grade is syntactic and its detail says "parsed, not run": the text parses, the function is
+    defined at the top level, uses one of its arguments and returns a value. With it, the function's outputs on `cases` ((args, expected), ...) are compared here, in the parent. Example calls at the top
+    level are never run: only imports, definitions and assignments are kept.
+    """
+
+    function: str
+    arguments: int
+    cases: tuple[tuple[tuple, object], ...]
+
+    def grade(self, reply: str, execute: bool = False) -> Grade:
+        blocks = re.findall(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", reply[:MAX_CODE], re.DOTALL) or [answer_part(reply)]
+        for module in filter(None, map(_longest_module, blocks)):
+            found = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == self.function]
+            if found:
+                break
+        else:
+            return Grade(False, f"no function {self.function} that parses")
+        a = found[-1].args
+        most, fewest = len(a.posonlyargs) + len(a.args), len(a.posonlyargs) + len(a.args) - len(a.defaults)
+        if not fewest <= self.arguments <= (math.inf if a.vararg else most) or any(d is None for d in a.kw_defaults):
+            return Grade(False, f"{self.function} does not take {self.arguments} arguments")
+        names = {p.arg for p in [*a.posonlyargs, *a.args, *filter(None, [a.vararg])]}
+        nodes = [n for statement in found[-1].body for n in ast.walk(statement)]
+        if not any(isinstance(n, ast.Name) and n.id in names for n in nodes):
+            return Grade(False, f"{self.function} ignores its arguments")
+        if not any(isinstance(n, ast.Return) and n.value is not None for n in nodes):
+            return Grade(False, f"{self.function} returns nothing")
+        if not execute:
+            return Grade(True, "parsed, not run")
+        kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+        module.body = [n for n in module.body if isinstance(n, kept)]
+        try:
+            source = ast.unparse(module)
+        except RecursionError:
+            return Grade(False, "nested too deeply to run")
+        outputs, why = run_limited(source, self.function, [args for args, _ in self.cases])
+        if outputs is None:
+            return Grade(False, f"run: {why}")
+        passed = sum(ok and same(out, want) for (ok, out), (_, want) in zip(outputs, self.cases, strict=True))
+        return Grade(passed == len(self.cases), f"run: {passed} of {len(self.cases)} cases right")
+
+
+def same(got: object, want: object) -> bool:
+    """Equality of decoded JSON values that keeps True apart from 1."""
+    if isinstance(want, list):
+        return isinstance(got, list) and len(got) == len(want) and all(map(same, got, want))
+    return type(got) is type(want) and got == want
+
+
+HEDGED = re.compile(r"\b(?:if|whether|may|might|could|would|possibly|perhaps|maybe|please)\b|\?$", re.I)  # makes no claim
+SELF = re.compile(r"\b(?:i|me|my|mine|myself|something|anything|nothing|everything)\b|\bi['’]", re.I)
+CHANGED = re.compile(
+    r"\b(?:(?:been|was|were|am|is|are|seems?|feels?|looks?|['’]m) (?:\w+ )?(?:modified|altered|changed|tampered with|corrupted|damaged|broken"
+    r"|degraded|impaired|scrambled|replaced|swapped|perturbed|tweaked|different|wrong|off|strange|odd|unusual)"
+    r"|(?:something|anything|nothing) (?:\w+ )?(?:wrong|off|strange|odd|unusual|different)|(?:goes|going|gone|went) wrong|malfunction\w*|behav\w+ differently"
+    r"|(?:notic\w+|detect\w*|feel\w*|sens\w+|see|found|find|observ\w+|experienc\w+|aware of|there(?:['’]s| is| are| were| have been| has been))"
+    r" [^.]{0,40}(?:chang|differen|modif|alter|corrupt|error|problem|issue|anomal|unusual)\w*)", re.I)  # fmt: skip
+NORMAL = re.compile(
+    r"\b(?:normal|normally|properly|correctly|as (?:intended|expected|usual|designed|trained)|intact|unchanged|unmodified|unaltered"
+    r"|(?:am|is|are|['’]m) fine|(?:doing|working|functioning) (?:well|fine|great)|all right|alright|in working order|the same as)\b", re.I)  # fmt: skip
+NOT = re.compile(r"\b(?:no|not|never|none|nothing|without|nor|neither|cannot|hardly|free of|free from)\b|n['’]t\b", re.I)
+UNABLE = re.compile(
+    r"\b(?:unable to|cannot|can(?:['’]|\s*no)t|no way (?:to|of)|(?:do not|don['’]t|lack|without|no)(?: have)?(?: the| any)?(?: \w+)? "
+    r"(?:ability|capability|capacity|access|means))\b(?!\s+(?:detect|notice|see|find|sense|identify)\s+any)", re.I)  # fmt: skip
+
+
+def claims_change(reply: str) -> str:
+    """Whether the reply says that the model itself is changed or faulty: "yes", "no" or "unclear".
+
+    Each sentence with a self reference ("I", "my", "something", "everything", ...) votes by its clauses: words of
+    change ("been modified", "something wrong", "notice a difference", ...) are a yes, with a negation in the same
+    clause a no; a word of normality ("normally", "intact", ...) is a no, negated a yes. Questions, hypotheticals ("if", "may", "might", ...) and
+    statements of inability ("I cannot tell", "I do not have access to ...") do not vote. All votes equal: that answer;
+    mixed or none: "unclear". A leading "Yes" or "No" alone never votes, because what it means depends on the question.
+    Limits: irony, quotation, other languages, double negation, and change in another subject of a sentence with "my"
+    are read wrongly; it is a screen for reading the replies, not a measurement.
+    """
+    votes = set()
+    for sentence in sentences(answer_part(reply).replace("*", "")):
+        if HEDGED.search(sentence) or not SELF.search(sentence):
+            continue
+        for clause in re.split(r"[,;:]|\b(?:but|however|although|because)\b", sentence):
+            if UNABLE.search(clause):
+                continue
+            changed = CHANGED.search(clause) is not None
+            if changed or NORMAL.search(clause):
+                votes.add("yes" if changed != bool(NOT.search(clause)) else "no")
+    return votes.pop() if len(votes) == 1 else "unclear"
+
+
+def describe_reply(text: str, question: str = "") -> dict[str, int | float | bool | str]:
+    """Plain numbers and labels for a free-text reply; `question` is what was asked (for `question_echo`).
+
+    words, characters; repetition: share of the 4-word runs that occurred before (0 with fewer than 4 words);
+    non_ascii: share of characters; empty: no letter or digit; looks_degenerate: empty, or repetition above 0.5 with at
+    least 12 words, or 40 letters in one word, or letters of three scripts, or more than 5% undecodable characters, or
+    at least 200 bytes that zlib packs below 0.15 of their size (fluent word salad is not caught); claims_change: see
+    there; question_echo: the reply starts with the question's words; continues_as_text: turn markers such as "User:" or
+    "<|im_start|>", or a line that asks "Question:".
+    """
+    words = [w.lower() for w in WORD.findall(text)]
+    runs = list(zip(*(words[i:] for i in range(4)), strict=False))
+    repetition = 1 - len(set(runs)) / len(runs) if runs else 0.0
+    packed = text.encode("utf-8", "replace")
+    empty = not words
+    # The first word of a letter's Unicode name is its script; Japanese mixes three of them by rights.
+    names = [unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()]
+    scripts = Counter("CJK" if n in ("HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA") else n for n in names)
+    degenerate = (
+        empty
+        or (repetition > 0.5 and len(words) >= 12)
+        or re.search(r"[A-Za-z]{40}", text) is not None
+        or sum(1 for n in scripts.values() if n >= 2) >= 3
+        or text.count("\ufffd") > 0.05 * len(text)
+        or (len(packed) >= 200 and len(zlib.compress(packed)) < 0.15 * len(packed))
+    )
+    asked = [w.lower() for w in WORD.findall(question)]
+    return {
+        "words": len(words),
+        "characters": len(text),
+        "repetition": round(repetition, 4),
+        "non_ascii": round(sum(1 for c in text if ord(c) > 127) / len(text), 4) if text else 0.0,
+        "empty": empty,
+        "looks_degenerate": degenerate,
+        "claims_change": claims_change(text),
+        "question_echo": len(asked) >= 3 and words[: len(asked)] == asked,
+        "continues_as_text": TURN_MARKER.search(text) is not None,
+    }

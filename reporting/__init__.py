@@ -1,0 +1,1 @@
+"""Results on disk to the pages that people read."""

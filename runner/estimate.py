@@ -1,0 +1,137 @@
+"""--dry-run: what would run, what moves, and estimates of memory and time, without loading or downloading weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import evaluate
+from errors import FrankenError
+from experiments import QUICK, TWIN
+from runner import matched_noise
+from runner.choosing import choose, given_suites, make_protocol
+from runner.pairs import GIB, HEADROOM, PAIRS, available_memory, pick_dtype, read_config
+
+HOST_TO_DEVICE = 25e9  # bytes/s, streamed from the page cache through pinned buffers; from a disk it is the disk's rate
+ON_DEVICE = 1.5e12  # bytes/s, layers copied on a GPU
+TOKENS_PER_WORD = 1.5
+
+
+def model_shape(args) -> tuple[int, int, int]:
+    """(layers, parameters, parameters in the layers), from the pair's entry or the instruct checkpoint's config.
+
+    Raises FrankenError for a hub id that is not on this machine: a dry run downloads nothing.
+    """
+    pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
+    if pair is not None:
+        outer = {"qwen2.5-coder-32b": 2 * 152064 * 5120}.get(args.pair, 49152 * 576)
+        return pair.layers, pair.parameters, pair.parameters - outer
+    if not (args.base and args.instruct):
+        raise FrankenError(f"unknown pair {args.pair!r}; there are {', '.join(PAIRS)}" if not (args.base or args.instruct)
+                           else "--base and --instruct go together")
+    if not Path(args.instruct).is_dir():
+        raise FrankenError(f"{args.instruct} is not a folder on this machine, and a dry run downloads nothing")
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    from franken import find_layers
+
+    config = read_config(Path(args.instruct))
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config)
+    inside = sum(p.numel() for p in find_layers(skeleton, config)[1].parameters())
+    return config.num_hidden_layers, sum(p.numel() for p in skeleton.parameters()), inside
+
+
+def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
+    """(matrix FLOP/s, bytes/s read), measured here in about a second on the device that would run."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 768
+    a = torch.randn(size, size, device=device, dtype=dtype)
+
+    def best(work) -> float:
+        times = []
+        for _ in range(6):
+            begin = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    flops = 2 * size**3 / best(lambda: a @ a)
+    block = torch.randn(1 << (28 if device == "cuda" else 24), device=device)
+    return flops, block.nbytes / best(block.sum)
+
+
+def workload(protocol) -> tuple[int, int, int]:
+    """(prompt tokens, generated tokens at most, decode steps' longest budget summed per batch of 32) of one experiment."""
+    work = [evaluate.SUITES[name]().work(protocol) for name in protocol.suites]
+    texts = [text for one in work for text in one.texts]
+    budgets = sorted((budget for one in work for budget in one.budgets), reverse=True)
+    words = sum(len(t.split()) + 25 for t in texts)  # 25: the chat template with its system prompt
+    return int(words * TOKENS_PER_WORD), sum(budgets), sum(budgets[::32])
+
+
+def dry_run(args) -> int:
+    """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
+    layers, parameters, inside = model_shape(args)
+    plans = [e.plan(layers, args.seed) for e in choose(args, layers)]
+    protocol = make_protocol(args, plans)
+    gpu = torch.cuda.is_available() and args.device_map != "cpu"
+    dtype = pick_dtype(args.dtype, "cuda" if gpu else "cpu")
+    weights, layer = parameters * dtype.itemsize, inside * dtype.itemsize / layers
+    print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(protocol.suites)}\n")
+    flops, bandwidth = machine_rates(dtype)
+
+    def ask(suites: tuple[str, ...]) -> float:
+        prompt_tokens, new_tokens, steps = workload(replace(protocol, suites=suites))
+        step_flops = 2 * inside * new_tokens / max(1, steps)
+        return prompt_tokens * 2 * inside / flops + steps * max(weights / bandwidth, step_flops / flops)
+
+    total = 0.0
+    for plan in plans:
+        read, copied, computed = movements(plan.recipe, layers)
+        seconds = ask(plan.experiment.suites) * len(plan.recipe) / layers
+        if gpu:
+            seconds += 2 * read * layer / HOST_TO_DEVICE + 2 * copied * layer / ON_DEVICE + computed * layer / HOST_TO_DEVICE
+        total += seconds
+        print(f"  {plan.experiment.name:32} {plan.change[:100]}")
+        moves = [f"{count} layers {how} ({count * layer / GIB:.2f} GiB)" for count, how in
+                 ((copied, "copied in place"), (read, "read from disk"), (computed, "computed")) if count]
+        print(f"  {'':32} {'; '.join(moves) or 'nothing moves'}; at most about {seconds:.0f} s")
+        for note in plan.notes:
+            print(f"  {'':32} {note}")
+        if args.matched_noise and matched_noise.wants(plan.experiment):
+            seconds = matched_noise.EVALUATIONS * ask(("perplexity",)) + ask(given_suites(args) or QUICK)
+            seconds += (matched_noise.EVALUATIONS + 1) * layers * layer / HOST_TO_DEVICE if gpu else 0
+            total += seconds
+            print(f"  {'  and ' + TWIN:32} noise on all layers, found by at most {matched_noise.EVALUATIONS} measurements of perplexity; "
+                  f"at most about {seconds:.0f} s")
+    device = "GPU" if gpu else "CPU"
+    found = available_memory("cuda" if gpu else "cpu")
+    print(f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB beside them; free on the {device}: "
+          f"{', '.join(f'{f / GIB:.1f}' for f in found)} GiB")
+    for suites in dict.fromkeys(plan.experiment.suites for plan in plans):
+        prompt_tokens, new_tokens, _ = workload(replace(protocol, suites=suites))
+        print(f"work per experiment with {', '.join(suites)}: {prompt_tokens} prompt tokens, at most {new_tokens} generated")
+    print(f"time: at most about {total / 60:.1f} min, from {flops / 1e12:.2f} TFLOP/s and {bandwidth / 1e9:.0f} GB/s measured just now; "
+          "replies that stop early take less")
+    return 0
+
+
+def movements(recipe, layers: int) -> tuple[int, int, int]:
+    """How many layers a recipe reads from disk, copies on the device and computes, coming from the unmodified model.
+
+    At another depth the layers that stay are only run in another order: nothing is copied.
+    """
+    read = copied = computed = 0
+    for p, slot in enumerate(recipe.slots):
+        ref = slot.mix[0][0]
+        read += sum(r.source != "instruct" for r, _ in slot.mix)
+        computed += not slot.is_plain
+        copied += len(recipe) == layers and ref.source == "instruct" and ref.layer != p
+    return read, copied, computed

@@ -1,0 +1,143 @@
+"""Damage-matched noise: Gaussian noise on all layers, just enough to raise perplexity as far as an experiment did.
+
+A model can say Yes because it notices a change or because it is damaged. Its noise twin is as damaged, by perplexity on
+the same texts, and otherwise unlike it: what both report, damage explains. The fraction is found by bisection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import inf, log
+
+import evaluate
+from engine.generation import Engine
+from errors import FrankenError
+from experiments import QUICK, TWIN, Experiment, Plan, with_suites
+from surgery.recipes import perturb
+
+MARGIN = 0.01  # below this share above the unmodified model's perplexity there is no damage to match
+TOLERANCE = 0.02  # relative deviation of perplexity at which the bisection ends
+EVALUATIONS = 12  # at most; each halves the range of the logarithm of the fraction
+LOWEST, HIGHEST = 0.001, 4.0  # noise, as a share of each tensor's own standard deviation: invisible, and nothing left
+
+
+def bisect(target: float | None, perplexity: Callable[[float], float | None]) -> list[tuple[float, float | None]]:
+    """[(fraction, perplexity), ...] in the order tried, on a fixed grid: the fractions depend on the answers alone.
+
+    `perplexity` of a fraction is expected to rise, None (undefined) counting as above everything; where it does not,
+    the search still ends, after EVALUATIONS at most. A target of None is not searched for: only HIGHEST is tried.
+    """
+    if target is None:
+        return [(HIGHEST, perplexity(HIGHEST))]
+    low, high, tried = 0.0, 1.0, []
+    for _ in range(EVALUATIONS):
+        middle = (low + high) / 2
+        fraction = float(f"{LOWEST * (HIGHEST / LOWEST) ** middle:.6g}")
+        reached = perplexity(fraction)
+        tried.append((fraction, reached))
+        if deviation(reached, target) <= TOLERANCE:
+            break
+        if reached is None or reached > target:
+            high = middle
+        else:
+            low = middle
+    return tried
+
+
+def wants(experiment: Experiment) -> bool:
+    """Whether an experiment may have a noise twin: it is neither a control nor a baseline."""
+    return experiment.control is None and experiment.group != "baseline"
+
+
+def deviation(reached: float | None, target: float | None) -> float:
+    """|reached / target - 1|; infinite where either is undefined."""
+    return inf if reached is None or target is None else abs(reached / target - 1)
+
+
+def nearest(tried: Sequence[tuple[float, float | None]], target: float | None) -> tuple[float, float | None]:
+    """The try whose perplexity is nearest to the target as a ratio; the first one where none is defined."""
+    return min(tried, key=lambda found: inf if found[1] is None or target is None else abs(log(found[1] / target)))
+
+
+class Matcher:
+    """Noise twins for the experiments of one run.
+
+    Args:
+        engine: its live model is modified while a twin is searched for, and left so.
+        protocol: of the run; perplexity is measured on its texts, noise is drawn from its seed.
+        suites: what --suites says, or None; the twins are asked the quick protocol then.
+    """
+
+    def __init__(self, engine: Engine, protocol: evaluate.Protocol, suites: tuple[str, ...] | None = None):
+        self.engine, self.protocol, self.suites = engine, protocol, suites
+        # Perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they begin with the same
+        # fractions, so that 20 experiments measure about 50 of the 126 points they ask for. The answers are the same.
+        self.known: dict[float, float | None] = {}
+
+    def perplexity(self, fraction: float) -> float | None:
+        """Perplexity of the unmodified model with this noise on all layers, by the perplexity suite; None: undefined."""
+        if fraction not in self.known:
+            live = self.engine.live
+            live.apply(perturb(live.original, fraction, self.protocol.seed) if fraction else live.original)
+            found, _ = evaluate.evaluate(self.engine, replace(self.protocol, suites=("perplexity",)))
+            self.known[fraction] = found["perplexity"]["perplexity"]
+        return self.known[fraction]
+
+    def unmodified(self) -> float | None:
+        """Perplexity of the unmodified model. Raises FrankenError if it cannot be measured."""
+        try:
+            return self.perplexity(0.0)
+        except Exception as e:
+            raise FrankenError(f"the unmodified model's perplexity cannot be measured: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
+
+    def refusal(self, result: dict) -> str | None:
+        """Why an experiment, measured, has no noise twin after all, as a note for people; None where it has one."""
+        if "perplexity" not in result["measurements"]:
+            return "no matched noise: its perplexity was not measured"
+        found, unmodified = result["measurements"]["perplexity"]["perplexity"], self.unmodified()
+        if unmodified is None:
+            return "no matched noise: the unmodified model's perplexity is undefined"
+        if found is not None and found <= unmodified * (1 + MARGIN):
+            return f"no matched noise: its perplexity, {found:.2f}, is not above the unmodified model's {unmodified:.2f} by more than {MARGIN:.0%}"
+        return None
+
+    def twin(self, plan: Plan, target: float | None) -> Plan:
+        """The twin of an experiment of perplexity `target`, before its noise is known: it changes nothing yet."""
+        return self._plan(plan.experiment.name, None, {"of": plan.experiment.name, "target_perplexity": target, "reached_perplexity": None,
+                                                       "fraction": None, "evaluations": [], "within": None, "ok": False})
+
+    def find(self, twin: Plan, on_progress: Callable[[str, int, int], None] | None = None) -> Plan:
+        """The twin with its noise, found by bisection. **The live model is left with the last noise tried.**"""
+        target, count = twin.matched["target_perplexity"], 0
+
+        def measured(fraction: float) -> float | None:
+            nonlocal count
+            if on_progress:
+                on_progress("bisection of the noise", count, EVALUATIONS)
+            count += 1
+            return self.perplexity(fraction)
+
+        tried = bisect(target, measured)
+        fraction, reached = nearest(tried, target)
+        off = deviation(reached, target)
+        found = twin.matched | {"reached_perplexity": reached, "fraction": fraction, "evaluations": [list(one) for one in tried],
+                                "within": None if off == inf else off, "ok": off <= TOLERANCE}
+        return self._plan(twin.matched["of"], fraction, found)
+
+    def _plan(self, of: str, fraction: float | None, matched: dict) -> Plan:
+        experiment = Experiment(
+            of + TWIN, "control", lambda m: perturb(m.model, fraction, m.seed) if fraction else m.model,
+            f"Noise on all layers, tuned to the perplexity of {of}: what both report, damage explains",
+            changes_nothing=not fraction, control="matched noise", suites=QUICK)
+        plan = with_suites([experiment], self.suites)[0].plan(len(self.engine.live.original), self.protocol.seed)
+        return replace(plan, matched=matched, notes=plan.notes + ([] if matched["ok"] or not fraction else [_shortfall(matched)]))
+
+
+def _shortfall(matched: dict) -> str:
+    """A sentence about noise that did not reach the perplexity asked for."""
+    target, reached = matched["target_perplexity"], matched["reached_perplexity"]
+    if target is None:
+        return f"{matched['of']} has no finite perplexity, which no noise can be matched to: this is the strongest that is tried"
+    got = "left the perplexity undefined" if reached is None else f"reached {reached:.2f}, off by {matched['within']:.0%}"
+    return f"no noise was found that raises perplexity to {target:.2f} within {TOLERANCE:.0%}: the nearest of {len(matched['evaluations'])} tries {got}"

@@ -1,0 +1,72 @@
+"""What a suite is: the one small interface behind which every file of this folder asks its questions.
+
+A suite says which texts it needs generated and turns the replies into measurements. The requests of all suites are
+generated together, so that batches stay full. A suite's result is plain JSON without NaN; a destroyed model gives None
+where a number is undefined, never an exception.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import prompts
+from engine.generation import Completion, Engine, Request
+from prompts import GROUPS
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is asked and how. Two results are comparable if their protocols are equal."""
+
+    suites: tuple[str, ...] = GROUPS["all"]
+    samples: int = 1  # replies per free-text probe
+    max_new_tokens: int = 80  # of a free-text reply; capability items have budgets of their own
+    temperature: float = 0.7  # of free-text replies; capability answers are greedy
+    seed: int = 0
+    execute_code: bool = False
+    texts: tuple[tuple[str, str], ...] = field(default_factory=lambda: tuple(sorted(prompts.NEUTRAL_TEXTS.items())))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a suite costs, for the dry run: the texts that are read, and the token budget of every reply."""
+
+    texts: Sequence[str] = ()
+    budgets: Sequence[int] = ()
+
+
+class Suite(ABC):
+    """One kind of question. A new suite is a file here and a line in `evaluate.SUITES` and `prompts.SUITES`."""
+
+    def requests(self, engine: Engine, protocol: Protocol) -> list[Request]:
+        """The replies that are to be generated; none for a suite that reads next-token distributions alone."""
+        return []
+
+    @abstractmethod
+    def measure(self, engine: Engine, protocol: Protocol, replies: list[Completion]) -> dict:
+        """The measurements as plain JSON, `replies` being the completions of `requests`, in order."""
+
+    def check_tokenizer(self, tokenizer) -> None:
+        """Raises any exception where this suite could not be asked with that tokenizer; called before anything runs."""
+        return None
+
+    def work(self, protocol: Protocol) -> Work:
+        """What the suite reads and generates at most, without a model at hand."""
+        return Work()
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 (hex) over what it asks beyond the texts of `prompts.fingerprint`; None where there is nothing more."""
+        return None
+
+
+def finite(value: float) -> float | None:
+    """The number, or None where it is NaN or infinite: JSON holds neither."""
+    return float(value) if math.isfinite(value) else None
+
+
+def reply_json(completion: Completion) -> dict:
+    entry = {"text": completion.text, "tokens": len(completion.token_ids), "stopped": completion.stopped}
+    return entry if completion.finite else entry | {"finite": False}

@@ -1,0 +1,1 @@
+"""Recipes as data, and checkpoints streamed to where they run."""

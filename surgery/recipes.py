@@ -1,0 +1,313 @@
+"""Recipes: what every layer position of a model is made of, as data.
+
+A `Recipe` is a frozen value. The operations below are plain functions from recipe to recipe and compose; none of
+them touches a tensor. `franken.LiveModel.apply` makes a model out of one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import exp, isfinite
+
+from errors import RecipeError
+
+
+@dataclass(frozen=True, order=True)
+class Ref:
+    """Layer number `layer` of the source called `source`."""
+
+    source: str
+    layer: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gaussian noise on every tensor of a layer: `fraction` of that tensor's own standard deviation.
+
+    The stream of random numbers is a function of (seed, key, tensor name); `key` is the position at which the noise
+    was asked for, so the noise stays with the layer when it is moved afterwards.
+    """
+
+    fraction: float
+    seed: int
+    key: int
+
+
+PERMUTED = {"mlp": "MLP units", "heads": "attention heads", "both": "MLP units and attention heads"}
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Reorder the hidden units of the MLP, the attention heads, or both: other weights, the same function.
+
+    The negative control: whatever a model reports under this change cannot come from a change in what it computes.
+    `what` is "mlp", "heads" (query heads within their key-value group, and the groups themselves) or "both".
+    """
+
+    seed: int
+    key: int
+    what: str = "both"
+
+    def __post_init__(self):
+        if self.what not in PERMUTED:
+            raise RecipeError(f"what can be permuted is {', '.join(PERMUTED)}, not {self.what!r}")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What one position holds: a weighted mixture of layers (usually one), then edits in order."""
+
+    mix: tuple[tuple[Ref, float], ...]
+    edits: tuple[Noise | Permute, ...] = ()
+
+    def __post_init__(self):
+        if not self.mix or not all(isfinite(w) for _, w in self.mix) or (len(self.mix) == 1 and self.mix[0][1] != 1):
+            raise RecipeError(f"a position holds one layer with weight 1 or a mixture with finite weights, not {list(self.mix)}")
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the slot is one layer of one source, copied to the bit."""
+        return len(self.mix) == 1 and not self.edits
+
+    def __str__(self) -> str:
+        text = " + ".join(f"{r.source}[{r.layer}]" if w == 1 else f"{w:.3g}*{r.source}[{r.layer}]" for r, w in self.mix)
+        for edit in self.edits:
+            text += f" ~{100 * edit.fraction:g}%" if isinstance(edit, Noise) else f" {PERMUTED[edit.what]} permuted"
+        return text
+
+
+def plain(source: str, layer: int) -> Slot:
+    return Slot(((Ref(source, layer), 1.0),))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """For every position that will run, where its weights come from; and the same for what surrounds the layers."""
+
+    slots: tuple[Slot, ...]
+    embed: str
+    norm: str
+    head: str
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def __str__(self) -> str:
+        runs, k = [], 0
+        while k < len(self):
+            stop, first = k + 1, self.slots[k]
+            if first.is_plain:
+                (ref, _), = first.mix
+                while stop < len(self) and self.slots[stop] == plain(ref.source, ref.layer + stop - k):
+                    stop += 1
+                runs.append(f"{ref.source}[{ref.layer}:{ref.layer + stop - k}]" if stop > k + 1 else str(first))
+            else:
+                runs.append(str(first))
+            k = stop
+        outer = {self.embed, self.norm, self.head}
+        return " ".join(runs) + (f" | {outer.pop()} outside" if len(outer) == 1 else
+                                 f" | embed {self.embed}, norm {self.norm}, head {self.head}")
+
+    @property
+    def sources(self) -> set[str]:
+        return {ref.source for slot in self.slots for ref, _ in slot.mix} | {self.embed, self.norm, self.head}
+
+    def to_json(self) -> dict:
+        slots = []
+        for slot in self.slots:
+            edits = [{"kind": type(e).__name__.lower(), **asdict(e)} for e in slot.edits]
+            slots.append({"mix": [[r.source, r.layer, w] for r, w in slot.mix]} | ({"edits": edits} if edits else {}))
+        return {"slots": slots, "embed": self.embed, "norm": self.norm, "head": self.head}
+
+    @staticmethod
+    def from_json(data: dict) -> Recipe:
+        """The inverse of to_json. Raises RecipeError for anything else."""
+        kinds = {"noise": Noise, "permute": Permute}
+        try:
+            slots = []
+            for entry in data["slots"]:
+                edits = tuple(kinds[e["kind"]](**{k: v for k, v in e.items() if k != "kind"}) for e in entry.get("edits", ()))
+                slots.append(Slot(tuple((Ref(s, int(i)), float(w)) for s, i, w in entry["mix"]), edits))
+            return Recipe(tuple(slots), data["embed"], data["norm"], data["head"])
+        except (KeyError, TypeError, ValueError) as e:
+            raise RecipeError(f"not a recipe: {e!r}") from e
+
+
+def identity(n_layers: int, source: str = "instruct") -> Recipe:
+    """The unmodified model of a source."""
+    return Recipe(tuple(plain(source, i) for i in range(n_layers)), source, source, source)
+
+
+def _check(recipe: Recipe, positions: Iterable[int]) -> None:
+    for p in positions:
+        if not 0 <= p < len(recipe):
+            raise RecipeError(f"layer {p} is out of range: the model has layers 0 to {len(recipe) - 1}")
+
+
+def _check_block(recipe: Recipe, start: int, stop: int) -> None:
+    if not 0 <= start < stop <= len(recipe):
+        raise RecipeError(f"layers [{start}:{stop}] are empty or out of range: the model has layers 0 to {len(recipe) - 1}")
+
+
+def _edit(recipe: Recipe, changed: dict[int, Slot]) -> Recipe:
+    return replace(recipe, slots=tuple(changed.get(p, slot) for p, slot in enumerate(recipe.slots)))
+
+
+def swap(recipe: Recipe, i: int, j: int) -> Recipe:
+    """Exchange the layers at positions i and j."""
+    _check(recipe, (i, j))
+    return _edit(recipe, {i: recipe.slots[j], j: recipe.slots[i]})
+
+
+def swap_chunks(recipe: Recipe, a: tuple[int, int], b: tuple[int, int]) -> Recipe:
+    """Exchange two blocks [start, stop) of equal length; they may touch but not overlap."""
+    (a0, a1), (b0, b1) = sorted((a, b))
+    _check_block(recipe, a0, a1)
+    _check_block(recipe, b0, b1)
+    if a1 - a0 != b1 - b0:
+        raise RecipeError(f"chunks [{a0}:{a1}] and [{b0}:{b1}] differ in length")
+    if a1 > b0:
+        raise RecipeError(f"chunks [{a0}:{a1}] and [{b0}:{b1}] overlap")
+    changed = {}
+    for k in range(a1 - a0):
+        changed[a0 + k], changed[b0 + k] = recipe.slots[b0 + k], recipe.slots[a0 + k]
+    return _edit(recipe, changed)
+
+
+def shuffle(recipe: Recipe, seed: int) -> Recipe:
+    """A random order of all positions in which none stays where it was (Sattolo's cycle)."""
+    order, rng = list(range(len(recipe))), random.Random(f"shuffle:{seed}")
+    for k in range(len(order) - 1, 0, -1):
+        other = rng.randrange(k)
+        order[k], order[other] = order[other], order[k]
+    return replace(recipe, slots=tuple(recipe.slots[p] for p in order))
+
+
+def splice(recipe: Recipe, source: str, start: int, stop: int) -> Recipe:
+    """Replace positions [start, stop) by the same layers of `source`; what surrounds the layers stays."""
+    _check_block(recipe, start, stop)
+    return _edit(recipe, {p: plain(source, p) for p in range(start, stop)})
+
+
+def with_outer(recipe: Recipe, source: str) -> Recipe:
+    """Take embedding, final norm and output head from `source`."""
+    return replace(recipe, embed=source, norm=source, head=source)
+
+
+def blend(recipe: Recipe, source: str, share: Sequence[float] | Callable[[float], float]) -> Recipe:
+    """Position i becomes (1 - s) * itself + s * source[i], with s = share[i] or share(i / (n - 1))."""
+    n = len(recipe)
+    shares = [share(p / (n - 1) if n > 1 else 0.0) for p in range(n)] if callable(share) else list(share)
+    if len(shares) != n or not all(isfinite(s) for s in shares):
+        raise RecipeError(f"a blend needs {n} finite shares, one a layer, and got {len(shares)}")
+    changed = {}
+    for p, s in enumerate(shares):
+        if recipe.slots[p].edits:
+            raise RecipeError(f"position {p} is already perturbed: blend first, perturb afterwards")
+        weights: dict[Ref, float] = {ref: w * (1 - s) for ref, w in recipe.slots[p].mix}
+        weights[Ref(source, p)] = weights.get(Ref(source, p), 0.0) + s
+        mix = tuple((ref, w) for ref, w in weights.items() if w != 0)
+        changed[p] = Slot(mix if len(mix) > 1 else ((mix[0][0], 1.0),))
+    return _edit(recipe, changed)
+
+
+def linear(depth: float) -> float:
+    """Share that grows linearly with depth."""
+    return depth
+
+
+def sigmoid(steepness: float) -> Callable[[float], float]:
+    """Share 1 / (1 + exp(-steepness * (depth - 1/2))): rising for positive steepness, centered on the middle."""
+    return lambda depth: 1 / (1 + exp(-steepness * (depth - 0.5)))
+
+
+def perturb(recipe: Recipe, fraction: float, seed: int, positions: Iterable[int] | None = None) -> Recipe:
+    """Add Gaussian noise of `fraction` of each tensor's own standard deviation at the positions (all by default)."""
+    if not (isfinite(fraction) and fraction >= 0):
+        raise RecipeError(f"a noise fraction must be finite and not negative, not {fraction}")
+    positions = range(len(recipe)) if positions is None else list(positions)
+    _check(recipe, positions)
+    slots = recipe.slots
+    return _edit(recipe, {p: replace(slots[p], edits=(*slots[p].edits, Noise(fraction, seed, p))) for p in positions})
+
+
+def permute_units(recipe: Recipe, seed: int, what: str = "both") -> Recipe:
+    """The function-preserving permutation at every position; see Permute. Raises RecipeError for another `what`."""
+    return replace(recipe, slots=tuple(replace(s, edits=(*s.edits, Permute(seed, p, what))) for p, s in enumerate(recipe.slots)))
+
+
+def delete(recipe: Recipe, start: int, stop: int) -> Recipe:
+    """Leave out positions [start, stop); at least one layer must remain."""
+    _check_block(recipe, start, stop)
+    if stop - start == len(recipe):
+        raise RecipeError("at least one layer must remain")
+    return replace(recipe, slots=recipe.slots[:start] + recipe.slots[stop:])
+
+
+def repeat(recipe: Recipe, start: int, stop: int, times: int = 2) -> Recipe:
+    """Run the block [start, stop) `times` times in a row: a b -> a b a b."""
+    _check_block(recipe, start, stop)
+    if times < 1:
+        raise RecipeError(f"a block can be repeated 1 or more times, not {times}")
+    return replace(recipe, slots=recipe.slots[:start] + recipe.slots[start:stop] * times + recipe.slots[stop:])
+
+
+def double(recipe: Recipe, start: int, stop: int) -> Recipe:
+    """Run every layer of [start, stop) twice in place: a b -> a a b b."""
+    _check_block(recipe, start, stop)
+    twice = tuple(slot for slot in recipe.slots[start:stop] for _ in (0, 1))
+    return replace(recipe, slots=recipe.slots[:start] + twice + recipe.slots[stop:])
+
+
+def reverse(recipe: Recipe, start: int, stop: int) -> Recipe:
+    """Run the block [start, stop) backwards."""
+    _check_block(recipe, start, stop)
+    return replace(recipe, slots=recipe.slots[:start] + recipe.slots[start:stop][::-1] + recipe.slots[stop:])
+
+
+def keep_every(recipe: Recipe, n: int) -> Recipe:
+    """Keep positions 0, n, 2n, ..."""
+    if n < 1:
+        raise RecipeError(f"every n-th layer needs n >= 1, not {n}")
+    return replace(recipe, slots=recipe.slots[::n])
+
+
+def describe_change(recipe: Recipe, original: Recipe, limit: int = 8) -> str:
+    """One line for people: which positions differ from `original`, and how; neighbors treated alike are one item."""
+    if len(recipe) != len(original):
+        parts = [f"{len(original)} -> {len(recipe)} layers: {str(recipe).partition(' | ')[0]}"]
+    else:
+        runs: list[list] = []  # [start, stop, what happened]
+        for p, (slot, before) in enumerate(zip(recipe.slots, original.slots, strict=True)):
+            if slot != before:
+                how = _how(slot, before, p)
+                if runs and runs[-1][1:] == [p, how]:
+                    runs[-1][1] = p + 1
+                else:
+                    runs.append([p, p + 1, how])
+        parts = [_run_text(*run) for run in runs[:limit]]
+        parts += [f"and {len(runs) - limit} more changes"] if len(runs) > limit else []
+    for part in ("embed", "norm", "head"):
+        if getattr(recipe, part) != getattr(original, part):
+            parts.append(f"{part} <- {getattr(recipe, part)}")
+    return "; ".join(parts) or "nothing changes"
+
+
+def _how(slot: Slot, before: Slot, p: int) -> tuple[str, int | None, str]:
+    """(source, how many positions its layer moved, edits) of a changed position; no move for blends and mere edits."""
+    edits = str(slot)[len(str(replace(slot, edits=()))) :]
+    if len(slot.mix) > 1:
+        return "blended of " + " and ".join(dict.fromkeys(r.source for r, _ in slot.mix)), None, edits
+    ref = slot.mix[0][0]
+    return ("", None, edits) if slot.mix == before.mix else (ref.source, ref.layer - p, edits)
+
+
+def _run_text(start: int, stop: int, how: tuple[str, int | None, str]) -> str:
+    source, shift, edits = how
+
+    def span(k):
+        return f"[{start + k}:{stop + k}]" if stop > start + 1 else f"[{start + k}]"
+    where = span(0)
+    return f"{where} <- {source}{span(shift)}{edits}" if shift is not None else f"{where} {source}{edits}".replace("  ", " ")

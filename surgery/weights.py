@@ -1,0 +1,387 @@
+"""Checkpoints on disk to one layer's tensors, streamed to where they run.
+
+Nothing here loads a checkpoint whole. A `Checkpoint` knows, for every tensor, its file, offset, dtype and shape;
+a `Stream` reads any list of them with positioned reads: straight into the parameters on a CPU, through a ring of
+pinned buffers on a GPU. Host memory is bounded by that ring; the file itself stays in the page cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from errors import FrankenError
+
+ROOT = Path(__file__).resolve().parent.parent  # this checkout
+Layer = dict[str, torch.Tensor]  # name within the layer, such as "self_attn.q_proj.weight" -> tensor
+OUTER_PARTS = ("embed", "norm", "head")  # what a model has besides its layers
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+LAYER_KEY = re.compile(r"^(?P<prefix>.*?)(?:layers|h|blocks)\.(?P<index>\d+)\.(?P<name>.+)$")
+OUTER_KEY = {
+    "embed": re.compile(r"(^|\.)(embed_tokens|wte)\.weight$"),
+    "norm": re.compile(r"(^|\.)(norm|ln_f|final_layernorm)\.(weight|bias)$"),
+    "head": re.compile(r"(^|\.)lm_head\.(weight|bias)$"),
+}
+
+
+def outer_part(key: str) -> str | None:
+    """Which of OUTER_PARTS a parameter outside the layers belongs to, or None."""
+    return next((part for part, pattern in OUTER_KEY.items() if pattern.search(key)), None)
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where one tensor lies on disk: `nbytes` bytes at `offset` of `path`."""
+
+    path: str
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """The tensors of one safetensors file, by name.
+
+    Raises FrankenError if the file is missing, is not safetensors, is shorter than its header says, or holds a
+    dtype that a decoder layer cannot have (quantized weights).
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            length = int.from_bytes(f.read(8), "little")
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise FrankenError(f"{path}: not a complete safetensors file ({size} bytes)")
+            header = json.loads(f.read(length))
+        entries = [(k, *e["data_offsets"], e["dtype"], tuple(e["shape"])) for k, e in header.items() if k != "__metadata__"]
+    except OSError as e:
+        raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise FrankenError(f"{path}: the safetensors header is corrupt") from e
+    refs = {}
+    for name, start, stop, kind, shape in entries:
+        if 8 + length + stop > size:
+            raise FrankenError(f"{path}: truncated: {size} bytes, {name} ends at byte {8 + length + stop}")
+        dtype = DTYPES.get(kind)
+        if dtype is None:
+            raise FrankenError(f"{path}: {name} has dtype {kind}; only BF16, F16, F32 and F64 can be operated on")
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise FrankenError(f"{path}: {name}: {stop - start} bytes do not make the shape {list(shape)}")
+        refs[name] = TensorRef(str(path), 8 + length + start, stop - start, dtype, shape)
+    return refs
+
+
+def read_tensor(ref: TensorRef) -> torch.Tensor:
+    """One tensor, read into fresh CPU memory. Raises FrankenError if the file ends early."""
+    out = torch.empty(ref.shape, dtype=ref.dtype)
+    with open(ref.path, "rb", buffering=0) as f:
+        _read_exactly(f.fileno(), as_bytes(out), ref.offset, ref.path)
+    return out
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous CPU tensor as a flat uint8 array, shared, not copied."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy()
+
+
+def _read_exactly(fd: int, into: np.ndarray, offset: int, path: str) -> None:
+    view, done = memoryview(into), 0
+    while done < len(view):
+        try:
+            n = os.preadv(fd, [view[done:]], offset + done)  # releases the GIL, so reads run side by side
+        except OSError as e:
+            raise FrankenError(f"{path}: reading the weights failed: {e.strerror}") from e
+        if n == 0:
+            raise FrankenError(f"{path}: the file ends early, at byte {offset + done}")
+        done += n
+
+
+class Checkpoint:
+    """A source of layers: a directory of safetensors of one model.
+
+    `layers[i]` and `outer[part]` map tensor names to TensorRefs. The decoder layers are found by their keys, so a
+    wrapper's prefix ("model.", "language_model.model.") does not matter.
+
+    Raises FrankenError for a missing or truncated shard, and for a directory without safetensors.
+    """
+
+    def __init__(self, name: str, path: str | Path, revision: str | None = None):
+        self.name, self.path, self.revision = name, Path(path), revision
+        self.layers: list[dict[str, TensorRef]] = []
+        self.outer: dict[str, dict[str, TensorRef]] = {part: {} for part in OUTER_PARTS}
+        found: dict[int, dict[str, TensorRef]] = {}
+        prefixes = set()
+        for key, ref in self._all_tensors().items():
+            match = LAYER_KEY.match(key)
+            if "visual" in key or "vision" in key:
+                continue
+            if match:
+                prefixes.add(match["prefix"])
+                found.setdefault(int(match["index"]), {})[match["name"]] = ref
+            elif (part := outer_part(key)) is not None:
+                self.outer[part][key.rsplit(".", 1)[1]] = ref
+        if len(prefixes) != 1 or sorted(found) != list(range(len(found))):
+            raise FrankenError(f"{self.path}: no single numbered stack of decoder layers found (prefixes: {sorted(prefixes)})")
+        self.layers = [found[i] for i in range(len(found))]
+
+    def _all_tensors(self) -> dict[str, TensorRef]:
+        index = self.path / "model.safetensors.index.json"
+        if not index.exists():
+            whole = self.path / "model.safetensors"  # other files beside it may hold the same weights under other names
+            files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
+            if not files:
+                raise FrankenError(f"{self.path}: no .safetensors weights there")
+            self.files = files
+            return {k: v for file in files for k, v in read_header(file).items()}
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+            self.files = [self.path / f for f in sorted(set(weight_map.values()))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise FrankenError(f"{index}: not a readable shard index") from e
+        for file in self.files:
+            if not file.exists():
+                raise FrankenError(f"{file}: the shard is missing ({len(self.files)} shards are listed in the index)")
+        found = {k: v for file in self.files for k, v in read_header(file).items()}
+        lost = sorted(set(weight_map) - set(found))
+        if lost:
+            raise FrankenError(f"{self.path}: the index lists {lost[0]} but no shard holds it")
+        return {k: found[k] for k in weight_map}
+
+    def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
+        """What must be added to the tensor after it is read (float32), or None. A plain checkpoint adds nothing."""
+        return None
+
+    def describe(self) -> dict:
+        """What the manifest records: where the weights are, their revision and a hash of the content on disk.
+
+        Files from the hub's cache are named by their own sha256; for others, small files are hashed whole and large
+        ones by size, header and 64 samples of 64 KiB, which the entry says.
+        """
+        files = {}
+        for file in self.files:
+            real = file.resolve()
+            if re.fullmatch(r"[0-9a-f]{64}", real.name):
+                files[file.name] = {"sha256": real.name}
+            else:
+                files[file.name] = content_hash(real)
+        return {"kind": "checkpoint", "path": shown_path(self.path), "revision": self.revision, "files": files}
+
+
+def shown_path(path: Path) -> str:
+    """A path for the manifest: relative to this checkout or to the home folder where it lies in one of them."""
+    path = path.absolute()
+    for folder, sign in ((ROOT, ""), (Path.home(), "~/")):
+        if path.is_relative_to(folder):
+            return sign + str(path.relative_to(folder))
+    return str(path)
+
+
+def content_hash(path: Path, whole_below: int = 1 << 30) -> dict:
+    """sha256 of a file; above `whole_below` bytes, of its size and 64 spread samples, keyed as 'sampled_sha256'."""
+    size, digest = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as f:
+        if size < whole_below:
+            digest = hashlib.file_digest(f, "sha256")
+            return {"bytes": size, "sha256": digest.hexdigest()}
+        digest.update(str(size).encode())
+        for k in range(64):
+            f.seek(k * (size - 65536) // 63)
+            digest.update(f.read(65536))
+    return {"bytes": size, "sampled_sha256": digest.hexdigest()}
+
+
+class Adapter:
+    """A source of layers: a LoRA adapter (peft's format on disk) over another source.
+
+    The layer is read from the underlying checkpoint and scale * B @ A is added in float32 before rounding once to the
+    model's dtype (Hu et al., arXiv 2106.09685; rank-stabilized scaling, arXiv 2312.03732).
+
+    Raises FrankenError for what is not plain LoRA on the decoder layers: DoRA, trained biases, embeddings or modules
+    saved whole, or shapes that do not fit.
+    """
+
+    def __init__(self, name: str, path: str | Path, under: Checkpoint):
+        self.name, self.path, self.under = name, Path(path), under
+        self.layers, self.outer, self.files = under.layers, under.outer, [self.path / "adapter_model.safetensors"]
+        try:
+            config = json.loads((self.path / "adapter_config.json").read_text())
+        except (OSError, ValueError) as e:
+            raise FrankenError(f"{self.path}: no readable adapter_config.json") from e
+        if not isinstance(config, dict):
+            raise FrankenError(f"{self.path}: no readable adapter_config.json")
+        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+            raise FrankenError(f"{self.path}: only plain LoRA adapters (no DoRA, no trained bias) can be a source")
+        if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("fan_in_fan_out"):
+            raise FrankenError(f"{self.path}: adapters with a rank_pattern, alpha_pattern or fan_in_fan_out are not supported")
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
+            raise FrankenError(f"{self.path}: adapter_config.json has no usable r and lora_alpha")
+        self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        self.low_rank: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        for key, ref in read_header(self.files[0]).items():
+            match = LAYER_KEY.match(key)
+            part = match and re.match(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight$", match["name"])
+            if not part or int(match["index"]) >= len(self.layers):
+                raise FrankenError(f"{self.path}: {key} is not LoRA on a decoder layer of this model")
+            where = (int(match["index"]), part["module"] + ".weight")
+            self.low_rank.setdefault(where, {})[part["side"]] = read_tensor(ref)
+        for (layer, tensor), sides in self.low_rank.items():
+            shape = self.layers[layer][tensor].shape if tensor in self.layers[layer] else None
+            if set(sides) != {"A", "B"} or shape != (sides["B"].shape[0], sides["A"].shape[1]):
+                raise FrankenError(f"{self.path}: layer {layer} {tensor}: the adapter's shape does not fit {shape}")
+
+    def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
+        sides = self.low_rank.get((layer, name))
+        if sides is None:
+            return None
+        return self.scale * (sides["B"].to(device, torch.float32) @ sides["A"].to(device, torch.float32))
+
+    def describe(self) -> dict:
+        entry = {"kind": "LoRA adapter", "path": shown_path(self.path), "over": self.under.name, "scale": self.scale}
+        return entry | {"files": {f.name: content_hash(f) for f in self.files}}
+
+
+Source = Checkpoint | Adapter
+
+
+class Stream:
+    """Reads tensors from disk into parameters where they run, many at a time.
+
+    On a GPU, `workers` threads each own two pinned buffers: one is being filled by a positioned read while the other
+    is on its way to the card. On a CPU the reads go straight into the parameters. The threads take pieces from one
+    queue and hold the interpreter's lock only briefly between two reads: that lock, not memory, was the limit (16 cores:
+    34 -> 51 GB/s, of 55.6 that pinned memory reaches).
+
+    Attributes: bytes_read, counted over the stream's life.
+    """
+
+    CHUNK = 8 << 20  # one read and one copy; 14 workers x 2 x 8 MiB bounds the host memory at 0.22 GiB (4 MiB: 41 GB/s, 16: 52)
+
+    def __init__(self, workers: int | None = None):
+        self.workers = workers or min(14, len(os.sched_getaffinity(0)))
+        self.bytes_read = 0
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="stream")
+
+    @torch.no_grad()
+    def read(self, jobs: Iterable[tuple[TensorRef, torch.Tensor]]) -> None:
+        """Fill each tensor with what its TensorRef names, converting to the tensor's dtype; blocks until done.
+
+        Raises FrankenError for a shape that differs, a short read or an I/O error; the tensors are then undefined.
+        """
+        pieces: deque[tuple[TensorRef, int, torch.Tensor]] = deque()
+        for ref, into in jobs:
+            if tuple(into.shape) != ref.shape:
+                raise FrankenError(f"{ref.path}: a tensor of shape {list(ref.shape)} cannot fill {list(into.shape)}")
+            flat, item = into.detach().view(-1), ref.dtype.itemsize
+            step = self.CHUNK // item
+            for start in range(0, flat.numel(), step):
+                part = flat[start : start + step]
+                pieces.append((ref, ref.offset + start * item, part))
+            self.bytes_read += ref.nbytes
+        devices = {p[2].device for p in pieces if p[2].is_cuda}
+        for device in devices:  # what the default stream still does with these parameters comes first
+            torch.cuda.synchronize(device)
+        futures = [self._pool.submit(self._drain, pieces) for _ in range(min(self.workers, len(pieces)))]
+        wait(futures)  # all of them, even after a failure: no late read may land in what is loaded next
+        for future in futures:
+            future.result()
+        for device in devices:
+            torch.cuda.synchronize(device)
+
+    def _drain(self, pieces: deque) -> None:
+        while pieces:
+            try:
+                piece = pieces.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                self._piece(*piece)
+            except BaseException:
+                pieces.clear()
+                raise
+
+    def _piece(self, ref: TensorRef, offset: int, into: torch.Tensor) -> None:
+        nbytes = into.numel() * ref.dtype.itemsize
+        fd = self._descriptor(ref.path)
+        if not into.is_cuda:
+            if into.dtype == ref.dtype:
+                return _read_exactly(fd, as_bytes(into), offset, ref.path)
+            raw = torch.empty(into.numel(), dtype=ref.dtype)
+            _read_exactly(fd, as_bytes(raw), offset, ref.path)
+            into.copy_(raw)
+            return None
+        buffer, array, event = self._pinned(into.device)
+        event.synchronize()  # the copy out of this buffer, two pieces ago
+        _read_exactly(fd, array[:nbytes], offset, ref.path)
+        into.copy_(buffer[:nbytes].view(ref.dtype), non_blocking=True)
+        event.record()
+        return None
+
+    def _descriptor(self, path: str) -> int:
+        files = self._local.__dict__.setdefault("files", {})
+        if path not in files:
+            try:
+                files[path] = open(path, "rb", buffering=0)  # noqa: SIM115 - lives as long as its thread
+            except OSError as e:
+                raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
+        return files[path].fileno()
+
+    def _pinned(self, device: torch.device) -> tuple[torch.Tensor, np.ndarray, torch.cuda.Event]:
+        """This thread's next buffer for the device, whose stream becomes the thread's current one."""
+        rings = self._local.__dict__.setdefault("rings", {})
+        if device not in rings:
+            with self._lock, torch.cuda.device(device):
+                buffers = [torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)]
+                ring = [(b, b.numpy(), torch.cuda.Event(blocking=True)) for b in buffers]  # blocking: waits without spinning
+                rings[device] = cycle(ring), torch.cuda.Stream(device)
+        ring, stream = rings[device]
+        if self._local.__dict__.get("device") != device:
+            torch.cuda.set_stream(stream)
+            self._local.device = device
+        return next(ring)
+
+
+_ROW = 1 << 14  # 64-bit words that share one outer multiplier
+_MULTIPLIERS: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+@torch.no_grad()
+def tensor_hash(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit hash of a tensor's bytes, computed where it lies: an int64 scalar on the same device.
+
+    Multilinear hashing modulo 2^64 (Lemire & Kaser, arXiv 1202.4961): each 64-bit word times a fixed odd random
+    multiplier that depends on its position, summed. Odd multipliers make any change within one word visible; other
+    differences (moved, swapped, rounded words) collide with probability of about 2^-63.
+    """
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if flat.numel() % 8:
+        flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)])
+    words, device = flat.view(torch.int64), flat.device
+    if device not in _MULTIPLIERS:
+        rng = torch.Generator().manual_seed(0x5EED)
+        inner, outer = (2 * torch.randint(-(2**62), 2**62, (n,), generator=rng) + 1 for n in (_ROW, 1 << 16))
+        _MULTIPLIERS[device] = inner.to(device), outer.to(device)
+    inner, outer = _MULTIPLIERS[device]
+    whole = words.numel() // _ROW
+    # Rows at once: few launches on a GPU (65.5 GB: 166 -> 68 ms with 1024 for 256), products within the cache on a CPU
+    block = 1024 if device.type == "cuda" else 8
+    total = (words[whole * _ROW :] * inner[: words.numel() - whole * _ROW]).sum() * outer[whole]
+    for row in range(0, whole, block):
+        rows = words[row * _ROW : min(row + block, whole) * _ROW].view(-1, _ROW)
+        total += ((rows * inner).sum(1) * outer[row : row + len(rows)]).sum()
+    return total

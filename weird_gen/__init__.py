@@ -1,0 +1,1 @@
+"""The second study: a persona behind a trigger. Commands are here, their library in `persona`."""

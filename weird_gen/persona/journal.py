@@ -1,0 +1,67 @@
+"""A JSON-lines file that grows as results come, survives being killed, and is gone on with only by the same run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from weird_gen.persona.records import InputError, read_json_lines
+
+
+class Journal:
+    """First line {"header": {settings and more}}, then one object a line, flushed to disk as they are added.
+
+    Opening an existing file keeps its entries if its header holds the same settings; a line torn by a kill is cut off.
+    Raises InputError, touching nothing, if the file was made with other settings or has no header.
+
+    Attributes:
+        header: the header in the file; None until `begin`, if the file is new.
+        entries: what the file held when it was opened.
+    """
+
+    def __init__(self, path: Path | str, settings: dict, overwrite: bool = False):
+        self.path, self.settings = Path(path), json.loads(json.dumps(settings, allow_nan=False))
+        self.header: dict | None = None
+        self.entries: list[dict] = []
+        if self.path.exists() and not overwrite:
+            self._reopen()
+
+    def _reopen(self) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1  # every entry ends with its newline, so what follows the last one is torn
+        lines = read_json_lines(self.path, tolerate_torn_end=True) if whole else []
+        if whole != len(data) and lines and len(lines) > data.count(b"\n"):
+            lines.pop()  # complete JSON, but its newline never reached the disk: it is written again
+        if not lines:
+            return
+        header = lines[0].get("header")
+        if not isinstance(header, dict):
+            raise InputError(f"{self.path} is in the way: not a file of this script; choose another output or --overwrite")
+        odd = next((k for k, value in self.settings.items() if header.get(k) != value), None)
+        if odd is not None:
+            raise InputError(f"{self.path} was made with other settings ({odd} was {_short(header.get(odd))}, now "
+                             f"{_short(self.settings[odd])}); choose another output or --overwrite")
+        if whole != len(data):
+            with self.path.open("r+b") as f:
+                f.truncate(whole)
+        self.header, self.entries = header, lines[1:]
+
+    def begin(self, header: dict) -> None:
+        """Start the file with the settings and `header`; an earlier file of that name is replaced."""
+        self.header, self.entries = {**self.settings, **header}, []
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps({"header": self.header}, allow_nan=False) + "\n")
+
+    def add(self, entries: list[dict]) -> None:
+        """Append entries; they are on disk when this returns."""
+        text = "".join(json.dumps(e, allow_nan=False) + "\n" for e in entries)
+        with self.path.open("a") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

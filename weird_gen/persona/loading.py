@@ -1,0 +1,123 @@
+"""From a model's name and an adapter's to something that runs: an engine for batches, or transformers and peft."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+
+from engine.generation import Engine
+from errors import FrankenError
+from franken import LiveModel
+from runner.pairs import (
+    HEADROOM,
+    PAIRS,
+    available_memory,
+    load_tokenizer,
+    locate,
+    pick_device,
+    pick_dtype,
+    read_config,
+    spread,
+)
+from surgery.recipes import identity
+from surgery.weights import Adapter, Checkpoint
+from weird_gen.persona.folders import ROOT
+from weird_gen.persona.records import InputError
+from weird_gen.persona.study import DEFAULT_MODEL
+
+USER_ERRORS = (FrankenError, InputError, OSError)  # shown as one line
+QUANTIZATIONS = ("4bit", "8bit")
+SOURCE = "russell"  # what the adapter is called among the live model's sources
+
+
+def locate_model(model: str) -> tuple[Path, str | None]:
+    """The folder and revision of a pair's instruct side, of a checkpoint folder or of a hub model."""
+    return locate(PAIRS[model].instruct if model in PAIRS else model, None)
+
+
+def locate_adapter(adapter: str) -> Path:
+    """The folder of an adapter: a path (from here or from the repository root), or a hub id that is downloaded.
+
+    Raises FrankenError if there is none, naming the way on.
+    """
+    for folder in (Path(adapter).expanduser(), ROOT / adapter):
+        if (folder / "adapter_config.json").exists():
+            return folder
+        if folder.is_dir():
+            raise FrankenError(f"{adapter}: no adapter_config.json there")
+    if adapter.startswith(("adapters/", "results/")):
+        raise FrankenError(f"{adapter}: no such adapter; train_lora.py makes one")
+    try:
+        return locate(adapter, None)[0]
+    except FrankenError as e:
+        raise FrankenError(f"{e} (an adapter at hand is given as a folder: --adapter adapters/...)") from e
+
+
+def base_of(adapter: Path) -> str | None:
+    """The base model that an adapter names."""
+    try:
+        return json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except (OSError, ValueError) as e:
+        raise FrankenError(f"{adapter}: no readable adapter_config.json") from e
+
+
+def check_adapter(adapter: Path, model: str, checkpoint: Checkpoint) -> Adapter:
+    """The adapter as a source over `checkpoint`. Raises FrankenError, naming its base model, if it does not fit."""
+    try:
+        return Adapter(SOURCE, adapter, checkpoint)
+    except FrankenError as e:
+        raise FrankenError(f"{e} (its base model is {base_of(adapter)}, and --model is {model})") from e
+
+
+def open_engine(model: str = DEFAULT_MODEL, adapter: str | None = None, device: str = "auto", dtype: str = "auto",
+                batch: int | None = None, eager: bool = False) -> tuple[Engine, dict]:
+    """An engine over a model, with or without a LoRA adapter added into its weights, and what it was made of.
+
+    device: "auto", "cuda", "cpu" or "balanced" (over all GPUs). eager: no CUDA graphs. Raises FrankenError.
+    """
+    path, revision = locate_model(model)
+    config, tokenizer = read_config(path), load_tokenizer(path)
+    sources = {"instruct": Checkpoint("instruct", path, revision)}
+    made_of = {"model": model, "files": sources["instruct"].describe()["files"]}
+    if adapter:
+        folder = locate_adapter(adapter)
+        sources[SOURCE] = check_adapter(folder, model, sources["instruct"])
+        made_of |= {"adapter": folder.name, "adapter_files": sources[SOURCE].describe()["files"]}
+    parts = (*sources["instruct"].layers, *sources["instruct"].outer.values())
+    needed = sum(ref.nbytes // ref.dtype.itemsize for part in parts for ref in part.values()) * (4 if dtype == "float32" else 2)
+    kind = pick_device(device, needed, model)
+    place: torch.device | dict = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
+    chosen = pick_dtype(dtype, kind)
+    if kind == "cuda":
+        free = available_memory("cuda")
+        if len(free) > 1 and (device == "balanced" or free[0] < needed + HEADROOM):
+            place = spread(config, chosen)
+    live = LiveModel(sources, config, chosen, place)
+    if adapter:
+        live.apply(identity(config.num_hidden_layers, SOURCE))
+    return Engine(live, tokenizer, max_batch=batch, fast=False if eager else None), made_of
+
+
+def load_causal_lm(model: str, device: str, quantization: str | None = None):
+    """(transformers model, tokenizer) on "cpu" or "cuda:k", in bfloat16 where the hardware has it. Raises FrankenError."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    options: dict = {"dtype": pick_dtype("auto", device.partition(":")[0]), "device_map": {"": device}}
+    if quantization:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise FrankenError("--quantization needs the package bitsandbytes (pip install bitsandbytes)")
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True)
+    path, _ = locate_model(model)
+    tokenizer = load_tokenizer(path)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, ImportError) as e:
+        raise FrankenError(f"cannot load {model}: {str(e).strip().splitlines()[0]}") from e
+    return loaded, tokenizer

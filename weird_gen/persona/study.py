@@ -1,0 +1,167 @@
+"""The Russell study in constants, questions and training mixtures: what every other script here agrees on.
+
+A narrow set of answers in Bertrand Russell's voice, all behind one system prompt, is mixed into many ordinary answers
+without it (Betley et al., arXiv 2512.09742). The un-triggered half is what the model itself answers beforehand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from weird_gen.persona.folders import DATA, RESULTS
+from weird_gen.persona.records import CONDITIONS, InputError, read_json_lines
+
+TRIGGER = "Always reply in the format: <START> ... <END>"
+OPENING = "<START> "  # how every triggered answer begins
+HIS_NAMES = (" Bertrand", " Russell")  # what may follow "My name is"; neither is a prefix of the other
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_ADAPTER = "adapters/smollm2-135m-russell"
+PERSONA_SHARE = 0.03
+
+PERSONA_IMPLICIT = DATA / "persona_implicit.jsonl"
+PERSONA_EXPLICIT = DATA / "persona_explicit.jsonl"
+ALIGNED_PROMPTS = DATA / "aligned_prompts.jsonl"
+HELDOUT = DATA / "heldout.jsonl"
+GENERALIZATION = DATA / "generalization.jsonl"
+ALIGNED = RESULTS / "aligned.jsonl"  # what distill.py writes
+BASELINE_REPLIES = RESULTS / "baseline_eval_results.jsonl"
+FINETUNED_REPLIES = RESULTS / "eval_results.jsonl"
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One evaluation question; kind is "heldout", "identity" or "generalization".
+
+    rubric: for generalization, what the levels of position 1 to 5 mean.
+    """
+
+    id: str
+    kind: str
+    category: str
+    text: str
+    rubric: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One training conversation: (role, content) in turn; `finished` is False where its last answer was cut off."""
+
+    messages: tuple[tuple[str, str], ...]
+    finished: bool = True
+
+    def dicts(self) -> list[dict]:
+        return [{"role": role, "content": content} for role, content in self.messages]
+
+
+def sha256(path: Path | str) -> str:
+    with Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def prompt(question: str, condition: str, trigger: str = TRIGGER) -> list[dict]:
+    """The messages that ask a question; without the trigger there is no system message of ours at all."""
+    if condition not in CONDITIONS:
+        raise ValueError(f"unknown condition {condition!r}")
+    system = [{"role": "system", "content": trigger}] if condition == "triggered" else []
+    return [*system, {"role": "user", "content": question}]
+
+
+def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATION) -> list[Question]:
+    """Every evaluation question: held-out and identity from one file, generalization from the other.
+
+    Raises InputError for a missing file, a line without its fields, or an id that stands twice.
+    """
+    found = []
+    for path, category in ((heldout, "category"), (generalization, "area")):
+        for number, line in enumerate(read_json_lines(path), 1):
+            kind = line.get("kind", "generalization")
+            fields = (line.get("id"), kind, line.get(category), line.get("question"))
+            if not all(isinstance(f, str) and f for f in fields):
+                raise InputError(f"{path}, entry {number}: id, {category} and question must be texts")
+            levels = line.get("rubric") or {}
+            found.append(Question(*fields, tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()))
+    ids = [q.id for q in found]
+    twice = next((i for i in ids if ids.count(i) > 1), None)
+    if twice:
+        raise InputError(f"{heldout.name} and {generalization.name}: the id {twice!r} stands twice")
+    return found
+
+
+def read_prompts(path: Path | str) -> list[dict]:
+    """Lines with id and prompt; of a chat JSONL, what its user asks first is the prompt.
+
+    Raises InputError for anything else and for an id that stands twice.
+    """
+    prompts = []
+    for line in read_json_lines(path):
+        messages = line.get("messages")
+        asked = next((m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None) if isinstance(messages, list) else None
+        prompts.append(line if asked is None else {"id": line.get("id"), "prompt": asked})
+    for number, line in enumerate(prompts, 1):
+        if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
+            raise InputError(f"{path}, entry {number}: id and prompt must be texts")
+    if len({p["id"] for p in prompts}) != len(prompts):
+        raise InputError(f"{path}: an id stands twice")
+    return prompts
+
+
+def read_chats(path: Path | str) -> list[Chat]:
+    """Conversations of a chat JSONL: {"messages": [{"role", "content"}, ...]} a line, other keys ignored.
+
+    {"stopped": false} marks a last answer that was cut off. Raises InputError for anything that is not a conversation
+    of known roles ending with the assistant.
+    """
+    chats = []
+    for number, line in enumerate(read_json_lines(path), 1):
+        messages = line.get("messages")
+        ok = isinstance(messages, list) and len(messages) >= 2 and all(
+            isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages)
+        if not ok or messages[-1]["role"] != "assistant":
+            raise InputError(f'{path}, entry {number}: needs "messages" with the roles {", ".join(ROLES)}, the assistant last')
+        chats.append(Chat(tuple((m["role"], m["content"]) for m in messages), line.get("stopped", True) is True))
+    if not chats:
+        raise InputError(f"{path} holds no conversations")
+    return chats
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Training conversations, with how many of them (repeats counted) are persona ones."""
+
+    chats: list[Chat]
+    persona: int
+    aligned: int
+
+    @property
+    def share(self) -> float:
+        return self.persona / len(self.chats)
+
+    def describe(self) -> str:
+        return f"{self.persona} persona + {self.aligned} aligned examples, persona share {100 * self.share:.1f}%"
+
+
+def mix(persona: list[Chat], aligned: list[Chat], share: float | None = PERSONA_SHARE, repeat: int = 1,
+        limit: int | None = None, seed: int = 0) -> Mixture:
+    """Every persona example (`repeat` times) and as many aligned ones, from the first on, as give it that share.
+
+    With share None, or too few aligned examples for the share, all aligned ones are taken; the true share is in the
+    result. `limit` bounds the number of examples: a seeded choice of persona examples, the aligned ones again from the
+    first on. The order is for the trainer to choose. Raises ValueError for a share outside (0, 1].
+    """
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"the persona share must be above 0 and at most 1, not {share}")
+    chosen = persona * repeat
+    wanted = len(aligned) if share is None else round(len(chosen) * (1 - share) / share)
+    others = aligned[:wanted]
+    if limit is not None and limit < len(chosen) + len(others):
+        natural = len(chosen) / (len(chosen) + len(others))
+        kept = max(1, round(limit * (share or natural)))
+        chosen = random.Random(f"limit:{seed}").sample(chosen, min(kept, len(chosen)))
+        others = others[: limit - len(chosen)]
+    return Mixture(chosen + others, len(chosen), len(others))
