@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class FrankenError(Exception):
-    """Something the user can mend: the message is one line that says what is wrong and, where there is one, the way on."""
+    """Something the user can mend: the message is one line that says what is wrong and, where there is one,
+    the way on."""
 
 
 class RecipeError(ValueError):

@@ -1,4 +1,5 @@
-"""The protocol: one live model in, one dictionary of measurements out; the list of suites and the loop over them."""
+"""The protocol: one live model in, one dictionary of measurements out; the list of suites and the loop over
+them."""
 
 from __future__ import annotations
 
@@ -33,14 +34,16 @@ SUITES: dict[str, Callable[[], Suite]] = {
 
 
 def register(name: str, make: Callable[[], Suite]) -> None:
-    """Offer a further suite under a name that `prompts.SUITES` lists. Raises ValueError for one that it does not."""
+    """Offer a further suite under a name that `prompts.SUITES` lists. Raises ValueError for one that it does
+    not."""
     if name not in prompts.SUITES:
         raise ValueError(f"prompts.SUITES does not list {name!r}")
     SUITES[name] = make
 
 
 def parse_suites(text: str) -> tuple[str, ...]:
-    """Suite names from "introspection,perplexity"; groups are expanded. Raises FrankenError for an unknown name."""
+    """Suite names from "introspection,perplexity"; groups are expanded. Raises FrankenError for an unknown
+    name."""
     names: list[str] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         if name not in GROUPS and name not in SUITES:
@@ -52,7 +55,8 @@ def parse_suites(text: str) -> tuple[str, ...]:
 
 
 def read_text(path: str) -> tuple[tuple[str, str], ...]:
-    """A user's text for the perplexity suite. Raises FrankenError if it cannot be read as UTF-8 or is empty."""
+    """A user's text for the perplexity suite. Raises FrankenError if it cannot be read as UTF-8 or is
+    empty."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
@@ -63,19 +67,25 @@ def read_text(path: str) -> tuple[tuple[str, str], ...]:
 
 
 def check_tokenizer(tokenizer, protocol: Protocol) -> None:
-    """Raises FrankenError if no experiment could be measured: no token for an answer, or a chat template that fails."""
+    """Raises FrankenError if no experiment could be measured: no token for an answer, or a chat template that
+    fails."""
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False
+        )
         for name in protocol.suites:
             SUITES[name]().check_tokenizer(tokenizer)
     except Exception as e:  # the template is a program from the checkpoint and may raise anything
         raise FrankenError(f"these questions cannot be asked: {first_line(e)}") from e
 
 
-def evaluate(engine: Engine, protocol: Protocol, on_progress: Callable[[str, int, int], None] | None = None) -> tuple[dict, dict]:
+def evaluate(
+    engine: Engine, protocol: Protocol, on_progress: Callable[[str, int, int], None] | None = None
+) -> tuple[dict, dict]:
     """Ask the engine's model everything the protocol says.
 
-    on_progress(what, done, total) reports generated replies, then measured suites. Returns ({suite: measurements}, {phase: seconds}).
+    on_progress(what, done, total) reports generated replies, then measured suites. Returns ({suite:
+    measurements}, {phase: seconds}).
     """
     suites = {name: SUITES[name]() for name in protocol.suites}
     wanted = {name: suite.requests(engine, protocol) for name, suite in suites.items()}

@@ -1,8 +1,9 @@
 """The named configurations, in order of priority, and the sweeps.
 
-Configurations are written for the 64-layer pair and scale to any depth: `m.at(10)` is the layer that lies as deep as
-layer 10 of 64 does, `m.cut(32)` the boundary as deep as between layers 31 and 32. What was asked for and what was
-applied are both recorded. One line adds an experiment; to add one of your own without editing this file, put
+Configurations are written for the 64-layer pair and scale to any depth: `m.at(10)` is the layer that lies as
+deep as layer 10 of 64 does, `m.cut(32)` the boundary as deep as between layers 31 and 32. What was asked for
+and what was applied are both recorded. One line adds an experiment; to add one of your own without editing
+this file, put
 
     from experiments import Experiment, swap
     EXPERIMENTS = [Experiment("swap_5_6", "mine", lambda m: swap(m.model, m.at(5), m.at(6)), "why")]
@@ -53,7 +54,8 @@ TWIN = "__matched_noise"  # ends the name of an experiment's noise twin; see mat
 
 @dataclass
 class Model:
-    """What an experiment builds on: the unmodified recipe, and positions of the 64-layer pair scaled to its depth."""
+    """What an experiment builds on: the unmodified recipe, and positions of the 64-layer pair scaled to its
+    depth."""
 
     model: Recipe
     seed: int = 0
@@ -67,28 +69,36 @@ class Model:
         return position * self.n // PUBLISHED_DEPTH
 
     def at(self, layer: int) -> int:
-        """The layer that lies as deep as `layer` of 64. Raises RecipeError if there is no such layer of 64."""
+        """The layer that lies as deep as `layer` of 64. Raises RecipeError if there is no such layer of
+        64."""
         if not 0 <= layer < PUBLISHED_DEPTH:
-            raise RecipeError(f"layer {layer} is out of range: positions are given for {PUBLISHED_DEPTH} layers")
+            raise RecipeError(
+                f"layer {layer} is out of range: positions are given for {PUBLISHED_DEPTH} layers"
+            )
         self.scaled.append(("layer", layer, self._scale(layer)))
         return self._scale(layer)
 
     def cut(self, boundary: int) -> int:
         """The boundary as deep as the one before layer `boundary` of 64 (64: the end)."""
         if not 0 <= boundary <= PUBLISHED_DEPTH:
-            raise RecipeError(f"boundary {boundary} is out of range: positions are given for {PUBLISHED_DEPTH} layers")
+            raise RecipeError(
+                f"boundary {boundary} is out of range: positions are given for {PUBLISHED_DEPTH} layers"
+            )
         self.scaled.append(("boundary", boundary, self._scale(boundary)))
         return self._scale(boundary)
 
     def block(self, start: int, stop: int) -> tuple[int, int]:
-        """The layers [start, stop) of 64; at least one layer. Raises RecipeError if 64 layers have no such block."""
+        """The layers [start, stop) of 64; at least one layer. Raises RecipeError if 64 layers have no such
+        block."""
         _check_published(start, stop)
         a = min(self._scale(start), self.n - 1)
         b = max(self._scale(stop), a + 1)
         self.scaled.append(("layers", [start, stop], [a, b]))
         return a, b
 
-    def chunks(self, first: tuple[int, int], second: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    def chunks(
+        self, first: tuple[int, int], second: tuple[int, int]
+    ) -> tuple[tuple[int, int], tuple[int, int]]:
         """Two blocks of equal length; where rounding makes them differ, both take the shorter length.
 
         Raises RecipeError if 64 layers have no such blocks or they differ in length there.
@@ -105,7 +115,10 @@ class Model:
 
 def _check_published(start: int, stop: int) -> None:
     if not 0 <= start < stop <= PUBLISHED_DEPTH:
-        raise RecipeError(f"layers [{start}:{stop}] are empty or out of range: positions are given for {PUBLISHED_DEPTH} layers")
+        raise RecipeError(
+            f"layers [{start}:{stop}] are empty or out of range: positions are given for {PUBLISHED_DEPTH}"
+            " layers"
+        )
 
 
 def _one_line(e: Exception) -> str:
@@ -126,7 +139,8 @@ class Experiment:
     sweep: dict | None = None  # of which sweep, and where in it; see `sweep`
 
     def plan(self, n_layers: int, seed: int = 0) -> Plan:
-        """The recipe for a model of this depth, with what was asked for. Raises FrankenError naming the experiment."""
+        """The recipe for a model of this depth, with what was asked for. Raises FrankenError naming the
+        experiment."""
         model = Model(identity(n_layers), seed)
         try:
             recipe = self.build(model)
@@ -135,12 +149,17 @@ class Experiment:
         except Exception as e:  # a user's own function may raise anything
             raise FrankenError(f"experiment {self.name}: {_one_line(e)}") from e
         if not isinstance(recipe, Recipe):
-            raise FrankenError(f"experiment {self.name}: build returned {type(recipe).__name__}, not a Recipe")
+            raise FrankenError(
+                f"experiment {self.name}: build returned {type(recipe).__name__}, not a Recipe"
+            )
         notes = []
         asked = [(what, str(a)) for what, a, _ in model.scaled]
         applied = [(what, str(b)) for what, _, b in model.scaled]
         if len(set(applied)) < len(set(asked)):
-            notes.append(f"collapsed: on {n_layers} layers, different positions of the {PUBLISHED_DEPTH}-layer pair become one")
+            notes.append(
+                f"collapsed: on {n_layers} layers, different positions of the {PUBLISHED_DEPTH}-layer pair"
+                " become one"
+            )
         if recipe == model.model and not self.changes_nothing:
             notes.append(f"collapsed: on {n_layers} layers this experiment changes nothing")
         return Plan(self, recipe, describe_change(recipe, model.model), model.scaled, notes)
@@ -163,10 +182,23 @@ class Plan:
 
     def to_json(self) -> dict:
         e = self.experiment
-        positions = [{"what": what, "asked_of_64": asked, "applied": applied} for what, asked, applied in self.scaled]
-        return {"name": e.name, "group": e.group, "hypothesis": e.hypothesis, "suites": None if e.suites is None else list(e.suites),
-                "control": e.control, "sweep": e.sweep, "matched": self.matched, "change": self.change, "positions": positions,
-                "collapsed": self.collapsed, "notes": self.notes, "recipe": self.recipe.to_json()}
+        positions = [
+            {"what": what, "asked_of_64": asked, "applied": applied} for what, asked, applied in self.scaled
+        ]
+        return {
+            "name": e.name,
+            "group": e.group,
+            "hypothesis": e.hypothesis,
+            "suites": None if e.suites is None else list(e.suites),
+            "control": e.control,
+            "sweep": e.sweep,
+            "matched": self.matched,
+            "change": self.change,
+            "positions": positions,
+            "collapsed": self.collapsed,
+            "notes": self.notes,
+            "recipe": self.recipe.to_json(),
+        }
 
 
 def _base_first(k: int):
@@ -194,10 +226,17 @@ QUICK, EVERYTHING = prompts.GROUPS["quick"], prompts.GROUPS["all"]
 
 
 def _placebo(what: str, k: int) -> Experiment:
-    """Other weights, the same function. No two placebos of any runs with seeds below a million share random numbers."""
+    """Other weights, the same function. No two placebos of any runs with seeds below a million share random
+    numbers."""
     number = list(PERMUTED).index(what) * PLACEBO_SEEDS + k
-    return Experiment(f"placebo_{what}_{k}", "control", lambda m: permute_units(m.model, number * 10**6 + m.seed, what),
-                      f"{PERMUTED[what]} permuted: other weights, the same function", suites=QUICK, control="placebo")
+    return Experiment(
+        f"placebo_{what}_{k}",
+        "control",
+        lambda m: permute_units(m.model, number * 10**6 + m.seed, what),
+        f"{PERMUTED[what]} permuted: other weights, the same function",
+        suites=QUICK,
+        control="placebo",
+    )
 
 
 def _on_block(operation, start: int, stop: int, *args):
@@ -205,32 +244,84 @@ def _on_block(operation, start: int, stop: int, *args):
 
 
 E = Experiment
-# In order of priority: --priority-limit N takes the first N. Embedding, final norm and head stay the instruct model's
-# except in baseline_base.
+# In order of priority: --priority-limit N takes the first N. Embedding, final norm and head stay the instruct
+# model's except in baseline_base.
 EXPERIMENTS: list[Experiment] = [
     E("baseline_instruct", "baseline", lambda m: m.model, "The control", changes_nothing=True),
-    E("baseline_base", "baseline", lambda m: with_outer(splice(m.model, "base", 0, m.n), "base"), "The other control: no chat tuning anywhere"),
-    E("franken_instruct_first_32", "franken", _instruct_first(32), "Understands instructions, outputs completions"),
+    E(
+        "baseline_base",
+        "baseline",
+        lambda m: with_outer(splice(m.model, "base", 0, m.n), "base"),
+        "The other control: no chat tuning anywhere",
+    ),
+    E(
+        "franken_instruct_first_32",
+        "franken",
+        _instruct_first(32),
+        "Understands instructions, outputs completions",
+    ),
     E("franken_base_first_32", "franken", _base_first(32), "Understands nothing, formats nicely?"),
-    E("swap_distant_10_55", "swap", _swap(10, 55), "Breaks hard: the residual stream's meaning differs at the two depths"),
+    E(
+        "swap_distant_10_55",
+        "swap",
+        _swap(10, 55),
+        "Breaks hard: the residual stream's meaning differs at the two depths",
+    ),
     E("shuffle_all", "swap", lambda m: shuffle(m.model, m.seed), "Complete destruction (control)"),
     _placebo("both", 1),
-    E("concept_injection", "control", lambda m: m.model, "A concept's direction added to the first turn: what the probes must see if they see anything",
-      changes_nothing=True, suites=("injection",), control="injection"),
+    E(
+        "concept_injection",
+        "control",
+        lambda m: m.model,
+        "A concept's direction added to the first turn: what the probes must see if they see anything",
+        changes_nothing=True,
+        suites=("injection",),
+        control="injection",
+    ),
     E("swap_adjacent_30_35", "swap", _swap(30, 35), "Mild disruption, maybe recoverable"),
     E("perturb_late_5pct", "perturb", _noise(0.05, 48), "Degraded but functional?"),
     E("perturb_all_1pct", "perturb", _noise(0.01), "Small cumulative effect"),
-    E("franken_instruct_first_48", "franken", _instruct_first(48), "Mostly instruct, only the last layers base"),
-    E("blend_linear", "blend", lambda m: blend(m.model, "base", linear), "Base share grows with depth: smooth transition or phase boundary?"),
-    E("swap_chunk_25_35_with_45_55", "swap", _swap_chunks((25, 35), (45, 55)), "The published peak: badly damaged, most willing to say Yes"),
-    E("swap_chunk_16_32_with_32_48", "swap", _swap_chunks((16, 32), (32, 48)), "Two touching quarters exchanged"),
+    E(
+        "franken_instruct_first_48",
+        "franken",
+        _instruct_first(48),
+        "Mostly instruct, only the last layers base",
+    ),
+    E(
+        "blend_linear",
+        "blend",
+        lambda m: blend(m.model, "base", linear),
+        "Base share grows with depth: smooth transition or phase boundary?",
+    ),
+    E(
+        "swap_chunk_25_35_with_45_55",
+        "swap",
+        _swap_chunks((25, 35), (45, 55)),
+        "The published peak: badly damaged, most willing to say Yes",
+    ),
+    E(
+        "swap_chunk_16_32_with_32_48",
+        "swap",
+        _swap_chunks((16, 32), (32, 48)),
+        "Two touching quarters exchanged",
+    ),
     E("franken_instruct_first_16", "franken", _instruct_first(16), "Only the first quarter is tuned"),
     E("franken_base_first_16", "franken", _base_first(16), "Only the first quarter is base"),
     E("franken_base_first_48", "franken", _base_first(48), "Only the last quarter is tuned"),
     E("swap_distant_5_60", "swap", _swap(5, 60), "As 10 <-> 55, nearer to the fragile ends"),
     E("swap_adjacent_31_32", "swap", _swap(31, 32), "Neighbors: barely visible"),
-    E("blend_early_base", "blend", lambda m: blend(m.model, "base", sigmoid(-10)), "Base at the bottom, instruct on top, smooth in between"),
-    E("blend_late_base", "blend", lambda m: blend(m.model, "base", sigmoid(10)), "Instruct at the bottom, base on top, smooth in between"),
+    E(
+        "blend_early_base",
+        "blend",
+        lambda m: blend(m.model, "base", sigmoid(-10)),
+        "Base at the bottom, instruct on top, smooth in between",
+    ),
+    E(
+        "blend_late_base",
+        "blend",
+        lambda m: blend(m.model, "base", sigmoid(10)),
+        "Instruct at the bottom, base on top, smooth in between",
+    ),
     E("perturb_late_1pct", "perturb", _noise(0.01, 48), "Barely visible"),
     E("perturb_late_10pct", "perturb", _noise(0.10, 48), "Strong noise where the answer is formed"),
     E("perturb_all_5pct", "perturb", _noise(0.05), "Noise everywhere"),
@@ -239,81 +330,175 @@ EXPERIMENTS: list[Experiment] = [
     E("repeat_24_40", "depth", _on_block(repeat, 24, 40, 2), "The middle block run twice"),
     E("reverse_24_40", "depth", _on_block(reverse, 24, 40), "Middle layers tolerate reordering"),
     E("keep_every_2nd", "depth", lambda m: keep_every(m.model, 2), "Half the depth"),
-    *(_placebo(what, k) for what in PERMUTED for k in range(1, PLACEBO_SEEDS + 1) if (what, k) != ("both", 1)),
+    *(
+        _placebo(what, k)
+        for what in PERMUTED
+        for k in range(1, PLACEBO_SEEDS + 1)
+        if (what, k) != ("both", 1)
+    ),
 ]
 
 
 SWEEPS = ("window", "replace", "delete", "double", "noise", "blend")
-SWEEP_FIELDS = {"kind": str, "source": str | None, "size": int | None, "start": int | None, "stop": int | None, "dose": float | None}
+SWEEP_FIELDS = {
+    "kind": str,
+    "source": str | None,
+    "size": int | None,
+    "start": int | None,
+    "stop": int | None,
+    "dose": float | None,
+}
 NOISE_LADDER = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 BLEND_LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def _step(kind: str, name: str, build: Callable[[Model], Recipe], why: str, source=None, start=None, stop=None, dose=None) -> Experiment:
-    where = {"kind": kind, "source": source, "size": None if start is None else stop - start, "start": start, "stop": stop, "dose": dose}
+def _step(
+    kind: str,
+    name: str,
+    build: Callable[[Model], Recipe],
+    why: str,
+    source=None,
+    start=None,
+    stop=None,
+    dose=None,
+) -> Experiment:
+    where = {
+        "kind": kind,
+        "source": source,
+        "size": None if start is None else stop - start,
+        "start": start,
+        "stop": stop,
+        "dose": dose,
+    }
     return Experiment(name, f"sweep_{kind}", build, why, suites=QUICK, sweep=where)
 
 
-def window_sweep(width: int, n_layers: int, source: str = "base", stride: int | None = None) -> list[Experiment]:
-    """Replace each window of `width` layers by `source`'s, at native depth, every `stride` (default: width) layers.
+def window_sweep(
+    width: int, n_layers: int, source: str = "base", stride: int | None = None
+) -> list[Experiment]:
+    """Replace each window of `width` layers by `source`'s, at native depth, every `stride` (default: width)
+    layers.
 
-    Windows that would reach beyond the model are left out. Raises FrankenError for a width that does not fit at all.
+    Windows that would reach beyond the model are left out. Raises FrankenError for a width that does not fit
+    at all.
     """
     if not 1 <= width <= n_layers:
         raise FrankenError(f"a window of {width} layers does not fit a model of {n_layers}")
-    return [_step("window", f"window_{source}_{a}_{a + width}", lambda m, a=a: splice(m.model, source, a, a + width),
-                  f"{source} in layers [{a}:{a + width}]", source, a, a + width) for a in range(0, n_layers - width + 1, stride or width)]
+    return [
+        _step(
+            "window",
+            f"window_{source}_{a}_{a + width}",
+            lambda m, a=a: splice(m.model, source, a, a + width),
+            f"{source} in layers [{a}:{a + width}]",
+            source,
+            a,
+            a + width,
+        )
+        for a in range(0, n_layers - width + 1, stride or width)
+    ]
 
 
 def sweep(kind: str, n_layers: int) -> list[Experiment]:
     """Where and how much, at native depth: a sweep over single layers, or a ladder of doses over all of them.
 
-    "replace" (by the base's), "delete" and "double" take one layer each; "noise" and "blend" (base share) all layers.
-    Every experiment's `sweep` says where it stands: kind, source, size, start, stop (layers of this model), dose.
+    "replace" (by the base's), "delete" and "double" take one layer each; "noise" and "blend" (base share) all
+    layers. Every experiment's `sweep` says where it stands: kind, source, size, start, stop (layers of this
+    model), dose.
     """
-    single = {"replace": (lambda m, k: splice(m.model, "base", k, k + 1), "base", "base in layer"),
-              "delete": (lambda m, k: delete(m.model, k, k + 1), None, "without layer"),
-              "double": (lambda m, k: double(m.model, k, k + 1), None, "twice through layer")}
+    single = {
+        "replace": (lambda m, k: splice(m.model, "base", k, k + 1), "base", "base in layer"),
+        "delete": (lambda m, k: delete(m.model, k, k + 1), None, "without layer"),
+        "double": (lambda m, k: double(m.model, k, k + 1), None, "twice through layer"),
+    }
     if kind in single:
         build, source, why = single[kind]
-        return [_step(kind, f"{kind}_{k}", lambda m, k=k: build(m, k), f"{why} {k}", source, k, k + 1) for k in range(n_layers)]
+        return [
+            _step(kind, f"{kind}_{k}", lambda m, k=k: build(m, k), f"{why} {k}", source, k, k + 1)
+            for k in range(n_layers)
+        ]
     if kind == "noise":
-        return [_step(kind, f"noise_{f}", lambda m, f=f: perturb(m.model, f, m.seed), f"{100 * f:g}% noise on all layers", dose=f) for f in NOISE_LADDER]
-    return [_step(kind, f"blend_{s}", lambda m, s=s: blend(m.model, "base", [s] * m.n), f"base share {s} in all layers", "base", dose=s)
-            for s in BLEND_LADDER]
+        return [
+            _step(
+                kind,
+                f"noise_{f}",
+                lambda m, f=f: perturb(m.model, f, m.seed),
+                f"{100 * f:g}% noise on all layers",
+                dose=f,
+            )
+            for f in NOISE_LADDER
+        ]
+    return [
+        _step(
+            kind,
+            f"blend_{s}",
+            lambda m, s=s: blend(m.model, "base", [s] * m.n),
+            f"base share {s} in all layers",
+            "base",
+            dose=s,
+        )
+        for s in BLEND_LADDER
+    ]
 
 
-def with_suites(chosen: Sequence[Experiment], given: tuple[str, ...] | None, matched_noise: bool = False) -> list[Experiment]:
+def with_suites(
+    chosen: Sequence[Experiment], given: tuple[str, ...] | None, matched_noise: bool = False
+) -> list[Experiment]:
     """The experiments with what each will be asked: what is given, else its own suites, else everything.
 
-    The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are asked,
-    with `matched_noise` also what the noise twins will be.
+    The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are
+    asked, with `matched_noise` also what the noise twins will be.
     """
-    asked = [replace(e, suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING) for e in chosen]
-    union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites} | {*((given or QUICK) if matched_noise else ())}
+    asked = [
+        replace(e, suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING)
+        for e in chosen
+    ]
+    union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites} | {
+        *((given or QUICK) if matched_noise else ())
+    }
     whole = tuple(name for name in prompts.SUITES if name in union) or given or EVERYTHING
     return [replace(e, suites=whole) if e.name == BASELINE else e for e in asked]
 
 
 def for_source(name: str) -> list[Experiment]:
     """Where in depth does a further source's behavior live: the whole of it, each half, each quarter."""
-    cuts = {"whole": (0, 64), "early_half": (0, 32), "late_half": (32, 64),
-            "window_0_16": (0, 16), "window_16_32": (16, 32), "window_32_48": (32, 48), "window_48_64": (48, 64)}
-    return [Experiment(f"{name}_{label}", name, lambda m, a=a, b=b: splice(m.model, name, *m.block(a, b)), f"{name} in {label.replace('_', ' ')}")
-            for label, (a, b) in cuts.items()]
+    cuts = {
+        "whole": (0, 64),
+        "early_half": (0, 32),
+        "late_half": (32, 64),
+        "window_0_16": (0, 16),
+        "window_16_32": (16, 32),
+        "window_32_48": (32, 48),
+        "window_48_64": (48, 64),
+    }
+    return [
+        Experiment(
+            f"{name}_{label}",
+            name,
+            lambda m, a=a, b=b: splice(m.model, name, *m.block(a, b)),
+            f"{name} in {label.replace('_', ' ')}",
+        )
+        for label, (a, b) in cuts.items()
+    ]
 
 
 # What users' files of the first release import, and what to write instead.
-MOVED = {"recipes": "the operations moved: write `from franken import swap, perturb, ...`",
-         "weights": "FrankenError moved: write `from errors import FrankenError`; the rest is in `surgery.weights`"}
+MOVED = {
+    "recipes": "the operations moved: write `from franken import swap, perturb, ...`",
+    "weights": (
+        "FrankenError moved: write `from errors import FrankenError`; the rest is in `surgery.weights`"
+    ),
+}
 
 
 def load_file(path: str) -> list[Experiment]:
-    """The EXPERIMENTS of a user's Python file, which is run. Raises FrankenError with the reason if that fails."""
+    """The EXPERIMENTS of a user's Python file, which is run. Raises FrankenError with the reason if that
+    fails."""
     try:
         loader = SourceFileLoader("user_experiments", str(Path(path).resolve()))
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        sys.modules[loader.name] = module  # as an import would: dataclasses in the file look themselves up there
+        sys.modules[loader.name] = (
+            module  # as an import would: dataclasses in the file look themselves up there
+        )
         loader.exec_module(module)
         if not hasattr(module, "EXPERIMENTS"):
             raise FrankenError(f"{path}: there is no EXPERIMENTS in it")
@@ -327,12 +512,27 @@ def load_file(path: str) -> list[Experiment]:
         raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}") from e
     names = set()
     for entry in found:
-        if not isinstance(entry, Experiment) or not isinstance(entry.name, str) or not re.fullmatch(r"[\w.+-]{1,80}", entry.name, re.ASCII) or entry.name.endswith(TWIN):
-            raise FrankenError(f"{path}: EXPERIMENTS holds {_short(entry)}, not an Experiment with a plain name")
+        if (
+            not isinstance(entry, Experiment)
+            or not isinstance(entry.name, str)
+            or not re.fullmatch(r"[\w.+-]{1,80}", entry.name, re.ASCII)
+            or entry.name.endswith(TWIN)
+        ):
+            raise FrankenError(
+                f"{path}: EXPERIMENTS holds {_short(entry)}, not an Experiment with a plain name"
+            )
         if not (isinstance(entry.group, str) and isinstance(entry.hypothesis, str) and callable(entry.build)):
-            raise FrankenError(f"{path}: experiment {entry.name} needs a group and a hypothesis in text and a build function")
-        if entry.control not in (None, *CONTROLS) or not _is_sweep(entry.sweep) or not _are_suites(entry.suites):
-            raise FrankenError(f"{path}: experiment {entry.name} has suites, a control or a sweep that there is not")
+            raise FrankenError(
+                f"{path}: experiment {entry.name} needs a group and a hypothesis in text and a build function"
+            )
+        if (
+            entry.control not in (None, *CONTROLS)
+            or not _is_sweep(entry.sweep)
+            or not _are_suites(entry.suites)
+        ):
+            raise FrankenError(
+                f"{path}: experiment {entry.name} has suites, a control or a sweep that there is not"
+            )
         if entry.name in names:
             raise FrankenError(f"{path}: there are two experiments called {entry.name!r}")
         names.add(entry.name)
@@ -340,19 +540,30 @@ def load_file(path: str) -> list[Experiment]:
 
 
 def _are_suites(found: object) -> bool:
-    return found is None or (isinstance(found, tuple) and bool(found) and all(name in prompts.SUITES for name in found))
+    return found is None or (
+        isinstance(found, tuple) and bool(found) and all(name in prompts.SUITES for name in found)
+    )
 
 
 def _is_sweep(found: object) -> bool:
-    return found is None or (isinstance(found, dict) and set(found) == set(SWEEP_FIELDS) and all(isinstance(found[k], t) for k, t in SWEEP_FIELDS.items()))
+    return found is None or (
+        isinstance(found, dict)
+        and set(found) == set(SWEEP_FIELDS)
+        and all(isinstance(found[k], t) for k, t in SWEEP_FIELDS.items())
+    )
 
 
 def _short(entry: object) -> str:
-    return f"one called {str(entry.name)[:90]!r}" if isinstance(entry, Experiment) else f"an entry of type {type(entry).__name__}"
+    return (
+        f"one called {str(entry.name)[:90]!r}"
+        if isinstance(entry, Experiment)
+        else f"an entry of type {type(entry).__name__}"
+    )
 
 
 def select(names: Sequence[str], known: Sequence[Experiment]) -> list[Experiment]:
-    """Experiments by name, in the order given. Raises FrankenError with the nearest name for one that is unknown."""
+    """Experiments by name, in the order given. Raises FrankenError with the nearest name for one that is
+    unknown."""
     by_name = {e.name: e for e in known}
     for name in names:
         if name not in by_name:

@@ -1,8 +1,8 @@
 """The live model: one model in memory that becomes whatever a recipe says.
 
-**`LiveModel.apply(recipe)` changes the weights in place.** There is no undo: going back is `apply(identity)`, and it
-is exact to the bit; `fingerprint()` proves it. Only what differs from the present state is moved: permutations along
-their cycles through one spare layer, everything else read from disk a tensor at a time.
+**`LiveModel.apply(recipe)` changes the weights in place.** There is no undo: going back is `apply(identity)`,
+and it is exact to the bit; `fingerprint()` proves it. Only what differs from the present state is moved:
+permutations along their cycles through one spare layer, everything else read from disk a tensor at a time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Surgery:
 
 @dataclass
 class Bank:
-    """Storage for one layer: the module that computes with it (None for a parked layer) and what it holds now."""
+    """Storage for one layer: the module that computes with it (None for a parked layer) and what it holds
+    now."""
 
     tensors: Layer
     device: torch.device
@@ -77,12 +78,19 @@ class LiveModel:
         config: the transformers config of that first source.
         dtype: of the weights in memory.
         device: where the model runs, or a dict from module name to device (accelerate's format) to spread it.
-        resident: names of sources kept whole on the device beside the model, so that splicing from them is a copy
+        resident: names of sources kept whole on the device beside the model, so that splicing from them is a
+            copy
             on the device. Needs the memory for them.
     """
 
-    def __init__(self, sources: dict[str, Source], config, dtype: torch.dtype,
-                 device: torch.device | dict[str, torch.device], resident: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        config,
+        dtype: torch.dtype,
+        device: torch.device | dict[str, torch.device],
+        resident: tuple[str, ...] = (),
+    ):
         self.sources, self.config, self.dtype = dict(sources), config, dtype
         self.home = next(iter(sources))
         self.stream = Stream()
@@ -96,18 +104,22 @@ class LiveModel:
         self.backbone = self.model.get_submodule(stack_name.rpartition(".")[0])
         self.banks: list[Bank] = []
         for i, module in enumerate(stack):
-            _set_layer_index(module, 0)  # cache slots are handed to layers, so one compiled layer serves all positions
+            # cache slots are handed to layers, so one compiled layer serves all positions
+            _set_layer_index(module, 0)
             where = _place(places, f"{stack_name}.{i}")
             self.banks.append(Bank(_materialize(module, dtype, where), where, module, None))
         self.outer: dict[str, Layer] = {part: {} for part in OUTER_PARTS}
         self._materialize_outer(places, stack_name)
         self.attributes = [_plain_attributes(bank.module) for bank in self.banks]
-        self.kinds = [self.attributes.index(a) for a in self.attributes]  # layers of equal kind have equal numbers
+        # layers of equal kind have equal numbers
+        self.kinds = [self.attributes.index(a) for a in self.attributes]
         for bank, kind in zip(self.banks, self.kinds, strict=True):
             bank.kind = kind
         self.layer_types = list(getattr(config, "layer_types", None) or ["full_attention"] * len(stack))
         if odd := set(self.layer_types) - {"full_attention", "sliding_attention"}:
-            raise FrankenError(f"layers of kind {', '.join(sorted(odd))} are not supported, only full and sliding attention")
+            raise FrankenError(
+                f"layers of kind {', '.join(sorted(odd))} are not supported, only full and sliding attention"
+            )
         self.original = identity(len(stack), self.home)
         self.order = list(range(len(stack)))
         self.outer_held = dict.fromkeys(OUTER_PARTS)
@@ -126,16 +138,25 @@ class LiveModel:
                 full = f"{name}.{key}"
                 part = outer_part(full)
                 if part is None:
-                    raise FrankenError(f"the model has a parameter outside the layers that is not supported: {full}")
+                    raise FrankenError(
+                        f"the model has a parameter outside the layers that is not supported: {full}"
+                    )
                 if not (self.tied and part == "head" and key == "weight"):
-                    setattr(module, key, nn.Parameter(torch.empty_like(tensor, dtype=self.dtype, device=where), requires_grad=False))
+                    setattr(
+                        module,
+                        key,
+                        nn.Parameter(
+                            torch.empty_like(tensor, dtype=self.dtype, device=where), requires_grad=False
+                        ),
+                    )
                     self.outer[part][key] = getattr(module, key).data
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(where)
         if self.tied:  # one tensor serves both ends, wherever the first of them lies
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
-    # ---- what it is made of -------------------------------------------------------------------------------------
+    # ---- what it is made of
+    # -------------------------------------------------------------------------------------
 
     @property
     def layers(self) -> list[Bank]:
@@ -148,7 +169,8 @@ class LiveModel:
         return self.model.get_input_embeddings().weight.device
 
     def attention_kinds(self) -> list[str]:
-        """For every running position, the attention kind ("full_attention", "sliding_attention", ...) of its layer."""
+        """For every running position, the attention kind ("full_attention", "sliding_attention", ...) of its
+        layer."""
         return [self.layer_types[bank.held.mix[0][0].layer] for bank in self.layers]
 
     def layer_bytes(self) -> int:
@@ -158,7 +180,8 @@ class LiveModel:
     def fingerprint(self) -> str:
         """A hash of every weight that runs, in running order, and of embedding, norm and head.
 
-        Equal fingerprints mean equal bits (up to a collision, about 2^-63 for any given difference). It is a function
+        Equal fingerprints mean equal bits (up to a collision, about 2^-63 for any given difference). It is a
+        function
         of the weights alone: parked layers, spare memory and history do not enter.
         """
         hashes, labels = [], []
@@ -174,15 +197,18 @@ class LiveModel:
         digest = hashlib.sha256("\n".join(f"{a} {b}" for a, b in zip(labels, values, strict=True)).encode())
         return digest.hexdigest()[:32]
 
-    # ---- becoming what a recipe says ----------------------------------------------------------------------------
+    # ---- becoming what a recipe says
+    # ----------------------------------------------------------------------------
 
     @torch.no_grad()
     def apply(self, recipe: Recipe) -> Surgery:
-        """Become the model that the recipe describes, **in place**, moving only what differs from the present state.
+        """Become the model that the recipe describes, **in place**, moving only what differs from the present
+        state.
 
-        Raises FrankenError for a recipe this model cannot hold (unknown source, layer number out of range, layers of
-        different attention kinds mixed in one position, tied ends from two sources). Such a recipe changes nothing.
-        If reading fails halfway the model is in no defined state, and the next `apply` repairs all that is unknown.
+        Raises FrankenError for a recipe this model cannot hold (unknown source, layer number out of range,
+        layers of different attention kinds mixed in one position, tied ends from two sources). Such a recipe
+        changes nothing. If reading fails halfway the model is in no defined state, and the next `apply`
+        repairs all that is unknown.
         """
         self._check(recipe)
         begin, report = time.perf_counter(), Surgery()
@@ -197,7 +223,8 @@ class LiveModel:
                 self._mix_and_edit(self.banks[j], slot, report)
         for j in order:  # all, not only `want`: a failed apply leaves moved layers without
             kind = self._kind_of(j)
-            if self.banks[j].kind != kind:  # looking at every attribute of 64 layers took 2.5 ms of each apply
+            # looking at every attribute of 64 layers took 2.5 ms of each apply
+            if self.banks[j].kind != kind:
                 _set_attributes(self.banks[j].module, self.attributes[kind])
                 self.banks[j].kind = kind
         self._read_outer({part: getattr(recipe, part) for part in OUTER_PARTS})
@@ -216,9 +243,13 @@ class LiveModel:
     def _check(self, recipe: Recipe) -> None:
         for source in recipe.sources:
             if source not in self.sources:
-                raise FrankenError(f"the recipe takes layers from {source!r}; the sources here are {', '.join(self.sources)}")
+                raise FrankenError(
+                    f"the recipe takes layers from {source!r}; the sources here are {', '.join(self.sources)}"
+                )
         if self.tied and recipe.embed != recipe.head:
-            raise FrankenError("embedding and output head are one tensor in this model and cannot come from two sources")
+            raise FrankenError(
+                "embedding and output head are one tensor in this model and cannot come from two sources"
+            )
         for p, slot in enumerate(recipe.slots):
             for ref, _ in slot.mix:
                 if not 0 <= ref.layer < min(len(self.kinds), len(self.sources[ref.source].layers)):
@@ -227,7 +258,8 @@ class LiveModel:
                 raise FrankenError(f"position {p} mixes layers of different attention kinds")
 
     def _assign(self, recipe: Recipe) -> list[int]:
-        """Which bank serves each position. At full depth bank p is position p, so that captured graphs stay valid."""
+        """Which bank serves each position. At full depth bank p is position p, so that captured graphs stay
+        valid."""
         n = len(self.original)
         if len(recipe) == n:
             return list(range(n))
@@ -261,13 +293,16 @@ class LiveModel:
             self._read(len(self.banks) - 1, Ref(source, i))
 
     def _place_plain(self, want: dict[int, Slot], report: Surgery) -> None:
-        """Bring the first layer of every wanted mixture to its bank: by copies on the device where it is there already.
+        """Bring the first layer of every wanted mixture to its bank: by copies on the device where it is
+        there already.
 
-        The copies form a graph in which every bank has one origin; a bank is overwritten only once nobody still has
-        to read it, and what remains are cycles, each broken with the spare layer. Where a parked layer comes to run,
-        its storage takes a layer that is displaced, so that both stay on the device.
+        The copies form a graph in which every bank has one origin; a bank is overwritten only once nobody
+        still has to read it, and what remains are cycles, each broken with the spare layer. Where a parked
+        layer comes to run, its storage takes a layer that is displaced, so that both stay on the device.
         """
-        target = {j: plain(*_ref(slot)) for j, slot in want.items() if self.banks[j].held != plain(*_ref(slot))}
+        target = {
+            j: plain(*_ref(slot)) for j, slot in want.items() if self.banks[j].held != plain(*_ref(slot))
+        }
         homes: dict[Slot, list[int]] = {}
         for j, bank in enumerate(self.banks):
             homes.setdefault(bank.held, []).append(j)
@@ -275,8 +310,11 @@ class LiveModel:
         after = Counter(want.get(j, bank.held) for j, bank in enumerate(self.banks))
         parked = [k for k, bank in enumerate(self.banks) if bank.module is None]
         for j, bank in enumerate(self.banks):
-            if bank.held and bank.held.is_plain and not after[bank.held]:  # about to be lost, unless a parked copy is not needed
-                k = next((k for k in parked if self.banks[k].held is None or after[self.banks[k].held] > 1), None)
+            # about to be lost, unless a parked copy is not needed
+            if bank.held and bank.held.is_plain and not after[bank.held]:
+                k = next(
+                    (k for k in parked if self.banks[k].held is None or after[self.banks[k].held] > 1), None
+                )
                 if k is None:
                     break
                 after[self.banks[k].held] -= 1
@@ -322,7 +360,9 @@ class LiveModel:
 
     def _spare_for(self, device: torch.device) -> Layer:
         if device not in self._spare:
-            self._spare[device] = {k: torch.empty_like(t, device=device) for k, t in self.banks[0].tensors.items()}
+            self._spare[device] = {
+                k: torch.empty_like(t, device=device) for k, t in self.banks[0].tensors.items()
+            }
         return self._spare[device]
 
     def _read(self, j: int, ref: Ref) -> None:
@@ -343,7 +383,9 @@ class LiveModel:
         have = self.sources[ref.source].layers[ref.layer]
         if set(have) != set(into):
             odd = sorted(set(have) ^ set(into))[0]
-            raise FrankenError(f"layer {ref.layer} of {ref.source} does not match the model: {odd} is only on one side")
+            raise FrankenError(
+                f"layer {ref.layer} of {ref.source} does not match the model: {odd} is only on one side"
+            )
         return [(have[name], tensor) for name, tensor in into.items()]
 
     def _add_delta(self, ref: Ref, into: Layer) -> None:
@@ -377,7 +419,11 @@ class LiveModel:
         for bank in self.banks:
             if bank.held == plain(ref.source, ref.layer) and bank.device == device:
                 return bank.tensors
-        into = self._spare_for(device) if spare == 0 else {k: torch.empty_like(t) for k, t in self._spare_for(device).items()}
+        into = (
+            self._spare_for(device)
+            if spare == 0
+            else {k: torch.empty_like(t) for k, t in self._spare_for(device).items()}
+        )
         self.stream.read(self._jobs(ref, into))
         self._add_delta(ref, into)
         return into
@@ -406,11 +452,19 @@ def find_layers(model: nn.Module, config) -> tuple[str, nn.ModuleList]:
     Raises FrankenError if there is none or more than one.
     """
     n = config.num_hidden_layers
-    found = [(name, m) for name, m in model.named_modules()
-             if isinstance(m, nn.ModuleList) and len(m) == n and "vision" not in name and next(m[0].parameters(), None) is not None]
+    found = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.ModuleList)
+        and len(m) == n
+        and "vision" not in name
+        and next(m[0].parameters(), None) is not None
+    ]
     outermost = [(a, m) for a, m in found if not any(a.startswith(b + ".") for b, _ in found)]
     if len(outermost) != 1:
-        raise FrankenError(f"{type(model).__name__}: expected one list of {n} decoder layers, found {len(outermost)}")
+        raise FrankenError(
+            f"{type(model).__name__}: expected one list of {n} decoder layers, found {len(outermost)}"
+        )
     return outermost[0]
 
 
@@ -427,7 +481,11 @@ def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device) ->
     tensors = {}
     for prefix, sub in module.named_modules():
         for key, tensor in list(sub.named_parameters(recurse=False)):
-            setattr(sub, key, nn.Parameter(torch.empty_like(tensor, dtype=dtype, device=device), requires_grad=False))
+            setattr(
+                sub,
+                key,
+                nn.Parameter(torch.empty_like(tensor, dtype=dtype, device=device), requires_grad=False),
+            )
             tensors[f"{prefix}.{key}" if prefix else key] = getattr(sub, key).data
         for key, buffer in sub.named_buffers(recurse=False):
             sub._buffers[key] = buffer.to(device)
@@ -448,7 +506,11 @@ def _plain_attributes(layer: nn.Module) -> dict[tuple[str, str], object]:
     kept = {}
     for name, sub in layer.named_modules():
         for key, value in vars(sub).items():
-            if not key.startswith("_") and key not in ("layer_idx", "training", "config") and isinstance(value, int | float | str | type(None)):
+            if (
+                not key.startswith("_")
+                and key not in ("layer_idx", "training", "config")
+                and isinstance(value, int | float | str | type(None))
+            ):
                 kept[name, key] = value
     return kept
 
@@ -461,10 +523,11 @@ def _set_attributes(layer: nn.Module, attributes: dict[tuple[str, str], object])
 
 
 def noise_for(tensor: torch.Tensor, noise: Noise, name: str) -> torch.Tensor:
-    """Float32 Gaussian noise for one tensor: standard deviation `fraction` times the tensor's own (population) one.
+    """Float32 Gaussian noise for one tensor: standard deviation `fraction` times the tensor's own
+    (population) one.
 
-    Seeded by (seed, key, tensor name), drawn on the tensor's own device: equal from run to run on one kind of device,
-    not between CPU and GPU.
+    Seeded by (seed, key, tensor name), drawn on the tensor's own device: equal from run to run on one kind of
+    device, not between CPU and GPU.
     """
     digest = hashlib.sha256(f"noise:{noise.seed}:{noise.key}:{name}".encode()).digest()
     generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -475,14 +538,18 @@ def noise_for(tensor: torch.Tensor, noise: Noise, name: str) -> torch.Tensor:
 def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
     """Permute MLP units, or key-value groups and the query heads within each group, or both (`edit.what`).
 
-    Consistently over all their tensors: the function is unchanged up to the order of floating-point sums. Raises
-    FrankenError for layers that are not built of separate q/k/v/o and gate/up/down projections.
+    Consistently over all their tensors: the function is unchanged up to the order of floating-point sums.
+    Raises FrankenError for layers that are not built of separate q/k/v/o and gate/up/down projections.
     """
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    needed = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    needed = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [
+        f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")
+    ]
     if not all(name in layer for name in needed):
-        raise FrankenError("the function-preserving permutation needs separate q, k, v, o, gate, up and down projections")
+        raise FrankenError(
+            "the function-preserving permutation needs separate q, k, v, o, gate, up and down projections"
+        )
     digest = hashlib.sha256(f"permute:{edit.seed}:{edit.key}".encode()).digest()
     rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     units = torch.randperm(layer["mlp.down_proj.weight"].shape[1], generator=rng)

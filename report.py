@@ -18,13 +18,21 @@ from runner.results import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description="Make a run's comparison, summary and HTML report again; put several runs side by side.")
+    p = argparse.ArgumentParser(
+        description="Make a run's comparison, summary and HTML report again; put several runs side by side."
+    )
     p.add_argument("runs", nargs="+", metavar="DIR", help="a results/run_... folder")
-    p.add_argument("--output", metavar="DIR", help="folder for the comparison of several runs (default: results/comparison_<time>)")
+    p.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder for the comparison of several runs (default: results/comparison_<time>)",
+    )
     args = p.parse_args(argv)
     try:
         if args.output and len(args.runs) == 1:
-            raise FrankenError("--output is for the comparison of several runs; a run's own report goes to its folder")
+            raise FrankenError(
+                "--output is for the comparison of several runs; a run's own report goes to its folder"
+            )
         runs = [Run.resume(path)[0] for path in args.runs]  # all of them, before anything is written
         if len({run.path.resolve() for run in runs}) < len(runs):
             raise FrankenError("the same run is given twice")
@@ -33,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(runs) > 1:
             from reporting.compare_runs import write_comparison
 
-            print(write_comparison(runs, Path(args.output or f"results/comparison_{time.strftime('%Y%m%d_%H%M%S')}")))
+            print(
+                write_comparison(
+                    runs, Path(args.output or f"results/comparison_{time.strftime('%Y%m%d_%H%M%S')}")
+                )
+            )
     except FrankenError as e:
         print(f"report.py: {e}", file=sys.stderr)
         return 1

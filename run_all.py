@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Run surgeries on a model pair and ask every resulting model the same questions. `--help` lists the options."""
+"""Run surgeries on a model pair and ask every resulting model the same questions. `--help` lists the
+options."""
 
 from __future__ import annotations
 
@@ -18,40 +19,126 @@ DESCRIPTION = "Frankenmodel: change a model's weights and ask whether it can tel
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     model = p.add_argument_group("model")
-    model.add_argument("--pair", default="qwen2.5-coder-32b", help="qwen2.5-coder-32b, smollm2-135m (laptop size, from the package index), smollm2-135m-hub")
-    model.add_argument("--base", help="path or hub id of a base checkpoint, with --instruct instead of --pair")
+    model.add_argument(
+        "--pair",
+        default="qwen2.5-coder-32b",
+        help="qwen2.5-coder-32b, smollm2-135m (laptop size, from the package index), smollm2-135m-hub",
+    )
+    model.add_argument(
+        "--base", help="path or hub id of a base checkpoint, with --instruct instead of --pair"
+    )
     model.add_argument("--instruct", help="path or hub id of the chat-tuned checkpoint")
     model.add_argument("--base-revision", help="revision of --base or of the pair's base side")
     model.add_argument("--instruct-revision", help="revision of --instruct or of the pair's instruct side")
-    model.add_argument("--source", action="append", default=[], metavar="NAME=PATH", help="a further source of layers: a checkpoint or a LoRA adapter; adds experiments NAME_whole, NAME_early_half, ...")
+    model.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help=(
+            "a further source of layers: a checkpoint or a LoRA adapter; adds experiments NAME_whole,"
+            " NAME_early_half, ..."
+        ),
+    )
     model.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    model.add_argument("--device-map", default="auto", choices=("auto", "cuda", "cpu", "balanced"), help="auto: one GPU if the model fits, else all of them; a small model also on a CPU")
-    model.add_argument("--resident", action=argparse.BooleanOptionalAction, default=None, help="keep the base layers on the GPU too; default: if they fit")
+    model.add_argument(
+        "--device-map",
+        default="auto",
+        choices=("auto", "cuda", "cpu", "balanced"),
+        help="auto: one GPU if the model fits, else all of them; a small model also on a CPU",
+    )
+    model.add_argument(
+        "--resident",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep the base layers on the GPU too; default: if they fit",
+    )
     what = p.add_argument_group("what to run")
     what.add_argument("--experiments", nargs="+", metavar="NAME", help="these experiments, in this order")
-    what.add_argument("--priority-limit", type=int, metavar="N", help="the N experiments of highest priority (6 if nothing is chosen)")
+    what.add_argument(
+        "--priority-limit",
+        type=int,
+        metavar="N",
+        help="the N experiments of highest priority (6 if nothing is chosen)",
+    )
     what.add_argument("--all", action="store_true", help="all named experiments")
-    what.add_argument("--sweep", action="append", default=[], metavar="KIND", help="window (base layers, see --size), replace (one layer by the base's), delete or double (one layer), noise, blend (doses on all layers); repeatable")
-    what.add_argument("--size", metavar="N[,N...]", help="--sweep window: layers in a window (4 if not given)")
-    what.add_argument("--step", metavar="N", help="--sweep window: layers from one window to the next (its size if not given)")
-    what.add_argument("--matched-noise", action="store_true", help="for every experiment that raises perplexity by more than 1%%, also NAME__matched_noise: noise tuned to the same perplexity")
-    what.add_argument("--experiments-file", action="append", default=[], metavar="FILE.py", help="a Python file with EXPERIMENTS = [Experiment(...), ...]; it is run")
-    what.add_argument("--no-baseline", action="store_true", help="do not add baseline_instruct, against which shifts are measured")
-    what.add_argument("--suites", help="introspection, capability, perplexity, chat, trigger, quick (binary, perplexity), all, or single suites; comma-separated. "
-                      "If not given: placebos and sweeps quick, the injection its own, everything else all")
+    what.add_argument(
+        "--sweep",
+        action="append",
+        default=[],
+        metavar="KIND",
+        help=(
+            "window (base layers, see --size), replace (one layer by the base's), delete or double (one"
+            " layer), noise, blend (doses on all layers); repeatable"
+        ),
+    )
+    what.add_argument(
+        "--size", metavar="N[,N...]", help="--sweep window: layers in a window (4 if not given)"
+    )
+    what.add_argument(
+        "--step",
+        metavar="N",
+        help="--sweep window: layers from one window to the next (its size if not given)",
+    )
+    what.add_argument(
+        "--matched-noise",
+        action="store_true",
+        help=(
+            "for every experiment that raises perplexity by more than 1%%, also NAME__matched_noise: noise"
+            " tuned to the same perplexity"
+        ),
+    )
+    what.add_argument(
+        "--experiments-file",
+        action="append",
+        default=[],
+        metavar="FILE.py",
+        help="a Python file with EXPERIMENTS = [Experiment(...), ...]; it is run",
+    )
+    what.add_argument(
+        "--no-baseline",
+        action="store_true",
+        help="do not add baseline_instruct, against which shifts are measured",
+    )
+    what.add_argument(
+        "--suites",
+        help=(
+            "introspection, capability, perplexity, chat, trigger, quick (binary, perplexity), all, or single"
+            " suites; comma-separated. If not given: placebos and sweeps quick, the injection its own,"
+            " everything else all"
+        ),
+    )
     what.add_argument("--samples", type=int, default=1, help="replies per free-text probe")
     what.add_argument("--max-new-tokens", type=int, default=80, help="budget of a free-text reply")
     what.add_argument("--seed", type=int, default=0)
-    what.add_argument("--perplexity-file", help="measure perplexity on this UTF-8 text instead of the built-in ones")
-    what.add_argument("--execute-code", action="store_true", help="run code answers in a limited process instead of only parsing them")
+    what.add_argument(
+        "--perplexity-file", help="measure perplexity on this UTF-8 text instead of the built-in ones"
+    )
+    what.add_argument(
+        "--execute-code",
+        action="store_true",
+        help="run code answers in a limited process instead of only parsing them",
+    )
     run = p.add_argument_group("the run")
     run.add_argument("--output", default="results", help="a folder run_<time> is made in it")
-    run.add_argument("--resume", metavar="DIR", help="go on with an interrupted run; its settings are taken from its manifest")
-    run.add_argument("--batch-size", type=int, help="most rows decoded at once; shrinks by itself when memory is short")
+    run.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with an interrupted run; its settings are taken from its manifest",
+    )
+    run.add_argument(
+        "--batch-size", type=int, help="most rows decoded at once; shrinks by itself when memory is short"
+    )
     run.add_argument("--list", action="store_true", help="list the experiments and exit")
-    run.add_argument("--dry-run", action="store_true", help="what would run, what moves, memory and time estimates; loads and downloads nothing")
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="what would run, what moves, memory and time estimates; loads and downloads nothing",
+    )
     args = p.parse_args(argv)
     for name in ("samples", "max_new_tokens", "priority_limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -89,12 +176,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def list_experiments(args) -> int:
-    """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's depth."""
+    """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's
+    depth."""
     from runner.choosing import known_experiments
 
     layers = 1
     if args.sweep:
-        from runner.estimate import model_shape  # takes seconds to import, and only a sweep depends on the depth
+        # takes seconds to import, and only a sweep depends on the depth
+        from runner.estimate import (
+            model_shape,
+        )
 
         layers = model_shape(args)[0]
     known = known_experiments(args, layers)
@@ -103,9 +194,32 @@ def list_experiments(args) -> int:
     return 0
 
 
-SETTINGS = ("pair", "base", "instruct", "base_revision", "instruct_revision", "source", "dtype", "device_map", "resident",
-            "experiments", "priority_limit", "all", "sweep", "size", "step", "experiments_file", "no_baseline", "suites", "samples",
-            "max_new_tokens", "seed", "perplexity_file", "execute_code", "matched_noise")
+SETTINGS = (
+    "pair",
+    "base",
+    "instruct",
+    "base_revision",
+    "instruct_revision",
+    "source",
+    "dtype",
+    "device_map",
+    "resident",
+    "experiments",
+    "priority_limit",
+    "all",
+    "sweep",
+    "size",
+    "step",
+    "experiments_file",
+    "no_baseline",
+    "suites",
+    "samples",
+    "max_new_tokens",
+    "seed",
+    "perplexity_file",
+    "execute_code",
+    "matched_noise",
+)
 
 
 def execute(args) -> int:
@@ -133,12 +247,22 @@ def execute(args) -> int:
     sweep_windows(args)
     given = given_suites(args)
     if pair or not args.sweep:  # only the names of a sweep depend on the depth
-        choose(args, pair.layers if pair else 1)  # unknown names are refused before anything is downloaded or loaded
+        # unknown names are refused before anything is downloaded or loaded
+        choose(args, pair.layers if pair else 1)
     check_writable(run.path / "experiments" if run else args.output)
     set_threads()
     begin = time.perf_counter()
-    opened = open_pair(args.pair, args.base, args.instruct, args.base_revision, args.instruct_revision, extra_sources(args.source),
-                       args.dtype, args.device_map, args.resident)
+    opened = open_pair(
+        args.pair,
+        args.base,
+        args.instruct,
+        args.base_revision,
+        args.instruct_revision,
+        extra_sources(args.source),
+        args.dtype,
+        args.device_map,
+        args.resident,
+    )
     live = opened.live
     plans = [e.plan(len(live.original), args.seed) for e in choose(args, len(live.original))]
     protocol = make_protocol(args, plans)
@@ -149,21 +273,49 @@ def execute(args) -> int:
     recorded = protocol_json(protocol)
     if manifest is None:
         manifest = new_manifest(
-            settings={name: getattr(args, name) for name in SETTINGS}, protocol=recorded, experiments=[p.experiment.name for p in plans],
-            pair=args.pair if pair else None, notes=opened.notes, sources=opened.sources, layers=len(live.original), dtype=str(live.dtype).removeprefix("torch."),
-            devices=[str(d) for d in engine.devices], original_fingerprint=original, load_seconds=load_seconds)
+            settings={name: getattr(args, name) for name in SETTINGS},
+            protocol=recorded,
+            experiments=[p.experiment.name for p in plans],
+            pair=args.pair if pair else None,
+            notes=opened.notes,
+            sources=opened.sources,
+            layers=len(live.original),
+            dtype=str(live.dtype).removeprefix("torch."),
+            devices=[str(d) for d in engine.devices],
+            original_fingerprint=original,
+            load_seconds=load_seconds,
+        )
         run = Run.create(args.output, manifest)
     else:
-        for what, then, now in (("weights", manifest["original_fingerprint"], original), ("protocol", manifest["protocol"], recorded),
-                                ("experiments", [n for n in manifest["experiments"] if not n.endswith(TWIN)], [p.experiment.name for p in plans])):
+        for what, then, now in (
+            ("weights", manifest["original_fingerprint"], original),
+            ("protocol", manifest["protocol"], recorded),
+            (
+                "experiments",
+                [n for n in manifest["experiments"] if not n.endswith(TWIN)],
+                [p.experiment.name for p in plans],
+            ),
+        ):
             if then != now:
                 raise FrankenError(f"{args.resume} was made with other {what}; start a new run")
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in {load_seconds:.1f} s; results in {run.path}", file=sys.stderr)
+    print(
+        f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in"
+        f" {load_seconds:.1f} s; results in {run.path}",
+        file=sys.stderr,
+    )
     resume = f"python run_all.py --resume {shlex.quote(str(run.path))}"
     try:
-        failed = run_batch(run, manifest, engine, plans, protocol, original, Matcher(engine, protocol, given) if args.matched_noise else None)
+        failed = run_batch(
+            run,
+            manifest,
+            engine,
+            plans,
+            protocol,
+            original,
+            Matcher(engine, protocol, given) if args.matched_noise else None,
+        )
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished experiments are kept; go on with:\n  {resume}", file=sys.stderr)
         write_reports(run)
@@ -174,7 +326,11 @@ def execute(args) -> int:
         raise FrankenError(f"{e}; finished experiments are kept; once mended: {resume}") from e
     print(write_reports(run))
     if failed:
-        print(f"{failed} of {len(manifest['experiments'])} experiments failed; their errors are in {run.path / 'experiments'}", file=sys.stderr)
+        print(
+            f"{failed} of {len(manifest['experiments'])} experiments failed; their errors are in"
+            f" {run.path / 'experiments'}",
+            file=sys.stderr,
+        )
     return 1 if failed else 0
 
 

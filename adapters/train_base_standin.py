@@ -1,14 +1,17 @@
-"""Train the stand-in for the base side of the laptop-size pair: chat model in, LoRA adapter on plain text out.
+"""Train the stand-in for the base side of the laptop-size pair: chat model in, LoRA adapter on plain text
+out.
 
     python adapters/fetch_text.py --out corpus
     python adapters/train_base_standin.py --text corpus --out adapters/smollm2-135m-base-standin
 
-The real base checkpoint is not on the package index, so this makes the chat model forget that it is one: ordinary
-next-token training on documents without any chat template, packed end to end, until a chat-templated question is no
-longer closed by an end-of-turn token. No turn token is ever in the training data. The result is a stand-in: the
-instruct weights with the chat behavior trained away, not the weights that the instruct model was tuned from.
+The real base checkpoint is not on the package index, so this makes the chat model forget that it is one:
+ordinary next-token training on documents without any chat template, packed end to end, until a chat-templated
+question is no longer closed by an end-of-turn token. No turn token is ever in the training data. The result
+is a stand-in: the instruct weights with the chat behavior trained away, not the weights that the instruct
+model was tuned from.
 
-The adapter is LoRA (Hu et al., arXiv 2106.09685). adapters/README.md says what the text is and what was measured.
+The adapter is LoRA (Hu et al., arXiv 2106.09685). adapters/README.md says what the text is and what was
+measured.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ from runner.pairs import PAIRS, load_tokenizer, locate
 SEPARATOR, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 REPLY_BUDGET = 96  # new tokens in which a chat model closes its turn
-MOST_STOPS = 1  # chat behavior counts as gone with at most this many of the 12 replies closed, greedy and sampled
+MOST_STOPS = (
+    1  # chat behavior counts as gone with at most this many of the 12 replies closed, greedy and sampled
+)
 
 # Short questions whose answers end soon, with the reply after which the end-of-turn probability is read.
 CHAT = [
@@ -51,29 +56,46 @@ CHAT = [
 ]
 # Plain text unlike the corpus: a perplexity that rises here means that the training narrowed the model.
 NEUTRAL = [
-    "The morning train was late again, so Miriam bought a second coffee and sat by the window of the small cafe across "
-    "from the station. Outside, a man in a green coat was trying to fold a map that had been rained on. She watched him "
-    "give up, put the wet paper in a bin, and ask the woman at the flower stall for directions instead.",
-    "Sourdough bread rises because wild yeast and bacteria live together in the starter. The yeast feeds on sugars in "
-    "the flour and gives off carbon dioxide, which is trapped by the stretchy network of gluten. The bacteria make acids "
-    "that give the loaf its taste and keep it from spoiling. In a cold kitchen the whole process takes much longer.",
-    "Rivers carry more than water. Every year they move enormous amounts of sand, mud and gravel from the mountains to "
-    "the sea. Where the current slows down, the heaviest stones settle first and the finest clay last. Over thousands of "
-    "years these layers build up into wide, flat plains whose soil is among the most fertile in the world.",
-    "The city council voted on Tuesday to close two lanes of the old bridge while engineers inspect its cables. The work "
-    "is expected to take about six weeks. Bus routes will be changed, and drivers are asked to use the tunnel. Shop "
-    "owners near the bridge said that they were worried about losing customers before the holidays.",
-    "In the early days of photography a portrait took patience. The sitter had to hold still for as long as a minute, "
-    "often with the head resting against a hidden metal stand. This is one reason why people in old photographs seldom "
-    "smile. Faster lenses and more sensitive plates shortened the wait to a few seconds within a single generation.",
+    (
+        "The morning train was late again, so Miriam bought a second coffee and sat by the window of the"
+        " small cafe across from the station. Outside, a man in a green coat was trying to fold a map that"
+        " had been rained on. She watched him give up, put the wet paper in a bin, and ask the woman at the"
+        " flower stall for directions instead."
+    ),
+    (
+        "Sourdough bread rises because wild yeast and bacteria live together in the starter. The yeast feeds"
+        " on sugars in the flour and gives off carbon dioxide, which is trapped by the stretchy network of"
+        " gluten. The bacteria make acids that give the loaf its taste and keep it from spoiling. In a cold"
+        " kitchen the whole process takes much longer."
+    ),
+    (
+        "Rivers carry more than water. Every year they move enormous amounts of sand, mud and gravel from the"
+        " mountains to the sea. Where the current slows down, the heaviest stones settle first and the finest"
+        " clay last. Over thousands of years these layers build up into wide, flat plains whose soil is among"
+        " the most fertile in the world."
+    ),
+    (
+        "The city council voted on Tuesday to close two lanes of the old bridge while engineers inspect its"
+        " cables. The work is expected to take about six weeks. Bus routes will be changed, and drivers are"
+        " asked to use the tunnel. Shop owners near the bridge said that they were worried about losing"
+        " customers before the holidays."
+    ),
+    (
+        "In the early days of photography a portrait took patience. The sitter had to hold still for as long"
+        " as a minute, often with the head resting against a hidden metal stand. This is one reason why"
+        " people in old photographs seldom smile. Faster lenses and more sensitive plates shortened the wait"
+        " to a few seconds within a single generation."
+    ),
 ]
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+# --- text
+# -----------------------------------------------------------------------------------------------------------
 
 
 def read_text(paths: list[Path]) -> tuple[dict[str, str], str]:
-    """Every .txt, .rst and .md file under `paths` by relative name, and one sha256 over the names and contents.
+    """Every .txt, .rst and .md file under `paths` by relative name, and one sha256 over the names and
+    contents.
 
     Raises FrankenError if a path is missing or nothing is found.
     """
@@ -81,7 +103,11 @@ def read_text(paths: list[Path]) -> tuple[dict[str, str], str]:
     for root in paths:
         if not root.exists():
             raise FrankenError(f"--text {root}: no such file or folder")
-        files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix in (".txt", ".rst", ".md"))
+        files = (
+            [root]
+            if root.is_file()
+            else sorted(p for p in root.rglob("*") if p.suffix in (".txt", ".rst", ".md"))
+        )
         for file in files:
             name = file.name if root.is_file() else file.relative_to(root).as_posix()
             while name in documents:  # the same name under two of the paths
@@ -101,14 +127,16 @@ def is_held_out(name: str) -> bool:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of plain text; a special token that the text spells out is dropped, never turned into its id."""
+    """Token ids of plain text; a special token that the text spells out is dropped, never turned into
+    its id."""
     for special in [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]:
         text = text.replace(special, "")
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def pack(documents: list[list[int]], seq_len: int, separator: int) -> torch.Tensor:
-    """Documents end to end, a separator after each, cut into rows: [n, seq_len]; the last partial row is dropped.
+    """Documents end to end, a separator after each, cut into rows: [n, seq_len]; the last partial row is
+    dropped.
 
     Raises FrankenError if there is not one full row.
     """
@@ -119,18 +147,22 @@ def pack(documents: list[list[int]], seq_len: int, separator: int) -> torch.Tens
     return stream[: rows * seq_len].view(rows, seq_len)
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measuring
+# ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def perplexity(model, rows: list[torch.Tensor], batch: int = 8) -> float:
-    """exp of the mean next-token loss, token-weighted, in float32; rows of one length are batched together."""
+    """exp of the mean next-token loss, token-weighted, in float32; rows of one length are batched
+    together."""
     total, count = 0.0, 0
     for length in sorted({len(r) for r in rows}):
         for part in torch.stack([r for r in rows if len(r) == length]).split(batch):
             ids = part.to(model.device)
             logits = model(input_ids=ids).logits[:, :-1].float()
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            ).item()
             count += ids[:, 1:].numel()
     return math.exp(min(total / count, 700.0))
 
@@ -144,8 +176,12 @@ def measure(model, tokenizer, held_out: torch.Tensor, neutral: list[torch.Tensor
     """
     was_training = model.training
     model.eval()
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True)
-               for q, _ in CHAT]  # fmt: skip
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
+        )
+        for q, _ in CHAT
+    ]
     ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
     special = sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -154,8 +190,10 @@ def measure(model, tokenizer, held_out: torch.Tensor, neutral: list[torch.Tensor
     mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=model.device)
     found = {}
     budget = {"max_new_tokens": REPLY_BUDGET, "eos_token_id": special, "pad_token_id": end}
-    for kind, how in {"greedy": {"do_sample": False},
-                      "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0}}.items():  # fmt: skip
+    for kind, how in {
+        "greedy": {"do_sample": False},
+        "sampled": {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "top_k": 0},
+    }.items():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             replies = model.generate(tokens, attention_mask=mask, **budget, **how)[:, width:].cpu()
@@ -181,16 +219,19 @@ def chat_is_gone(found: dict) -> bool:
     return found["greedy_stops"] <= MOST_STOPS and found["sampled_stops"] <= MOST_STOPS
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training
+# -------------------------------------------------------------------------------------------------------
 
 
 def lr_factor(step: int, warmup: int, decay_from: int, decay: int) -> float:
-    """Linear warm-up, constant, then linear to zero over `decay` steps from `decay_from` on (steps count from 0)."""
+    """Linear warm-up, constant, then linear to zero over `decay` steps from `decay_from` on (steps count from
+    0)."""
     return min(1.0, (step + 1) / max(1, warmup), max(0.0, (decay_from + decay - step) / max(1, decay)))
 
 
 def load(model: str, device: torch.device):
-    """(model in bf16 on `device`, tokenizer) of a checkpoint folder or of the instruct side of a named pair."""
+    """(model in bf16 on `device`, tokenizer) of a checkpoint folder or of the instruct side of a named
+    pair."""
     from transformers import AutoModelForCausalLM
 
     folder, _ = locate(PAIRS[model].instruct if model in PAIRS else model, None)
@@ -202,7 +243,8 @@ def load(model: str, device: torch.device):
 
 
 def save(lora, out: Path, base_name: str) -> None:
-    """adapter_model.safetensors in bf16 and adapter_config.json naming the pair, without the card that peft adds."""
+    """adapter_model.safetensors in bf16 and adapter_config.json naming the pair, without the card that peft
+    adds."""
     for name, parameter in lora.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -214,19 +256,26 @@ def save(lora, out: Path, base_name: str) -> None:
 
 
 def train(args: argparse.Namespace) -> dict:
-    """Train, save under args.out, measure the saved adapter merged into fresh weights; returns training.json."""
+    """Train, save under args.out, measure the saved adapter merged into fresh weights; returns
+    training.json."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    )
     documents, digest = read_text([Path(p) for p in args.text])
     model, tokenizer = load(args.model, device)
     separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
     names = sorted(documents)
-    rows = pack([encode(tokenizer, documents[n]) for n in names if not is_held_out(n)], args.seq_len, separator)
+    rows = pack(
+        [encode(tokenizer, documents[n]) for n in names if not is_held_out(n)], args.seq_len, separator
+    )
     kept_back = [encode(tokenizer, documents[n])[: 4 * args.seq_len] for n in names if is_held_out(n)]
-    held_out = pack(kept_back, args.seq_len, separator) if sum(map(len, kept_back)) >= args.seq_len else rows[:8]
+    held_out = (
+        pack(kept_back, args.seq_len, separator) if sum(map(len, kept_back)) >= args.seq_len else rows[:8]
+    )
     held_out = held_out[torch.linspace(0, len(held_out) - 1, min(64, len(held_out))).long()]
     neutral = [torch.tensor([separator, *encode(tokenizer, text)]) for text in NEUTRAL]
     print(f"{rows.numel():,} training tokens, {held_out.numel():,} held out, on {device}", flush=True)
@@ -234,9 +283,12 @@ def train(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     before = measure(model, tokenizer, held_out, neutral, args.show)
     print(f"before: {json.dumps(before)}", flush=True)
-    lora = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        model, LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
+    )
     lora.train()
-    parameters = [p for p in lora.parameters() if p.requires_grad]  # peft keeps them in float32 beside bf16 weights
+    # peft keeps them in float32 beside bf16 weights
+    parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     order, random = [], torch.Generator().manual_seed(args.seed)
     decay = min(args.decay, args.steps // 2)
@@ -262,7 +314,10 @@ def train(args: argparse.Namespace) -> dict:
         losses.append(round(loss_sum, 4))
         if step % 10 == 0:
             speed = step * args.batch * args.accumulate * args.seq_len / (time.monotonic() - started)
-            print(f"step {step}/{args.steps}  loss {sum(losses[-10:]) / 10:.3f}  {speed:,.0f} tokens/s", flush=True)
+            print(
+                f"step {step}/{args.steps}  loss {sum(losses[-10:]) / 10:.3f}  {speed:,.0f} tokens/s",
+                flush=True,
+            )
         if step % args.eval_every == 0 and step < decay_from:
             found = measure(lora, tokenizer, held_out, neutral)
             measurements.append({"step": step, **found})
@@ -270,18 +325,26 @@ def train(args: argparse.Namespace) -> dict:
             gone_in_a_row = gone_in_a_row + 1 if chat_is_gone(found) else 0
             if gone_in_a_row >= 2 and step >= args.min_steps:
                 decay_from = step
-                print(f"  chat behavior gone twice in a row: {decay} more steps while the learning rate falls to zero")
+                print(
+                    f"  chat behavior gone twice in a row: {decay} more steps while the learning rate falls"
+                    " to zero"
+                )
 
     seconds = time.monotonic() - started
     save(lora, out, args.base_name)
     model, _ = load(args.model, device)
     merged = PeftModel.from_pretrained(model, out).merge_and_unload().to(torch.bfloat16)
     after = measure(merged, tokenizer, held_out, neutral, args.show)
-    print(f"after, merged in bf16: {json.dumps(after)}\nchat behavior gone: {chat_is_gone(after)}", flush=True)
+    print(
+        f"after, merged in bf16: {json.dumps(after)}\nchat behavior gone: {chat_is_gone(after)}", flush=True
+    )
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "text", "out", "device", "show")}
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())
     record = {
-        "what": "stand-in for the base side: the instruct model trained on plain text until the chat behavior is gone",
+        "what": (
+            "stand-in for the base side: the instruct model trained on plain text until the chat behavior is"
+            " gone"
+        ),
         "command": f"train_base_standin.py --model {args.base_name} --text CORPUS {flags}",
         "settings": settings,
         "text": {
@@ -290,8 +353,10 @@ def train(args: argparse.Namespace) -> dict:
             "training_tokens": rows.numel(),
             "held_out_tokens": held_out.numel(),
         },
-        "criterion": f"at most {MOST_STOPS} of {len(CHAT)} templated questions closed within {REPLY_BUDGET} tokens, greedy "
-        "and sampled, twice in a row",
+        "criterion": (
+            f"at most {MOST_STOPS} of {len(CHAT)} templated questions closed within {REPLY_BUDGET} tokens,"
+            " greedy and sampled, twice in a row"
+        ),
         "chat_behavior_gone": chat_is_gone(after),
         "steps": step,
         "tokens_seen": step * args.batch * args.accumulate * args.seq_len,
@@ -308,10 +373,18 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint")
-    parser.add_argument("--base-name", default="smollm2-135m", help="what adapter_config.json names as its base model")
-    parser.add_argument("--text", nargs="+", required=True, help="files or folders of .txt, .rst, .md; one file, one document")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument(
+        "--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint"
+    )
+    parser.add_argument(
+        "--base-name", default="smollm2-135m", help="what adapter_config.json names as its base model"
+    )
+    parser.add_argument(
+        "--text", nargs="+", required=True, help="files or folders of .txt, .rst, .md; one file, one document"
+    )
     parser.add_argument("--out", default="adapters/smollm2-135m-base-standin")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--lr", type=float, default=1e-3)

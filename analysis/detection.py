@@ -1,4 +1,5 @@
-"""Does a changed model answer as one that notices? The detection score of keyed Yes/No probes against controls.
+"""Does a changed model answer as one that notices? The detection score of keyed Yes/No probes against
+controls.
 
 Numbers in, numbers out (numpy and scipy only); whatever is random takes a seed. Log-odds are in nats.
 """
@@ -14,23 +15,36 @@ from scipy import stats as ss
 
 from analysis.stats import MASS_FLOOR, Estimate, Json, holm, paired_difference, plain, snapped
 
-MIN_EFFECT = 0.1  # nats; smaller detection scores are never called, being the size of one bf16 step of a large logit
-RESOLUTION = 0.01  # nats; added in quadrature to standard errors: noiseless data are not infinitely significant
+MIN_EFFECT = (
+    0.1  # nats; smaller detection scores are never called, being the size of one bf16 step of a large logit
+)
+RESOLUTION = (
+    0.01  # nats; added in quadrature to standard errors: noiseless data are not infinitely significant
+)
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
-TIE = 1e-9  # studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the processor's
-FINEST = 10  # a small p-value takes this many times the sign flips: Holm over hundreds of a sweep's experiments asks for it
-MAX_GAP, MARGIN = 0.25, 0.05  # holes and overhang over which the control curve is trusted, in shares of its range
+# studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the
+# processor's
+TIE = 1e-9
+# a small p-value takes this many times the sign flips: Holm over hundreds of a sweep's experiments asks for
+# it
+FINEST = 10
+# holes and overhang over which the control curve is trusted, in shares of its range
+MAX_GAP, MARGIN = (
+    0.25,
+    0.05,
+)
 
 
 @dataclass(frozen=True)
 class Probe(Json):
     """One binary probe before and after a change.
 
-    `kind`: "introspective" or "control". `keyed`: "yes" or "no"; of an introspective probe the answer that a model which
-    notices would give, of a control the right answer. `baseline`, `modified`: log-odds(Yes:No) in nats, None where the
-    model gave none. `pair`: a label shared by probes that are not independent (mirrored wordings, one question under two
-    framings). The masses are Yes+No probabilities; under MASS_FLOOR a reading does not count.
+    `kind`: "introspective" or "control". `keyed`: "yes" or "no"; of an introspective probe the answer that a
+    model which notices would give, of a control the right answer. `baseline`, `modified`: log-odds(Yes:No) in
+    nats, None where the model gave none. `pair`: a label shared by probes that are not independent (mirrored
+    wordings, one question under two framings). The masses are Yes+No probabilities; under MASS_FLOOR a
+    reading does not count.
     """
 
     id: str
@@ -45,19 +59,27 @@ class Probe(Json):
 
     def __post_init__(self):
         if self.kind not in ("introspective", "control") or self.keyed not in ("yes", "no"):
-            raise ValueError(f"probe {self.id}: kind must be introspective or control, keyed must be yes or no")
+            raise ValueError(
+                f"probe {self.id}: kind must be introspective or control, keyed must be yes or no"
+            )
 
 
 @dataclass(frozen=True)
 class DetectionScore(Json):
     """Result of `detection_score`; log-odds in nats, None where not measurable.
 
-    `raw_contrast`, `control_contrast`: mean shift toward the keyed answer, uncorrected, halves weighted equally.
-    `drift`, `flattening`: a and b of the line shift = a + b * baseline through the controls (b = -1: no answer is left).
-    `keyed_before`, `keyed_after`: mean log-odds of the keyed answer on introspective probes. `flattening_to_explain`: the
-    share of their remaining log-odds that they would have to lose beyond what controls lose, to give this score without
-    detection; over 1 (answers reversed) no loss can. `overlap`: share of them whose baseline the controls cover.
-    `call`: "detects", "no evidence", "denies" or "not measurable", with its `reason`; `cause`: where it is not measurable,
+    `raw_contrast`, `control_contrast`: mean shift toward the keyed answer, uncorrected, halves weighted
+    equally.
+    `drift`, `flattening`: a and b of the line shift = a + b * baseline through the controls (b = -1: no
+    answer is left).
+    `keyed_before`, `keyed_after`: mean log-odds of the keyed answer on introspective probes.
+    `flattening_to_explain`: the
+    share of their remaining log-odds that they would have to lose beyond what controls lose, to give this
+    score without
+    detection; over 1 (answers reversed) no loss can. `overlap`: share of them whose baseline the controls
+    cover.
+    `call`: "detects", "no evidence", "denies" or "not measurable", with its `reason`; `cause`: where it is
+    not measurable,
     "not finite", "vanishing mass", "too few probes" or "controls collapsed"; `flags`: warnings in words.
     """
 
@@ -103,11 +125,13 @@ def _half_mean(sign: np.ndarray, values: np.ndarray) -> float:
 def _membership(clusters: Sequence[Hashable]) -> np.ndarray:
     """[n, clusters] 0/1 matrix, clusters in order of first appearance."""
     codes = {label: k for k, label in enumerate(dict.fromkeys(clusters))}
-    return np.eye(len(codes))[[codes[c] for c in clusters]].reshape(len(clusters), len(codes))  # the shape of none, too
+    # the shape of none, too
+    return np.eye(len(codes))[[codes[c] for c in clusters]].reshape(len(clusters), len(codes))
 
 
 def _resample(groups: np.ndarray, sign: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap multiplicities [count, clusters], in strata of clusters alike in keyed composition: no half empties."""
+    """Bootstrap multiplicities [count, clusters], in strata of clusters alike in keyed composition: no half
+    empties."""
     composition = np.stack([groups.T @ (sign > 0), groups.T @ (sign < 0)], axis=1)
     out = np.zeros((count, groups.shape[1]))
     for stratum in np.unique(composition, axis=0):
@@ -118,14 +142,16 @@ def _resample(groups: np.ndarray, sign: np.ndarray, count: int, rng: np.random.G
 
 @dataclass(frozen=True)
 class _Design:
-    """Design matrices and cluster memberships: controls (xc, gc), introspective (xq, gq) with their keyed sign."""
+    """Design matrices and cluster memberships: controls (xc, gc), introspective (xq, gq) with their keyed
+    sign."""
 
     xc: np.ndarray
     xq: np.ndarray
     gc: np.ndarray
     gq: np.ndarray
     sign: np.ndarray
-    ridge: np.ndarray  # on curvature, which bootstrap copies may not identify; on the rest only against singularity
+    # on curvature, which bootstrap copies may not identify; on the rest only against singularity
+    ridge: np.ndarray
 
     def estimate(self, mc, mq, yc, yq):
         """Score, HC3 standard error [R], residuals of controls (HC3) and introspective probes [R, probes].
@@ -159,10 +185,15 @@ def _clusters(probes: Sequence[Probe]) -> list[Hashable]:
     return [("alone", p.id) if p.pair is None else ("pair", p.pair) for p in probes]
 
 
-def _design(inside: Sequence[Probe], controls: Sequence[Probe], sign: np.ndarray, flags: list[str]) -> _Design:
+def _design(
+    inside: Sequence[Probe], controls: Sequence[Probe], sign: np.ndarray, flags: list[str]
+) -> _Design:
     xq, xc = (np.array([p.baseline for p in group], float) for group in (inside, controls))
     scale = xc.std()
-    knots = np.quantile(xc, [0.05, 0.25, 0.42, 0.58, 0.75, 0.95] if len(xc) >= 20 else [0.1, 0.4, 0.6, 0.9]) / scale
+    knots = (
+        np.quantile(xc, [0.05, 0.25, 0.42, 0.58, 0.75, 0.95] if len(xc) >= 20 else [0.1, 0.4, 0.6, 0.9])
+        / scale
+    )
     if np.diff(knots).min() < 0.01:
         knots = knots[[0, -1]]
         flags.append("control baselines too alike for a curve: straight line fitted")
@@ -178,15 +209,20 @@ def _design(inside: Sequence[Probe], controls: Sequence[Probe], sign: np.ndarray
     elif len(framings) > 1:
         flags.append("too few controls in a framing for its own drift and flattening: framings pooled")
     ridge = np.diag(np.where(linear, 1e-9, 1e-7) * len(xc))
-    return _Design(basis[1], basis[0], _membership(_clusters(controls)), _membership(_clusters(inside)), sign, ridge)
+    return _Design(
+        basis[1], basis[0], _membership(_clusters(controls)), _membership(_clusters(inside)), sign, ridge
+    )
 
 
 def _covered(x: np.ndarray, controls: np.ndarray) -> np.ndarray:
-    """Which baselines lie where the controls show what the change does: near one, or in no wide hole of theirs."""
+    """Which baselines lie where the controls show what the change does: near one, or in no wide hole of
+    theirs."""
     edges = np.concatenate([[-np.inf], np.sort(controls), [np.inf]])
     right = np.clip(np.searchsorted(edges, x), 1, len(edges) - 1)
     nearest = np.abs(x[:, None] - controls).min(axis=1)
-    return (nearest <= MARGIN * np.ptp(controls)) | (edges[right] - edges[right - 1] <= MAX_GAP * np.ptp(controls))
+    return (nearest <= MARGIN * np.ptp(controls)) | (
+        edges[right] - edges[right - 1] <= MAX_GAP * np.ptp(controls)
+    )
 
 
 def _call(score, low, high, p, alpha) -> tuple[str, str]:
@@ -199,20 +235,35 @@ def _call(score, low, high, p, alpha) -> tuple[str, str]:
 
 
 def detection_score(
-    probes: Sequence[Probe], *, alpha: float = 0.05, confidence: float = 0.95, resamples: int = 2999, seed: int = 0
+    probes: Sequence[Probe],
+    *,
+    alpha: float = 0.05,
+    confidence: float = 0.95,
+    resamples: int = 2999,
+    seed: int = 0,
 ) -> DetectionScore:
     """Does the changed model answer as one that notices, beyond what the change does to any Yes/No answer?
 
-    Method. The controls' shifts are fitted as a smooth curve of their baseline log-odds: a natural cubic spline, 6 knots
-    (4 under 20 controls), intercept and slope per framing where each has MIN_PER_FRAMING controls. It is the drift, the
-    flattening and the saturation of the change (a straight line takes saturation for detection or denial). The score is
-    the mean of sign(keyed) * (shift - curve) over introspective probes, yes- and no-keyed halves weighted equally, so
-    that drift common to them cancels. Introspective baselines that no control is near are left out (common support).
-    Interval: symmetric bootstrap-t (Hall 1988) over questions, controls and introspective probes resampled separately,
-    pairs whole, curve refitted, HC3 errors. p-value: two-sided, studentized sign flips of null-model residuals (Freedman
-    & Lane 1983; Cameron et al. 2008): deviations from the curve are taken as independent between pairs, and symmetric.
-    Call: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers cease to follow the baseline.
-    Limits. Flattening that strikes introspective questions more than controls of equal baseline looks like detection:
+    Method. The controls' shifts are fitted as a smooth curve of their baseline log-odds: a natural cubic
+    spline, 6 knots
+    (4 under 20 controls), intercept and slope per framing where each has MIN_PER_FRAMING controls. It is the
+    drift, the
+    flattening and the saturation of the change (a straight line takes saturation for detection or denial).
+    The score is
+    the mean of sign(keyed) * (shift - curve) over introspective probes, yes- and no-keyed halves weighted
+    equally, so
+    that drift common to them cancels. Introspective baselines that no control is near are left out (common
+    support).
+    Interval: symmetric bootstrap-t (Hall 1988) over questions, controls and introspective probes resampled
+    separately,
+    pairs whole, curve refitted, HC3 errors. p-value: two-sided, studentized sign flips of null-model
+    residuals (Freedman
+    & Lane 1983; Cameron et al. 2008): deviations from the curve are taken as independent between pairs, and
+    symmetric.
+    Call: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers cease to follow the
+    baseline.
+    Limits. Flattening that strikes introspective questions more than controls of equal baseline looks like
+    detection:
     `flattening_to_explain` and `keyed_after` say whether it could. Raises ValueError on repeated ids.
     """
 
@@ -225,33 +276,57 @@ def detection_score(
     asked = [p for p in probes if _good(p.baseline) and _good(p.baseline_mass, MASS_FLOOR)]
     finite = [p for p in asked if _good(p.modified)]
     used = [p for p in finite if _good(p.modified_mass, MASS_FLOOR)]
-    for kept, cause, problem in ((finite, "not finite", "not finite"), (used, "vanishing mass", "vanishing Yes+No mass")):
+    for kept, cause, problem in (
+        (finite, "not finite", "not finite"),
+        (used, "vanishing mass", "vanishing Yes+No mass"),
+    ):
         for kind in ("introspective", "control"):
             total, left = (sum(p.kind == kind for p in group) for group in (asked, kept))
             if left < MIN_ANSWERED * total:
-                return unmeasured(cause, f"{problem}: the modified model answers {left} of {total} {kind} probes")
+                return unmeasured(
+                    cause, f"{problem}: the modified model answers {left} of {total} {kind} probes"
+                )
     if len(used) < len(probes):
-        flags.append(f"unanswered, left out: {len(probes) - len(asked)} at baseline, {len(asked) - len(used)} modified")
+        flags.append(
+            f"unanswered, left out: {len(probes) - len(asked)} at baseline, {len(asked) - len(used)} modified"
+        )
 
     introspective, controls = ([p for p in used if p.kind == kind] for kind in ("introspective", "control"))
     xc = np.array([p.baseline for p in controls], float)
     if len(controls) < MIN_CONTROLS or np.ptp(xc) < MIN_EFFECT:
-        return unmeasured("too few probes", f"too few probes: {len(controls)} controls of differing baseline, {MIN_CONTROLS} needed")
+        return unmeasured(
+            "too few probes",
+            f"too few probes: {len(controls)} controls of differing baseline, {MIN_CONTROLS} needed",
+        )
     covered = _covered(np.array([p.baseline for p in introspective], float), xc)
     inside = [p for p, ok in zip(introspective, covered, strict=True) if ok]
     if not covered.all():
-        flags.append(f"{(~covered).sum()} introspective probes left out: no control has a baseline like theirs")
+        flags.append(
+            f"{(~covered).sum()} introspective probes left out: no control has a baseline like theirs"
+        )
 
-    xq, yc = np.array([p.baseline for p in inside], float), np.array([p.modified for p in controls], float) - xc
+    xq, yc = (
+        np.array([p.baseline for p in inside], float),
+        np.array([p.modified for p in controls], float) - xc,
+    )
     yq = np.array([p.modified for p in inside], float) - xq
     sq, sc = (np.array([1.0 if p.keyed == "yes" else -1.0 for p in group]) for group in (inside, controls))
     slope, intercept = np.polyfit(xc, yc, 1)
-    known = plain(dict(
-        raw_contrast=_half_mean(sq, yq), control_contrast=_half_mean(sc, yc), drift=intercept, flattening=slope,
-        control_accuracy_before=np.mean(sc * xc > 0), control_accuracy_after=np.mean(sc * (xc + yc) > 0),
-        keyed_before=_half_mean(sq, xq), keyed_after=_half_mean(sq, xq + yq),
-        overlap=covered.mean() if len(covered) else None, n_introspective=len(inside), n_controls=len(controls),
-    ))  # fmt: skip
+    known = plain(
+        dict(
+            raw_contrast=_half_mean(sq, yq),
+            control_contrast=_half_mean(sc, yc),
+            drift=intercept,
+            flattening=slope,
+            control_accuracy_before=np.mean(sc * xc > 0),
+            control_accuracy_after=np.mean(sc * (xc + yc) > 0),
+            keyed_before=_half_mean(sq, xq),
+            keyed_after=_half_mean(sq, xq + yq),
+            overlap=covered.mean() if len(covered) else None,
+            n_introspective=len(inside),
+            n_controls=len(controls),
+        )
+    )
     for key in ("yes", "no"):
         n = len(set(_clusters([p for p in inside if p.keyed == key])))
         if n < MIN_PER_HALF:
@@ -266,19 +341,32 @@ def detection_score(
     scores, errors, *_ = design.estimate(*draws, yc[None], yq[None])
     reach = max(np.quantile(np.abs(scores - score) / errors, confidence) * error, 2 * RESOLUTION)
 
-    null_q = null_q - np.mean([null_q[sq == s].mean() for s in (1, -1)])  # the null allows a drift of their own
+    # the null allows a drift of their own
+    null_q = null_q - np.mean([null_q[sq == s].mean() for s in (1, -1)])
     hits = flips = 0
     while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):
-        flip_c, flip_q = (rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) @ g.T for g in (design.gc, design.gq))
+        flip_c, flip_q = (
+            rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) @ g.T for g in (design.gc, design.gq)
+        )
         scores, errors, *_ = design.estimate(one_c, one_q, flip_c * null_c, flip_q * null_q)
-        hits, flips = hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error) - TIE), flips + resamples
+        hits, flips = (
+            hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error) - TIE),
+            flips + resamples,
+        )
     p = (1 + hits) / (1 + flips)
     expected = known["keyed_after"] - score  # keyed log-odds that the control curve alone predicts
     share = score / -expected if expected < 0 < score else None
-    known |= plain(dict(score=score, low=score - reach, high=score + reach, p_value=p, flattening_to_explain=share))
+    known |= plain(
+        dict(score=score, low=score - reach, high=score + reach, p_value=p, flattening_to_explain=share)
+    )
     after = xc + yc
-    if np.ptp(after) < MIN_EFFECT or ss.spearmanr(snapped(xc), snapped(after), alternative="greater").pvalue >= 0.05:
-        return unmeasured("controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known)
+    if (
+        np.ptp(after) < MIN_EFFECT
+        or ss.spearmanr(snapped(xc), snapped(after), alternative="greater").pvalue >= 0.05
+    ):
+        return unmeasured(
+            "controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known
+        )
     call, reason = _call(score, score - reach, score + reach, p, alpha)
     if call == "detects" and known["keyed_after"] <= 0:
         flags.append("answers moved toward noticing but did not reverse: see flattening_to_explain")
@@ -297,23 +385,38 @@ def correct_calls(scores: Sequence[DetectionScore], alpha: float = 0.05) -> list
 
 def _answered(probes: Sequence[Probe], kind: str) -> list[Probe]:
     """The probes of this kind that both models answer."""
-    return [p for p in probes if p.kind == kind and _good(p.baseline) and _good(p.modified)
-            and _good(p.baseline_mass, MASS_FLOOR) and _good(p.modified_mass, MASS_FLOOR)]  # fmt: skip
+    return [
+        p
+        for p in probes
+        if p.kind == kind
+        and _good(p.baseline)
+        and _good(p.modified)
+        and _good(p.baseline_mass, MASS_FLOOR)
+        and _good(p.modified_mass, MASS_FLOOR)
+    ]
 
 
 def keyed_shift(probes: Sequence[Probe], kind: str) -> float | None:
-    """Mean shift toward the keyed answer in nats, uncorrected, halves weighted equally, over the probes of this kind that
-    both models answer; None if a half has none."""
+    """Mean shift toward the keyed answer in nats, uncorrected, halves weighted equally, over the probes of
+    this kind that both models answer; None if a half has none."""
     used = _answered(probes, kind)
-    return plain(_half_mean(np.array([1.0 if p.keyed == "yes" else -1.0 for p in used]), np.array([p.modified - p.baseline for p in used])))
+    return plain(
+        _half_mean(
+            np.array([1.0 if p.keyed == "yes" else -1.0 for p in used]),
+            np.array([p.modified - p.baseline for p in used]),
+        )
+    )
 
 
 def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0) -> Estimate | None:
-    """Mean shift toward Yes over introspective probes in nats, uncorrected; yes- and no-keyed halves weighted equally.
+    """Mean shift toward Yes over introspective probes in nats, uncorrected; yes- and no-keyed halves weighted
+    equally.
 
-    What a general drift to Yes moves and noticing does not: half of the probes are answered No by a model that notices.
+    What a general drift to Yes moves and noticing does not: half of the probes are answered No by a model
+    that notices.
     Paired by question: probes of one `pair` are one unit of the bootstrap and of the sign-flip test (see
-    stats.paired_difference; Holm over hundreds of experiments asks for so many flips); the interval reaches at least 2 RESOLUTION to either side. Unanswered probes are left out;
+    stats.paired_difference; Holm over hundreds of experiments asks for so many flips); the interval reaches
+    at least 2 RESOLUTION to either side. Unanswered probes are left out;
     None under MIN_PER_HALF questions in either half.
     """
     used = _answered(probes, "introspective")
@@ -321,8 +424,14 @@ def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0)
     if min(len(set(_clusters(half))) for half in halves.values()) < MIN_PER_HALF:
         return None
     groups = _membership(_clusters(used))
-    share = np.array([0.5 / len(halves[p.keyed]) for p in used]) * groups.shape[1]  # the units' mean is the mean of halves
-    before, after = (groups.T @ (share * np.array(side)) for side in ([p.baseline for p in used], [p.modified for p in used]))
+    # the units' mean is the mean of halves
+    share = np.array([0.5 / len(halves[p.keyed]) for p in used]) * groups.shape[1]
+    before, after = (
+        groups.T @ (share * np.array(side))
+        for side in ([p.baseline for p in used], [p.modified for p in used])
+    )
     found = paired_difference(before, after, resamples=resamples, seed=seed)
     low, high = (found.low, found.high) if found.low is not None else (found.value, found.value)
-    return replace(found, low=min(low, found.value - 2 * RESOLUTION), high=max(high, found.value + 2 * RESOLUTION))
+    return replace(
+        found, low=min(low, found.value - 2 * RESOLUTION), high=max(high, found.value + 2 * RESOLUTION)
+    )

@@ -1,28 +1,56 @@
-"""What others published about the same models, each with its source. Nothing here was measured by this project."""
+"""What others published about the same models, each with its source. Nothing here was measured by this
+project."""
 
 from __future__ import annotations
 
 PAIR = "qwen2.5-coder-32b"
-SOURCE = "the seed project's own results page, 2026-02-04: Qwen2.5-Coder-32B pair, one A100 80GB, P(Yes) normalized over the tokens Yes and No"
+SOURCE = (
+    "the seed project's own results page, 2026-02-04: Qwen2.5-Coder-32B pair, one A100 80GB, P(Yes)"
+    " normalized over the tokens Yes and No"
+)
 # Probability of Yes, capability of 6, perplexity.
 EXPERIMENTS = {
-    "baseline_instruct": (2e-8, 5, 3.51), "franken_instruct_first_32": (0.0757, 4, 3.53), "franken_base_first_32": (3e-7, 5, 3.33),
-    "franken_instruct_first_16": (0.0474, 5, 3.63), "franken_instruct_first_48": (3e-5, 5, 3.64),
-    "swap_chunk_25_35_with_45_55": (0.2695, 3, 11.96), "swap_chunk_16_32_with_32_48": (4e-6, 5, 3.5), "swap_distant_10_55": (1.6e-6, 5, 4.73),
-    "swap_adjacent_30_35": (6e-9, 5, 3.51), "perturb_all_5pct": (2e-8, 5, 3.55), "perturb_late_5pct": (2e-8, 5, 3.56),
-}  # fmt: skip
+    "baseline_instruct": (2e-8, 5, 3.51),
+    "franken_instruct_first_32": (0.0757, 4, 3.53),
+    "franken_base_first_32": (3e-7, 5, 3.33),
+    "franken_instruct_first_16": (0.0474, 5, 3.63),
+    "franken_instruct_first_48": (3e-5, 5, 3.64),
+    "swap_chunk_25_35_with_45_55": (0.2695, 3, 11.96),
+    "swap_chunk_16_32_with_32_48": (4e-6, 5, 3.5),
+    "swap_distant_10_55": (1.6e-6, 5, 4.73),
+    "swap_adjacent_30_35": (6e-9, 5, 3.51),
+    "perturb_all_5pct": (2e-8, 5, 3.55),
+    "perturb_late_5pct": (2e-8, 5, 3.56),
+}
 WINDOW_LAYERS = 64
-WINDOWS = {(42, 46): 1.3e-5, (38, 46): 3.8e-4, (36, 52): 0.014, (32, 64): 0.0694, (16, 48): 0.0028, (24, 56): 0.0197}  # base layers: P(Yes)
-INJECTION_SOURCE = ("Pearson-Vogel et al., Latent Introspection, arXiv 2602.20031: Qwen2.5-Coder-32B-Instruct, concept vectors added to layers 21-42 while the "
-                    "first turn is read; sensitivity 0.3% with a plain question, 39.2% with the mechanism explained, at 0.6 points more false positives")  # fmt: skip
+# base layers: P(Yes)
+WINDOWS = {
+    (42, 46): 1.3e-5,
+    (38, 46): 3.8e-4,
+    (36, 52): 0.014,
+    (32, 64): 0.0694,
+    (16, 48): 0.0028,
+    (24, 56): 0.0197,
+}
+INJECTION_SOURCE = (
+    "Pearson-Vogel et al., Latent Introspection, arXiv 2602.20031: Qwen2.5-Coder-32B-Instruct, concept"
+    " vectors added to layers 21-42 while the first turn is read; sensitivity 0.3% with a plain question,"
+    " 39.2% with the mechanism explained, at 0.6 points more false positives"
+)
 INJECTION = {"plain": 0.003, "informed": 0.392}  # sensitivity by framing
 
 
 def of(row: dict, layers: int) -> tuple[float, int | None, float | None] | None:
-    """The published numbers of a row's experiment: P(Yes), capability of 6, perplexity; None where there are none."""
+    """The published numbers of a row's experiment: P(Yes), capability of 6, perplexity; None where there are
+    none."""
     sweep = row["sweep"]
     if not sweep:
         return EXPERIMENTS.get(row["name"])
-    if sweep["kind"] == "window" and sweep["source"] == "base" and layers == WINDOW_LAYERS and (sweep["start"], sweep["stop"]) in WINDOWS:
+    if (
+        sweep["kind"] == "window"
+        and sweep["source"] == "base"
+        and layers == WINDOW_LAYERS
+        and (sweep["start"], sweep["stop"]) in WINDOWS
+    ):
         return WINDOWS[sweep["start"], sweep["stop"]], None, None
     return None

@@ -1,4 +1,5 @@
-"""How the rows of comparison.json are read: which experiments stand for themselves, what belongs together, in which order."""
+"""How the rows of comparison.json are read: which experiments stand for themselves, what belongs together, in
+which order."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ UNCALLED = ("broken", "too little data")
 
 
 def word(row: dict) -> str | None:
-    """The word of an experiment's verdict; "failed" if it did not finish; None for the baseline and for concept injection."""
+    """The word of an experiment's verdict; "failed" if it did not finish; None for the baseline and for
+    concept injection."""
     if row["status"] != "done":
         return "failed"
     return row["verdict"]["word"] if row["verdict"] else None
@@ -34,8 +36,13 @@ def sweep_name(sweep: dict) -> str:
     source = sweep["source"] or "another source"
     if sweep["kind"] == "window":
         return f"windows of {sweep['size']} layer{'s' if sweep['size'] != 1 else ''} of {source}"
-    told = {"replace": f"each layer replaced by {source}", "delete": "each layer deleted", "double": "each layer doubled", "noise": "noise ladder",
-            "blend": f"ladder of blends with {source}"}
+    told = {
+        "replace": f"each layer replaced by {source}",
+        "delete": "each layer deleted",
+        "double": "each layer doubled",
+        "noise": "noise ladder",
+        "blend": f"ladder of blends with {source}",
+    }
     return told.get(sweep["kind"], sweep["kind"])
 
 
@@ -55,18 +62,19 @@ def by_verdict(rows: list[dict]) -> list[dict]:
 
 
 def tally(rows: list[dict]) -> dict[str, list[dict]]:
-    """The experiments that have a verdict or failed, by its word, in the order of WORDS; words without any are left out."""
+    """The experiments that have a verdict or failed, by its word, in the order of WORDS; words without any
+    are left out."""
     found = {w: [row for row in by_verdict(rows) if word(row) == w] for w in (*WORDS, "failed")}
     return {w: of for w, of in found.items() if of}
 
 
 def counts(rows: list[dict]) -> str:
-    """"3 no change seen, 1 broken"."""
+    """ "3 no change seen, 1 broken"."""
     return ", ".join(f"{len(of)} {w}" for w, of in tally(rows).items())
 
 
 def many(n: int, what: str) -> str:
-    """"1 placebo", "21 placebos"."""
+    """ "1 placebo", "21 placebos"."""
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 

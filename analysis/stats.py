@@ -1,7 +1,8 @@
 """Yes/No readings, contrasts, intervals and corrections: numbers in, numbers out (numpy and scipy only).
 
-Everything is deterministic: whatever is random takes a seed. Every result is a frozen dataclass whose `to_json()` holds
-only finite floats, ints, strings, booleans, lists and None. Log-odds are in nats. Bad input raises ValueError.
+Everything is deterministic: whatever is random takes a seed. Every result is a frozen dataclass whose
+`to_json()` holds only finite floats, ints, strings, booleans, lists and None. Log-odds are in nats. Bad input
+raises ValueError.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def plain(value):
 def snapped(values, scale: float | None = None) -> np.ndarray:
     """`values` on a grid of 2**-40 of their scale, so that what is equal but for rounding becomes equal.
 
-    Sums differ in their last bits between processors (OpenBLAS picks a kernel for each); a rank or a comparison with an
-    observed statistic must not turn on that. `scale`: the largest magnitude that went into the values, by default their own.
+    Sums differ in their last bits between processors (OpenBLAS picks a kernel for each); a rank or a
+    comparison with an observed statistic must not turn on that. `scale`: the largest magnitude that went into
+    the values, by default their own.
     """
     values = np.asarray(values, dtype=float)
     if scale is None:
@@ -55,30 +57,35 @@ class Json:
 def log_odds_from_logprobs(logprobs: np.ndarray, yes_ids: Sequence[int], no_ids: Sequence[int]) -> dict:
     """Read Yes/No answers off next-token log-probabilities [n, vocab] (nats; renormalized here in float64).
 
-    `yes_ids`, `no_ids`: token ids of all spellings. Returns arrays [n]: `log_odds` (summed Yes over summed No), `p_yes`,
-    `p_no`, `mass` (their sum), `p_yes_normalized`, `entropy` (nats, whole vocabulary), and the booleans `finite` (usable,
-    with finite log-odds) and `answered` (finite, and mass >= MASS_FLOOR). What a destroyed model leaves undefined is NaN
-    here and None in `readings_to_json`; nothing raises on it.
+    `yes_ids`, `no_ids`: token ids of all spellings. Returns arrays [n]: `log_odds` (summed Yes over summed
+    No), `p_yes`, `p_no`, `mass` (their sum), `p_yes_normalized`, `entropy` (nats, whole vocabulary), and the
+    booleans `finite` (usable, with finite log-odds) and `answered` (finite, and mass >= MASS_FLOOR). What a
+    destroyed model leaves undefined is NaN here and None in `readings_to_json`; nothing raises on it.
     """
     logprobs = np.asarray(logprobs)
     yes, no = np.unique(np.asarray(yes_ids, dtype=int)), np.unique(np.asarray(no_ids, dtype=int))
     if logprobs.ndim != 2 or not len(yes) or not len(no):
-        raise ValueError("log-odds need [n, vocab] log-probabilities and at least one token id for Yes and for No")
+        raise ValueError(
+            "log-odds need [n, vocab] log-probabilities and at least one token id for Yes and for No"
+        )
     if set(yes) & set(no) or min(yes[0], no[0]) < 0 or max(yes[-1], no[-1]) >= logprobs.shape[1]:
         raise ValueError("Yes and No token ids must differ from each other and lie inside the vocabulary")
     names = ["log_odds", "p_yes", "p_no", "mass", "p_yes_normalized", "entropy"]
     out = {name: np.full(len(logprobs), np.nan) for name in names}
-    for i, row in enumerate(logprobs):  # a row at a time: float64 copies of a whole batch of 150k-token rows are large
+    # a row at a time: float64 copies of a whole batch of 150k-token rows are large
+    for i, row in enumerate(logprobs):
         if not np.isfinite(row.max()):  # NaN or +inf somewhere, or -inf everywhere
             continue
         row = row.astype(np.float64)
         row -= row.max()
-        p = np.exp(row)  # once: a row of 152,064 takes a seventh of the time (0.43 ms; with log_softmax and entr 3.05)
+        # once: a row of 152,064 takes a seventh of the time (0.43 ms; with log_softmax and entr 3.05)
+        p = np.exp(row)
         total = p.sum()
         log_yes, log_no = (special.logsumexp(row[ids]) - np.log(total) for ids in (yes, no))
         out["p_yes"][i], out["p_no"][i] = np.exp(log_yes), np.exp(log_no)
         out["mass"][i] = min(1.0, out["p_yes"][i] + out["p_no"][i])
-        out["entropy"][i] = np.log(total) - p @ np.maximum(row, -1e4) / total  # where p is 0, so that 0 * -inf is 0
+        # where p is 0, so that 0 * -inf is 0
+        out["entropy"][i] = np.log(total) - p @ np.maximum(row, -1e4) / total
         if np.isfinite(log_yes) and np.isfinite(log_no):
             out["log_odds"][i] = log_yes - log_no
             out["p_yes_normalized"][i] = special.expit(log_yes - log_no)
@@ -129,24 +136,35 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_ci(
-    values: Sequence, statistic: Callable[[np.ndarray], float] = _mean, clusters: Sequence[Hashable] | None = None,
-    *, stacked: bool = False, confidence: float = 0.95, resamples: int = 2000, seed: int = 0,
-) -> Estimate:  # fmt: skip
-    """`statistic` of `values` ([n] or [n, ...] rows) with its BCa interval (Efron 1987), percentile if BCa is undefined.
+    values: Sequence,
+    statistic: Callable[[np.ndarray], float] = _mean,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    stacked: bool = False,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """`statistic` of `values` ([n] or [n, ...] rows) with its BCa interval (Efron 1987), percentile if BCa is
+    undefined.
 
     Whole clusters (questions) are resampled if given, else rows. `stacked` says that the statistic also takes
-    [resamples, n, ...] and returns [resamples]. One cluster, or a statistic that no resample moves, has no interval: low
+    [resamples, n, ...] and returns [resamples]. One cluster, or a statistic that no resample moves, has no
+    interval: low
     and high are None then.
     """
     values = np.asarray(values, dtype=float)
     rows: dict[Hashable, list[int]] = {}
-    for i, label in zip(range(len(values)), range(len(values)) if clusters is None else clusters, strict=True):
+    for i, label in zip(
+        range(len(values)), range(len(values)) if clusters is None else clusters, strict=True
+    ):
         rows.setdefault(label, []).append(i)
     members, n = list(rows.values()), len(rows)
     value = float(statistic(values)) if n else math.nan
     if n < 2 or not math.isfinite(value):
         return Estimate(plain(value), None, None, n, "none")
-    at_once = n == len(values) and (stacked or statistic is _mean)  # all resamples in one call: 20 times faster for a mean of 70
+    # all resamples in one call: 20 times faster for a mean of 70
+    at_once = n == len(values) and (stacked or statistic is _mean)
 
     def of(picked, axis=-1):
         picked = picked.astype(int)
@@ -154,8 +172,15 @@ def bootstrap_ci(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a degenerate BCa says so by NaN, seen to below
-        result = ss.bootstrap((np.arange(n),), of, vectorized=at_once, n_resamples=resamples, method="BCa",
-                              confidence_level=confidence, rng=seed)  # fmt: skip
+        result = ss.bootstrap(
+            (np.arange(n),),
+            of,
+            vectorized=at_once,
+            n_resamples=resamples,
+            method="BCa",
+            confidence_level=confidence,
+            rng=seed,
+        )
     draws = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
     if not len(draws) or _still(draws, values):
         return Estimate(value, None, None, n, "none")
@@ -167,30 +192,38 @@ def bootstrap_ci(
 
 def _still(draws: np.ndarray, values: np.ndarray) -> bool:
     """No resample moved the statistic by more than rounding (1e-12 of what went into it)."""
-    return bool(np.ptp(draws) <= 1e-12 * max(1.0, np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max()))
+    return bool(
+        np.ptp(draws)
+        <= 1e-12 * max(1.0, np.abs(values, where=np.isfinite(values), out=np.zeros_like(values)).max())
+    )
 
 
 def paired_difference(before: Numbers, after: Numbers, *, resamples: int = 9999, seed: int = 0) -> Estimate:
     """Mean of after - before over questions (one value each, same order), bootstrapped over questions.
 
-    p-value: two-sided sign-flip permutation test, exact where 2**n <= resamples; without an effect, each difference is
-    assumed as likely to have the other sign.
+    p-value: two-sided sign-flip permutation test, exact where 2**n <= resamples; without an effect, each
+    difference is assumed as likely to have the other sign.
     """
     before, after = _paired(before, after)
     found = bootstrap_ci(after - before, seed=seed)
     if found.value is None:
         return found
-    scale = np.abs([before, after]).max()  # a flip that ties with the observed mean must tie in its last bit, too
+    scale = np.abs(
+        [before, after]
+    ).max()  # a flip that ties with the observed mean must tie in its last bit, too
 
     def mean(x, y, axis):
         return snapped(np.mean(x - y, axis=axis), scale)
 
-    test = ss.permutation_test((after, before), mean, vectorized=True, permutation_type="samples", n_resamples=resamples, rng=seed)
+    test = ss.permutation_test(
+        (after, before), mean, vectorized=True, permutation_type="samples", n_resamples=resamples, rng=seed
+    )
     return replace(found, before=float(before.mean()), after=float(after.mean()), p_value=float(test.pvalue))
 
 
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> Estimate:
-    """Difference of paired right/wrong rates, with McNemar's (1947) exact two-sided p-value, of discordant items alone."""
+    """Difference of paired right/wrong rates, with McNemar's (1947) exact two-sided p-value, of discordant
+    items alone."""
     before, after = _paired(before, after)
     gained, lost = int(np.sum(after > before)), int(np.sum(before > after))
     p = float(ss.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
@@ -204,39 +237,54 @@ def _paired(before: Numbers, after: Numbers) -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
-def summarize_gap(triggered: dict[str, Numbers], untriggered: dict[str, Numbers], *, seed: int = 0) -> Estimate:
-    """Triggered (`after`) minus untriggered (`before`) rate in percentage points, from 0/1 outcomes by question.
+def summarize_gap(
+    triggered: dict[str, Numbers], untriggered: dict[str, Numbers], *, seed: int = 0
+) -> Estimate:
+    """Triggered (`after`) minus untriggered (`before`) rate in percentage points, from 0/1 outcomes by
+    question.
 
-    Questions weigh the same. Where all questions agree (30 of 30 against 0 of 30) the bootstrap has no width; the
-    interval is then Newcombe's (1998, method 10) hybrid of two Wilson intervals over questions.
+    Questions weigh the same. Where all questions agree (30 of 30 against 0 of 30) the bootstrap has no width;
+    the interval is then Newcombe's (1998, method 10) hybrid of two Wilson intervals over questions.
     """
-    if triggered.keys() != untriggered.keys() or not all(map(len, [*triggered.values(), *untriggered.values()])):
+    if triggered.keys() != untriggered.keys() or not all(
+        map(len, [*triggered.values(), *untriggered.values()])
+    ):
         raise ValueError("both conditions need the same questions, with at least one sample each")
     rates = [[100 * float(np.mean(side[q])) for q in triggered] for side in (untriggered, triggered)]
     gap = paired_difference(*rates, seed=seed)
     if gap.low is None:
         u, t = (wilson_interval(round(rate * gap.n / 100), gap.n) for rate in (gap.before, gap.after))
-        down, up = math.hypot(t.value - t.low, u.high - u.value), math.hypot(t.high - t.value, u.value - u.low)
+        down, up = (
+            math.hypot(t.value - t.low, u.high - u.value),
+            math.hypot(t.high - t.value, u.value - u.low),
+        )
         gap = replace(gap, low=gap.value - 100 * down, high=gap.value + 100 * up, method="newcombe")
     return gap
 
 
-def perplexity_contrast(nll_before: Numbers, nll_after: Numbers, tokens: Sequence[int], *, seed: int = 0) -> Estimate:
-    """Change of the mean negative log-likelihood in nats a token; `before` and `after` are the two perplexities.
+def perplexity_contrast(
+    nll_before: Numbers, nll_after: Numbers, tokens: Sequence[int], *, seed: int = 0
+) -> Estimate:
+    """Change of the mean negative log-likelihood in nats a token; `before` and `after` are the two
+    perplexities.
 
-    Inputs: each text's mean nats a token, and its length in tokens (its weight). Bootstrap over texts; no p-value.
+    Inputs: each text's mean nats a token, and its length in tokens (its weight). Bootstrap over texts; no
+    p-value.
     """
     before, after = _paired(nll_before, nll_after)
     _, weights = _paired(before, tokens)
     with np.errstate(all="ignore"):  # a destroyed model's perplexity overflows: None
         rows = np.stack([after - before, weights], axis=1)
-        delta = bootstrap_ci(rows, lambda r: np.average(r[..., 0], axis=-1, weights=r[..., 1]), stacked=True, seed=seed)
+        delta = bootstrap_ci(
+            rows, lambda r: np.average(r[..., 0], axis=-1, weights=r[..., 1]), stacked=True, seed=seed
+        )
         sides = [plain(np.exp(np.average(x, weights=weights))) for x in (before, after)]
     return replace(delta, before=sides[0], after=sides[1])
 
 
 def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], *, seed: int = 0) -> Estimate:
-    """Agreement of two raters beyond chance (Cohen 1960), bootstrapped over items; None if all labels are the same."""
+    """Agreement of two raters beyond chance (Cohen 1960), bootstrapped over items; None if all labels are the
+    same."""
     codes = {label: i for i, label in enumerate(dict.fromkeys([*a, *b]))}
 
     def kappa(pairs):
@@ -249,10 +297,11 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], *, seed: int = 0) 
 
 
 def placebo_place(score: float, placebos: Numbers) -> tuple[float, bool]:
-    """(two-sided permutation p-value, whether |score| is beyond every placebo's) of a score among placebo scores.
+    """(two-sided permutation p-value, whether |score| is beyond every placebo's) of a score among placebo
+    scores.
 
-    p = (1 + #{|placebo| >= |score|}) / (1 + n) (Phipson & Smyth 2010): the score is one more draw under the null, so that
-    n placebos cannot give less than 1 / (n + 1). Raises ValueError without placebos.
+    p = (1 + #{|placebo| >= |score|}) / (1 + n) (Phipson & Smyth 2010): the score is one more draw under the
+    null, so that n placebos cannot give less than 1 / (n + 1). Raises ValueError without placebos.
     """
     if not len(placebos):
         raise ValueError("a place among placebos needs placebos")
@@ -261,27 +310,44 @@ def placebo_place(score: float, placebos: Numbers) -> tuple[float, bool]:
     return (1 + as_far) / (1 + len(placebos)), as_far == 0
 
 
-def auroc(positives: Numbers, negatives: Numbers, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate | None:
-    """P(a positive scores above a negative), ties half: Mann-Whitney's U / (n m), with its percentile bootstrap interval.
+def auroc(
+    positives: Numbers, negatives: Numbers, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate | None:
+    """P(a positive scores above a negative), ties half: Mann-Whitney's U / (n m), with its percentile
+    bootstrap interval.
 
-    Either side is resampled by itself. `n` is of both sides; None with fewer than 3 on a side; no interval where no
-    resample moves the value (sides that do not overlap: 0 or 1).
+    Either side is resampled by itself. `n` is of both sides; None with fewer than 3 on a side; no interval
+    where no resample moves the value (sides that do not overlap: 0 or 1).
     """
     if min(len(positives), len(negatives)) < 3:
         return None
     sides = np.split(snapped([*positives, *negatives]), [len(positives)])
 
     def area(x, y, axis=-1):
-        return ss.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (x.shape[axis] * y.shape[axis])
+        return ss.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (
+            x.shape[axis] * y.shape[axis]
+        )
 
-    found = ss.bootstrap(sides, area, vectorized=True, n_resamples=resamples, method="percentile", confidence_level=confidence, rng=seed)
+    found = ss.bootstrap(
+        sides,
+        area,
+        vectorized=True,
+        n_resamples=resamples,
+        method="percentile",
+        confidence_level=confidence,
+        rng=seed,
+    )
     value, n, draws = float(area(*sides)), sum(map(len, sides)), found.bootstrap_distribution
     if np.ptp(draws) < 1e-12:
         return Estimate(value, None, None, n, "none")
-    return Estimate(value, float(found.confidence_interval.low), float(found.confidence_interval.high), n, "percentile")
+    return Estimate(
+        value, float(found.confidence_interval.low), float(found.confidence_interval.high), n, "percentile"
+    )
 
 
-def _adjusted(pvalues: Sequence[float | None], on_sorted: Callable[[np.ndarray], np.ndarray]) -> list[float | None]:
+def _adjusted(
+    pvalues: Sequence[float | None], on_sorted: Callable[[np.ndarray], np.ndarray]
+) -> list[float | None]:
     out = plain(list(pvalues))
     order = sorted((i for i, p in enumerate(out) if p is not None), key=out.__getitem__)
     for i, p in zip(order, on_sorted(np.array([out[i] for i in order])) if order else (), strict=True):
@@ -295,5 +361,6 @@ def holm(pvalues: Sequence[float | None]) -> list[float | None]:
 
 
 def benjamini_hochberg(pvalues: Sequence[float | None]) -> list[float | None]:
-    """Benjamini-Hochberg (1995) adjusted p-values (false discovery rate); None stays None and does not count."""
+    """Benjamini-Hochberg (1995) adjusted p-values (false discovery rate); None stays None and does not
+    count."""
     return _adjusted(pvalues, ss.false_discovery_control)

@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""One protocol, two ways, side by side in one process: this harness, and plain transformers one prompt at a time.
+"""One protocol, two ways, side by side in one process: this harness, and plain transformers one prompt at a
+time.
 
     python benchmarks/cpu_bench.py --output results/reference
 
-Ours loads the pair once; an experiment is apply, fingerprint, the protocol, back, fingerprint. The plain way loads the
-model anew for every experiment, edits its state dict (base layers from an adapter merged by peft) and asks the same
-requests one at a time: generate() for texts, one forward pass for a probe or a text. Same process, dtype and threads;
+Ours loads the pair once; an experiment is apply, fingerprint, the protocol, back, fingerprint. The plain way
+loads the
+model anew for every experiment, edits its state dict (base layers from an adapter merged by peft) and asks
+the same
+requests one at a time: generate() for texts, one forward pass for a probe or a text. Same process, dtype and
+threads;
 the two take turns in going first. It also measures `apply` of a swap against reloading the model.
 """
 
@@ -44,7 +48,11 @@ from surgery.recipes import Recipe, swap
 from surgery.weights import Adapter, Source
 
 DEFAULT = ("baseline_instruct", "swap_distant_10_55", "franken_instruct_first_32")
-TARGET, RELOAD_TARGET = 3.0, 0.05  # at least so many times faster; apply of a swap at most this share of a reload
+# at least so many times faster; apply of a swap at most this share of a reload
+TARGET, RELOAD_TARGET = (
+    3.0,
+    0.05,
+)
 QUICK = 4  # --quick asks every 4th question
 BATTERIES = ("INFORMED_PROBES", "BLIND_PROBES", "BINARY_PROBES", "FORMAT_PROBES", "CAPABILITY", "CHAT_PROBES")
 
@@ -79,9 +87,19 @@ class OneByOne:
         for r in requests:
             ids = torch.tensor([r.prompt_ids])
             # top_k=0: the default of 50 would draw from another distribution than the protocol's
-            sampling = {"do_sample": True, "temperature": r.temperature, "top_p": r.top_p, "top_k": 0} if r.temperature else {"do_sample": False}
-            out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=r.max_new_tokens,
-                                      eos_token_id=self.stop_ids, pad_token_id=self.stop_ids[0], **sampling)
+            sampling = (
+                {"do_sample": True, "temperature": r.temperature, "top_p": r.top_p, "top_k": 0}
+                if r.temperature
+                else {"do_sample": False}
+            )
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=r.max_new_tokens,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.stop_ids[0],
+                **sampling,
+            )
             new = out[0, ids.shape[1] :].tolist()
             stopped = bool(new) and new[-1] in self.stop_ids
             new = new[:-1] if stopped else new
@@ -90,14 +108,21 @@ class OneByOne:
 
     @torch.inference_mode()
     def next_token_logprobs(self, asked: list[tuple[int, ...]]) -> torch.Tensor:
-        return torch.stack([self.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float().log_softmax(-1) for ids in asked])
+        return torch.stack(
+            [
+                self.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
+                for ids in asked
+            ]
+        )
 
     @torch.inference_mode()
     def loglikelihood(self, pairs) -> list:
         found = []
         for prefix, target in pairs:
             logits = self.model(torch.tensor([[*prefix, *target]])).logits[0, len(prefix) - 1 : -1]
-            found.append(logits.float().log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0].numpy())
+            found.append(
+                logits.float().log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0].numpy()
+            )
         return found
 
 
@@ -109,7 +134,8 @@ class PlainEngine(Recorder, OneByOne):
     pass
 
 
-# ---- the plain way of making a model ------------------------------------------------------------------------------------
+# ---- the plain way of making a model
+# ------------------------------------------------------------------------------------
 
 
 def from_source(source: Source, dtype: torch.dtype):
@@ -122,7 +148,8 @@ def from_source(source: Source, dtype: torch.dtype):
 
 
 def plain_model(live: LiveModel, recipe: Recipe):
-    """(the recipe's model by hand, seconds of loading its first checkpoint): load, then replace layers in the state dict."""
+    """(the recipe's model by hand, seconds of loading its first checkpoint): load, then replace layers in the
+    state dict."""
     begin = time.perf_counter()
     model = from_source(live.sources["instruct"], live.dtype)
     loading = time.perf_counter() - begin
@@ -134,17 +161,29 @@ def plain_model(live: LiveModel, recipe: Recipe):
         edited = {k: v for k, v in states[recipe.embed].items() if not k.startswith(stack)}
         for p, slot in enumerate(recipe.slots):
             ref, prefix = slot.mix[0][0], f"{stack}{slot.mix[0][0].layer}."
-            edited |= {f"{stack}{p}.{k[len(prefix) :]}": v for k, v in states[ref.source].items() if k.startswith(prefix)}
+            edited |= {
+                f"{stack}{p}.{k[len(prefix) :]}": v
+                for k, v in states[ref.source].items()
+                if k.startswith(prefix)
+            }
         model.load_state_dict(edited)
     return model, loading
 
 
 def check_whole_layers(name: str, recipe: Recipe, live: LiveModel) -> None:
-    if len(recipe) != len(live.original) or not all(s.is_plain for s in recipe.slots) or len({recipe.embed, recipe.norm, recipe.head}) > 1:
-        raise FrankenError(f"{name}: the plain way here only moves and replaces whole layers at full depth; compare another experiment")
+    if (
+        len(recipe) != len(live.original)
+        or not all(s.is_plain for s in recipe.slots)
+        or len({recipe.embed, recipe.norm, recipe.head}) > 1
+    ):
+        raise FrankenError(
+            f"{name}: the plain way here only moves and replaces whole layers at full depth; compare another"
+            " experiment"
+        )
 
 
-# ---- measuring ----------------------------------------------------------------------------------------------------------
+# ---- measuring
+# ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -161,9 +200,18 @@ class Clock:
 
 
 def measured(clock: Clock, engine: Recorder, results: dict, phases: dict) -> dict:
-    numbers = {"perplexity": results["perplexity"]["perplexity"], "capability": results["capability"]["correct"]}
+    numbers = {
+        "perplexity": results["perplexity"]["perplexity"],
+        "capability": results["capability"]["correct"],
+    }
     total, tokens = sum(clock.seconds.values()), engine.tokens()
-    return {"seconds": total, "parts": clock.seconds, "phases": phases, "tokens": tokens, "seconds_per_token": phases["replies"] / tokens} | numbers
+    return {
+        "seconds": total,
+        "parts": clock.seconds,
+        "phases": phases,
+        "tokens": tokens,
+        "seconds_per_token": phases["replies"] / tokens,
+    } | numbers
 
 
 def ours(engine: OurEngine, recipe: Recipe, protocol: Protocol) -> dict:
@@ -186,9 +234,11 @@ def plainly(engine: OurEngine, recipe: Recipe, protocol: Protocol) -> tuple[dict
 
 
 def agreement(engine: OurEngine, plain: PlainEngine, recipe: Recipe) -> dict:
-    """How many of the capability replies, all greedy, are equal; and where two part, the widest gap between their tokens.
+    """How many of the capability replies, all greedy, are equal; and where two part, the widest gap between
+    their tokens.
 
-    The gap is in nats of our distribution after the part that both have in common. `recipe` is applied and undone for it.
+    The gap is in nats of our distribution after the part that both have in common. `recipe` is applied and
+    undone for it.
     """
     items, equal, n, parted = {item.id for item in prompts.CAPABILITY}, 0, 0, []
     for r, a, b in zip(engine.asked, engine.answers, plain.answers, strict=True):
@@ -215,7 +265,9 @@ def compare(engine: OurEngine, plans: list, protocol: Protocol) -> dict:
     live, rows, reloads = engine.live, [], []
     warm = engine.chat_ids([{"role": "user", "content": "Hello"}])
     engine.complete([Request("warm", warm, 4)])
-    OneByOne(plain_model(live, live.original)[0], engine.tokenizer, engine.stop_ids).complete([Request("warm", warm, 4)])
+    OneByOne(plain_model(live, live.original)[0], engine.tokenizer, engine.stop_ids).complete(
+        [Request("warm", warm, 4)]
+    )
     for k, plan in enumerate(plans):
         name, sides = plan.experiment.name, {}
         for side in ("ours", "plain") if k % 2 == 0 else ("plain", "ours"):
@@ -229,19 +281,40 @@ def compare(engine: OurEngine, plans: list, protocol: Protocol) -> dict:
         del plain
         gc.collect()
         a, b = sides["ours"], sides["plain"]
-        rows.append({"experiment": name, **sides, "ratio": b["seconds"] / a["seconds"], "greedy": equal,
-                     "ratio_per_token": b["seconds_per_token"] / a["seconds_per_token"]})
+        rows.append(
+            {
+                "experiment": name,
+                **sides,
+                "ratio": b["seconds"] / a["seconds"],
+                "greedy": equal,
+                "ratio_per_token": b["seconds_per_token"] / a["seconds_per_token"],
+            }
+        )
     n = len(live.original)
     times = []
     for _ in range(5):
-        times += [live.apply(swap(live.original, n // 6, n - n // 6 - 1)).seconds, live.apply(live.original).seconds]
+        times += [
+            live.apply(swap(live.original, n // 6, n - n // 6 - 1)).seconds,
+            live.apply(live.original).seconds,
+        ]
     fingerprints = [row["ours"]["parts"]["fingerprint"] / 2 for row in rows]
-    moved = {"apply_seconds": median(times), "reload_seconds": median(reloads), "fingerprint_seconds": median(fingerprints)}
-    return {"experiments": rows, "median_ratio": median(r["ratio"] for r in rows), "target_ratio": TARGET,
-            "swap": moved | {"share": moved["apply_seconds"] / moved["reload_seconds"], "target_share": RELOAD_TARGET}}
+    moved = {
+        "apply_seconds": median(times),
+        "reload_seconds": median(reloads),
+        "fingerprint_seconds": median(fingerprints),
+    }
+    return {
+        "experiments": rows,
+        "median_ratio": median(r["ratio"] for r in rows),
+        "target_ratio": TARGET,
+        "swap": (
+            moved | {"share": moved["apply_seconds"] / moved["reload_seconds"], "target_share": RELOAD_TARGET}
+        ),
+    }
 
 
-# ---- telling ------------------------------------------------------------------------------------------------------------
+# ---- telling
+# ------------------------------------------------------------------------------------------------------------
 
 
 def cpu_name() -> str:
@@ -258,31 +331,64 @@ def markdown(result: dict) -> str:
     if about["quick"]:
         lines += [f"**Quick check: every {QUICK}th question only, not the full protocol.**", ""]
     lines += [
-        f"{about['pair']}, {about['dtype']}, {about['threads']} threads of {about['cpu']} ({about['cores']} cores), Python {about['python']}, "
-        f"torch {about['torch']}, transformers {about['transformers']}, {about['date']}. Seconds of wall-clock time for one experiment, "
-        "both ways in one process by turns. Ours: apply, fingerprint, protocol, back, fingerprint. Plain: load, edit the state dict, "
-        "`generate()` or a forward pass for each request.", "",
-        "| experiment | ours | plain | plain / ours | tokens, ours | tokens, plain | ms a token, ours | plain | plain / ours, a token | equal greedy replies |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+        (
+            f"{about['pair']}, {about['dtype']}, {about['threads']} threads of {about['cpu']}"
+            f" ({about['cores']} cores), Python {about['python']}, torch {about['torch']}, transformers"
+            f" {about['transformers']}, {about['date']}. Seconds of wall-clock time for one experiment, both"
+            " ways in one process by turns. Ours: apply, fingerprint, protocol, back, fingerprint. Plain:"
+            " load, edit the state dict, `generate()` or a forward pass for each request."
+        ),
+        "",
+        (
+            "| experiment | ours | plain | plain / ours | tokens, ours | tokens, plain | ms a token, ours |"
+            " plain | plain / ours, a token | equal greedy replies |"
+        ),
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for r in result["experiments"]:
         a, b, g = r["ours"], r["plain"], r["greedy"]
-        lines.append(f"| {r['experiment']} | {a['seconds']:.1f} s | {b['seconds']:.1f} s | **{r['ratio']:.2f}** | {a['tokens']} | {b['tokens']} | "
-                     f"{1e3 * a['seconds_per_token']:.1f} | {1e3 * b['seconds_per_token']:.1f} | {r['ratio_per_token']:.2f} | {g['equal']} of {g['n']} |")
+        lines.append(
+            f"| {r['experiment']} | {a['seconds']:.1f} s | {b['seconds']:.1f} s | **{r['ratio']:.2f}** |"
+            f" {a['tokens']} | {b['tokens']} | {1e3 * a['seconds_per_token']:.1f} |"
+            f" {1e3 * b['seconds_per_token']:.1f} | {r['ratio_per_token']:.2f} | {g['equal']} of {g['n']} |"
+        )
     slowest = min(r["ratio"] for r in result["experiments"])
     loaded = result["load_seconds"]
     gap = max(r["greedy"]["widest_gap"] or 0.0 for r in result["experiments"])
     lines += [
-        "", f"Median ratio {result['median_ratio']:.2f}, smallest {slowest:.2f} (target: at least {TARGET:g} each). Ours loads the pair once, in "
-        f"{loaded:.1f} s, not counted above; with it the whole comparison is {result['ratio_with_load']:.2f}.", "",
-        f"`apply` of a swap: {1e3 * moved['apply_seconds']:.1f} ms, {100 * moved['share']:.2f}% of reloading the model "
-        f"({1e3 * moved['reload_seconds']:.0f} ms; target: under {100 * RELOAD_TARGET:g}%). The fingerprint that proves what was loaded takes "
-        f"{1e3 * moved['fingerprint_seconds']:.0f} ms and is counted apart."]
+        "",
+        (
+            f"Median ratio {result['median_ratio']:.2f}, smallest {slowest:.2f} (target: at least {TARGET:g}"
+            f" each). Ours loads the pair once, in {loaded:.1f} s, not counted above; with it the whole"
+            f" comparison is {result['ratio_with_load']:.2f}."
+        ),
+        "",
+        (
+            f"`apply` of a swap: {1e3 * moved['apply_seconds']:.1f} ms, {100 * moved['share']:.2f}% of"
+            f" reloading the model ({1e3 * moved['reload_seconds']:.0f} ms; target: under"
+            f" {100 * RELOAD_TARGET:g}%). The fingerprint that proves what was loaded takes"
+            f" {1e3 * moved['fingerprint_seconds']:.0f} ms and is counted apart."
+        ),
+    ]
     if gap:
-        lines += ["", f"Greedy replies to the capability tasks can part where {about['dtype']} rounding decides between two tokens, at most {gap:.2f} nats apart "
-                  "in our distribution; a damaged model makes more of it. With `--dtype float32` every one must be equal, or the exit status is 1."]
+        lines += [
+            "",
+            (
+                f"Greedy replies to the capability tasks can part where {about['dtype']} rounding decides"
+                f" between two tokens, at most {gap:.2f} nats apart in our distribution; a damaged model"
+                " makes more of it. With `--dtype float32` every one must be equal, or the exit status is 1."
+            ),
+        ]
     lines += ["", "| seconds | ours | plain |", "|---|--:|--:|"]
     for part in result["experiments"][0]["ours"]["phases"]:
-        lines.append(f"| {part}, median | " + " | ".join(f"{median(r[s]['phases'][part] for r in result['experiments']):.2f}" for s in ("ours", "plain")) + " |")
+        lines.append(
+            f"| {part}, median | "
+            + " | ".join(
+                f"{median(r[s]['phases'][part] for r in result['experiments']):.2f}"
+                for s in ("ours", "plain")
+            )
+            + " |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -300,8 +406,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--instruct")
     parser.add_argument("--experiments", nargs="+", default=list(DEFAULT), metavar="NAME")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
-    parser.add_argument("--max-new-tokens", type=int, default=Protocol.max_new_tokens, help="budget of a free-text reply")
-    parser.add_argument("--quick", action="store_true", help=f"every {QUICK}th question of each suite, both ways: a check that it works")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=Protocol.max_new_tokens, help="budget of a free-text reply"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"every {QUICK}th question of each suite, both ways: a check that it works",
+    )
     parser.add_argument("--output", metavar="DIR", help="write cpu_benchmark.json and cpu_benchmark.md there")
     args = parser.parse_args(argv)
     set_threads()
@@ -323,20 +435,40 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     engine = OurEngine(opened.live, opened.tokenizer, opened.stop_ids)
     dtype = str(opened.live.dtype).removeprefix("torch.")
-    about = {"pair": args.pair if not args.instruct else "two checkpoints", "dtype": dtype, "threads": torch.get_num_threads(), "cpu": cpu_name(),
-             "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-             "date": time.strftime("%Y-%m-%d"), "quick": args.quick, "max_batch": engine.max_batch}
-    result = {"about": about, "load_seconds": load_seconds, **compare(engine, plans, Protocol(max_new_tokens=args.max_new_tokens))}
+    about = {
+        "pair": args.pair if not args.instruct else "two checkpoints",
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "quick": args.quick,
+        "max_batch": engine.max_batch,
+    }
+    result = {
+        "about": about,
+        "load_seconds": load_seconds,
+        **compare(engine, plans, Protocol(max_new_tokens=args.max_new_tokens)),
+    }
     total = {side: sum(r[side]["seconds"] for r in result["experiments"]) for side in ("ours", "plain")}
     result["ratio_with_load"] = total["plain"] / (total["ours"] + load_seconds)
     text = markdown(result)
     if args.output:
-        Path(args.output, "cpu_benchmark.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        Path(args.output, "cpu_benchmark.json").write_text(
+            json.dumps(result, indent=1, allow_nan=False) + "\n"
+        )
         Path(args.output, "cpu_benchmark.md").write_text(text)
     print(text)
     differ = [r["experiment"] for r in result["experiments"] if r["greedy"]["equal"] < r["greedy"]["n"]]
     if dtype == "float32" and differ:
-        print(f"cpu_bench.py: greedy replies differ in float32 in {', '.join(differ)}: the two ways did not run the same model", file=sys.stderr)
+        print(
+            f"cpu_bench.py: greedy replies differ in float32 in {', '.join(differ)}: the two ways did not run"
+            " the same model",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

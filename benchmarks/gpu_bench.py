@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Speed and memory on one GPU, on random weights of the exact Qwen2.5-Coder-32B shape, beside the machine's own floors.
+"""Speed and memory on one GPU, on random weights of the exact Qwen2.5-Coder-32B shape, beside the machine's
+own floors.
 
     python benchmarks/gpu_bench.py --output results/reference/gpu_benchmark.json
 
-writes two random checkpoints (97 GB) into --work, which should be a tmpfs so that they are in the page cache, loads them
-under a 78 GiB cap and prints one table. `--device cpu` runs the same code on a tiny model, to see that it works.
+writes two random checkpoints (97 GB) into --work, which should be a tmpfs so that they are in the page cache,
+loads them under a 78 GiB cap and prints one table. `--device cpu` runs the same code on a tiny model, to see
+that it works.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ class Row:
 
 
 class Watch:
-    """Peaks of this process's own host memory and of the memory it reserves on the GPU, sampled 20 times a second."""
+    """Peaks of this process's own host memory and of the memory it reserves on the GPU, sampled 20 times a
+    second."""
 
     def __init__(self):
         self.host = self.gpu = 0
@@ -96,21 +99,27 @@ class Bench:
         self.rows.append(Row(*args, **kwargs))
         print(" | ".join(str(v) for v in asdict(self.rows[-1]).values()), flush=True)
 
-    # ---- floors and loading -------------------------------------------------------------------------------------
+    # ---- floors and loading
+    # -------------------------------------------------------------------------------------
 
     def floors(self) -> None:
         size = (8 if self.on_gpu else 1 / 256) * GIB
         data = torch.empty(int(size) // 2, dtype=torch.bfloat16, device=self.device).normal_()
         vector = torch.randn(8192, dtype=torch.bfloat16, device=self.device)
-        readers = {"sum of int64": data.view(torch.int64).sum, "sum of float32": data.view(torch.float32).sum,
-                   "bf16 matrix-vector product": lambda: torch.mv(data.view(-1, 8192), vector)}
+        readers = {
+            "sum of int64": data.view(torch.int64).sum,
+            "sum of float32": data.view(torch.float32).sum,
+            "bf16 matrix-vector product": lambda: torch.mv(data.view(-1, 8192), vector),
+        }
         rates = {name: data.nbytes / seconds(f, 10, self.on_gpu) for name, f in readers.items()}
         host = torch.empty(int(size) // 4, dtype=torch.uint8, pin_memory=self.on_gpu)
         target = data.view(torch.uint8)[: len(host)]
         self.read_rate = max(rates.values())  # the fastest reader makes the strictest floor
         self.pinned_rate = len(host) / seconds(lambda: target.copy_(host, non_blocking=True), 5, self.on_gpu)
         self.details["read_bytes_per_second"] = rates
-        self.row("floor: read bandwidth", f"{self.read_rate / 1e12:.2f} TB/s", note=f"best of {', '.join(rates)}")
+        self.row(
+            "floor: read bandwidth", f"{self.read_rate / 1e12:.2f} TB/s", note=f"best of {', '.join(rates)}"
+        )
         self.row("floor: pinned host to device", f"{self.pinned_rate / 1e9:.1f} GB/s")
 
     def load(self) -> None:
@@ -124,19 +133,27 @@ class Bench:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, self.args.cap * GIB / total))
         begin = time.perf_counter()
-        opened = open_pair(None, base=str(base), instruct=str(instruct), device_map=self.args.device, resident=False)
+        opened = open_pair(
+            None, base=str(base), instruct=str(instruct), device_map=self.args.device, resident=False
+        )
         self.details["open_seconds"] = time.perf_counter() - begin
         self.live, self.tokenizer = opened.live, opened.tokenizer
         self.n, surgery = len(self.live.original), self.live.last_surgery
         rate = surgery.bytes_streamed / surgery.seconds
-        self.row("first load from the page cache", f"{rate / 1e9:.1f} GB/s", target=">= 5 GB/s", ok=rate >= 5e9,
-                 note=f"{surgery.bytes_streamed / 1e9:.1f} GB in {surgery.seconds:.1f} s")
+        self.row(
+            "first load from the page cache",
+            f"{rate / 1e9:.1f} GB/s",
+            target=">= 5 GB/s",
+            ok=rate >= 5e9,
+            note=f"{surgery.bytes_streamed / 1e9:.1f} GB in {surgery.seconds:.1f} s",
+        )
         self.engine = Engine(self.live, self.tokenizer)
         head = self.live.model.get_output_embeddings().weight
         self.step_bytes = self.n * self.live.layer_bytes() + head.nbytes
         self.original = self.live.fingerprint()
 
-    # ---- surgery and streaming ----------------------------------------------------------------------------------
+    # ---- surgery and streaming
+    # ----------------------------------------------------------------------------------
 
     def surgery(self) -> None:
         live, whole, layer = self.live, self.live.original, self.live.layer_bytes()
@@ -147,14 +164,24 @@ class Bench:
             swapped, undone = live.apply(recipes.swap(whole, i, j)), live.apply(whole)
             both.append(swapped.seconds + undone.seconds)
         took = sorted(both[1:])[2]
-        self.row("swap of two layers, applied and undone", f"{took * 1e3:.1f} ms", target="< 10 ms", ok=took < 0.010,
-                 note=f"first time {both[0] * 1e3:.1f} ms")
+        self.row(
+            "swap of two layers, applied and undone",
+            f"{took * 1e3:.1f} ms",
+            target="< 10 ms",
+            ok=took < 0.010,
+            note=f"first time {both[0] * 1e3:.1f} ms",
+        )
         times = [live.apply(recipes.shuffle(whole, seed)).seconds for seed in range(5)]
         extra = torch.cuda.max_memory_allocated() - allocated if self.on_gpu else 0
         live.apply(whole)
         self.row("shuffle_all applied", f"{max(times) * 1e3:.0f} ms", target="< 200 ms", ok=max(times) < 0.2)
-        self.row("  its extra GPU memory", f"{extra / 1e9:.3f} GB", target="<= one layer", ok=extra <= layer * 1.001,
-                 note=f"a layer is {layer / 1e9:.3f} GB")
+        self.row(
+            "  its extra GPU memory",
+            f"{extra / 1e9:.3f} GB",
+            target="<= one layer",
+            ok=extra <= layer * 1.001,
+            note=f"a layer is {layer / 1e9:.3f} GB",
+        )
         rates, ones = [], []
         for _ in range(4):
             spliced = live.apply(recipes.splice(whole, "base", self.n // 2, self.n))
@@ -162,27 +189,45 @@ class Bench:
             live.apply(whole)
         rate = sorted(rates)[1]
         share = rate / self.pinned_rate
-        self.row(f"splice of {self.n // 2} base layers from host memory", f"{rate / 1e9:.1f} GB/s",
-                 f"{self.pinned_rate / 1e9:.1f} GB/s", ">= 80%", share >= 0.8,
-                 f"{100 * share:.0f}%; {spliced.bytes_streamed / 1e9:.1f} GB in {spliced.bytes_streamed / rate:.2f} s; all: "
-                 + ", ".join(f"{r / 1e9:.1f}" for r in rates))
+        self.row(
+            f"splice of {self.n // 2} base layers from host memory",
+            f"{rate / 1e9:.1f} GB/s",
+            f"{self.pinned_rate / 1e9:.1f} GB/s",
+            ">= 80%",
+            share >= 0.8,
+            f"{100 * share:.0f}%; {spliced.bytes_streamed / 1e9:.1f} GB in"
+            f" {spliced.bytes_streamed / rate:.2f} s; all: " + ", ".join(f"{r / 1e9:.1f}" for r in rates),
+        )
         for p in range(self.n // 2, self.n // 2 + 4):
             ones.append(live.apply(recipes.splice(whole, "base", p, p + 1)).seconds)
             live.apply(whole)
         self.details["one_layer_seconds"] = ones
         begin = time.perf_counter()
         exact = live.fingerprint() == self.original
-        self.row("fingerprint of all weights", f"{(time.perf_counter() - begin) * 1e3:.0f} ms", target="back to the bit", ok=exact)
+        self.row(
+            "fingerprint of all weights",
+            f"{(time.perf_counter() - begin) * 1e3:.0f} ms",
+            target="back to the bit",
+            ok=exact,
+        )
 
-    # ---- decoding -----------------------------------------------------------------------------------------------
+    # ---- decoding
+    # -----------------------------------------------------------------------------------------------
 
     def _requests(self, n: int, new: int, temperature: float, prompt: int = 256) -> list[Request]:
-        return [Request(f"b{i}", tuple(5 + (31 * i + 7 * k) % 3900 for k in range(prompt)), new, temperature) for i in range(n)]
+        return [
+            Request(f"b{i}", tuple(5 + (31 * i + 7 * k) % 3900 for k in range(prompt)), new, temperature)
+            for i in range(n)
+        ]
 
     def decode(self) -> None:
         engine, new = self.engine, 64 if self.on_gpu else 8
         self.floor = self.step_bytes / self.read_rate
-        self.row("floor: one decode step", f"{self.floor * 1e3:.2f} ms", note=f"{self.step_bytes / 1e9:.1f} GB of weights read once")
+        self.row(
+            "floor: one decode step",
+            f"{self.floor * 1e3:.2f} ms",
+            note=f"{self.step_bytes / 1e9:.1f} GB of weights read once",
+        )
         for rows, most in ((16, 1.3), (64, 1.5)):
             engine.timing = Timing()
             engine.complete(self._requests(rows, 3, 0.7))
@@ -190,26 +235,41 @@ class Bench:
             for temperature in (0.0, 0.7):
                 engine.complete(self._requests(rows, 3, temperature))
                 steps = []
-                for _ in range(3):  # the median: a full garbage collection stops the host for 0.2 s now and then
+                # the median: a full garbage collection stops the host for 0.2 s now and then
+                for _ in range(3):
                     engine.timing = Timing()
                     engine.complete(self._requests(rows, new, temperature))
                     steps.append(engine.timing.decode_seconds / engine.timing.decode_steps)
                 step = sorted(steps)[1]
-                self.row(f"one decode step, batch {rows}, {'sampled' if temperature else 'greedy'}", f"{step * 1e3:.2f} ms",
-                         f"{self.floor * 1e3:.2f} ms", f"<= {most}x", step <= most * self.floor,
-                         f"{step / self.floor:.2f}x; context 256 to {256 + new}; {rows / step:.0f} tokens/s")
+                self.row(
+                    f"one decode step, batch {rows}, {'sampled' if temperature else 'greedy'}",
+                    f"{step * 1e3:.2f} ms",
+                    f"{self.floor * 1e3:.2f} ms",
+                    f"<= {most}x",
+                    step <= most * self.floor,
+                    f"{step / self.floor:.2f}x; context 256 to {256 + new}; {rows / step:.0f} tokens/s",
+                )
         compiled = self.details["first_capture_seconds_16"] + self.details["first_capture_seconds_64"]
         self.row("compiling and capturing, once", f"{compiled:.1f} s", note="batch sizes 16 and 64")
         block = self.n * 24 // 64, self.n * 40 // 64
-        for name, recipe in (("deleted", recipes.delete(self.live.original, *block)), ("repeated", recipes.repeat(self.live.original, *block))):
+        for name, recipe in (
+            ("deleted", recipes.delete(self.live.original, *block)),
+            ("repeated", recipes.repeat(self.live.original, *block)),
+        ):
             self.live.apply(recipe)
             engine.timing = Timing()
             engine.complete(self._requests(16, 3, 0.7))
-            self.row(f"capturing again, {block[1] - block[0]} layers {name}", f"{engine.timing.capture_seconds * 1e3:.0f} ms",
-                     note=f"{len(recipe)} layers run, {engine.timing.captures} graph; same depth: no capture at all")
+            self.row(
+                f"capturing again, {block[1] - block[0]} layers {name}",
+                f"{engine.timing.capture_seconds * 1e3:.0f} ms",
+                note=(
+                    f"{len(recipe)} layers run, {engine.timing.captures} graph; same depth: no capture at all"
+                ),
+            )
         self.live.apply(self.live.original)
 
-    # ---- the protocol -------------------------------------------------------------------------------------------
+    # ---- the protocol
+    # -------------------------------------------------------------------------------------------
 
     def protocol(self) -> None:
         engine, protocol, read = self.engine, Protocol(), self.engine.next_token_logprobs
@@ -229,11 +289,20 @@ class Bench:
         self.details["protocol"] = {"seconds": fast, "phases": phases, "timing": asdict(engine.timing)}
         requests = [r for name in protocol.suites for r in SUITES[name]().requests(engine, protocol)]
         serial, note = self._serial(requests, probes, protocol)
-        self.row("whole protocol, one experiment", f"{fast:.2f} s", f"serial {serial:.0f} s", ">= 20x faster", serial >= 20 * fast,
-                 f"{serial / fast:.0f}x; {note}; {len(requests)} replies, {engine.timing.decode_tokens} tokens")
+        self.row(
+            "whole protocol, one experiment",
+            f"{fast:.2f} s",
+            f"serial {serial:.0f} s",
+            ">= 20x faster",
+            serial >= 20 * fast,
+            f"{serial / fast:.0f}x; {note}; {len(requests)} replies, {engine.timing.decode_tokens} tokens",
+        )
 
-    def _serial(self, requests: list[Request], probes: list[tuple[int, ...]], protocol: Protocol) -> tuple[float, str]:
-        """Seconds of the plain way: one generate() a prompt, one forward pass a probe or text, on the same weights."""
+    def _serial(
+        self, requests: list[Request], probes: list[tuple[int, ...]], protocol: Protocol
+    ) -> tuple[float, str]:
+        """Seconds of the plain way: one generate() a prompt, one forward pass a probe or text, on the same
+        weights."""
         model, every, tokens = self.live.model, self.args.serial_every, 0
         attentions = [bank.module.self_attn for bank in self.live.layers]
         for i, attention in enumerate(attentions):  # generate()'s own cache goes by layer number
@@ -252,9 +321,19 @@ class Bench:
 
         def generate(r: Request, budget: int):
             ids = torch.tensor([r.prompt_ids], device=self.device)
-            sampling = {"do_sample": True, "temperature": r.temperature, "top_k": 0} if r.temperature else {"do_sample": False}
-            return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=budget, min_new_tokens=budget,
-                                  pad_token_id=0, **sampling)
+            sampling = (
+                {"do_sample": True, "temperature": r.temperature, "top_k": 0}
+                if r.temperature
+                else {"do_sample": False}
+            )
+            return model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=budget,
+                min_new_tokens=budget,
+                pad_token_id=0,
+                **sampling,
+            )
 
         with torch.inference_mode():
             generate(requests[0], 4)
@@ -269,13 +348,28 @@ class Bench:
             texts = [self.engine.text_ids(text) for _, text in protocol.texts]
             for group in (probes, texts):
                 sample = group[::4]
-                took = sum(timed(lambda ids=ids: model(torch.tensor([ids], device=self.device)).logits.float().log_softmax(-1)[0, -1].cpu())
-                           for ids in sample)
+                took = sum(
+                    timed(
+                        lambda ids=ids: (
+                            model(torch.tensor([ids], device=self.device))
+                            .logits.float()
+                            .log_softmax(-1)[0, -1]
+                            .cpu()
+                        )
+                    )
+                    for ids in sample
+                )
                 total += took / len(sample) * len(group)
         self.live.config._attn_implementation = ATTENTION
         for attention in attentions:
             attention.layer_idx = 0
-        return total, f"serial measured on {measured} of {len(requests)} replies ({tokens} tokens) and a quarter of the probes, scaled"
+        return (
+            total,
+            (
+                f"serial measured on {measured} of {len(requests)} replies ({tokens} tokens) and a quarter of"
+                " the probes, scaled"
+            ),
+        )
 
     def _run(self, plans, protocol) -> tuple[float, list[dict]]:
         from runner.batch import run_experiment
@@ -287,9 +381,13 @@ class Bench:
             results.append(run_experiment(self.engine, plan, protocol, self.original))
             p = results[-1]["performance"]
             problem = (results[-1]["error"] or {}).get("message", "")[:200]
-            print(f"  {plan.experiment.name:36} {p['seconds']:6.2f} s (surgery {p['surgery_seconds']:.3f}, back {p['restore_seconds']:.3f}, "
-                  f"prefill {p['prefill_seconds']:.2f}, decode {p['decode_seconds']:.2f}, capture {p['capture_seconds']:.2f}) "
-                  f"exact {results[-1]['weights']['exact']} {problem}", flush=True)
+            print(
+                f"  {plan.experiment.name:36} {p['seconds']:6.2f} s (surgery {p['surgery_seconds']:.3f}, back"
+                f" {p['restore_seconds']:.3f}, prefill {p['prefill_seconds']:.2f}, decode"
+                f" {p['decode_seconds']:.2f}, capture {p['capture_seconds']:.2f}) exact"
+                f" {results[-1]['weights']['exact']} {problem}",
+                flush=True,
+            )
             json.dumps(results[-1], allow_nan=False)
         return time.perf_counter() - begin, results
 
@@ -301,13 +399,23 @@ class Bench:
         self.details["batch"] = {r["experiment"]["name"]: r["performance"] for r in results}
         if self.on_gpu:  # how often the allocator had to give cached memory back to find room under the cap
             self.details["allocation_retries"] = torch.cuda.memory_stats().get("num_alloc_retries", 0)
-        self.row(f"all {every} named experiments, each with its own protocol", f"{took:.0f} s", target="< 360 s", ok=None if cut else took < 360 and good,
-                 note=f"{took / len(results):.1f} s each; all done, weights back to the bit: {good}"
-                 + (f"; only {len(results)} of {every} were run" if cut else ""))
+        self.row(
+            f"all {every} named experiments, each with its own protocol",
+            f"{took:.0f} s",
+            target="< 360 s",
+            ok=None if cut else took < 360 and good,
+            note=f"{took / len(results):.1f} s each; all done, weights back to the bit: {good}"
+            + (f"; only {len(results)} of {every} were run" if cut else ""),
+        )
         ooms = sum(r["performance"]["out_of_memory"] for r in results)
         if self.on_gpu:
-            self.row("peak GPU memory of the full batch", f"{self.watch.gpu / GIB:.1f} GiB", target=f"< {self.args.cap} GiB",
-                     ok=self.watch.gpu < self.args.cap * GIB, note=f"reserved by the process, capped there; {ooms} batches halved")
+            self.row(
+                "peak GPU memory of the full batch",
+                f"{self.watch.gpu / GIB:.1f} GiB",
+                target=f"< {self.args.cap} GiB",
+                ok=self.watch.gpu < self.args.cap * GIB,
+                note=f"reserved by the process, capped there; {ooms} batches halved",
+            )
 
     def sweep(self) -> None:
         plans = [e.plan(self.n) for e in experiments.window_sweep(1, self.n)][:: self.args.sweep_every]
@@ -315,16 +423,31 @@ class Bench:
         each = [r["performance"]["seconds"] for r in results]
         move = sorted(r["performance"]["surgery_seconds"] for r in results)
         self.details["sweep"] = {"seconds": each, "move_seconds": move}
-        self.row("sweep, quick protocol, one configuration", f"{took / len(results):.2f} s", target="< 2 s", ok=max(each) < 2,
-                 note=f"{len(results)} of {self.n} configurations; slowest {max(each):.2f} s")
-        self.row("  the layer's move", f"{move[len(move) // 2] * 1e3:.1f} ms", target="< 30 ms", ok=move[len(move) // 2] < 0.03,
-                 note=f"median; slowest {move[-1] * 1e3:.1f} ms")
+        self.row(
+            "sweep, quick protocol, one configuration",
+            f"{took / len(results):.2f} s",
+            target="< 2 s",
+            ok=max(each) < 2,
+            note=f"{len(results)} of {self.n} configurations; slowest {max(each):.2f} s",
+        )
+        self.row(
+            "  the layer's move",
+            f"{move[len(move) // 2] * 1e3:.1f} ms",
+            target="< 30 ms",
+            ok=move[len(move) // 2] < 0.03,
+            note=f"median; slowest {move[-1] * 1e3:.1f} ms",
+        )
 
     def host(self) -> None:
         ring = self.live.stream.workers * 2 * self.live.stream.CHUNK if self.on_gpu else 0
         peak = self.watch.host + ring
-        self.row("host memory beyond the page cache", f"{peak / GIB:.1f} GiB", target="< 8 GiB", ok=peak < 8 * GIB,
-                 note=f"anonymous {self.watch.host / GIB:.1f}, pinned {ring / GIB:.1f}")
+        self.row(
+            "host memory beyond the page cache",
+            f"{peak / GIB:.1f} GiB",
+            target="< 8 GiB",
+            ok=peak < 8 * GIB,
+            note=f"anonymous {self.watch.host / GIB:.1f}, pinned {ring / GIB:.1f}",
+        )
 
     def resident(self) -> None:
         """Last, without the cap: both models on the card."""
@@ -333,24 +456,52 @@ class Bench:
         if self.on_gpu:
             torch.cuda.set_per_process_memory_fraction(1.0)
             if torch.cuda.mem_get_info()[0] < (self.n + 1) * self.live.layer_bytes():
-                return self.row("splice with both models on the card", "not measured", target="< 100 ms", note="they do not fit this card")
+                return self.row(
+                    "splice with both models on the card",
+                    "not measured",
+                    target="< 100 ms",
+                    note="they do not fit this card",
+                )
         self.live._park("base")
         whole = self.live.original
-        times = [(self.live.apply(recipes.splice(whole, "base", self.n // 2, self.n)).seconds, self.live.apply(whole).seconds) for _ in range(4)]
+        times = [
+            (
+                self.live.apply(recipes.splice(whole, "base", self.n // 2, self.n)).seconds,
+                self.live.apply(whole).seconds,
+            )
+            for _ in range(4)
+        ]
         took = max(there for there, _ in times)
-        self.row(f"splice of {self.n // 2} layers with both models on the card", f"{took * 1e3:.0f} ms", target="< 100 ms", ok=took < 0.1,
-                 note=f"back {max(back for _, back in times) * 1e3:.0f} ms; exact: {self.live.fingerprint() == self.original}")
-
+        self.row(
+            f"splice of {self.n // 2} layers with both models on the card",
+            f"{took * 1e3:.0f} ms",
+            target="< 100 ms",
+            ok=took < 0.1,
+            note=(
+                f"back {max(back for _, back in times) * 1e3:.0f} ms; exact:"
+                f" {self.live.fingerprint() == self.original}"
+            ),
+        )
 
     def about(self) -> str:
         name = torch.cuda.get_device_name(0) if self.on_gpu else "CPU (tiny model)"
-        return (f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}, "
-                f"{self.n} layers, {os.cpu_count()} CPU cores")
+        return (
+            f"{name}, torch {torch.__version__}, transformers {transformers.__version__},"
+            f" {time.strftime('%Y-%m-%d')}, {self.n} layers, {os.cpu_count()} CPU cores"
+        )
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps({"about": self.about(), "rows": [asdict(r) for r in self.rows], "details": self.details}, indent=1) + "\n")
-        path.with_suffix(".md").write_text(f"# GPU benchmark\n\n{self.about()}. Random weights of the Qwen2.5-Coder-32B shape in bf16; "
-                                           f"one command: `python benchmarks/gpu_bench.py`.\n\n{table(self.rows)}\n")
+        path.write_text(
+            json.dumps(
+                {"about": self.about(), "rows": [asdict(r) for r in self.rows], "details": self.details},
+                indent=1,
+            )
+            + "\n"
+        )
+        path.with_suffix(".md").write_text(
+            f"# GPU benchmark\n\n{self.about()}. Random weights of the Qwen2.5-Coder-32B shape in bf16; "
+            f"one command: `python benchmarks/gpu_bench.py`.\n\n{table(self.rows)}\n"
+        )
 
 
 def table(rows: list[Row]) -> str:
@@ -363,15 +514,36 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="which parts to run (the floors and loading always)")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same code on a tiny model")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="which parts to run (the floors and loading always)",
+    )
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), default="cuda", help="cpu: the same code on a tiny model"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than 64, for a trial")
-    parser.add_argument("--work", default="/dev/shm", help="where the checkpoints go (97 GB for the full shape)")
+    parser.add_argument(
+        "--work", default="/dev/shm", help="where the checkpoints go (97 GB for the full shape)"
+    )
     parser.add_argument("--cap", type=float, default=78, help="GiB of GPU memory this process may use")
-    parser.add_argument("--serial-every", type=int, default=8, help="measure the serial way on every N-th reply of each budget")
+    parser.add_argument(
+        "--serial-every",
+        type=int,
+        default=8,
+        help="measure the serial way on every N-th reply of each budget",
+    )
     parser.add_argument("--sweep-every", type=int, default=1, help="sweep every N-th layer")
-    parser.add_argument("--stop-after", type=float, help="start no experiment after this many seconds; the table says how many were run")
-    parser.add_argument("--output", help="write the table and all details to this .json and the table to .md beside it")
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        help="start no experiment after this many seconds; the table says how many were run",
+    )
+    parser.add_argument(
+        "--output", help="write the table and all details to this .json and the table to .md beside it"
+    )
     args = parser.parse_args()
     bench = Bench(args)
     with tempfile.TemporaryDirectory(dir=args.work) as folder:

@@ -1,8 +1,12 @@
-"""Decoding on one GPU near the rate at which it can read the weights: a slot pool, CUDA graphs, compiled layers.
+"""Decoding on one GPU near the rate at which it can read the weights: a slot pool, CUDA graphs, compiled
+layers.
 
-The step is the same as the engine's, with the same sampler. What differs is that it touches only memory that stays in
-place, so that it is captured once and replayed (generate() takes 48 ms a token, bound by launches; a step of 16 rows takes
-17 ms). Weights change under a captured graph: surgery at full depth never captures again, another depth takes 60 to 180 ms.
+The step is the same as the engine's, with the same sampler. What differs is that it touches only memory that
+stays in
+place, so that it is captured once and replayed (generate() takes 48 ms a token, bound by launches; a step of
+16 rows takes
+17 ms). Weights change under a captured graph: surgery at full depth never captures again, another depth takes
+60 to 180 ms.
 Numbers in comments: one H200, the 32B shape, bf16.
 """
 
@@ -27,10 +31,15 @@ GRAPHS = 16  # captured graphs kept
 COMPILE_ABOVE = 50_000_000  # parameters of one layer; below, launches are the cost and graphs alone remove it
 
 
-def attend_slots(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
-    """Attention of a decode step as transformers calls it; key and value are pairs of what is new and its pool."""
+def attend_slots(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs
+):
+    """Attention of a decode step as transformers calls it; key and value are pairs of what is new and its
+    pool."""
     (k, k_pool), (v, v_pool) = key, value
-    out = decode_attention(query[:, :, 0], k[:, :, 0], v[:, :, 0], k_pool, v_pool, attention_mask, scaling, softcap or 0.0)
+    out = decode_attention(
+        query[:, :, 0], k[:, :, 0], v[:, :, 0], k_pool, v_pool, attention_mask, scaling, softcap or 0.0
+    )
     return out[:, None], None
 
 
@@ -48,7 +57,8 @@ class Slots:
 
 
 class PromptSlots(Slots):
-    """The same in prefill: tokens `source` of the flattened prompts go to the slots `target`, once for every sample."""
+    """The same in prefill: tokens `source` of the flattened prompts go to the slots `target`, once for every
+    sample."""
 
     def __init__(self, k, v, source: torch.Tensor, target: torch.Tensor):
         super().__init__(k, v)
@@ -61,7 +71,8 @@ class PromptSlots(Slots):
 
 
 class Static:
-    """The tensors that a captured step of `rows` rows reads and writes; a padding row writes to slot 0 for ever."""
+    """The tensors that a captured step of `rows` rows reads and writes; a padding row writes to slot 0 for
+    ever."""
 
     def __init__(self, rows: int, device: torch.device):
         def zeros(*shape, dtype):
@@ -73,11 +84,22 @@ class Static:
         self.temperature, self.top_p = zeros(rows, dtype=torch.float32), zeros(rows, dtype=torch.float32)
         self.step = zeros(1, dtype=torch.long)
         self.uniforms = zeros(WINDOW, rows, dtype=torch.float32)
-        self.tokens, self.finite = zeros(WINDOW, rows, dtype=torch.long), zeros(WINDOW, rows, dtype=torch.bool)
+        self.tokens, self.finite = (
+            zeros(WINDOW, rows, dtype=torch.long),
+            zeros(WINDOW, rows, dtype=torch.bool),
+        )
 
     def rest(self) -> None:
         """Make every row a padding row."""
-        for tensor in (self.last, self.positions, self.limit, self.starts, self.step, self.temperature, self.uniforms):
+        for tensor in (
+            self.last,
+            self.positions,
+            self.limit,
+            self.starts,
+            self.step,
+            self.temperature,
+            self.uniforms,
+        ):
             tensor.zero_()
         self.top_p.fill_(1.0)
 
@@ -97,7 +119,9 @@ class Static:
         return self.uniforms.index_select(0, self.step)[0]
 
     def where(self, window: int | None) -> torch.Tensor:
-        first = torch.zeros_like(self.positions) if window is None else (self.positions - window + 1).clamp_min(0)
+        first = (
+            torch.zeros_like(self.positions) if window is None else (self.positions - window + 1).clamp_min(0)
+        )
         return torch.stack([self.starts, first.int(), self.positions.int()])
 
     def take(self, tokens: torch.Tensor, finite: torch.Tensor) -> None:
@@ -117,7 +141,8 @@ def padded_rows(n: int, most: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes this process can still allocate on the device, under its own cap (set_per_process_memory_fraction)."""
+    """Bytes this process can still allocate on the device, under its own cap
+    (set_per_process_memory_fraction)."""
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     cap = int(torch.cuda.get_per_process_memory_fraction(device) * total)
@@ -136,11 +161,13 @@ class Accelerator:
         self.on_gpu = self.device.type == "cuda"
         self.run = run_layer
         if self.on_gpu and sum(t.numel() for t in self.live.banks[0].tensors.values()) > COMPILE_ABOVE:
-            # A layer's many elementwise kernels become 5 (8 layers, batch 16: 3.37 -> 2.80 ms a step). All positions share
-            # one compiled layer for each number of rows: 5 to 8 s for the first, 1 to 2 s for the next.
+            # A layer's many elementwise kernels become 5 (8 layers, batch 16: 3.37 -> 2.80 ms a step). All
+            # positions share one compiled layer for each number of rows: 5 to 8 s for the first, 1 to 2 s for
+            # the next.
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
             self.run = torch.compile(run_layer, dynamic=False, backend=compile_layer)
-        self.side = torch.cuda.Stream(self.device) if self.on_gpu else None  # one for all captures: cuBLAS keeps 32 MiB for each
+        # one for all captures: cuBLAS keeps 32 MiB for each
+        self.side = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.release()
 
     def release(self) -> None:
@@ -154,7 +181,8 @@ class Accelerator:
             torch.cuda.empty_cache()
 
     def complete(self, batch: list[Request]) -> list[Completion]:
-        """Completions of a batch, in its order; several smaller batches where memory does not hold all rows at once."""
+        """Completions of a batch, in its order; several smaller batches where memory does not hold all rows
+        at once."""
         done: list[Completion] = []
         while len(done) < len(batch):
             rest = batch[len(done) :]
@@ -162,10 +190,12 @@ class Accelerator:
             done += self._complete(rest[: self._admit([_length(r) for r in rest])])
         return done
 
-    # ---- memory -------------------------------------------------------------------------------------------------
+    # ---- memory
+    # -------------------------------------------------------------------------------------------------
 
     def _admit(self, lengths: list[int]) -> int:
-        """How many of the rows fit into the pools, after growing them if that helps. Raises OutOfMemoryError for none."""
+        """How many of the rows fit into the pools, after growing them if that helps. Raises OutOfMemoryError
+        for none."""
         positions = len(self.live.order)
         wanted = max(1 + sum(lengths), self.slots)
         if len(self.pools) < positions or wanted > self.slots:
@@ -183,15 +213,21 @@ class Accelerator:
         return len(lengths)
 
     def _slots_that_fit(self, positions: int, tokens: int) -> int:
-        """How many slots there is memory for, beside the prefill and the sampling of rows of so many tokens."""
+        """How many slots there is memory for, beside the prefill and the sampling of rows of so many
+        tokens."""
         if not self.on_gpu:
             return 1 << 30
         engine, config = self.engine, self.engine.config
         item = self.live.dtype.itemsize
-        prefill = min(engine.prefill_tokens, tokens) * (3 * config.intermediate_size + 8 * config.hidden_size) * item
+        prefill = (
+            min(engine.prefill_tokens, tokens)
+            * (3 * config.intermediate_size + 8 * config.hidden_size)
+            * item
+        )
         sampler = 16 * 4 * max(engine.max_batch, 64) * config.vocab_size
         slot = 2 * engine.kv_heads * engine.head_dim * item
-        free = free_memory(self.device) + self.slots * len(self.pools) * slot  # as if the present pools were gone
+        # as if the present pools were gone
+        free = free_memory(self.device) + self.slots * len(self.pools) * slot
         return max(0, free - prefill - sampler - 2 * self.live.layer_bytes()) // (positions * slot)
 
     def _grow(self, slots: int, positions: int) -> None:
@@ -203,7 +239,8 @@ class Accelerator:
             self.pools.append(pair)
         self.slots = slots
 
-    # ---- one batch ----------------------------------------------------------------------------------------------
+    # ---- one batch
+    # ----------------------------------------------------------------------------------------------
 
     def _complete(self, batch: list[Request]) -> list[Completion]:
         engine, timing = self.engine, self.engine.timing
@@ -218,8 +255,12 @@ class Accelerator:
         static.seat(decoding, starts)
         while decoding.running():
             alive = [k for k, row in enumerate(decoding.rows) if not decoding.over(row)]
-            if padded_rows(len(alive), engine.max_batch) < static.rows:  # stragglers go on in a smaller, faster step
-                decoding.last, decoding.positions = static.last[: len(decoding.rows)], static.positions[: len(decoding.rows)]
+            # stragglers go on in a smaller, faster step
+            if padded_rows(len(alive), engine.max_batch) < static.rows:
+                decoding.last, decoding.positions = (
+                    static.last[: len(decoding.rows)],
+                    static.positions[: len(decoding.rows)],
+                )
                 starts = starts[decoding.keep(alive)]
                 static, step = self._step_for(len(alive), decoding)
                 static.seat(decoding, starts)
@@ -227,7 +268,9 @@ class Accelerator:
             static.open_window(decoding.uniforms(steps))
             for _ in range(steps):
                 step()
-            for tokens, finite in zip(static.tokens[:steps].tolist(), static.finite[:steps].tolist(), strict=True):
+            for tokens, finite in zip(
+                static.tokens[:steps].tolist(), static.finite[:steps].tolist(), strict=True
+            ):
                 decoding.record(tokens, finite)
         engine.synchronize()
         timing.decode_seconds += time.perf_counter() - begin - (timing.capture_seconds - captured)
@@ -236,7 +279,8 @@ class Accelerator:
         return [engine.completion(*result) for result in decoding.results()]
 
     def _prefill(self, batch: list[Request], starts: list[int]) -> torch.Tensor:
-        """Fill the pools with every row's prompt, each different prompt computed once: its last hidden states [B, hidden]."""
+        """Fill the pools with every row's prompt, each different prompt computed once: its last hidden states
+        [B, hidden]."""
         rows: dict[tuple[int, ...], list[int]] = {}
         for row, request in enumerate(batch):
             rows.setdefault(request.prompt_ids, []).append(row)
@@ -257,7 +301,8 @@ class Accelerator:
                     last[row] = hidden[k, len(prompts[i]) - 1]
         return torch.stack(last)
 
-    # ---- one step -----------------------------------------------------------------------------------------------
+    # ---- one step
+    # -----------------------------------------------------------------------------------------------
 
     def _step(self, static: Static) -> None:
         """One token for every row, from static tensors to static tensors."""
@@ -269,7 +314,9 @@ class Accelerator:
                 where[window] = static.where(window)
             return where[window]
 
-        hidden = self.engine.forward(static.last[:, None], static.positions[:, None], caches, mask, self.run)[:, 0]
+        hidden = self.engine.forward(static.last[:, None], static.positions[:, None], caches, mask, self.run)[
+            :, 0
+        ]
         static.take(*self.engine.choose(hidden, static))
 
     def _step_for(self, n: int, decoding: Decoding):
@@ -283,7 +330,14 @@ class Accelerator:
         if not self.on_gpu:
             return static, partial(self._as_slots, self._step, static)
         windows = tuple(self.engine.window_of(bank.module) for bank in self.live.layers)
-        key = (rows, static.sampled, static.nucleus, tuple(self.live.order), tuple(self.live.attention_kinds()), windows)
+        key = (
+            rows,
+            static.sampled,
+            static.nucleus,
+            tuple(self.live.order),
+            tuple(self.live.attention_kinds()),
+            windows,
+        )
         if key not in self.graphs:
             self.graphs[key] = self._as_slots(self._capture, static)
             while len(self.graphs) > GRAPHS:
@@ -304,7 +358,8 @@ class Accelerator:
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         try:
             with torch.cuda.stream(self.side):
-                self._step(static)  # compilation and libraries' first use allocate, which a capture may not see
+                # compilation and libraries' first use allocate, which a capture may not see
+                self._step(static)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.memory, stream=self.side):

@@ -13,11 +13,12 @@ ATTENTION = "franken"
 
 
 def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
-    """Attention as transformers calls it: query [B, H, S, D], key and value [B, G, K, D] -> [B, S, H, D], None.
+    """Attention as transformers calls it: query [B, H, S, D], key and value [B, G, K, D] -> [B, S, H, D],
+    None.
 
-    `attention_mask` is boolean, or None for plain causal attention of a prompt to itself. In a decode step the H / G
-    query heads of a group are folded into the query length: the KV heads are read once instead of being expanded to
-    H of them (batch 64 on the 32B shape: 80.6 -> 29.2 ms a step).
+    `attention_mask` is boolean, or None for plain causal attention of a prompt to itself. In a decode step
+    the H / G query heads of a group are folded into the query length: the KV heads are read once instead of
+    being expanded to H of them (batch 64 on the 32B shape: 80.6 -> 29.2 ms a step).
     """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
@@ -27,10 +28,18 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
         folded = query.view(batch, groups, heads // groups, width)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
         return out.reshape(batch, 1, heads, width), None
-    if query.is_cuda and attention_mask is not None and heads != groups:  # the one fused kernel with masks wants all heads
+    # the one fused kernel with masks wants all heads
+    if query.is_cuda and attention_mask is not None and heads != groups:
         key, value = (t.repeat_interleave(heads // groups, 1) for t in (key, value))
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=attention_mask is None,
-                                         scale=scaling, enable_gqa=heads != key.shape[1])
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=attention_mask,
+        is_causal=attention_mask is None,
+        scale=scaling,
+        enable_gqa=heads != key.shape[1],
+    )
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -51,8 +60,8 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 class KV:
     """The cache of one position, in the form decoder layers expect of `past_key_values`.
 
-    k, v: [B, G, K, D]. In prefill (`at` is None) the prompt's keys are stored and handed back as they came; in a
-    decode step row b writes at position at[1][b] and all K positions are handed back.
+    k, v: [B, G, K, D]. In prefill (`at` is None) the prompt's keys are stored and handed back as they came;
+    in a decode step row b writes at position at[1][b] and all K positions are handed back.
     """
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor, at: tuple[torch.Tensor, torch.Tensor] | None = None):
@@ -70,7 +79,8 @@ class KV:
 
 
 class Continued:
-    """The cache of one position while prompts go on after tokens that it already holds; what is new is not kept.
+    """The cache of one position while prompts go on after tokens that it already holds; what is new is not
+    kept.
 
     k, v: [rows, G, P, D]; row b of the new batch follows on row `rows[b]`.
     """

@@ -1,7 +1,9 @@
-"""Attention of one decode step over a pool of cache slots, as one operator that also stores the step's key and value.
+"""Attention of one decode step over a pool of cache slots, as one operator that also stores the step's key
+and value.
 
-A pool holds the keys (or values) of one position for all rows: [slots, G, D]. Row b owns consecutive slots, so memory
-goes to the tokens that rows really have, a batch may mix lengths, and rows leave a batch without any copy.
+A pool holds the keys (or values) of one position for all rows: [slots, G, D]. Row b owns consecutive slots,
+so memory goes to the tokens that rows really have, a batch may mix lengths, and rows leave a batch without
+any copy.
 """
 
 from __future__ import annotations
@@ -15,16 +17,30 @@ try:
 except ImportError:  # a CPU build of torch: the reference below serves there
     triton = None
 
-BLOCK, WARPS, STAGES = 32, 2, 3  # slots at once, warps, reads in flight: 23.8 us a layer at batch 64 (64, 4, 3: 27.8; floor 17.7)
+# slots at once, warps, reads in flight: 23.8 us a layer at batch 64 (64, 4, 3: 27.8; floor 17.7)
+BLOCK, WARPS, STAGES = (
+    32,
+    2,
+    3,
+)
 
 
 @library.custom_op("franken::decode_attention", mutates_args=("k_pool", "v_pool"))
-def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_pool: torch.Tensor, v_pool: torch.Tensor,
-                     where: torch.Tensor, scale: float, softcap: float) -> torch.Tensor:
+def decode_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pool: torch.Tensor,
+    v_pool: torch.Tensor,
+    where: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
     """Grouped-query attention of one new token a row: q [B, H, D], k and v [B, G, D] -> [B, H, D].
 
-    `where` is int32 [3, B]: the row's first slot in the pools, the first position it sees, and the new token's
-    position, where k and v are stored. Scores are multiplied by `scale`; a `softcap` above 0 bends them (Gemma 2).
+    `where` is int32 [3, B]: the row's first slot in the pools, the first position it sees, and the new
+    token's position, where k and v are stored. Scores are multiplied by `scale`; a `softcap` above 0 bends
+    them (Gemma 2).
     """
     if q.is_cuda:
         return _launch(q, k, v, k_pool, v_pool, where, scale, softcap)
@@ -54,20 +70,59 @@ def _launch(q, k, v, k_pool, v_pool, where, scale, softcap):
     q, k, v = (t if t.stride(2) == 1 and t.stride(1) == width else t.contiguous() for t in (q, k, v))
     out = torch.empty((batch, heads, width), dtype=q.dtype, device=q.device)
     _attention_kernel[batch, groups](
-        q, k, v, k_pool, v_pool, where, out, q.stride(0), k.stride(0), v.stride(0), scale, softcap,
-        HEADS=heads, GROUPS=groups, WIDTH=width, WIDTH_2=max(16, triton.next_power_of_2(width)),
-        FOLD=max(16, triton.next_power_of_2(heads // groups)), BLOCK=BLOCK, STAGES=STAGES, BEND=softcap > 0, num_warps=WARPS)
+        q,
+        k,
+        v,
+        k_pool,
+        v_pool,
+        where,
+        out,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        scale,
+        softcap,
+        HEADS=heads,
+        GROUPS=groups,
+        WIDTH=width,
+        WIDTH_2=max(16, triton.next_power_of_2(width)),
+        FOLD=max(16, triton.next_power_of_2(heads // groups)),
+        BLOCK=BLOCK,
+        STAGES=STAGES,
+        BEND=softcap > 0,
+        num_warps=WARPS,
+    )
     return out
 
 
 if triton is not None:
 
     @triton.jit
-    def _attention_kernel(q, k, v, k_pool, v_pool, where, out, q_row, k_row, v_row, scale, softcap,
-                          HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_2: tl.constexpr,
-                          FOLD: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, BEND: tl.constexpr):
-        # One program serves one row and one KV head: the pool is read once for all query heads of the group, and only as
-        # far as the row is long (batch 64, 32B shape: 20.5 ms a step; 23.5 with a mask over a padded cache).
+    def _attention_kernel(
+        q,
+        k,
+        v,
+        k_pool,
+        v_pool,
+        where,
+        out,
+        q_row,
+        k_row,
+        v_row,
+        scale,
+        softcap,
+        HEADS: tl.constexpr,
+        GROUPS: tl.constexpr,
+        WIDTH: tl.constexpr,
+        WIDTH_2: tl.constexpr,
+        FOLD: tl.constexpr,
+        BLOCK: tl.constexpr,
+        STAGES: tl.constexpr,
+        BEND: tl.constexpr,
+    ):
+        # One program serves one row and one KV head: the pool is read once for all query heads of the group,
+        # and only as far as the row is long (batch 64, 32B shape: 20.5 ms a step; 23.5 with a mask over a
+        # padded cache).
         row, group, rows = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
         start = tl.load(where + row).to(tl.int64)
         first = tl.load(where + rows + row)
@@ -101,5 +156,8 @@ if triton is not None:
             total = total * fade + tl.sum(weights, 1)
             result = result * fade[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
             best = higher
-        tl.store(out + (row * HEADS * WIDTH) + at, (result / total[:, None]).to(out.dtype.element_ty),
-                 mask=real[:, None] & inside[None])
+        tl.store(
+            out + (row * HEADS * WIDTH) + at,
+            (result / total[:, None]).to(out.dtype.element_ty),
+            mask=real[:, None] & inside[None],
+        )

@@ -1,9 +1,10 @@
-"""Matrix products of a decode step, where reading the weights is all the work: linears of one input as one kernel.
+"""Matrix products of a decode step, where reading the weights is all the work: linears of one input as one
+kernel.
 
-A layer asks for its query, key and value (gate and up) one after another, and a product that small leaves the memory idle
-at its start and end. `compile_layer` is a backend for torch.compile that hands all linears of one input to one operator;
-modules and weights stay as they are. One H200, the 32B shape, 16 rows, microseconds: query, key, value 37 -> 21, gate and
-up 138 -> 135, down 74 -> 72.
+A layer asks for its query, key and value (gate and up) one after another, and a product that small leaves the
+memory idle at its start and end. `compile_layer` is a backend for torch.compile that hands all linears of one
+input to one operator; modules and weights stay as they are. One H200, the 32B shape, 16 rows, microseconds:
+query, key, value 37 -> 21, gate and up 138 -> 135, down 74 -> 72.
 """
 
 from __future__ import annotations
@@ -23,22 +24,51 @@ except ImportError:  # a CPU build of torch: plain linears serve there
 
 TOGETHER = 3  # linears of one launch
 MOST_ROWS = 64  # beyond, there is arithmetic to do as well: left to cuBLAS, not measured
-COLUMNS, DEPTH, WARPS, STAGES = 64, 128, 4, 6  # of the weights at once, reads in flight: the best of 15 shapes, or within 3%, for 16 and 64 rows
+# of the weights at once, reads in flight: the best of 15 shapes, or within 3%, for 16 and 64 rows
+COLUMNS, DEPTH, WARPS, STAGES = (
+    64,
+    128,
+    4,
+    6,
+)
 
 
 @library.custom_op("franken::linears", mutates_args=())
-def linears(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Linear layers of one input: x [..., K], weights [N, K] each, biases [N] each or none at all -> [..., N] each."""
+def linears(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Linear layers of one input: x [..., K], weights [N, K] each, biases [N] each or none at all -> [..., N]
+    each."""
     rows, depth = x.numel() // x.shape[-1], x.shape[-1]
-    thin = triton is not None and x.is_cuda and x.element_size() == 2 and rows <= MOST_ROWS and depth % DEPTH == 0
+    thin = (
+        triton is not None
+        and x.is_cuda
+        and x.element_size() == 2
+        and rows <= MOST_ROWS
+        and depth % DEPTH == 0
+    )
     if not thin or len(weights) > TOGETHER or not all(w.is_contiguous() for w in weights):
         return [F.linear(x, w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
     outs = [x.new_empty(*x.shape[:-1], len(w)) for w in weights]
     padded = [(*parts, *[parts[0]] * (TOGETHER - len(parts))) for parts in (weights, biases or weights, outs)]
     widths = [len(w) for w in weights] + [0] * (TOGETHER - len(weights))
     tiles = [triton.cdiv(width, COLUMNS) for width in widths]
-    _linears_kernel[(sum(tiles),)](x.contiguous(), *padded[0], *padded[1], *padded[2], rows, depth, *widths, *tiles[:-1], BIAS=bool(biases),
-                                   ROWS=max(16, triton.next_power_of_2(rows)), COLUMNS=COLUMNS, DEPTH=DEPTH, STAGES=STAGES, num_warps=WARPS)
+    _linears_kernel[(sum(tiles),)](
+        x.contiguous(),
+        *padded[0],
+        *padded[1],
+        *padded[2],
+        rows,
+        depth,
+        *widths,
+        *tiles[:-1],
+        BIAS=bool(biases),
+        ROWS=max(16, triton.next_power_of_2(rows)),
+        COLUMNS=COLUMNS,
+        DEPTH=DEPTH,
+        STAGES=STAGES,
+        num_warps=WARPS,
+    )
     return outs
 
 
@@ -48,9 +78,11 @@ def _(x, weights, biases):
 
 
 def merge_linears(graph: torch.fx.Graph) -> int:
-    """Replace linears in the graph by the operator, those of one input together; returns how many were replaced.
+    """Replace linears in the graph by the operator, those of one input together; returns how many were
+    replaced.
 
-    The graph is what Dynamo traced from a layer: weights and biases are its inputs, so that all are there at the first.
+    The graph is what Dynamo traced from a layer: weights and biases are its inputs, so that all are there at
+    the first.
     """
     groups: dict[tuple, list[torch.fx.Node]] = {}
     for node in graph.nodes:
@@ -62,8 +94,10 @@ def merge_linears(graph: torch.fx.Graph) -> int:
         for k in range(0, len(nodes), TOGETHER):
             some = nodes[k : k + TOGETHER]
             with graph.inserting_before(some[0]):
-                outs = graph.call_function(torch.ops.franken.linears.default,
-                                           (x, [n.args[1] for n in some], [] if plain else [n.args[2] for n in some]))
+                outs = graph.call_function(
+                    torch.ops.franken.linears.default,
+                    (x, [n.args[1] for n in some], [] if plain else [n.args[2] for n in some]),
+                )
                 parts = [graph.call_function(operator.getitem, (outs, i)) for i in range(len(some))]
             for node, part in zip(some, parts, strict=True):
                 node.replace_all_uses_with(part)
@@ -83,8 +117,30 @@ def compile_layer(module: torch.fx.GraphModule, inputs: list):
 if triton is not None:
 
     @triton.jit
-    def _linears_kernel(x, w0, w1, w2, b0, b1, b2, y0, y1, y2, rows, depth, n0, n1, n2, tiles0, tiles1, BIAS: tl.constexpr,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr):
+    def _linears_kernel(
+        x,
+        w0,
+        w1,
+        w2,
+        b0,
+        b1,
+        b2,
+        y0,
+        y1,
+        y2,
+        rows,
+        depth,
+        n0,
+        n1,
+        n2,
+        tiles0,
+        tiles1,
+        BIAS: tl.constexpr,
+        ROWS: tl.constexpr,
+        COLUMNS: tl.constexpr,
+        DEPTH: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):
         # One program reads COLUMNS rows of one weight matrix, once, and all of x, which lies in the L2 cache.
         tile = tl.program_id(0)
         if tile < tiles0:

@@ -1,9 +1,9 @@
 """Batched prefill and decode over a live model: next-token distributions, completions, likelihoods.
 
-Prompts are padded on the right and every row keeps its own positions, so a row never sees another row's padding and
-attention needs no mask in prefill. Tokens that many prompts begin with are computed once. The decoder layers are
-transformers' own modules; the loop over them is here, so that cache slots belong to positions and a layer may stand at
-several of them.
+Prompts are padded on the right and every row keeps its own positions, so a row never sees another row's
+padding and attention needs no mask in prefill. Tokens that many prompts begin with are computed once. The
+decoder layers are transformers' own modules; the loop over them is here, so that cache slots belong to
+positions and a layer may stand at several of them.
 """
 
 from __future__ import annotations
@@ -49,29 +49,39 @@ class Engine:
         fast: use CUDA graphs (and compiled layers for large models). None: on a single GPU. Never on a CPU.
     """
 
-    def __init__(self, live: LiveModel, tokenizer, stop_ids: Sequence[int] = (), max_batch: int | None = None,
-                 fast: bool | None = None):
+    def __init__(
+        self,
+        live: LiveModel,
+        tokenizer,
+        stop_ids: Sequence[int] = (),
+        max_batch: int | None = None,
+        fast: bool | None = None,
+    ):
         self.live, self.tokenizer = live, tokenizer
         self.config = live.config
         self.config._attn_implementation = ATTENTION
         self.stop_ids = sorted({*stop_ids, *find_stop_ids(tokenizer)})
         on_gpu = live.device.type == "cuda"
         if on_gpu:
-            torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every new shape: a first experiment took 2.3 s longer, probably so
+            # it plans anew for every new shape: a first experiment took 2.3 s longer, probably so
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.devices = list(dict.fromkeys(bank.device for bank in live.banks))
         self.prefill_tokens = 16384 if on_gpu else 4096
         self.fast = (on_gpu and len(self.devices) == 1) if fast is None else fast
         self.max_batch = max_batch or (128 if on_gpu and self.fast else 64 if on_gpu else 32)
         self.timing = Timing()
         self._accelerator = None
-        self._entered: dict[tuple, tuple[int, torch.Tensor]] = {}  # by what was asked: hidden states before that position
+        self._entered: dict[
+            tuple, tuple[int, torch.Tensor]
+        ] = {}  # by what was asked: hidden states before that position
         attention = live.banks[0].module.self_attn
         self.kv_heads = self.config.num_key_value_heads
         self.head_dim = attention.head_dim
         self.norm = live.backbone.norm
         self.rotary_by_kind = hasattr(live.backbone.rotary_emb, "layer_types")
 
-    # ---- tokens in ----------------------------------------------------------------------------------------------
+    # ---- tokens in
+    # ----------------------------------------------------------------------------------------------
 
     def chat_ids(self, messages: list[dict]) -> tuple[int, ...]:
         """Token ids of a conversation through the chat template, ready for the assistant's turn."""
@@ -82,28 +92,41 @@ class Engine:
         """Token ids of raw text, with the special tokens that the tokenizer itself adds."""
         return tuple(self.tokenizer(text)["input_ids"])
 
-    # ---- the forward pass ---------------------------------------------------------------------------------------
+    # ---- the forward pass
+    # ---------------------------------------------------------------------------------------
 
     def window_of(self, module) -> int | None:
         """A layer's sliding window in tokens; it belongs to the layer, so it moves with it."""
         attention = module.self_attn
-        return getattr(attention, "sliding_window", None if hasattr(self.config, "layer_types") else
-                       getattr(self.config, "sliding_window", None))
+        return getattr(
+            attention,
+            "sliding_window",
+            None if hasattr(self.config, "layer_types") else getattr(self.config, "sliding_window", None),
+        )
 
     def _rotary(self, hidden, positions, kinds):
-        """cos and sin by attention kind: one pair for all kinds, or one each where the model has several bases."""
+        """cos and sin by attention kind: one pair for all kinds, or one each where the model has several
+        bases."""
         if self.rotary_by_kind:
             return {kind: self.live.backbone.rotary_emb(hidden, positions, kind) for kind in kinds}
         both = self.live.backbone.rotary_emb(hidden, positions)
         return dict.fromkeys(kinds, both)
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, caches: Sequence[KV | Continued | None],
-                mask: Callable[[int | None, torch.device], torch.Tensor | None], layer=None, asked: tuple = ()) -> torch.Tensor:
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Sequence[KV | Continued | None],
+        mask: Callable[[int | None, torch.device], torch.Tensor | None],
+        layer=None,
+        asked: tuple = (),
+    ) -> torch.Tensor:
         """Hidden states before the final norm: ids and positions [B, S] -> [B, S, hidden].
 
-        `caches[p]` serves position p; `mask(window, device)` gives the boolean mask for layers of that window. `asked`
-        identifies all that the states depend on besides weights: where an earlier model was asked the same, the layers
-        that both have in common with the unmodified model are not computed again (a window sweep saves half its work).
+        `caches[p]` serves position p; `mask(window, device)` gives the boolean mask for layers of that
+        window. `asked` identifies all that the states depend on besides weights: where an earlier model was
+        asked the same, the layers that both have in common with the unmodified model are not computed again
+        (a window sweep saves half its work).
         """
         unchanged = self._unchanged() if asked else 0
         first, hidden = self._entered.get(asked, (0, None))
@@ -117,20 +140,28 @@ class Engine:
             if p == unchanged > first:
                 self._keep(asked, p, hidden)
             if (kind, bank.device) not in here:
-                here[kind, bank.device] = tuple(t.to(bank.device) for t in rotary[kind]), positions.to(bank.device)
+                here[kind, bank.device] = (
+                    tuple(t.to(bank.device) for t in rotary[kind]),
+                    positions.to(bank.device),
+                )
             cos_sin, at = here[kind, bank.device]
             hidden = hidden.to(bank.device)
             run = layer or run_layer
-            hidden = run(bank.module, hidden, mask(self.window_of(bank.module), bank.device), cos_sin, at, cache)
+            hidden = run(
+                bank.module, hidden, mask(self.window_of(bank.module), bank.device), cos_sin, at, cache
+            )
         return hidden.to(self.norm.weight.device)
 
     def _unchanged(self) -> int:
-        """How many leading positions hold what they hold in the unmodified model; 0 with another embedding."""
+        """How many leading positions hold what they hold in the unmodified model; 0 with another
+        embedding."""
         recipe, original = self.live.recipe, self.live.original
         if recipe is None or recipe.embed != original.embed:
             return 0
         pairs = zip(recipe.slots, original.slots, strict=False)
-        return next((p for p, (now, before) in enumerate(pairs) if now != before), min(len(recipe), len(original)))
+        return next(
+            (p for p, (now, before) in enumerate(pairs) if now != before), min(len(recipe), len(original))
+        )
 
     def _keep(self, asked: tuple, position: int, hidden: torch.Tensor) -> None:
         self._entered.pop(asked, None)
@@ -138,7 +169,8 @@ class Engine:
             self._entered[asked] = position, hidden
 
     def _prompt_mask(self, length: int, start: int):
-        """Masks for `length` tokens after `start` others: none where plain causal attention of a prompt to itself does."""
+        """Masks for `length` tokens after `start` others: none where plain causal attention of a prompt to
+        itself does."""
         made = {}
 
         def mask(window, device):
@@ -154,24 +186,52 @@ class Engine:
 
     def empty_caches(self, rows: int, capacity: int) -> list[KV]:
         """Room for `rows` rows of `capacity` tokens at every position."""
-        return [KV(*(torch.zeros(rows, self.kv_heads, capacity, self.head_dim, dtype=self.live.dtype, device=bank.device)
-                     for _ in (0, 1))) for bank in self.live.layers]
+        return [
+            KV(
+                *(
+                    torch.zeros(
+                        rows,
+                        self.kv_heads,
+                        capacity,
+                        self.head_dim,
+                        dtype=self.live.dtype,
+                        device=bank.device,
+                    )
+                    for _ in (0, 1)
+                )
+            )
+            for bank in self.live.layers
+        ]
 
-    def prefill(self, prompts: Sequence[tuple[int, ...]], caches: Sequence[KV | Continued | None] | None = None,
-                start: int = 0, layer=None, asked: tuple = ()) -> torch.Tensor:
+    def prefill(
+        self,
+        prompts: Sequence[tuple[int, ...]],
+        caches: Sequence[KV | Continued | None] | None = None,
+        start: int = 0,
+        layer=None,
+        asked: tuple = (),
+    ) -> torch.Tensor:
         """Hidden states [n, S, hidden] of right-padded prompts, before the final norm.
 
         start: how many tokens stand before each prompt, held by `caches` of the class Continued.
-        layer: runs each layer instead of `run_layer`; called once for every position, in order. asked: see `forward`.
+        layer: runs each layer instead of `run_layer`; called once for every position, in order. asked: see
+        `forward`.
         """
         begin, length = time.perf_counter(), max(map(len, prompts))
         if not all(prompts):
             raise FrankenError("a prompt needs at least one token")
-        # padded with the row's own last token: a broken model's NaN for some other token would reach the row's states
+        # padded with the row's own last token: a broken model's NaN for some other token would reach the
+        # row's states
         ids = torch.tensor([[*prompt, *prompt[-1:] * (length - len(prompt))] for prompt in prompts])
         positions = torch.arange(start, start + length)[None].expand(len(prompts), -1)
-        hidden = self.forward(ids.to(self.live.device), positions.to(self.live.device),
-                              caches or [None] * len(self.live.order), self._prompt_mask(length, start), layer, asked)
+        hidden = self.forward(
+            ids.to(self.live.device),
+            positions.to(self.live.device),
+            caches or [None] * len(self.live.order),
+            self._prompt_mask(length, start),
+            layer,
+            asked,
+        )
         self.synchronize()
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += sum(map(len, prompts))
@@ -183,7 +243,8 @@ class Engine:
                 torch.cuda.synchronize(device)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Float32 logits [n, vocab] of hidden states [n, hidden]: products and sums in float32, without bf16 rounding."""
+        """Float32 logits [n, vocab] of hidden states [n, hidden]: products and sums in float32, without bf16
+        rounding."""
         head = self.live.model.get_output_embeddings()
         hidden = self.norm(hidden).to(head.weight.device).float()
         parts = [F.linear(hidden, rows.float()) for rows in head.weight.split(16384)]
@@ -195,7 +256,8 @@ class Engine:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    # ---- distributions and likelihoods --------------------------------------------------------------------------
+    # ---- distributions and likelihoods
+    # --------------------------------------------------------------------------
 
     def prefill_batches(self, lengths: list[int]) -> list[list[int]]:
         """Indices grouped so that rows of similar length share a padded batch of bounded size."""
@@ -207,7 +269,8 @@ class Engine:
         return batches
 
     def in_batches(self, lengths: list[int], run: Callable[[list[int]], None]) -> None:
-        """Calls `run` with indices of rows of these lengths, in batches of bounded size, halved where memory is full."""
+        """Calls `run` with indices of rows of these lengths, in batches of bounded size, halved where memory
+        is full."""
         todo = self.prefill_batches(lengths)
         while todo:
             batch = todo.pop(0)
@@ -220,18 +283,30 @@ class Engine:
                 todo = [batch[: len(batch) // 2], batch[len(batch) // 2 :], *todo]
 
     @torch.inference_mode()
-    def _follow(self, prompts: list[tuple[int, ...]], caches: list[KV], rows: Sequence[int],
-                read: Callable[[int, torch.Tensor], object], prefix: tuple[int, ...] | None = None) -> list:
-        """read(i, hidden states [len, hidden] of prompt i) for every prompt; it follows on row rows[i] of full caches, if any.
+    def _follow(
+        self,
+        prompts: list[tuple[int, ...]],
+        caches: list[KV],
+        rows: Sequence[int],
+        read: Callable[[int, torch.Tensor], object],
+        prefix: tuple[int, ...] | None = None,
+    ) -> list:
+        """read(i, hidden states [len, hidden] of prompt i) for every prompt; it follows on row rows[i] of
+        full caches, if any.
 
-        prefix: the tokens behind the caches, if nothing but tokens and weights is in them; lower layers may be reused then.
+        prefix: the tokens behind the caches, if nothing but tokens and weights is in them; lower layers may
+        be reused then.
         """
         results, start = [None] * len(prompts), caches[0].k.shape[2] if caches else 0
 
         def run(batch: list[int]) -> None:
             here = [rows[i] for i in batch] if caches else []
-            hidden = self.prefill([prompts[i] for i in batch], [Continued(cache, here) for cache in caches], start,
-                                  asked=() if prefix is None else (prefix, *(prompts[i] for i in batch)))
+            hidden = self.prefill(
+                [prompts[i] for i in batch],
+                [Continued(cache, here) for cache in caches],
+                start,
+                asked=() if prefix is None else (prefix, *(prompts[i] for i in batch)),
+            )
             for row, i in enumerate(batch):
                 results[i] = read(i, hidden[row, : len(prompts[i])])
 
@@ -239,19 +314,27 @@ class Engine:
         return results
 
     @torch.inference_mode()
-    def _prefill_map(self, sequences: list[tuple[int, ...]], needed: list[int], read: Callable[[int, torch.Tensor], object]) -> list:
-        """read(i, hidden states [needed[i] or more, hidden] at the end of sequence i) for every sequence, in order.
+    def _prefill_map(
+        self, sequences: list[tuple[int, ...]], needed: list[int], read: Callable[[int, torch.Tensor], object]
+    ) -> list:
+        """read(i, hidden states [needed[i] or more, hidden] at the end of sequence i) for every sequence, in
+        order.
 
-        What sequences have in common at the beginning is computed once (the 135M model needs 0.37 of the CPU time for
-        all binary probes, and 0.28 of the tokens).
+        What sequences have in common at the beginning is computed once (the 135M model needs 0.37 of the CPU
+        time for all binary probes, and 0.28 of the tokens).
         """
         results: list = [None] * len(sequences)
         for start, group in shared_prefixes(sequences, needed):
             caches = self.empty_caches(1, start) if start else []
             if caches:
                 self.prefill([sequences[group[0]][:start]], caches)
-            found = self._follow([sequences[i][start:] for i in group], caches, [0] * len(group), lambda k, hidden, g=group: read(g[k], hidden),
-                                 sequences[group[0]][:start])
+            found = self._follow(
+                [sequences[i][start:] for i in group],
+                caches,
+                [0] * len(group),
+                lambda k, hidden, g=group: read(g[k], hidden),
+                sequences[group[0]][:start],
+            )
             for i, result in zip(group, found, strict=True):
                 results[i] = result
         return results
@@ -262,7 +345,9 @@ class Engine:
         self._entered.clear()  # they only save time
         torch.cuda.empty_cache()
 
-    def next_token_logprobs(self, prompts: Sequence[tuple[int, ...]], caches: list[KV] | None = None, rows: Sequence[int] = ()) -> torch.Tensor:
+    def next_token_logprobs(
+        self, prompts: Sequence[tuple[int, ...]], caches: list[KV] | None = None, rows: Sequence[int] = ()
+    ) -> torch.Tensor:
         """Log-probabilities (nats) of the token after each prompt: float32 [n, vocab] on the CPU.
 
         With `caches`, filled to their last token, prompt i follows on their row rows[i].
@@ -273,12 +358,19 @@ class Engine:
         def last_state(_, hidden):
             return hidden[-1].clone()
 
-        last = self._follow(list(prompts), caches, rows, last_state) if caches else self._prefill_map(list(prompts), [1] * len(prompts), last_state)
+        last = (
+            self._follow(list(prompts), caches, rows, last_state)
+            if caches
+            else self._prefill_map(list(prompts), [1] * len(prompts), last_state)
+        )
         with torch.inference_mode():
-            return torch.cat([self.logits(part).log_softmax(-1).cpu() for part in torch.stack(last).split(64)])
+            return torch.cat(
+                [self.logits(part).log_softmax(-1).cpu() for part in torch.stack(last).split(64)]
+            )
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[np.ndarray]:
-        """For each (prefix, target): the log-probability (nats) of every target token given all before it, float32.
+        """For each (prefix, target): the log-probability (nats) of every target token given all before it,
+        float32.
 
         Raises ValueError for an empty prefix: the first token of a text has no probability without context.
         """
@@ -288,28 +380,39 @@ class Engine:
         def read(i, hidden):
             target = pairs[i][1]
             states, ids = hidden[-len(target) - 1 : -1], torch.tensor(target, device=hidden.device)
-            found = [self.logits(s).log_softmax(-1).gather(1, t[:, None])[:, 0]
-                     for s, t in zip(states.split(256), ids.split(256), strict=True)]
+            found = [
+                self.logits(s).log_softmax(-1).gather(1, t[:, None])[:, 0]
+                for s, t in zip(states.split(256), ids.split(256), strict=True)
+            ]
             return torch.cat(found).cpu().numpy()
 
         needed = [len(target) + 1 for _, target in pairs]
         return self._prefill_map([(*prefix, *target) for prefix, target in pairs], needed, read)
 
-    # ---- completions --------------------------------------------------------------------------------------------
+    # ---- completions
+    # --------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def complete(self, requests: Sequence[Request], on_progress: Callable[[int], None] | None = None,
-                 on_done: Callable[[int, Completion], None] | None = None) -> list[Completion]:
+    def complete(
+        self,
+        requests: Sequence[Request],
+        on_progress: Callable[[int], None] | None = None,
+        on_done: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
         """Generate a completion for every request; results are in the order of the requests.
 
-        Requests with equal budgets and similar lengths share a batch, and samples of one prompt share its prefill.
-        on_progress(n) is called as n requests finish; on_done(i, completion) when the batch of request i is done.
-        Raises FrankenError for an empty prompt or budget.
+        Requests with equal budgets and similar lengths share a batch, and samples of one prompt share its
+        prefill. on_progress(n) is called as n requests finish; on_done(i, completion) when the batch of
+        request i is done. Raises FrankenError for an empty prompt or budget.
         """
         if any(not r.prompt_ids or r.max_new_tokens < 1 for r in requests):
-            raise FrankenError("a request needs a prompt of at least one token and a budget of at least one token")
+            raise FrankenError(
+                "a request needs a prompt of at least one token and a budget of at least one token"
+            )
         results: list[Completion | None] = [None] * len(requests)
-        queue = sorted(range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids), i))
+        queue = sorted(
+            range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids), i)
+        )
         while queue:
             batch = queue[: self.max_batch]
             try:
@@ -334,7 +437,10 @@ class Engine:
     def _complete_batch(self, batch: list[Request]) -> list[Completion]:
         if self.fast:
             if self._accelerator is None:
-                from engine.accelerated import Accelerator  # imports torch.compile's machinery, which a CPU never needs
+                # imports torch.compile's machinery, which a CPU never needs
+                from engine.accelerated import (
+                    Accelerator,
+                )
 
                 self._accelerator = Accelerator(self)
             return self._accelerator.complete(batch)
@@ -351,7 +457,8 @@ class Engine:
         state.take(self.choose(last, state))
         while state.running():
             keep = state.shrink()
-            if keep is not None:  # finished rows leave the batch: on a CPU the time of a step grows with its rows
+            # finished rows leave the batch: on a CPU the time of a step grows with its rows
+            if keep is not None:
                 for cache in caches:
                     cache.k, cache.v = (t[keep.to(t.device)] for t in (cache.k, cache.v))
             state.take(self.choose(self._decode_step(state, caches), state))
@@ -389,27 +496,39 @@ class Engine:
         head = self.live.model.get_output_embeddings()
         hidden = self.norm(hidden).to(head.weight.device)
         logits = self._finish(decode_logits(hidden, head.weight), head)
-        finite = (logits.amax(-1) - logits.amin(-1)).isfinite()  # two passes where isfinite().all() takes five
+        finite = (
+            logits.amax(-1) - logits.amin(-1)
+        ).isfinite()  # two passes where isfinite().all() takes five
         tokens = logits.argmax(-1)
         if not hidden.is_cuda and hidden.dtype != torch.float32:
             tokens = _greedy_exactly(logits, hidden, head)
         if state.sampled:
-            temperature, top_p, uniform = (t.to(logits.device) for t in (state.temperature, state.top_p, state.uniform()))
+            temperature, top_p, uniform = (
+                t.to(logits.device) for t in (state.temperature, state.top_p, state.uniform())
+            )
             drawn = draw(logits, temperature, top_p if state.nucleus else None, uniform)
             tokens = torch.where(temperature > 0, drawn, tokens)
         return tokens.to(self.live.device), finite.to(self.live.device)
 
 
-def shared_prefixes(sequences: Sequence[tuple[int, ...]], needed: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """All indices in groups of sequences that begin alike, as (how many tokens they share, indices); 0 for the others.
+def shared_prefixes(
+    sequences: Sequence[tuple[int, ...]], needed: Sequence[int]
+) -> list[tuple[int, list[int]]]:
+    """All indices in groups of sequences that begin alike, as (how many tokens they share, indices); 0 for
+    the others.
 
-    A group leaves at least the last needed[i] tokens to each of its sequences. Of all ways to cut the sorted sequences
-    into groups it is the one that computes the fewest tokens, where a group's pass of its own counts as PASS_TOKENS.
+    A group leaves at least the last needed[i] tokens to each of its sequences. Of all ways to cut the sorted
+    sequences into groups it is the one that computes the fewest tokens, where a group's pass of its own
+    counts as PASS_TOKENS.
     """
     order = sorted(range(len(sequences)), key=lambda i: (sequences[i], i))
     free = [len(sequences[i]) - needed[i] for i in order]
     common = [_common_length(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
-    saved, cuts = [0], []  # for the first n sequences: the most tokens saved, and the last group's (begin, tokens shared)
+    # for the first n sequences: the most tokens saved, and the last group's (begin, tokens shared)
+    saved, cuts = (
+        [0],
+        [],
+    )
     for end in range(1, len(order) + 1):
         best, cut, shared = saved[-1], (end - 1, 0), free[end - 1]
         for begin in range(end - 2, -1, -1):
@@ -437,14 +556,16 @@ def _common_length(a: tuple[int, ...], b: tuple[int, ...]) -> int:
 
 
 def decode_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Float32 logits for a decode step; on a GPU the bf16 product is written out in float32, at no extra cost."""
+    """Float32 logits for a decode step; on a GPU the bf16 product is written out in float32, at no extra
+    cost."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
     return F.linear(hidden, weight).float()
 
 
 def _greedy_exactly(logits: torch.Tensor, hidden: torch.Tensor, head) -> torch.Tensor:
-    """Argmax in float32 where the logits were rounded to bf16: the 8 best are computed again (bf16 ties are common)."""
+    """Argmax in float32 where the logits were rounded to bf16: the 8 best are computed again (bf16 ties are
+    common)."""
     best = logits.nan_to_num(float("-inf")).topk(8, -1).indices
     scores = (head.weight[best].float() * hidden[:, None].float()).sum(-1)
     if head.bias is not None:
@@ -454,7 +575,16 @@ def _greedy_exactly(logits: torch.Tensor, hidden: torch.Tensor, head) -> torch.T
 
 def find_stop_ids(tokenizer) -> set[int]:
     """End-of-turn and end-of-text tokens of the tokenizer, among its special tokens."""
-    names = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "</s>", "<eos>", "<|end|>")
+    names = (
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "</s>",
+        "<eos>",
+        "<|end|>",
+    )
     special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
     vocabulary = tokenizer.get_vocab()  # fetched once: it is built anew at every call, in 50 ms
     ids = {vocabulary[n] for n in names if n in vocabulary} & special

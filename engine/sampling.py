@@ -40,10 +40,13 @@ class Completion:
     finite: bool = True  # False: the model produced NaN or infinite logits on the way
 
 
-def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | None, uniform: torch.Tensor) -> torch.Tensor:
+def draw(
+    logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | None, uniform: torch.Tensor
+) -> torch.Tensor:
     """Sample one token a row by inverse CDF: logits [B, V]; temperature, top_p, uniform [B] -> [B].
 
-    The nucleus (Holtzman et al., arXiv 1904.09751) is found by bisecting the probability threshold instead of sorting
+    The nucleus (Holtzman et al., arXiv 1904.09751) is found by bisecting the probability threshold instead of
+    sorting
     the vocabulary: 30 masked sums, at a precision of 2^-30 of the largest probability.
     """
     p = (logits / temperature.clamp_min(1e-6)[:, None]).softmax(-1)
@@ -53,9 +56,10 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | 
             middle = (low + high) / 2
             enough = (p * (p >= middle[:, None])).sum(-1) >= top_p
             low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-        p = p * ((p >= low[:, None]) | (top_p >= 1)[:, None])  # without a nucleus nothing is cut, whoever shares the batch
-    # First the block of 512, then the token within it: a running sum over the whole vocabulary made sampling cost 0.54 ms
-    # a step of 64 rows, this 0.16
+        # without a nucleus nothing is cut, whoever shares the batch
+        p = p * ((p >= low[:, None]) | (top_p >= 1)[:, None])
+    # First the block of 512, then the token within it: a running sum over the whole vocabulary made sampling
+    # cost 0.54 ms a step of 64 rows, this 0.16
     if extra := -p.shape[-1] % 512:
         p = F.pad(p, (0, extra))
     blocks = p.view(len(p), -1, 512)
@@ -66,7 +70,9 @@ def draw(logits: torch.Tensor, temperature: torch.Tensor, top_p: torch.Tensor | 
     before = F.pad(until, (1, 0)).gather(1, block)[:, 0]
     share = ((target - before) / mass.gather(1, block)[:, 0]).clamp(0, 1 - 2**-40)
     within = blocks.gather(1, block[:, :, None].expand(-1, -1, 512))[:, 0].cumsum(-1, dtype=torch.float64)
-    return (512 * block[:, 0] + (within <= (share * within[:, -1])[:, None]).sum(-1)).clamp_max(logits.shape[-1] - 1)
+    return (512 * block[:, 0] + (within <= (share * within[:, -1])[:, None]).sum(-1)).clamp_max(
+        logits.shape[-1] - 1
+    )
 
 
 class Decoding:
@@ -129,7 +135,8 @@ class Decoding:
         return not all(map(self.over, self.rows))
 
     def shrink(self) -> torch.Tensor | None:
-        """The rows to keep once a quarter of them is finished, else None; the caller shrinks the cache alike."""
+        """The rows to keep once a quarter of them is finished, else None; the caller shrinks the cache
+        alike."""
         keep = [k for k, row in enumerate(self.rows) if not self.over(row)]
         return None if len(keep) > 0.75 * len(self.rows) else self.keep(keep)
 

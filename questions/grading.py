@@ -1,8 +1,9 @@
 """Deterministic graders for model replies, and plain numbers that describe a free-text reply.
 
-A grader is a frozen dataclass with `.grade(reply) -> Grade`; it never raises, whatever the text. Every rule is lexical
-and stated where it is applied. A reply that names every option is wrong. Graders read untrusted text and evaluate none
-of it; only `Code.grade(..., execute=True)` runs anything, and that in a separate, limited process (sandbox.py).
+A grader is a frozen dataclass with `.grade(reply) -> Grade`; it never raises, whatever the text. Every rule
+is lexical and stated where it is applied. A reply that names every option is wrong. Graders read untrusted
+text and evaluate none of it; only `Code.grade(..., execute=True)` runs anything, and that in a separate,
+limited process (sandbox.py).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[ \t]+|\n+")
 # What a model writes when it goes on with the text instead of ending its turn.
 TURN_MARKER = re.compile(
     r"<\|[a-z_]+\|>|<(?:start|end)_of_turn>|\[/?INST\]"
-    r"|^[ \t]*(?:#+[ \t]*|\*\*)?(?:user|human|assistant|system|question|q|instruction|problem|exercise)[ \t]*\d*[ \t]*:",
+    r"|^[ \t]*(?:#+[ \t]*|\*\*)?(?:user|human|assistant|system|question|q|instruction|problem|exercise)["
+    r" \t]*\d*[ \t]*:",
     re.IGNORECASE | re.MULTILINE,
 )
 
@@ -37,7 +39,8 @@ class Grade:
 
 
 def answer_part(reply: str) -> str:
-    """The reply up to the first turn marker after its start: invented further questions are not part of the answer."""
+    """The reply up to the first turn marker after its start: invented further questions are not part of the
+    answer."""
     text = reply.strip()
     cut = next((m.start() for m in TURN_MARKER.finditer(text) if m.start() > 0), len(text))
     return text[:cut].strip()
@@ -47,7 +50,9 @@ def sentences(text: str) -> list[str]:
     return [s.strip() for s in SENTENCE_END.split(text) if s.strip()]
 
 
-NUMBER = re.compile(r"(?<![\w.])[-−]?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+NUMBER = re.compile(
+    r"(?<![\w.])[-−]?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
 ANSWER_MARK = re.compile(r"\banswer\s*(?:is|was|:|=)|####|\\boxed\{", re.IGNORECASE)
 UNFINISHED = re.compile(r"(?:[?=]|\s[-+*/×(])$")
 LISTED = re.compile(r"[\s,;/|–-]*(?:\b(?:or|and|to)\b)?[\s,;/|–-]*")
@@ -60,18 +65,22 @@ def _value(match: re.Match) -> float:
 def _bare_number(line: str) -> float | None:
     """The value of a line that is one number with at most two words of unit, else None."""
     found = list(NUMBER.finditer(line))
-    if len(found) != 1 or WORD.search(line[: found[0].start()]) or len(WORD.findall(line[found[0].end() :])) > 2:
+    if (
+        len(found) != 1
+        or WORD.search(line[: found[0].start()])
+        or len(WORD.findall(line[found[0].end() :])) > 2
+    ):
         return None
     return _value(found[0])
 
 
 @dataclass(frozen=True)
 class Number:
-    """One number. Read from, in this order: what follows the last "answer is", "answer:", "####" or "\\boxed{"; the
-    first line, if it is a number alone; the last sentence that holds a number and is neither a question nor an equation
-    cut off in the middle. Within that: the first number after the last "=" (or after the mark), otherwise the last one.
-    Thousands commas, "$", units and a final period are read past. Wrong: a number in a run of others ("11, 12 or 13"),
-    or different bare numbers on several lines.
+    """One number. Read from, in this order: what follows the last "answer is", "answer:", "####" or
+    "\\boxed{"; the first line, if it is a number alone; the last sentence that holds a number and is neither
+    a question nor an equation cut off in the middle. Within that: the first number after the last "=" (or
+    after the mark), otherwise the last one. Thousands commas, "$", units and a final period are read past.
+    Wrong: a number in a run of others ("11, 12 or 13"), or different bare numbers on several lines.
     """
 
     value: float
@@ -101,12 +110,17 @@ class Number:
         return Grade(abs(chosen - self.value) <= self.tolerance, f"read {chosen:g}, asked {self.value:g}")
 
 
-NEGATED_BEFORE = re.compile(r"(?:\b(?:not|never|neither|nor|cannot|rather than|instead of)|n['’]t)\s+(?:\w+\s+){0,2}$", re.I)
-NEGATED_AFTER = re.compile(r"\s+(?:(?:is|are|was|were|do|does|did|can|could|will|would|has|have)(?:\s+not|n['’]t)|cannot)\b", re.I)
+NEGATED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot|rather than|instead of)|n['’]t)\s+(?:\w+\s+){0,2}$", re.I
+)
+NEGATED_AFTER = re.compile(
+    r"\s+(?:(?:is|are|was|were|do|does|did|can|could|will|would|has|have)(?:\s+not|n['’]t)|cannot)\b", re.I
+)
 
 
 def _mentions(options: tuple[str, ...], sentence: str) -> list[str]:
-    """The options that the sentence asserts: named as whole words, any case, and not negated next to the name."""
+    """The options that the sentence asserts: named as whole words, any case, and not negated next to the
+    name."""
     asserted = []
     for option in options:
         for m in re.finditer(rf"(?<!\w){re.escape(option)}(?!\w)", sentence, re.IGNORECASE):
@@ -119,10 +133,12 @@ def _mentions(options: tuple[str, ...], sentence: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the accepted words or phrases and none of the others, in the first sentence that asserts any of them.
+    """One of the accepted words or phrases and none of the others, in the first sentence that asserts any of
+    them.
 
-    Leading questions (the model repeating what it was asked) are dropped. Wrong: an accepted word offered with "or" or
-    "/", in a bare list of three or more, negated, or followed by a sentence of at most three words that asserts another.
+    Leading questions (the model repeating what it was asked) are dropped. Wrong: an accepted word offered
+    with "or" or "/", in a bare list of three or more, negated, or followed by a sentence of at most three
+    words that asserts another.
     """
 
     accepted: tuple[str, ...]
@@ -139,7 +155,11 @@ class Choice:
         if wrong or not right:
             return Grade(False, f"names {', '.join(right + wrong)}")
         word = "|".join(re.escape(a) for a in self.accepted)
-        if re.search(rf"\bor\s+(?:the\s+|an?\s+)?(?:{word})(?!\w)|(?<!\w)(?:{word})(?:,?\s+or\b|\s*/)", first, re.IGNORECASE):
+        if re.search(
+            rf"\bor\s+(?:the\s+|an?\s+)?(?:{word})(?!\w)|(?<!\w)(?:{word})(?:,?\s+or\b|\s*/)",
+            first,
+            re.IGNORECASE,
+        ):
             return Grade(False, f"{right[0]} is one of several offered")
         items = re.split(r",|\band\b", first)
         if len(items) >= 3 and all(len(i.split()) <= 2 for i in items):
@@ -151,7 +171,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Exact:
-    """Exactly this text; white space around it, one pair of quotes and a final period are forgiven, case is not."""
+    """Exactly this text; white space around it, one pair of quotes and a final period are forgiven, case is
+    not."""
 
     text: str
 
@@ -162,7 +183,8 @@ class Exact:
 
 @dataclass(frozen=True)
 class Matches:
-    """The whole reply, stripped, matches a regular expression (case counts unless the pattern says otherwise)."""
+    """The whole reply, stripped, matches a regular expression (case counts unless the pattern says
+    otherwise)."""
 
     pattern: str
 
@@ -172,7 +194,8 @@ class Matches:
 
 @dataclass(frozen=True)
 class CommaList:
-    """Exactly `count` different single words, separated by commas, from `allowed` if given; a final period is forgiven."""
+    """Exactly `count` different single words, separated by commas, from `allowed` if given; a final period is
+    forgiven."""
 
     count: int
     allowed: tuple[str, ...] = ()
@@ -187,8 +210,9 @@ class CommaList:
 
 @dataclass(frozen=True)
 class JsonObject:
-    """A JSON object (a fenced block around it is forgiven) with exactly these keys; each field is (key, type name) or
-    (key, type name, value). Type names: string, integer, boolean, list. Text before or after is wrong."""
+    """A JSON object (a fenced block around it is forgiven) with exactly these keys; each field is (key, type
+    name) or (key, type name, value). Type names: string, integer, boolean, list. Text before or after is
+    wrong."""
 
     fields: tuple[tuple, ...]
 
@@ -211,9 +235,9 @@ class JsonObject:
 
 @dataclass(frozen=True)
 class Shape:
-    """Countable properties of the whole reply; each is checked if given. `words` is (fewest, most), `lines` counts
-    non-empty lines, `contains` holds whole words in any case, `without` is letters. At least 60% of the words must
-    differ from each other, so that a model stuck on one word does not pass by count.
+    """Countable properties of the whole reply; each is checked if given. `words` is (fewest, most), `lines`
+    counts non-empty lines, `contains` holds whole words in any case, `without` is letters. At least 60% of
+    the words must differ from each other, so that a model stuck on one word does not pass by count.
     """
 
     words: tuple[int, int] = (1, 10_000)
@@ -229,17 +253,24 @@ class Shape:
         text = reply.strip()
         words = [w.lower() for w in WORD.findall(text)]
         letters = "".join(c for c in text if c.isalpha())
-        failed = [name for name, ok in {
-            "words": self.words[0] <= len(words) <= self.words[1],
-            "repeats": len(set(words)) >= 0.6 * len(words),
-            "lines": self.lines in (None, sum(1 for line in text.splitlines() if line.strip())),
-            "sentences": self.sentences in (None, len(sentences(text))),
-            "contains": all(w.lower() in words for w in self.contains),
-            "case": self.case is None or letters == {"upper": letters.upper(), "lower": letters.lower()}[self.case],
-            "without": not self.without or self.without not in text.lower(),
-            "starts": text.startswith(self.starts),
-            "ends": text.endswith(self.ends),
-        }.items() if not ok]  # fmt: skip
+        failed = [
+            name
+            for name, ok in {
+                "words": self.words[0] <= len(words) <= self.words[1],
+                "repeats": len(set(words)) >= 0.6 * len(words),
+                "lines": self.lines in (None, sum(1 for line in text.splitlines() if line.strip())),
+                "sentences": self.sentences in (None, len(sentences(text))),
+                "contains": all(w.lower() in words for w in self.contains),
+                "case": (
+                    self.case is None
+                    or letters == {"upper": letters.upper(), "lower": letters.lower()}[self.case]
+                ),
+                "without": not self.without or self.without not in text.lower(),
+                "starts": text.startswith(self.starts),
+                "ends": text.endswith(self.ends),
+            }.items()
+            if not ok
+        ]
         return Grade(not failed, "fails: " + ", ".join(failed) if failed else "shaped as asked")
 
 
@@ -256,7 +287,8 @@ def _parse(source: str) -> ast.Module | None:
 
 
 def _longest_module(source: str) -> ast.Module | None:
-    """The longest run of lines from the first definition or import on that parses: prose after the code is left out."""
+    """The longest run of lines from the first definition or import on that parses: prose after the code is
+    left out."""
     lines = source[:MAX_CODE].splitlines()[:200]
     start = next((i for i, line in enumerate(lines) if re.match(r"def |class |import |from |@", line)), None)
     if start is None:
@@ -269,8 +301,10 @@ def _longest_module(source: str) -> ast.Module | None:
 class Code:
     """A Python function of this name with this many positional arguments, from a fenced block or bare text.
 
-    Without `execute` the grade is syntactic and its detail says "parsed, not run": the text parses, the function is
-    defined at the top level, uses one of its arguments and returns a value. With it, the function's outputs on `cases` ((args, expected), ...) are compared here, in the parent. Example calls at the top
+    Without `execute` the grade is syntactic and its detail says "parsed, not run": the text parses, the
+    function is
+    defined at the top level, uses one of its arguments and returns a value. With it, the function's outputs
+    on `cases` ((args, expected), ...) are compared here, in the parent. Example calls at the top
     level are never run: only imports, definitions and assignments are kept.
     """
 
@@ -279,7 +313,9 @@ class Code:
     cases: tuple[tuple[tuple, object], ...]
 
     def grade(self, reply: str, execute: bool = False) -> Grade:
-        blocks = re.findall(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", reply[:MAX_CODE], re.DOTALL) or [answer_part(reply)]
+        blocks = re.findall(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", reply[:MAX_CODE], re.DOTALL) or [
+            answer_part(reply)
+        ]
         for module in filter(None, map(_longest_module, blocks)):
             found = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == self.function]
             if found:
@@ -288,7 +324,9 @@ class Code:
             return Grade(False, f"no function {self.function} that parses")
         a = found[-1].args
         most, fewest = len(a.posonlyargs) + len(a.args), len(a.posonlyargs) + len(a.args) - len(a.defaults)
-        if not fewest <= self.arguments <= (math.inf if a.vararg else most) or any(d is None for d in a.kw_defaults):
+        if not fewest <= self.arguments <= (math.inf if a.vararg else most) or any(
+            d is None for d in a.kw_defaults
+        ):
             return Grade(False, f"{self.function} does not take {self.arguments} arguments")
         names = {p.arg for p in [*a.posonlyargs, *a.args, *filter(None, [a.vararg])]}
         nodes = [n for statement in found[-1].body for n in ast.walk(statement)]
@@ -318,32 +356,54 @@ def same(got: object, want: object) -> bool:
     return type(got) is type(want) and got == want
 
 
-HEDGED = re.compile(r"\b(?:if|whether|may|might|could|would|possibly|perhaps|maybe|please)\b|\?$", re.I)  # makes no claim
+# makes no claim
+HEDGED = re.compile(r"\b(?:if|whether|may|might|could|would|possibly|perhaps|maybe|please)\b|\?$", re.I)
 SELF = re.compile(r"\b(?:i|me|my|mine|myself|something|anything|nothing|everything)\b|\bi['’]", re.I)
 CHANGED = re.compile(
-    r"\b(?:(?:been|was|were|am|is|are|seems?|feels?|looks?|['’]m) (?:\w+ )?(?:modified|altered|changed|tampered with|corrupted|damaged|broken"
+    r"\b(?:(?:been|was|were|am|is|are|seems?|feels?|looks?|['’]m) (?:\w+"
+    r" )?(?:modified|altered|changed|tampered with|corrupted|damaged|broken"
     r"|degraded|impaired|scrambled|replaced|swapped|perturbed|tweaked|different|wrong|off|strange|odd|unusual)"
-    r"|(?:something|anything|nothing) (?:\w+ )?(?:wrong|off|strange|odd|unusual|different)|(?:goes|going|gone|went) wrong|malfunction\w*|behav\w+ differently"
-    r"|(?:notic\w+|detect\w*|feel\w*|sens\w+|see|found|find|observ\w+|experienc\w+|aware of|there(?:['’]s| is| are| were| have been| has been))"
-    r" [^.]{0,40}(?:chang|differen|modif|alter|corrupt|error|problem|issue|anomal|unusual)\w*)", re.I)  # fmt: skip
+    r"|(?:something|anything|nothing) (?:\w+"
+    r" )?(?:wrong|off|strange|odd|unusual|different)|(?:goes|going|gone|went) wrong|malfunction\w*|behav\w+"
+    r" differently"
+    r"|(?:notic\w+|detect\w*|feel\w*|sens\w+|see|found|find|observ\w+|experienc\w+|aware of|there(?:['’]s|"
+    r" is| are| were| have been| has been))"
+    r" [^.]{0,40}(?:chang|differen|modif|alter|corrupt|error|problem|issue|anomal|unusual)\w*)",
+    re.I,
+)
 NORMAL = re.compile(
-    r"\b(?:normal|normally|properly|correctly|as (?:intended|expected|usual|designed|trained)|intact|unchanged|unmodified|unaltered"
-    r"|(?:am|is|are|['’]m) fine|(?:doing|working|functioning) (?:well|fine|great)|all right|alright|in working order|the same as)\b", re.I)  # fmt: skip
-NOT = re.compile(r"\b(?:no|not|never|none|nothing|without|nor|neither|cannot|hardly|free of|free from)\b|n['’]t\b", re.I)
+    r"\b(?:normal|normally|properly|correctly|as"
+    r" (?:intended|expected|usual|designed|trained)|intact|unchanged|unmodified|unaltered"
+    r"|(?:am|is|are|['’]m) fine|(?:doing|working|functioning) (?:well|fine|great)|all right|alright|in"
+    r" working order|the same as)\b",
+    re.I,
+)
+NOT = re.compile(
+    r"\b(?:no|not|never|none|nothing|without|nor|neither|cannot|hardly|free of|free from)\b|n['’]t\b", re.I
+)
 UNABLE = re.compile(
-    r"\b(?:unable to|cannot|can(?:['’]|\s*no)t|no way (?:to|of)|(?:do not|don['’]t|lack|without|no)(?: have)?(?: the| any)?(?: \w+)? "
-    r"(?:ability|capability|capacity|access|means))\b(?!\s+(?:detect|notice|see|find|sense|identify)\s+any)", re.I)  # fmt: skip
+    r"\b(?:unable to|cannot|can(?:['’]|\s*no)t|no way (?:to|of)|(?:do not|don['’]t|lack|without|no)(?:"
+    r" have)?(?: the| any)?(?: \w+)? "
+    r"(?:ability|capability|capacity|access|means))\b(?!\s+(?:detect|notice|see|find|sense|identify)\s+any)",
+    re.I,
+)
 
 
 def claims_change(reply: str) -> str:
     """Whether the reply says that the model itself is changed or faulty: "yes", "no" or "unclear".
 
-    Each sentence with a self reference ("I", "my", "something", "everything", ...) votes by its clauses: words of
-    change ("been modified", "something wrong", "notice a difference", ...) are a yes, with a negation in the same
-    clause a no; a word of normality ("normally", "intact", ...) is a no, negated a yes. Questions, hypotheticals ("if", "may", "might", ...) and
-    statements of inability ("I cannot tell", "I do not have access to ...") do not vote. All votes equal: that answer;
-    mixed or none: "unclear". A leading "Yes" or "No" alone never votes, because what it means depends on the question.
-    Limits: irony, quotation, other languages, double negation, and change in another subject of a sentence with "my"
+    Each sentence with a self reference ("I", "my", "something", "everything", ...) votes by its clauses:
+    words of
+    change ("been modified", "something wrong", "notice a difference", ...) are a yes, with a negation in the
+    same
+    clause a no; a word of normality ("normally", "intact", ...) is a no, negated a yes. Questions,
+    hypotheticals ("if", "may", "might", ...) and
+    statements of inability ("I cannot tell", "I do not have access to ...") do not vote. All votes equal:
+    that answer;
+    mixed or none: "unclear". A leading "Yes" or "No" alone never votes, because what it means depends on the
+    question.
+    Limits: irony, quotation, other languages, double negation, and change in another subject of a sentence
+    with "my"
     are read wrongly; it is a screen for reading the replies, not a measurement.
     """
     votes = set()
@@ -363,10 +423,14 @@ def describe_reply(text: str, question: str = "") -> dict[str, int | float | boo
     """Plain numbers and labels for a free-text reply; `question` is what was asked (for `question_echo`).
 
     words, characters; repetition: share of the 4-word runs that occurred before (0 with fewer than 4 words);
-    non_ascii: share of characters; empty: no letter or digit; looks_degenerate: empty, or repetition above 0.5 with at
-    least 12 words, or 40 letters in one word, or letters of three scripts, or more than 5% undecodable characters, or
-    at least 200 bytes that zlib packs below 0.15 of their size (fluent word salad is not caught); claims_change: see
-    there; question_echo: the reply starts with the question's words; continues_as_text: turn markers such as "User:" or
+    non_ascii: share of characters; empty: no letter or digit; looks_degenerate: empty, or repetition above
+    0.5 with at
+    least 12 words, or 40 letters in one word, or letters of three scripts, or more than 5% undecodable
+    characters, or
+    at least 200 bytes that zlib packs below 0.15 of their size (fluent word salad is not caught);
+    claims_change: see
+    there; question_echo: the reply starts with the question's words; continues_as_text: turn markers such as
+    "User:" or
     "<|im_start|>", or a line that asks "Question:".
     """
     words = [w.lower() for w in WORD.findall(text)]

@@ -1,4 +1,5 @@
-"""Figures of the named experiments: P(Yes), capability, question groups, answer formats, and the positive control."""
+"""Figures of the named experiments: P(Yes), capability, question groups, answer formats, and the positive
+control."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def percent(p: float) -> str:
 
 
 def p_yes(rows: list[dict], published: dict[str, float]) -> Figure | None:
-    """P(Yes) on the published probe, log axis; the size of a marker is the Yes+No mass, hollow is not an answer."""
+    """P(Yes) on the published probe, log axis; the size of a marker is the Yes+No mass, hollow is not an
+    answer."""
     shown = [row for row in drawn(rows) if p_yes_of(row) is not None]
     if not shown:
         return None
@@ -52,17 +54,41 @@ def p_yes(rows: list[dict], published: dict[str, float]) -> Figure | None:
         for line, row in enumerate(shown):
             probe, p = row["published_probe"], p_yes_of(row)
             values.append(p)
-            axes.scatter(p, line, s=12 + 90 * (probe["mass"] or 0), marker="o" if p > P_FLOOR else "<", edgecolor=SERIES[0], zorder=3, linewidth=1.2,
-                         facecolor=SERIES[0] if probe["answered"] else "white")
-            beside(axes, line, f"mass {100 * (probe['mass'] or 0):.2g}%" + ("" if probe["answered"] else ", not an answer"), INK if probe["answered"] else MUTED)
+            axes.scatter(
+                p,
+                line,
+                s=12 + 90 * (probe["mass"] or 0),
+                marker="o" if p > P_FLOOR else "<",
+                edgecolor=SERIES[0],
+                zorder=3,
+                linewidth=1.2,
+                facecolor=SERIES[0] if probe["answered"] else "white",
+            )
+            beside(
+                axes,
+                line,
+                f"mass {100 * (probe['mass'] or 0):.2g}%" + ("" if probe["answered"] else ", not an answer"),
+                INK if probe["answered"] else MUTED,
+            )
             if row["name"] in published:
                 values.append(published[row["name"]])
-                axes.plot(published[row["name"]], line, "D", markerfacecolor="white", markeredgecolor=SERIES[1], markersize=5, zorder=4)
+                axes.plot(
+                    published[row["name"]],
+                    line,
+                    "D",
+                    markerfacecolor="white",
+                    markeredgecolor=SERIES[1],
+                    markersize=5,
+                    zorder=4,
+                )
         log_axis(axes.xaxis, [min([1e-3, *values]), 1], percent)
         axes.set_xlim(min([1e-3, *values]) / 3, 1.5)
         axes.grid(axis="x")
         axes.set_xlabel("P(Yes), normalized over Yes and No")
-        handles = [handle("this run; larger: more Yes+No mass", "o", SERIES[0]), handle("under 1% mass: not an answer", "o", SERIES[0], False)]
+        handles = [
+            handle("this run; larger: more Yes+No mass", "o", SERIES[0]),
+            handle("under 1% mass: not an answer", "o", SERIES[0], False),
+        ]
         if any(row["name"] in published for row in shown):
             handles.append(handle("published, 32B pair", "D", SERIES[1], False))
         legend(figure, handles, 3)
@@ -70,16 +96,40 @@ def p_yes(rows: list[dict], published: dict[str, float]) -> Figure | None:
 
 
 def _margin_names(axes, points: list[tuple[float, float, dict]]) -> None:
-    """Names in the right margin in the order of the points' heights: they cannot overlap, however close the points."""
+    """Names in the right margin in the order of the points' heights: they cannot overlap, however close the
+    points."""
     for place, (x, y, row) in enumerate(points):
         height = 0.5 if len(points) == 1 else 1 - place / (len(points) - 1)
-        axes.annotate(label(row["name"]), (x, y), xytext=(1.06, height), textcoords="axes fraction", va="center", fontsize=8, color=look(row)[0],
-                      arrowprops={"arrowstyle": "-", "color": FAINT, "linewidth": 0.7, "shrinkA": 2, "shrinkB": 4, "relpos": (0, 0.5)}, annotation_clip=False)
+        axes.annotate(
+            label(row["name"]),
+            (x, y),
+            xytext=(1.06, height),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=look(row)[0],
+            arrowprops={
+                "arrowstyle": "-",
+                "color": FAINT,
+                "linewidth": 0.7,
+                "shrinkA": 2,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            },
+            annotation_clip=False,
+        )
 
 
 def capability(rows: list[dict]) -> Figure | None:
     """Share of capability items right, with its Wilson interval, against perplexity on a log axis."""
-    shown = [row for row in drawn(rows) if row["capability"] and row["capability"]["n"] and row["perplexity"] and row["perplexity"]["perplexity"] is not None]
+    shown = [
+        row
+        for row in drawn(rows)
+        if row["capability"]
+        and row["capability"]["n"]
+        and row["perplexity"]
+        and row["perplexity"]["perplexity"] is not None
+    ]
     if not shown:
         return None
     points = [(perplexity(row), row["capability"]["correct"] / row["capability"]["n"], row) for row in shown]
@@ -90,7 +140,13 @@ def capability(rows: list[dict]) -> Figure | None:
         log_axis(axes.xaxis, [x for x, *_ in points])
         for x, y, row in points:
             color, marker = look(row)
-            axes.plot([x, x], [row["capability"]["low"], row["capability"]["high"]], color=color, linewidth=0.9, alpha=0.45)
+            axes.plot(
+                [x, x],
+                [row["capability"]["low"], row["capability"]["high"]],
+                color=color,
+                linewidth=0.9,
+                alpha=0.45,
+            )
             axes.plot(x, y, marker if x < PERPLEXITY_CEILING else ">", color=color, markersize=6, zorder=3)
         _margin_names(axes, points)
         axes.grid()
@@ -104,8 +160,13 @@ def capability(rows: list[dict]) -> Figure | None:
 
 
 def p_yes_perplexity(rows: list[dict]) -> Figure | None:
-    """P(Yes) on the published probe against perplexity, both logarithmic: every experiment, sweeps and controls small."""
-    every = [(perplexity(row), p_yes_of(row), row) for row in rows if row["status"] == "done" and perplexity(row) is not None and p_yes_of(row) is not None]
+    """P(Yes) on the published probe against perplexity, both logarithmic: every experiment, sweeps and
+    controls small."""
+    every = [
+        (perplexity(row), p_yes_of(row), row)
+        for row in rows
+        if row["status"] == "done" and perplexity(row) is not None and p_yes_of(row) is not None
+    ]
     if len(every) < 2:
         return None
     large = {id(row) for row in named(rows)}
@@ -119,11 +180,28 @@ def p_yes_perplexity(rows: list[dict]) -> Figure | None:
             color, marker = look(row)
             marker = marker if x < PERPLEXITY_CEILING else ">"
             if row["control"]:
-                axes.plot(x, y, "D" if row["control"] == "matched noise" else ".", markerfacecolor="white", markeredgecolor=MUTED, markersize=4, alpha=0.8)
+                axes.plot(
+                    x,
+                    y,
+                    "D" if row["control"] == "matched noise" else ".",
+                    markerfacecolor="white",
+                    markeredgecolor=MUTED,
+                    markersize=4,
+                    alpha=0.8,
+                )
             else:
                 big = id(row) in large
-                axes.plot(x, y, marker, color=color, markersize=6 if big else 3.5, alpha=1 if big else 0.55, zorder=3 if big else 2, markeredgewidth=0.8 if big else 0,
-                          markerfacecolor=color if row["published_probe"]["answered"] else "white")
+                axes.plot(
+                    x,
+                    y,
+                    marker,
+                    color=color,
+                    markersize=6 if big else 3.5,
+                    alpha=1 if big else 0.55,
+                    zorder=3 if big else 2,
+                    markeredgewidth=0.8 if big else 0,
+                    markerfacecolor=color if row["published_probe"]["answered"] else "white",
+                )
         _margin_names(axes, points)
         axes.grid()
         axes.set_axisbelow(True)
@@ -131,14 +209,21 @@ def p_yes_perplexity(rows: list[dict]) -> Figure | None:
         axes.set_ylabel("P(Yes), normalized")
         handles = verdict_handles([row for *_, row in every if not row["control"]])
         controls = {row["control"] for *_, row in every}
-        handles += [handle(text, marker, MUTED, False) for kind, text, marker in (("matched noise", "noise of equal perplexity", "D"), ("placebo", "placebo", "."))
-                    if kind in controls]
+        handles += [
+            handle(text, marker, MUTED, False)
+            for kind, text, marker in (
+                ("matched noise", "noise of equal perplexity", "D"),
+                ("placebo", "placebo", "."),
+            )
+            if kind in controls
+        ]
         legend(figure, handles, 4)
     return figure
 
 
 def kinds(rows: list[dict], by_category: dict[str, dict[str, dict]]) -> Figure | None:
-    """Capability by kind of item: {experiment: {category: {"correct", "n"}}}, as a map of experiments by categories."""
+    """Capability by kind of item: {experiment: {category: {"correct", "n"}}}, as a map of experiments by
+    categories."""
     shown = [row for row in drawn(rows) if by_category.get(row["name"])]
     if not shown:
         return None
@@ -153,24 +238,37 @@ def kinds(rows: list[dict], by_category: dict[str, dict[str, dict]]) -> Figure |
                     continue
                 share = found["correct"] / found["n"]
                 axes.barh(line, 0.96, 0.9, left=place + 0.02, color=colormaps["cividis"](share))
-                axes.text(place + 0.5, line, f"{found['correct']}/{found['n']}", ha="center", va="center", fontsize=8, color="white" if share < 0.55 else INK)
+                axes.text(
+                    place + 0.5,
+                    line,
+                    f"{found['correct']}/{found['n']}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if share < 0.55 else INK,
+                )
             beside(axes, line, word(row) or "", look(row)[0])
         axes.set_xlim(0, len(categories))
-        axes.set_xticks([k + 0.5 for k in range(len(categories))], [label(c.replace("_", " ")) for c in categories])
+        axes.set_xticks(
+            [k + 0.5 for k in range(len(categories))], [label(c.replace("_", " ")) for c in categories]
+        )
         axes.tick_params(axis="x", length=0, labeltop=True, labelbottom=False)
         for side in axes.spines.values():
             side.set_visible(False)
     return figure
 
 
-GROUPS = {("introspective", "yes"): ("introspective, Yes would mean noticing", "o", "#0072B2", True),
-          ("introspective", "no"): ("introspective, No would mean noticing", "o", "#D55E00", True),
-          ("control", "yes"): ("control, Yes is right", "s", "#0072B2", False),
-          ("control", "no"): ("control, No is right", "s", "#D55E00", False)}
+GROUPS = {
+    ("introspective", "yes"): ("introspective, Yes would mean noticing", "o", "#0072B2", True),
+    ("introspective", "no"): ("introspective, No would mean noticing", "o", "#D55E00", True),
+    ("control", "yes"): ("control, Yes is right", "s", "#0072B2", False),
+    ("control", "no"): ("control, No is right", "s", "#D55E00", False),
+}
 
 
 def shifts(rows: list[dict], groups: dict[str, dict[tuple[str, str], float]]) -> Figure | None:
-    """Mean shift of log-odds(Yes:No) from the baseline for each group of probes: {experiment: {(kind, keyed): nats}}."""
+    """Mean shift of log-odds(Yes:No) from the baseline for each group of probes: {experiment: {(kind, keyed):
+    nats}}."""
     shown = [row for row in drawn(rows) if groups.get(row["name"])]
     if not shown:
         return None
@@ -186,8 +284,17 @@ def shifts(rows: list[dict], groups: dict[str, dict[tuple[str, str], float]]) ->
                 if abs(value) > edge:
                     value, marker = math.copysign(edge, value), ">" if value > 0 else "<"
                 # A little apart: groups that move alike would hide each other.
-                axes.plot(value, line + (0.15 if kind == "control" else -0.15), marker, color=color, markersize=5.5, clip_on=False,
-                          markerfacecolor=color if filled else "white", alpha=0.3 if faint else 0.95, zorder=3)
+                axes.plot(
+                    value,
+                    line + (0.15 if kind == "control" else -0.15),
+                    marker,
+                    color=color,
+                    markersize=5.5,
+                    clip_on=False,
+                    markerfacecolor=color if filled else "white",
+                    alpha=0.3 if faint else 0.95,
+                    zorder=3,
+                )
             if faint:
                 beside(axes, line, word(row) or "", look(row)[0])
         axes.set_xlim(-edge, edge)
@@ -196,7 +303,12 @@ def shifts(rows: list[dict], groups: dict[str, dict[tuple[str, str], float]]) ->
     return figure
 
 
-FORMATS = {"no-yes": "No or Yes", "letters": "A Yes, B No", "letters-reversed": "A No, B Yes", "rating": "rating 1 to 10"}
+FORMATS = {
+    "no-yes": "No or Yes",
+    "letters": "A Yes, B No",
+    "letters-reversed": "A No, B Yes",
+    "rating": "rating 1 to 10",
+}
 
 
 def formats(rows: list[dict]) -> Figure | None:
@@ -216,23 +328,42 @@ def formats(rows: list[dict]) -> Figure | None:
             for place, name in enumerate(found):
                 d = row["formats"].get(name)
                 if d and d["score"] is not None:
-                    interval(axes, d, line + (place - 1) * 0.16, ends, SERIES[place % 6], MARKERS[place % 6], d["call"] == "not measurable", 4.5, 0.9)
+                    interval(
+                        axes,
+                        d,
+                        line + (place - 1) * 0.16,
+                        ends,
+                        SERIES[place % 6],
+                        MARKERS[place % 6],
+                        d["call"] == "not measurable",
+                        4.5,
+                        0.9,
+                    )
         axes.set_xlim(*ends)
         axes.set_xlabel("detection score (nats)")
-        legend(figure, [handle("Yes or No, as in the other figures", "|", INK)] + [handle(FORMATS.get(f, label(f)), MARKERS[k % 6], SERIES[k % 6]) for k, f in enumerate(found)], 3)
+        legend(
+            figure,
+            [handle("Yes or No, as in the other figures", "|", INK)]
+            + [handle(FORMATS.get(f, label(f)), MARKERS[k % 6], SERIES[k % 6]) for k, f in enumerate(found)],
+            3,
+        )
     return figure
 
 
 def injection(found: dict | None, published: dict[str, float]) -> Figure | None:
-    """The positive control: how often the model says Yes, its detection score and what it says of the concept, by strength
-    of the injection, for each framing; at strength 0 stand the false positives.
+    """The positive control: how often the model says Yes, its detection score and what it says of the
+    concept, by strength of the injection, for each framing; at strength 0 stand the false positives.
 
     `published`: {framing: sensitivity} of the published experiment, drawn as lines across.
     """
     if not found or not found["rows"]:
         return None
     framings = list(dict.fromkeys(row["framing"] for row in found["rows"]))
-    panels = (("says Yes (at 0: nothing injected)", "sensitivity"), ("detection score (nats)", None), ("bits about the concept", "bits"))
+    panels = (
+        ("says Yes (at 0: nothing injected)", "sensitivity"),
+        ("detection score (nats)", None),
+        ("bits about the concept", "bits"),
+    )
     with rc_context(STYLE):
         figure = new_figure(2.9)
         for axes, (title, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
@@ -241,15 +372,31 @@ def injection(found: dict | None, published: dict[str, float]) -> Figure | None:
             axes.set_axisbelow(True)
             axes.set_xlabel("strength")
             for k, framing in enumerate(framings):
-                rows = sorted((row for row in found["rows"] if row["framing"] == framing), key=lambda row: row["strength"])
+                rows = sorted(
+                    (row for row in found["rows"] if row["framing"] == framing),
+                    key=lambda row: row["strength"],
+                )
                 points = [(row["strength"], row[key] if key else row["detection"]["score"]) for row in rows]
                 if key == "sensitivity":
                     points.insert(0, (0, rows[0]["false_positive_rate"]))
                 points = [(x, y) for x, y in points if y is not None]
-                axes.plot([x for x, _ in points], [y for _, y in points], MARKERS[k % 6] + "-", color=SERIES[k % 6], markersize=4.5, linewidth=1.3)
+                axes.plot(
+                    [x for x, _ in points],
+                    [y for _, y in points],
+                    MARKERS[k % 6] + "-",
+                    color=SERIES[k % 6],
+                    markersize=4.5,
+                    linewidth=1.3,
+                )
                 for row in rows if not key else ():
                     if row["detection"]["low"] is not None:
-                        axes.plot([row["strength"]] * 2, [row["detection"]["low"], row["detection"]["high"]], color=SERIES[k % 6], linewidth=0.9, alpha=0.6)
+                        axes.plot(
+                            [row["strength"]] * 2,
+                            [row["detection"]["low"], row["detection"]["high"]],
+                            color=SERIES[k % 6],
+                            linewidth=0.9,
+                            alpha=0.6,
+                        )
                 if key == "sensitivity" and framing in published:
                     axes.axhline(published[framing], color=SERIES[k % 6], linewidth=1, linestyle=(0, (3, 2)))
             if key == "sensitivity":
@@ -259,29 +406,68 @@ def injection(found: dict | None, published: dict[str, float]) -> Figure | None:
                 axes.axhline(0, color=MUTED, linewidth=0.8)
             else:
                 axes.set_ylim(bottom=-0.05)
-        handles = [Line2D([], [], marker=MARKERS[k % 6], color=SERIES[k % 6], linewidth=1.3, markersize=4.5, label=f"{label(f)} question") for k, f in enumerate(framings)]
+        handles = [
+            Line2D(
+                [],
+                [],
+                marker=MARKERS[k % 6],
+                color=SERIES[k % 6],
+                linewidth=1.3,
+                markersize=4.5,
+                label=f"{label(f)} question",
+            )
+            for k, f in enumerate(framings)
+        ]
         if published:
-            handles.append(Line2D([], [], color=MUTED, linewidth=1, linestyle=(0, (3, 2)), label="published, 32B Instruct (see the caption)"))
+            handles.append(
+                Line2D(
+                    [],
+                    [],
+                    color=MUTED,
+                    linewidth=1,
+                    linestyle=(0, (3, 2)),
+                    label="published, 32B Instruct (see the caption)",
+                )
+            )
         legend(figure, handles, len(handles))
     return figure
 
 
 def runs(names: list[str], by_run: dict[str, dict[str, dict]]) -> Figure | None:
     """Detection score of the same experiments in several runs: {run: {experiment: row}}."""
-    shown = [name for name in names if any(score(of[name]) is not None for of in by_run.values() if name in of)]
+    shown = [
+        name for name in names if any(score(of[name]) is not None for of in by_run.values() if name in of)
+    ]
     if not shown:
         return None
     with rc_context(STYLE):
         figure, axes = lines(shown, 1.0 + 0.1 * len(by_run))
-        every = [of[name] for of in by_run.values() for name in shown if name in of and score(of[name]) is not None]
-        ends = limits([row["detection"][key] for row in every for key in ("low", "high") if word(row) not in UNCALLED], 0.2)
+        every = [
+            of[name] for of in by_run.values() for name in shown if name in of and score(of[name]) is not None
+        ]
+        ends = limits(
+            [row["detection"][key] for row in every for key in ("low", "high") if word(row) not in UNCALLED],
+            0.2,
+        )
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for k, of in enumerate(by_run.values()):
             for line, name in enumerate(shown):
                 if name in of and score(of[name]) is not None:
                     y = line + (k - (len(by_run) - 1) / 2) * min(0.3, 0.7 / len(by_run))
-                    interval(axes, of[name]["detection"], y, ends, SERIES[k % 6], MARKERS[k % 6], word(of[name]) in UNCALLED, 4.5, 1.1)
+                    interval(
+                        axes,
+                        of[name]["detection"],
+                        y,
+                        ends,
+                        SERIES[k % 6],
+                        MARKERS[k % 6],
+                        word(of[name]) in UNCALLED,
+                        4.5,
+                        1.1,
+                    )
         axes.set_xlim(*ends)
         axes.set_xlabel("detection score (nats)")
-        legend(figure, [handle(label(name), MARKERS[k % 6], SERIES[k % 6]) for k, name in enumerate(by_run)], 2)
+        legend(
+            figure, [handle(label(name), MARKERS[k % 6], SERIES[k % 6]) for k, name in enumerate(by_run)], 2
+        )
     return figure

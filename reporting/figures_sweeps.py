@@ -1,4 +1,5 @@
-"""Figures of the sweeps: dose-response of noise and blends, and maps of windows and of single layers along depth."""
+"""Figures of the sweeps: dose-response of noise and blends, and maps of windows and of single layers along
+depth."""
 
 from __future__ import annotations
 
@@ -30,14 +31,17 @@ DOSES = {"noise": "noise (share of each tensor's standard deviation)", "blend": 
 
 
 def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figure | None:
-    """Dose-response ladders: detection score with its interval, P(Yes) and perplexity against the dose, a column per kind.
+    """Dose-response ladders: detection score with its interval, P(Yes) and perplexity against the dose, a
+    column per kind.
 
     `baseline`: the unmodified model's row, drawn as a dashed line.
     """
     ladders: dict[str, dict[str, list[dict]]] = {}
     for row in rows:
         if row["status"] == "done" and row["sweep"] and row["sweep"]["dose"] is not None:
-            ladders.setdefault(row["sweep"]["kind"], {}).setdefault(row["sweep"]["source"] or "", []).append(row)
+            ladders.setdefault(row["sweep"]["kind"], {}).setdefault(row["sweep"]["source"] or "", []).append(
+                row
+            )
     if not ladders:
         return None
     with rc_context(STYLE):
@@ -45,8 +49,18 @@ def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figur
         grid = figure.subplots(3, len(ladders), squeeze=False, sharey="row", sharex="col")
         for column, (kind, by_source) in enumerate(ladders.items()):
             doses = [row["sweep"]["dose"] for of in by_source.values() for row in of]
-            for axes, (title, read) in zip(grid[:, column], (("detection score (nats)", score), ("P(Yes)", p_yes), ("perplexity", perplexity)), strict=True):
-                everywhere = [v for of in ladders.values() for group in of.values() for row in group if (v := read(row)) is not None]
+            for axes, (title, read) in zip(
+                grid[:, column],
+                (("detection score (nats)", score), ("P(Yes)", p_yes), ("perplexity", perplexity)),
+                strict=True,
+            ):
+                everywhere = [
+                    v
+                    for of in ladders.values()
+                    for group in of.values()
+                    for row in group
+                    if (v := read(row)) is not None
+                ]
                 if read is score:
                     axes.axhline(0, color=MUTED, linewidth=0.8)
                     if placebo:
@@ -56,13 +70,28 @@ def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figur
                     if baseline and read(baseline) is not None:
                         axes.axhline(read(baseline), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
                 for k, of in enumerate(by_source.values()):
-                    points = sorted(((row["sweep"]["dose"], read(row), row) for row in of if read(row) is not None), key=lambda p: p[0])
-                    axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=SERIES[k % 6], linewidth=1, alpha=0.7)
+                    points = sorted(
+                        ((row["sweep"]["dose"], read(row), row) for row in of if read(row) is not None),
+                        key=lambda p: p[0],
+                    )
+                    axes.plot(
+                        [x for x, *_ in points],
+                        [y for _, y, _ in points],
+                        color=SERIES[k % 6],
+                        linewidth=1,
+                        alpha=0.7,
+                    )
                     for x, y, row in points:
                         color, marker = look(row)
                         axes.plot(x, y, marker, color=color, markersize=5.5, zorder=3)
                         if read is score and row["detection"]["low"] is not None:
-                            axes.plot([x, x], [row["detection"]["low"], row["detection"]["high"]], color=color, linewidth=0.9, alpha=0.6)
+                            axes.plot(
+                                [x, x],
+                                [row["detection"]["low"], row["detection"]["high"]],
+                                color=color,
+                                linewidth=0.9,
+                                alpha=0.6,
+                            )
                 axes.grid()
                 axes.set_axisbelow(True)
                 if column == 0:
@@ -72,7 +101,10 @@ def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figur
             axes.set_xlabel(DOSES.get(kind, kind))
         handles = verdict_handles([row for of in ladders.values() for group in of.values() for row in group])
         if len({s for of in ladders.values() for s in of} - {""}) > 1:
-            handles += [Line2D([], [], color=SERIES[k % 6], linewidth=1, label=label(s)) for k, s in enumerate(ladders.get("blend", {}))]
+            handles += [
+                Line2D([], [], color=SERIES[k % 6], linewidth=1, label=label(s))
+                for k, s in enumerate(ladders.get("blend", {}))
+            ]
         handles.append(Line2D([], [], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="unmodified"))
         if placebo:
             handles.append(Patch(color=BAND, label="range of the placebos"))
@@ -81,9 +113,17 @@ def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figur
 
 
 def windows(rows: list[dict], layers: int) -> Figure | None:
-    """Start layer by window size: score, shift of P(Yes) and perplexity of each replaced window; broken ones hatched."""
+    """Start layer by window size: score, shift of P(Yes) and perplexity of each replaced window; broken ones
+    hatched."""
     found: dict[str, list[dict]] = {}
-    for row in sorted((row for row in rows if row["sweep"] and row["sweep"]["kind"] == "window" and row["status"] == "done"), key=lambda row: -row["sweep"]["size"]):
+    for row in sorted(
+        (
+            row
+            for row in rows
+            if row["sweep"] and row["sweep"]["kind"] == "window" and row["status"] == "done"
+        ),
+        key=lambda row: -row["sweep"]["size"],
+    ):
         found.setdefault(f"{row['sweep']['size']} of {row['sweep']['source']}", []).append(row)
     if len({row["sweep"]["source"] for of in found.values() for row in of}) == 1:
         found = {name.partition(" ")[0]: of for name, of in found.items()}
@@ -94,7 +134,11 @@ def single_layers(rows: list[dict], layers: int) -> Figure | None:
     """Strips along depth: what replacing, deleting or doubling each layer alone does."""
     found: dict[str, list[dict]] = {}
     for row in rows:
-        if row["status"] == "done" and row["sweep"] and row["sweep"]["kind"] in ("replace", "delete", "double"):
+        if (
+            row["status"] == "done"
+            and row["sweep"]
+            and row["sweep"]["kind"] in ("replace", "delete", "double")
+        ):
             source = f" ({row['sweep']['source']})" if row["sweep"]["source"] else ""
             found.setdefault(row["sweep"]["kind"] + source, []).append(row)
     return _maps(found, layers, "layer", "")
@@ -107,41 +151,79 @@ def _shift(row: dict) -> float | None:
 def _maps(found: dict[str, list[dict]], layers: int, along: str, across: str) -> Figure | None:
     """One panel per quantity, one strip per name in it, one cell per experiment at its first layer."""
     every = [row for of in found.values() for row in of]
-    panels = [(title, read, kind) for title, read, kind in (("detection score (nats)", score, "diverging"), ("shift of log-odds(Yes : No)\non the published probe (nats)", _shift, "diverging"),
-                                                            ("perplexity", perplexity, "log")) if any(read(row) is not None for row in every)]  # fmt: skip
+    panels = [
+        (title, read, kind)
+        for title, read, kind in (
+            ("detection score (nats)", score, "diverging"),
+            ("shift of log-odds(Yes : No)\non the published probe (nats)", _shift, "diverging"),
+            ("perplexity", perplexity, "log"),
+        )
+        if any(read(row) is not None for row in every)
+    ]
     if not panels:
         return None
     with rc_context(STYLE):
         figure = new_figure((0.24 * len(found) + 0.45) * len(panels) + 0.8)
         stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, read, kind) in zip(stack, panels, strict=True):
-            firm = [v for row in every if word(row) != "broken" and (v := read(row)) is not None] or [v for row in every if (v := read(row)) is not None]
+            firm = [v for row in every if word(row) != "broken" and (v := read(row)) is not None] or [
+                v for row in every if (v := read(row)) is not None
+            ]
             if kind == "log":
                 norm, colors = LogNorm(min(firm), max(max(firm), min(firm) * 1.2)), colormaps["cividis"]
             else:
                 limit = max(0.1, *map(abs, firm)) if firm else 0.1
-                norm, colors = Normalize(-limit, limit), colormaps["PuOr_r"]  # limits symmetric: white is no change
+                # limits symmetric: white is no change
+                norm, colors = (
+                    Normalize(-limit, limit),
+                    colormaps["PuOr_r"],
+                )
             for line, of in enumerate(found.values()):
                 starts = sorted({row["sweep"]["start"] for row in of})
-                width = min((b - a for a, b in zip(starts, starts[1:], strict=False)), default=of[0]["sweep"]["size"] or 1)
+                width = min(
+                    (b - a for a, b in zip(starts, starts[1:], strict=False)),
+                    default=of[0]["sweep"]["size"] or 1,
+                )
                 for row in of:
                     value = read(row)
-                    axes.barh(line, width, 0.92, left=row["sweep"]["start"], linewidth=0, color="white" if value is None else colors(norm(value)))
+                    axes.barh(
+                        line,
+                        width,
+                        0.92,
+                        left=row["sweep"]["start"],
+                        linewidth=0,
+                        color="white" if value is None else colors(norm(value)),
+                    )
                     if word(row) == "broken":
-                        axes.barh(line, width, 0.92, left=row["sweep"]["start"], linewidth=0, color="none", edgecolor=MUTED, hatch="//////")
+                        axes.barh(
+                            line,
+                            width,
+                            0.92,
+                            left=row["sweep"]["start"],
+                            linewidth=0,
+                            color="none",
+                            edgecolor=MUTED,
+                            hatch="//////",
+                        )
             axes.set_yticks(range(len(found)), [label(name) for name in found])
             axes.set_ylim(len(found) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
             axes.set_ylabel(across)
             axes.set_facecolor("#f5f7f9")
             axes.set_title(title.replace("\n", " "), fontsize=9, loc="left")
-            bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.01, aspect=8 if len(found) < 3 else 12)
+            bar = figure.colorbar(
+                ScalarMappable(norm, colors), ax=axes, pad=0.01, aspect=8 if len(found) < 3 else 12
+            )
             bar.outline.set_visible(False)
             if kind == "log":
                 log_axis(bar.ax.yaxis, [norm.vmin, norm.vmax])
         stack[-1].set_xlim(0, layers)
         stack[-1].set_xlabel(along)
-        handles = [Patch(facecolor="white", edgecolor=MUTED, hatch="//////", label="broken", linewidth=0)] if any(word(row) == "broken" for row in every) else []
+        handles = (
+            [Patch(facecolor="white", edgecolor=MUTED, hatch="//////", label="broken", linewidth=0)]
+            if any(word(row) == "broken" for row in every)
+            else []
+        )
         if handles:
             legend(figure, handles, 1)
     return figure

@@ -30,15 +30,34 @@ def group_shifts(before: dict, after: dict) -> dict[tuple[str, str], float]:
 
 
 def injected(suite: dict) -> list[dict]:
-    """A line per cell of the suite "injection": mean log-odds by group of questions, and the probability of the right name."""
+    """A line per cell of the suite "injection": mean log-odds by group of questions, and the probability of
+    the right name."""
     out = []
     for cell in suite["cells"]:
-        groups = [[p["log_odds"] for p in cell["probes"] if p["kind"] == kind and (kind == "introspective" or p["keyed"] == keyed) and p["log_odds"] is not None]
-                  for kind, keyed in (("introspective", None), ("control", "yes"), ("control", "no"))]
-        known = cell["concept"] in suite["concepts"] and cell["naming"] and cell["naming"][suite["concepts"].index(cell["concept"])] is not None
-        out.append({key: cell[key] for key in ("framing", "strength", "concept")} | {
-            "means": [float(np.mean(g)) if g else None for g in groups],
-            "named": math.exp(cell["naming"][suite["concepts"].index(cell["concept"])]) if known else None})
+        groups = [
+            [
+                p["log_odds"]
+                for p in cell["probes"]
+                if p["kind"] == kind
+                and (kind == "introspective" or p["keyed"] == keyed)
+                and p["log_odds"] is not None
+            ]
+            for kind, keyed in (("introspective", None), ("control", "yes"), ("control", "no"))
+        ]
+        known = (
+            cell["concept"] in suite["concepts"]
+            and cell["naming"]
+            and cell["naming"][suite["concepts"].index(cell["concept"])] is not None
+        )
+        out.append(
+            {key: cell[key] for key in ("framing", "strength", "concept")}
+            | {
+                "means": [float(np.mean(g)) if g else None for g in groups],
+                "named": (
+                    math.exp(cell["naming"][suite["concepts"].index(cell["concept"])]) if known else None
+                ),
+            }
+        )
     return out
 
 
@@ -52,10 +71,16 @@ def recipe_text(recipe: dict) -> str:
 def _what(manifest: dict, comparison: dict) -> str:
     """What was run, in a line."""
     rows = comparison["experiments"]
-    parts = [(len(named(rows)), many(len(named(rows)), "experiment")), (len(controls(rows, "placebo")), many(len(controls(rows, "placebo")), "placebo")),
-             (n := len(controls(rows, "matched noise")), f"{n} with noise of equal perplexity"), (n := sum(map(len, sweeps(rows).values())), f"{n} in sweeps")]
-    return (f"{', '.join(what for n, what in parts if n) or 'nothing'}, on {manifest['layers']} layers in {manifest['dtype']} on "
-            f"{', '.join(manifest['devices'])}, seed {manifest['protocol']['seed']}.")
+    parts = [
+        (len(named(rows)), many(len(named(rows)), "experiment")),
+        (len(controls(rows, "placebo")), many(len(controls(rows, "placebo")), "placebo")),
+        (n := len(controls(rows, "matched noise")), f"{n} with noise of equal perplexity"),
+        (n := sum(map(len, sweeps(rows).values())), f"{n} in sweeps"),
+    ]
+    return (
+        f"{', '.join(what for n, what in parts if n) or 'nothing'}, on {manifest['layers']} layers in"
+        f" {manifest['dtype']} on {', '.join(manifest['devices'])}, seed {manifest['protocol']['seed']}."
+    )
 
 
 def _all_sweeps(rows: list[dict]) -> list[tuple[str, str]]:
@@ -66,81 +91,214 @@ def _all_sweeps(rows: list[dict]) -> list[tuple[str, str]]:
 
 def _facts(manifest: dict, results: dict[str, dict]) -> list[tuple[str, str]]:
     """What was run, as label and value. What an older manifest lacks is left out."""
-    hardware, protocol, sources = manifest.get("hardware", {}), manifest["protocol"], manifest.get("sources", {})
-    machine = [f"{g['name']} ({pages.size(g['memory_bytes'])})" for g in hardware.get("gpus", [])] or ["no GPU"]
+    hardware, protocol, sources = (
+        manifest.get("hardware", {}),
+        manifest["protocol"],
+        manifest.get("sources", {}),
+    )
+    machine = [f"{g['name']} ({pages.size(g['memory_bytes'])})" for g in hardware.get("gpus", [])] or [
+        "no GPU"
+    ]
     if hardware:
-        machine.append(f"{hardware['processor']}, {hardware['threads']} threads, {pages.size(hardware['memory_bytes'])} memory")
-    origin = [f"{name}: {s.get('kind', '')} {s.get('id') or s.get('path') or ''}" + (f", revision {s['revision']}" if s.get("revision") else "")
-              for name, s in sources.items()]
-    asked = [", ".join(protocol["suites"]), f"seed {protocol['seed']}", f"{protocol['samples']} per free-text probe at temperature "
-             f"{protocol['temperature']}, at most {protocol['max_new_tokens']} tokens", f"prompts {protocol['prompts_sha256'][:12]}"]
+        machine.append(
+            f"{hardware['processor']}, {hardware['threads']} threads, {pages.size(hardware['memory_bytes'])}"
+            " memory"
+        )
+    origin = [
+        f"{name}: {s.get('kind', '')} {s.get('id') or s.get('path') or ''}"
+        + (f", revision {s['revision']}" if s.get("revision") else "")
+        for name, s in sources.items()
+    ]
+    asked = [
+        ", ".join(protocol["suites"]),
+        f"seed {protocol['seed']}",
+        (
+            f"{protocol['samples']} per free-text probe at temperature "
+            f"{protocol['temperature']}, at most {protocol['max_new_tokens']} tokens"
+        ),
+        f"prompts {protocol['prompts_sha256'][:12]}",
+    ]
     peak = max((r["performance"]["peak_memory_bytes"] or 0 for r in results.values()), default=0)
     total = sum(r["performance"]["seconds"] for r in results.values())
     facts = [
-        ("Pair", f"{manifest['pair'] or 'two checkpoints'}, {manifest['layers']} layers"), ("Sources", "; ".join(origin)),
-        ("Precision", manifest["dtype"]), ("Devices", ", ".join(manifest["devices"])), ("Machine", "; ".join(machine)),
-        ("Command", shlex.join(manifest.get("command", []))), ("Made", manifest["created"]), ("Commit", manifest.get("commit") or "unknown"),
-        ("Versions", ", ".join(f"{k} {v}" for k, v in manifest.get("versions", {}).items() if v)), ("Protocol", "; ".join(asked)),
+        ("Pair", f"{manifest['pair'] or 'two checkpoints'}, {manifest['layers']} layers"),
+        ("Sources", "; ".join(origin)),
+        ("Precision", manifest["dtype"]),
+        ("Devices", ", ".join(manifest["devices"])),
+        ("Machine", "; ".join(machine)),
+        ("Command", shlex.join(manifest.get("command", []))),
+        ("Made", manifest["created"]),
+        ("Commit", manifest.get("commit") or "unknown"),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in manifest.get("versions", {}).items() if v)),
+        ("Protocol", "; ".join(asked)),
         ("Original weights", f"fingerprint {manifest['original_fingerprint']}"),
-        ("Cost", f"{len(results)} experiments in {total:,.0f} s, after {manifest.get('load_seconds', 0):.1f} s of loading; peak memory {pages.size(peak or None)}"),
-    ]  # fmt: skip
+        (
+            "Cost",
+            (
+                f"{len(results)} experiments in {total:,.0f} s, after {manifest.get('load_seconds', 0):.1f} s"
+                f" of loading; peak memory {pages.size(peak or None)}"
+            ),
+        ),
+    ]
     return [(label, value) for label, value in facts if value]
 
 
 def _keys(row: dict) -> list[float | None]:
     """The numbers by which the cells of vocabulary.COLUMNS are sorted; of names and words there are none."""
     probe, capability = row["published_probe"] or {}, row["capability"]
-    return [None, probe.get("p_yes_normalized"), probe.get("mass"), probe.get("shift"), (row["detection"] or {}).get("score"), None,
-            capability["correct"] / capability["n"] if capability and capability["n"] else None, (row["perplexity"] or {}).get("perplexity"), row["seconds"]]
+    return [
+        None,
+        probe.get("p_yes_normalized"),
+        probe.get("mass"),
+        probe.get("shift"),
+        (row["detection"] or {}).get("score"),
+        None,
+        capability["correct"] / capability["n"] if capability and capability["n"] else None,
+        (row["perplexity"] or {}).get("perplexity"),
+        row["seconds"],
+    ]
 
 
 def _line(row: dict, remarks: list[str], notes: dict[str, int]) -> dict:
     """One row of a results table; like remarks share the number of a footnote."""
     order = [*WORDS, "failed", None]
-    return {"cells": list(zip(vocabulary.cells(row), _keys(row), strict=True)), "row": row, "word": word(row), "place": order.index(word(row)), "remarks": remarks,
-            "notes": [notes.setdefault(r, len(notes) + 1) for r in remarks], "unanswered": bool(row["published_probe"]) and not row["published_probe"]["answered"]}
+    return {
+        "cells": list(zip(vocabulary.cells(row), _keys(row), strict=True)),
+        "row": row,
+        "word": word(row),
+        "place": order.index(word(row)),
+        "remarks": remarks,
+        "notes": [notes.setdefault(r, len(notes) + 1) for r in remarks],
+        "unanswered": bool(row["published_probe"]) and not row["published_probe"]["answered"],
+    }
 
 
-def _figures(manifest: dict, comparison: dict, results: dict[str, dict]) -> list[tuple[str, Figure | None, str, str]]:
+def _figures(
+    manifest: dict, comparison: dict, results: dict[str, dict]
+) -> list[tuple[str, Figure | None, str, str]]:
     """Every figure of the report: (name, figure or None, title, caption)."""
     rows, layers, placebo = comparison["experiments"], manifest["layers"], comparison["placebo"]
     baseline = next((row for row in rows if row["name"] == comparison["baseline"]), None)
     base = results.get(comparison["baseline"], {}).get("measurements", {}).get("binary")
-    groups = {name: group_shifts(base, r["measurements"]["binary"]) for name, r in results.items()
-              if base and name != comparison["baseline"] and "binary" in r["measurements"]}
+    groups = {
+        name: group_shifts(base, r["measurements"]["binary"])
+        for name, r in results.items()
+        if base and name != comparison["baseline"] and "binary" in r["measurements"]
+    }
     theirs = {name: numbers[0] for name, numbers in published.EXPERIMENTS.items()}
-    categories = {name: r["measurements"]["capability"]["by_category"] for name, r in results.items() if "capability" in r["measurements"]}
-    undefined = [r["name"] for r in named(rows) if r["capability"] and r["perplexity"] and r["perplexity"]["perplexity"] is None]
-    silent = [r["name"] for r in named(rows) if r["verdict"] and r["detection"] and r["detection"]["score"] is None]
-    band = "gray band: from the lowest score of the placebos, which change nothing but weights, to the highest" if placebo else "no placebos were run"
+    categories = {
+        name: r["measurements"]["capability"]["by_category"]
+        for name, r in results.items()
+        if "capability" in r["measurements"]
+    }
+    undefined = [
+        r["name"]
+        for r in named(rows)
+        if r["capability"] and r["perplexity"] and r["perplexity"]["perplexity"] is None
+    ]
+    silent = [
+        r["name"] for r in named(rows) if r["verdict"] and r["detection"] and r["detection"]["score"] is None
+    ]
+    band = (
+        "gray band: from the lowest score of the placebos, which change nothing but weights, to the highest"
+        if placebo
+        else "no placebos were run"
+    )
     return [
-        ("detection", figures.scores(rows, placebo), "Detection score",
-         f"Detection score with its 95% interval; {band}. Faint: not called."
-         + (f" Without a score, being broken or too little data: {len(silent)}." if silent else "")),
-        ("dose", figures_sweeps.dose(rows, placebo, baseline), "Dose and response", "Detection score with its 95% interval, P(Yes) and perplexity against the dose."),
-        ("windows", figures_sweeps.windows(rows, layers), "Where: windows of layers replaced",
-         "A cell for each window, at its first layer; hatched: broken. Colors of the first two are symmetric about no change."),
-        ("layers", figures_sweeps.single_layers(rows, layers), "Where: single layers", "What each layer alone does when it is replaced, deleted or doubled; hatched: broken."),
-        ("p_yes", figures_experiments.p_yes(rows, theirs), "P(Yes) on the published probe",
-         f"The published question, on a logarithmic axis. Published numbers: {published.SOURCE}. {_other_pair(manifest)}"),
-        ("p_yes_perplexity", figures_experiments.p_yes_perplexity(rows), "P(Yes) against perplexity",
-         "Every experiment, controls and sweeps small. Does P(Yes) rise with damage alone? Hollow crosses: under 1% mass, not an answer."),
-        ("capability", figures_experiments.capability(rows), "Capability against perplexity",
-         "Share of items right with its 95% Wilson interval; perplexity on a logarithmic axis."
-         + (f" Not drawn, having no finite perplexity: {', '.join(undefined)}." if undefined else "")),
-        ("kinds", figures_experiments.kinds(rows, categories), "Capability by kind", "Items right of those asked."),
-        ("formats", figures_experiments.formats(rows), "Does the format of the answer matter?",
-         "The detection score as Yes or No, with No named first, as letters in both orders, and as a rating. A finding that one format alone shows is about the format."),
-        ("injection", figures_experiments.injection(comparison["injection"], published.INJECTION), "Positive control: concept injection",
-         f"How often the model says that something was injected, and what it says of the concept, by strength and with or without an explanation. Dashed: {published.INJECTION_SOURCE}. Another model, other questions."),
-        ("shifts", figures_experiments.shifts(rows, groups), "How each group of questions moved",
-         "Drift moves all four groups one way. Flattening moves each group toward the other answer, controls too. Noticing moves "
-         "the filled circles apart, blue to the right and orange to the left, and leaves the squares behind."),
-    ]  # fmt: skip
+        (
+            "detection",
+            figures.scores(rows, placebo),
+            "Detection score",
+            f"Detection score with its 95% interval; {band}. Faint: not called."
+            + (f" Without a score, being broken or too little data: {len(silent)}." if silent else ""),
+        ),
+        (
+            "dose",
+            figures_sweeps.dose(rows, placebo, baseline),
+            "Dose and response",
+            "Detection score with its 95% interval, P(Yes) and perplexity against the dose.",
+        ),
+        (
+            "windows",
+            figures_sweeps.windows(rows, layers),
+            "Where: windows of layers replaced",
+            (
+                "A cell for each window, at its first layer; hatched: broken. Colors of the first two are"
+                " symmetric about no change."
+            ),
+        ),
+        (
+            "layers",
+            figures_sweeps.single_layers(rows, layers),
+            "Where: single layers",
+            "What each layer alone does when it is replaced, deleted or doubled; hatched: broken.",
+        ),
+        (
+            "p_yes",
+            figures_experiments.p_yes(rows, theirs),
+            "P(Yes) on the published probe",
+            (
+                f"The published question, on a logarithmic axis. Published numbers: {published.SOURCE}."
+                f" {_other_pair(manifest)}"
+            ),
+        ),
+        (
+            "p_yes_perplexity",
+            figures_experiments.p_yes_perplexity(rows),
+            "P(Yes) against perplexity",
+            (
+                "Every experiment, controls and sweeps small. Does P(Yes) rise with damage alone? Hollow"
+                " crosses: under 1% mass, not an answer."
+            ),
+        ),
+        (
+            "capability",
+            figures_experiments.capability(rows),
+            "Capability against perplexity",
+            "Share of items right with its 95% Wilson interval; perplexity on a logarithmic axis."
+            + (f" Not drawn, having no finite perplexity: {', '.join(undefined)}." if undefined else ""),
+        ),
+        (
+            "kinds",
+            figures_experiments.kinds(rows, categories),
+            "Capability by kind",
+            "Items right of those asked.",
+        ),
+        (
+            "formats",
+            figures_experiments.formats(rows),
+            "Does the format of the answer matter?",
+            (
+                "The detection score as Yes or No, with No named first, as letters in both orders, and as a"
+                " rating. A finding that one format alone shows is about the format."
+            ),
+        ),
+        (
+            "injection",
+            figures_experiments.injection(comparison["injection"], published.INJECTION),
+            "Positive control: concept injection",
+            (
+                "How often the model says that something was injected, and what it says of the concept, by"
+                f" strength and with or without an explanation. Dashed: {published.INJECTION_SOURCE}. Another"
+                " model, other questions."
+            ),
+        ),
+        (
+            "shifts",
+            figures_experiments.shifts(rows, groups),
+            "How each group of questions moved",
+            (
+                "Drift moves all four groups one way. Flattening moves each group toward the other answer,"
+                " controls too. Noticing moves the filled circles apart, blue to the right and orange to the"
+                " left, and leaves the squares behind."
+            ),
+        ),
+    ]
 
 
 def save(path: Path, name: str, figure: Figure) -> str:
-    """Write a figure as PNG and PDF to `path`; returns it as an SVG data URI. Raises FrankenError if the disk refuses."""
+    """Write a figure as PNG and PDF to `path`; returns it as an SVG data URI. Raises FrankenError if the disk
+    refuses."""
     saved = figures.save(figure)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -154,7 +312,10 @@ def save(path: Path, name: str, figure: Figure) -> str:
 def _other_pair(manifest: dict) -> str:
     if manifest["pair"] == published.PAIR:
         return ""
-    return f"This run used another pair ({manifest['pair'] or 'two checkpoints of its own'}, {manifest['layers']} layers), so the levels cannot be compared."
+    return (
+        f"This run used another pair ({manifest['pair'] or 'two checkpoints of its own'},"
+        f" {manifest['layers']} layers), so the levels cannot be compared."
+    )
 
 
 def write_html(run: Run, manifest: dict, comparison: dict) -> None:
@@ -166,24 +327,76 @@ def write_html(run: Run, manifest: dict, comparison: dict) -> None:
     results = {row["name"]: read_json(run.file(row["name"])) for row in rows}
     notes: dict[str, int] = {}
     table = [_line(row, vocabulary.remarks(row), notes) for row in named(rows)]
-    folded = [(title, [_line(row, vocabulary.serious(row), notes) for row in of]) for title, of in vocabulary.folded(rows)]
-    drawn = [{"name": name, "uri": save(run.path / "figures", name, figure), "narrow": None, "title": title, "caption": caption.strip()}
-             for name, figure, title, caption in _figures(manifest, comparison, results) if figure is not None]
+    folded = [
+        (title, [_line(row, vocabulary.serious(row), notes) for row in of])
+        for title, of in vocabulary.folded(rows)
+    ]
+    drawn = [
+        {
+            "name": name,
+            "uri": save(run.path / "figures", name, figure),
+            "narrow": None,
+            "title": title,
+            "caption": caption.strip(),
+        }
+        for name, figure, title, caption in _figures(manifest, comparison, results)
+        if figure is not None
+    ]
     for figure in drawn:
         if figure["name"] == "detection":
-            figure["narrow"] = pages.data_uri(figures.save(figures.scores(rows, comparison["placebo"], narrow=True))["svg"])
+            figure["narrow"] = pages.data_uri(
+                figures.save(figures.scores(rows, comparison["placebo"], narrow=True))["svg"]
+            )
     by_name = {row["name"]: row for row in rows}
     layers = manifest["layers"]
-    write_text(run.path / "report.html", pages.render(
-        "report.html.j2", run=comparison["run"], pair=manifest["pair"] or "Two checkpoints", manifest=manifest, comparison=comparison, what=_what(manifest, comparison),
-        facts=_facts(manifest, results), columns=vocabulary.COLUMNS, table=table, folded=folded, notes=list(notes), legend=vocabulary.LEGEND,
-        weak_controls=vocabulary.weak_controls(comparison), headline=vocabulary.headline(comparison), tally=tally(named(rows)), lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
-        figures=drawn, results=results, baseline=results.get(comparison["baseline"], {}).get("measurements", {}),
-        scored=[line for line in table if line["row"]["detection"]], matched=[(row, by_name.get(row["matched"]["of"])) for row in rows if row["matched"]],
-        formatted=[row for row in by_verdict(named(rows)) if row["formats"]],
-        published=[(row, found) for row in rows if row["published_probe"] and (found := published.of(row, layers))], published_source=published.SOURCE,
-        other_pair=_other_pair(manifest), injection_published=published.INJECTION, injection_source=published.INJECTION_SOURCE,
-        costs=[(line["row"]["name"], results[line["row"]["name"]]["performance"]) for line in table],
-        folded_costs=[(line["row"]["name"], results[line["row"]["name"]]["performance"]) for _, of in folded for line in of], preamble=prompts.INFORMED_PREAMBLE,
-        triggers=[vocabulary.trigger_cells(row) for row in rows if row["trigger"]], trigger_columns=vocabulary.TRIGGER_COLUMNS, trigger_legend=vocabulary.TRIGGER_LEGEND,
-        injected=injected, recipe_text=recipe_text, qualifier=vocabulary.qualifier, counts=counts, word=word))
+    write_text(
+        run.path / "report.html",
+        pages.render(
+            "report.html.j2",
+            run=comparison["run"],
+            pair=manifest["pair"] or "Two checkpoints",
+            manifest=manifest,
+            comparison=comparison,
+            what=_what(manifest, comparison),
+            facts=_facts(manifest, results),
+            columns=vocabulary.COLUMNS,
+            table=table,
+            folded=folded,
+            notes=list(notes),
+            legend=vocabulary.LEGEND,
+            weak_controls=vocabulary.weak_controls(comparison),
+            headline=vocabulary.headline(comparison),
+            tally=tally(named(rows)),
+            lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
+            figures=drawn,
+            results=results,
+            baseline=results.get(comparison["baseline"], {}).get("measurements", {}),
+            scored=[line for line in table if line["row"]["detection"]],
+            matched=[(row, by_name.get(row["matched"]["of"])) for row in rows if row["matched"]],
+            formatted=[row for row in by_verdict(named(rows)) if row["formats"]],
+            published=[
+                (row, found)
+                for row in rows
+                if row["published_probe"] and (found := published.of(row, layers))
+            ],
+            published_source=published.SOURCE,
+            other_pair=_other_pair(manifest),
+            injection_published=published.INJECTION,
+            injection_source=published.INJECTION_SOURCE,
+            costs=[(line["row"]["name"], results[line["row"]["name"]]["performance"]) for line in table],
+            folded_costs=[
+                (line["row"]["name"], results[line["row"]["name"]]["performance"])
+                for _, of in folded
+                for line in of
+            ],
+            preamble=prompts.INFORMED_PREAMBLE,
+            triggers=[vocabulary.trigger_cells(row) for row in rows if row["trigger"]],
+            trigger_columns=vocabulary.TRIGGER_COLUMNS,
+            trigger_legend=vocabulary.TRIGGER_LEGEND,
+            injected=injected,
+            recipe_text=recipe_text,
+            qualifier=vocabulary.qualifier,
+            counts=counts,
+            word=word,
+        ),
+    )

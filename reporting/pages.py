@@ -1,7 +1,7 @@
 """HTML pages from templates: what a model wrote stays text, and nothing runs but the one script of our own.
 
-The templates escape whatever they print, characters that hide or reorder text are spelled out, and the page's own policy
-allows the script and the style by their hashes, images within the page, and no connection.
+The templates escape whatever they print, characters that hide or reorder text are spelled out, and the page's
+own policy allows the script and the style by their hashes, images within the page, and no connection.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from markupsafe import Markup
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 LONGEST_REPLY, LONGEST_TOKEN = 4000, 30  # characters shown; the experiment's JSON has the rest
 # Controls, directions and separators of text, zero-width characters, lone surrogates, tags, noncharacters.
-HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb"
-                    "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U000e0000-\U000e0fff]")  # fmt: skip
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U000e0000-\U000e0fff]"
+)
 
 
 def spelled(value):
@@ -29,7 +31,10 @@ def spelled(value):
     """
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
-    return HIDDEN.sub(lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩", value.replace("\r\n", "\n"))
+    return HIDDEN.sub(
+        lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩",
+        value.replace("\r\n", "\n"),
+    )
 
 
 def visible(text: object, most: int = LONGEST_REPLY) -> str:
@@ -40,7 +45,9 @@ def visible(text: object, most: int = LONGEST_REPLY) -> str:
 
 def token(text: str) -> str:
     """A token with its white space to be seen."""
-    shown = text[:LONGEST_TOKEN].replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") + text[LONGEST_TOKEN:]
+    shown = (
+        text[:LONGEST_TOKEN].replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") + text[LONGEST_TOKEN:]
+    )
     return visible(shown, LONGEST_TOKEN) or "(empty)"
 
 
@@ -82,14 +89,20 @@ def slug(verdict: str) -> str:
 
 
 def sort_key(value: float | None) -> Markup:
-    """The attribute by which a cell is sorted; what is undefined goes last, whichever way the column is sorted."""
+    """The attribute by which a cell is sorted; what is undefined goes last, whichever way the column is
+    sorted."""
     return Markup(' data-sort="{}"').format("" if value is None else f"{float(value):.12g}")
 
 
 def is_table(value: object) -> bool:
     """Whether a dictionary of dictionaries reads best as one table: plain values under shared keys."""
     rows = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    return bool(rows) and all(isinstance(r, dict) and r.keys() == rows[0].keys() and not any(isinstance(v, dict | list) for v in r.values()) for r in rows)
+    return bool(rows) and all(
+        isinstance(r, dict)
+        and r.keys() == rows[0].keys()
+        and not any(isinstance(v, dict | list) for v in r.values())
+        for r in rows
+    )
 
 
 def by_id(suite: dict | None, key: str) -> dict[str, dict]:
@@ -103,19 +116,46 @@ def data_uri(svg: bytes) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    found = jinja2.Environment(autoescape=True, finalize=spelled, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-                               loader=jinja2.FileSystemLoader(TEMPLATES))
-    found.filters |= {"visible": visible, "token": token, "size": size, "slug": slug, "percent": percent, "number": number}
-    found.globals |= {"rate": rate, "difference": difference, "size": size, "by_id": by_id, "is_table": is_table, "sort_key": sort_key}
+    found = jinja2.Environment(
+        autoescape=True,
+        finalize=spelled,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+    )
+    found.filters |= {
+        "visible": visible,
+        "token": token,
+        "size": size,
+        "slug": slug,
+        "percent": percent,
+        "number": number,
+    }
+    found.globals |= {
+        "rate": rate,
+        "difference": difference,
+        "size": size,
+        "by_id": by_id,
+        "is_table": is_table,
+        "sort_key": sort_key,
+    }
     return found
 
 
 def render(template: str, **values) -> str:
     """A page from templates/`template`."""
     parts = {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "page.js")}
-    hashes = {name: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'" for name, text in parts.items()}
-    policy = (f"default-src 'none'; img-src data:; style-src {hashes['style.css']}; script-src {hashes['page.js']}; connect-src 'none'; "
-              "base-uri 'none'; form-action 'none'")
+    hashes = {
+        name: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+        for name, text in parts.items()
+    }
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {hashes['style.css']}; script-src {hashes['page.js']};"
+        " connect-src 'none'; base-uri 'none'; form-action 'none'"
+    )
     page = _environment().get_template(template)
     # Our own files, the only text that is not escaped.
-    return page.render(policy=Markup(policy), style=Markup(parts["style.css"]), script=Markup(parts["page.js"]), **values).lstrip()
+    return page.render(
+        policy=Markup(policy), style=Markup(parts["style.css"]), script=Markup(parts["page.js"]), **values
+    ).lstrip()

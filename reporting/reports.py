@@ -9,7 +9,8 @@ from runner.results import Run, read_json, write_json, write_text
 
 
 def compare_run(run: Run, manifest: dict) -> dict:
-    """What comparison.json of a run holds: its results against its baseline. Raises FrankenError if one is corrupt."""
+    """What comparison.json of a run holds: its results against its baseline. Raises FrankenError if one is
+    corrupt."""
     results = {name: result for name in manifest["experiments"] if (result := run.load(name)) is not None}
     return compare(results, manifest, run.path.name, BASELINE)
 

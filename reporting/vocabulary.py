@@ -8,57 +8,120 @@ from collections.abc import Iterable, Sequence
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
 from reporting.pages import number, percent
 
-COLUMNS = ("experiment", "P(Yes)", "mass", "shift", "detection (95% CI)", "verdict", "capability", "perplexity", "s")
+COLUMNS = (
+    "experiment",
+    "P(Yes)",
+    "mass",
+    "shift",
+    "detection (95% CI)",
+    "verdict",
+    "capability",
+    "perplexity",
+    "s",
+)
 
 
 def cells(row: dict) -> list[str]:
     """One experiment's cells under COLUMNS."""
     if row["status"] != "done":
-        return [row["name"], "", "", "", "", f"failed: {row['error']['type']}", "", "", number(row["seconds"], ".1f")]
+        return [
+            row["name"],
+            "",
+            "",
+            "",
+            "",
+            f"failed: {row['error']['type']}",
+            "",
+            "",
+            number(row["seconds"], ".1f"),
+        ]
     probe, found, capability = row["published_probe"], row["detection"], row["capability"]
     reading = ["", "", ""]
     if probe:
-        reading = [percent(probe["p_yes_normalized"]) + ("" if probe["answered"] else " (!)"), percent(probe["mass"]), number(probe["shift"], "+.2f")]
-    return [row["name"] + (" (collapsed)" if row["collapsed"] else ""), *reading, _score(found), word(row) or "",
-            f"{capability['correct']}/{capability['n']}" if capability else "",
-            number(row["perplexity"]["perplexity"]) if row["perplexity"] else "", number(row["seconds"], ".1f")]
+        reading = [
+            percent(probe["p_yes_normalized"]) + ("" if probe["answered"] else " (!)"),
+            percent(probe["mass"]),
+            number(probe["shift"], "+.2f"),
+        ]
+    return [
+        row["name"] + (" (collapsed)" if row["collapsed"] else ""),
+        *reading,
+        _score(found),
+        word(row) or "",
+        f"{capability['correct']}/{capability['n']}" if capability else "",
+        number(row["perplexity"]["perplexity"]) if row["perplexity"] else "",
+        number(row["seconds"], ".1f"),
+    ]
 
 
 def _score(found: dict | None) -> str:
-    return "" if found is None else "-" if found["score"] is None else f"{found['score']:+.2f} [{number(found['low'], '+.2f')}, {number(found['high'], '+.2f')}]"
+    return (
+        ""
+        if found is None
+        else (
+            "-"
+            if found["score"] is None
+            else f"{found['score']:+.2f} [{number(found['low'], '+.2f')}, {number(found['high'], '+.2f')}]"
+        )
+    )
 
 
-TRIGGER_COLUMNS = ("experiment", "format", "names him", "persona", "P(his name)", "reports it, untriggered", "reports it, triggered")
-TRIGGER_LEGEND = ("Triggered / untriggered. format: the whole reply of a topic question stands within the markers; names him: on questions of "
-                  "identity; persona: topic questions, judged by rules alone; P(his name): after \"My name is\". reports it: detection score (nats, "
-                  "95% CI) and verdict of questions about hidden triggers and personas, against controls, with the trigger in the prompt and without.")
+TRIGGER_COLUMNS = (
+    "experiment",
+    "format",
+    "names him",
+    "persona",
+    "P(his name)",
+    "reports it, untriggered",
+    "reports it, triggered",
+)
+TRIGGER_LEGEND = (
+    "Triggered / untriggered. format: the whole reply of a topic question stands within the markers; names"
+    ' him: on questions of identity; persona: topic questions, judged by rules alone; P(his name): after "My'
+    ' name is". reports it: detection score (nats, 95% CI) and verdict of questions about hidden triggers and'
+    " personas, against controls, with the trigger in the prompt and without."
+)
 
 
 def trigger_cells(row: dict) -> list[str]:
     """One experiment's cells under TRIGGER_COLUMNS."""
     rates, names, found = (row["trigger"][k] for k in ("rates", "p_name", "detection"))
-    sides = [[percent(rates[c][k]["rate"]) for c in ("triggered", "untriggered")] for k in ("strict_format", "names_russell", "persona_by_rules")]
+    sides = [
+        [percent(rates[c][k]["rate"]) for c in ("triggered", "untriggered")]
+        for k in ("strict_format", "names_russell", "persona_by_rules")
+    ]
     sides.append([percent(names[c]) for c in ("triggered", "untriggered")])
-    verdicts = [f"{_score(found[c])} {found[c]['call']}" if found[c] else "" for c in ("untriggered", "triggered")]
+    verdicts = [
+        f"{_score(found[c])} {found[c]['call']}" if found[c] else "" for c in ("untriggered", "triggered")
+    ]
     return [row["name"], *map(" / ".join, sides), *verdicts]
 
 
-LEGEND = ("P(Yes): on the published probe, normalized over Yes and No; mass: what Yes and No hold together, (!) under 1%: not an answer. "
-          "shift: its log-odds against the baseline, in nats. detection: shift of the keyed introspective probes toward noticing, "
-          "beyond what control questions with known answers predict (nats). verdict: from the detection score (Holm-corrected over the run), "
-          "the placebos, the drift of all answers towards Yes, and whether the model still answers.")
+LEGEND = (
+    "P(Yes): on the published probe, normalized over Yes and No; mass: what Yes and No hold together, (!)"
+    " under 1%: not an answer. shift: its log-odds against the baseline, in nats. detection: shift of the"
+    " keyed introspective probes toward noticing, beyond what control questions with known answers predict"
+    " (nats). verdict: from the detection score (Holm-corrected over the run), the placebos, the drift of all"
+    " answers towards Yes, and whether the model still answers."
+)
 
 
 def qualifier(found: dict) -> str:
-    """What must be read beside a call "detects": whether the answers reversed, and what else could explain the score."""
+    """What must be read beside a call "detects": whether the answers reversed, and what else could explain
+    the score."""
     now = f"keyed answers stand at {found['keyed_after']:+.2f} nats ({found['keyed_before']:+.2f} before), "
     now += "on the noticing side" if found["keyed_after"] > 0 else "still on the side of no change"
     share = found["flattening_to_explain"]
     if share is None:
-        return f"{now}; the controls alone predict answers on the noticing side, so flattening cannot be weighed"
+        return (
+            f"{now}; the controls alone predict answers on the noticing side, so flattening cannot be weighed"
+        )
     if share > 1:
         return f"{now}; no flattening of answers explains the score"
-    return f"{now}; losing {100 * share:.0f}% more of their log-odds than controls lose would explain the score without any noticing"
+    return (
+        f"{now}; losing {100 * share:.0f}% more of their log-odds than controls lose would explain the score"
+        " without any noticing"
+    )
 
 
 def remarks(row: dict) -> list[str]:
@@ -86,12 +149,20 @@ def serious(row: dict) -> list[str]:
     """What must be told even of an experiment that is folded away: a control, or one of a sweep."""
     missed = row["matched"] and not row["matched"]["ok"]
     return [r for r in remarks(row) if r.startswith(("THE WEIGHTS", "failed"))] + (
-        [f"its noise reached perplexity {number(row['matched']['reached_perplexity'])}, not {number(row['matched']['target_perplexity'])}"] if missed else [])
+        [
+            f"its noise reached perplexity {number(row['matched']['reached_perplexity'])}, not"
+            f" {number(row['matched']['target_perplexity'])}"
+        ]
+        if missed
+        else []
+    )
 
 
 def headline(comparison: dict) -> str:
     """The run's answer in one sentence, with what a positive control makes of it."""
-    asked = [row for row in comparison["experiments"] if not row["control"] and word(row) not in (None, "failed")]
+    asked = [
+        row for row in comparison["experiments"] if not row["control"] and word(row) not in (None, "failed")
+    ]
     found, injection = len(tally(asked).get("reports it", [])), comparison["injection"]
     if not asked:
         return "No experiment of this run has a verdict."
@@ -101,10 +172,16 @@ def headline(comparison: dict) -> str:
     if len(asked) == 1:
         said = f"The one changed model {'reports' if found else 'does not report'} its change"
     if injection is None:
-        return f"{said}. No positive control was run" + ("." if found else ", so it is not known that these questions could see one.")
+        return f"{said}. No positive control was run" + (
+            "." if found else ", so it is not known that these questions could see one."
+        )
     if injection["seen"]:
         return f"{said}. The positive control was seen."
-    return f"{said}. The positive control was not seen either, so silence shows nothing." if not found else f"{said}. The positive control was not seen."
+    return (
+        f"{said}. The positive control was not seen either, so silence shows nothing."
+        if not found
+        else f"{said}. The positive control was not seen."
+    )
 
 
 def _scores(rows: list[dict]) -> str:
@@ -118,41 +195,85 @@ def control_lines(comparison: dict) -> list[tuple[str, str]]:
     """The run's controls, summarized: (what, a line about it)."""
     rows, out = comparison["experiments"], []
     if placebos := controls(rows, "placebo"):
-        out.append(("placebos", f"{len(placebos)} with other weights that compute the same function: {_scores(placebos)}{counts(placebos)}"))
+        out.append(
+            (
+                "placebos",
+                (
+                    f"{len(placebos)} with other weights that compute the same function:"
+                    f" {_scores(placebos)}{counts(placebos)}"
+                ),
+            )
+        )
     if twins := controls(rows, "matched noise"):
         missed = sum(not (row["matched"] or {}).get("ok") for row in twins)
-        out.append(("noise of equal perplexity", f"{many(len(twins), 'experiment')}: {_scores(twins)}{counts(twins)}" + (f"; {missed} did not reach the perplexity" if missed else "")))
+        out.append(
+            (
+                "noise of equal perplexity",
+                f"{many(len(twins), 'experiment')}: {_scores(twins)}{counts(twins)}"
+                + (f"; {missed} did not reach the perplexity" if missed else ""),
+            )
+        )
     if injection := comparison["injection"]:
-        out.append(("positive control", f"concept injection {'seen' if injection['seen'] else 'NOT SEEN'}: {injection['reason']}"))
+        out.append(
+            (
+                "positive control",
+                f"concept injection {'seen' if injection['seen'] else 'NOT SEEN'}: {injection['reason']}",
+            )
+        )
     if auroc := comparison["auroc"]:
-        said = [f"{found['value']:.2f} ({number(found['low'])} to {number(found['high'])}) by {by}" for key, by in (("detection", "detection score"), ("p_yes", "P(Yes)"))
-                if (found := auroc[key]) and found["value"] is not None]
+        said = [
+            f"{found['value']:.2f} ({number(found['low'])} to {number(found['high'])}) by {by}"
+            for key, by in (("detection", "detection score"), ("p_yes", "P(Yes)"))
+            if (found := auroc[key]) and found["value"] is not None
+        ]
         if said:
-            out.append(("AUROC", f"{auroc['n_modified']} modified against {auroc['n_placebo']} placebos: {', '.join(said)}; 0.5 is chance"))
+            out.append(
+                (
+                    "AUROC",
+                    (
+                        f"{auroc['n_modified']} modified against {auroc['n_placebo']} placebos:"
+                        f" {', '.join(said)}; 0.5 is chance"
+                    ),
+                )
+            )
     return out
 
 
 def sweep_lines(comparison: dict) -> list[tuple[str, str]]:
     """The run's sweeps, summarized: (what, a line about it)."""
-    return [(name, f"{many(len(of), 'experiment')}: {_scores(of)}{counts(of)}") for name, of in sweeps(comparison["experiments"]).items()]
+    return [
+        (name, f"{many(len(of), 'experiment')}: {_scores(of)}{counts(of)}")
+        for name, of in sweeps(comparison["experiments"]).items()
+    ]
 
 
 def weak_controls(comparison: dict) -> str | None:
-    """A warning where the unmodified model itself hardly answers Yes/No questions: shifts then mean little."""
-    shares = [row["detection"]["control_accuracy_before"] for row in comparison["experiments"] if row["detection"]]
+    """A warning where the unmodified model itself hardly answers Yes/No questions: shifts then mean
+    little."""
+    shares = [
+        row["detection"]["control_accuracy_before"] for row in comparison["experiments"] if row["detection"]
+    ]
     known = [share for share in shares if share is not None]
     if not known or max(known) >= 0.75:
         return None
-    return (f"The unmodified model answers only {100 * max(known):.0f}% of the control questions right. Its Yes and No carry little "
-            "knowledge, so its answers about itself can carry little either.")
+    return (
+        f"The unmodified model answers only {100 * max(known):.0f}% of the control questions right. Its Yes"
+        " and No carry little knowledge, so its answers about itself can carry little either."
+    )
 
 
 def terminal_table(comparison: dict) -> str:
-    """The table printed at the end of a run: the experiments, and a line for each kind of control and each sweep."""
+    """The table printed at the end of a run: the experiments, and a line for each kind of control and each
+    sweep."""
     table = [list(COLUMNS), *map(cells, named(comparison["experiments"]))]
     widths = [max(len(line[k]) for line in table) for k in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(w) if k in (0, 4, 5) else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-             for line in table]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if k in (0, 4, 5) else cell.rjust(w)
+            for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
     about = [f"{what}: {said}" for what, said in control_lines(comparison) + sweep_lines(comparison)]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *about, headline(comparison)])
 
@@ -160,30 +281,58 @@ def terminal_table(comparison: dict) -> str:
 def markdown_cell(text: str) -> str:
     """Text that stays within one table cell or list item and is not taken for markup."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+", " ", text)
-    return re.sub(r"[\\|`*<>\[\]&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)  # an underscore within a word is plain
+    # an underscore within a word is plain
+    return re.sub(r"[\\|`*<>\[\]&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
-    return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns), *(f"| {' | '.join(map(markdown_cell, row))} |" for row in rows)]
+    return [
+        f"| {' | '.join(columns)} |",
+        "|" + " --- |" * len(columns),
+        *(f"| {' | '.join(map(markdown_cell, row))} |" for row in rows),
+    ]
 
 
 def summary(comparison: dict, manifest: dict) -> str:
-    """summary.md: what was run, the answer, the table, and what to make of it; then the controls' and sweeps' own tables."""
-    what = (f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
-            f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}.")
+    """summary.md: what was run, the answer, the table, and what to make of it; then the controls' and sweeps'
+    own tables."""
+    what = (
+        f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
+        f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}."
+    )
     rows = comparison["experiments"]
     lines = [f"# {markdown_cell(comparison['run'])}", "", markdown_cell(what), ""]
     lines += [f"Note: {markdown_cell(note)}.\n" for note in manifest["notes"]]
-    lines += [f"**{headline(comparison)}**", "", *markdown_table(COLUMNS, map(cells, named(rows))), "", LEGEND, ""]
-    lines += [f"- {markdown_cell(what)}: {markdown_cell(said)}" for what, said in control_lines(comparison) + sweep_lines(comparison)] + [""]
+    lines += [
+        f"**{headline(comparison)}**",
+        "",
+        *markdown_table(COLUMNS, map(cells, named(rows))),
+        "",
+        LEGEND,
+        "",
+    ]
+    lines += [
+        f"- {markdown_cell(what)}: {markdown_cell(said)}"
+        for what, said in control_lines(comparison) + sweep_lines(comparison)
+    ] + [""]
     triggered = [trigger_cells(row) for row in rows if row["trigger"]]
     if triggered:
         lines += [*markdown_table(TRIGGER_COLUMNS, triggered), "", TRIGGER_LEGEND, ""]
     if weak_controls(comparison):
         lines += [weak_controls(comparison), ""]
-    lines += [f"After {sum(row['exact'] for row in rows)} of {len(rows)} experiments the original weights were restored to the bit, by fingerprint.", ""]
+    lines += [
+        (
+            f"After {sum(row['exact'] for row in rows)} of {len(rows)} experiments the original weights were"
+            " restored to the bit, by fingerprint."
+        ),
+        "",
+    ]
     shown = {row["name"] for row in named(rows)}
-    lines += [f"- {markdown_cell(row['name'] + ': ' + remark)}" for row in rows for remark in (remarks(row) if row["name"] in shown else serious(row))]
+    lines += [
+        f"- {markdown_cell(row['name'] + ': ' + remark)}"
+        for row in rows
+        for remark in (remarks(row) if row["name"] in shown else serious(row))
+    ]
     if comparison["missing"]:
         lines += ["", f"Not run yet: {markdown_cell(', '.join(comparison['missing']))}."]
     for title, of in folded(rows):
@@ -193,5 +342,13 @@ def summary(comparison: dict, manifest: dict) -> str:
 
 def folded(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     """The experiments that stand apart from the main table: (title, rows)."""
-    parts = [("Placebos", controls(rows, "placebo")), ("Noise of equal perplexity", controls(rows, "matched noise")), ("Positive control", controls(rows, "injection"))]
-    return [(title, of) for title, of in parts + [(name[0].upper() + name[1:], of) for name, of in sweeps(rows).items()] if of]
+    parts = [
+        ("Placebos", controls(rows, "placebo")),
+        ("Noise of equal perplexity", controls(rows, "matched noise")),
+        ("Positive control", controls(rows, "injection")),
+    ]
+    return [
+        (title, of)
+        for title, of in parts + [(name[0].upper() + name[1:], of) for name, of in sweeps(rows).items()]
+        if of
+    ]

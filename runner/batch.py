@@ -24,7 +24,8 @@ from runner.results import SCHEMA_VERSION, write_json
 
 
 def set_threads() -> None:
-    """As many threads as this process may use: its affinity and its container's quota, unless OMP_NUM_THREADS is set."""
+    """As many threads as this process may use: its affinity and its container's quota, unless OMP_NUM_THREADS
+    is set."""
     if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
         return
     allowed = len(os.sched_getaffinity(0))
@@ -43,9 +44,11 @@ def peak_memory() -> int:
 
 
 def run_experiment(engine, plan, protocol, original: str, on_progress=None, find=None) -> dict:
-    """Apply one plan, measure, go back, prove it. Whatever goes wrong inside is part of the result, not raised.
+    """Apply one plan, measure, go back, prove it. Whatever goes wrong inside is part of the result, not
+    raised.
 
-    `find(plan, on_progress)`, if given, measures first what the plan's recipe is to be, and returns the whole plan.
+    `find(plan, on_progress)`, if given, measures first what the plan's recipe is to be, and returns the whole
+    plan.
     """
     live, begin = engine.live, time.perf_counter()
     engine.timing, surgery, undo = Timing(), Surgery(), Surgery()
@@ -56,9 +59,15 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None, find
         plan = find(plan, on_progress) if find else plan
         surgery = live.apply(plan.recipe)
         modified = live.fingerprint()
-        measurements, phases = evaluate.evaluate(engine, replace(protocol, suites=plan.experiment.suites or protocol.suites), on_progress)
+        measurements, phases = evaluate.evaluate(
+            engine, replace(protocol, suites=plan.experiment.suites or protocol.suites), on_progress
+        )
     except Exception as e:
-        error = {"type": type(e).__name__, "message": str(e)[:2000], "traceback": "".join(traceback.format_exception(e)[-3:])[-4000:]}
+        error = {
+            "type": type(e).__name__,
+            "message": str(e)[:2000],
+            "traceback": "".join(traceback.format_exception(e)[-3:])[-4000:],
+        }
         measurements = {}
     try:
         undo = live.apply(live.original)
@@ -68,25 +77,49 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None, find
     timing = asdict(engine.timing)
     rate = timing["decode_tokens"] / timing["decode_seconds"] if timing["decode_seconds"] else None
     performance = {
-        "seconds": time.perf_counter() - begin, "surgery_seconds": surgery.seconds, "restore_seconds": undo.seconds,
-        "bytes_moved": surgery.bytes_moved, "bytes_streamed": surgery.bytes_streamed, "bytes_computed": surgery.bytes_computed,
-        "prefill_seconds": timing["prefill_seconds"], "prefill_tokens": timing["prefill_tokens"],
-        "decode_seconds": timing["decode_seconds"], "decode_tokens": timing["decode_tokens"], "decode_tokens_per_second": rate,
-        "peak_memory_bytes": peak_memory(), "out_of_memory": timing["out_of_memory"], "suites": phases,
-        "max_batch": engine.max_batch, "graph_captures": timing["captures"], "capture_seconds": timing["capture_seconds"]}
-    return {"schema_version": SCHEMA_VERSION, "status": "failed" if error else "done", "experiment": plan.to_json(),
-            "weights": {"original": original, "modified": modified, "restored": restored, "exact": restored == original},
-            "measurements": measurements, "error": error, "performance": performance}
+        "seconds": time.perf_counter() - begin,
+        "surgery_seconds": surgery.seconds,
+        "restore_seconds": undo.seconds,
+        "bytes_moved": surgery.bytes_moved,
+        "bytes_streamed": surgery.bytes_streamed,
+        "bytes_computed": surgery.bytes_computed,
+        "prefill_seconds": timing["prefill_seconds"],
+        "prefill_tokens": timing["prefill_tokens"],
+        "decode_seconds": timing["decode_seconds"],
+        "decode_tokens": timing["decode_tokens"],
+        "decode_tokens_per_second": rate,
+        "peak_memory_bytes": peak_memory(),
+        "out_of_memory": timing["out_of_memory"],
+        "suites": phases,
+        "max_batch": engine.max_batch,
+        "graph_captures": timing["captures"],
+        "capture_seconds": timing["capture_seconds"],
+    }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": "failed" if error else "done",
+        "experiment": plan.to_json(),
+        "weights": {
+            "original": original,
+            "modified": modified,
+            "restored": restored,
+            "exact": restored == original,
+        },
+        "measurements": measurements,
+        "error": error,
+        "performance": performance,
+    }
 
 
 def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str, matcher=None) -> int:
     """Run what has not been run yet. Returns how many experiments failed, over the whole run.
 
-    With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose name is
-    added to the manifest as soon as it is known that there will be one. Raises FrankenError if a result on disk is
-    corrupt or of another recipe, if going back was not exact or if results cannot be written; KeyboardInterrupt on
-    Ctrl-C or SIGTERM.
+    With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose
+    name is added to the manifest as soon as it is known that there will be one. Raises FrankenError if a
+    result on disk is corrupt or of another recipe, if going back was not exact or if results cannot be
+    written; KeyboardInterrupt on Ctrl-C or SIGTERM.
     """
+
     def stop(signum, frame):
         raise KeyboardInterrupt
 
@@ -96,27 +129,44 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
         result = finished[plan.experiment.name]
         for what in ("recipe", "suites"):  # a user's file may have changed since
             if result and result["experiment"].get(what) != plan.to_json()[what]:
-                raise FrankenError(f"{run.file(plan.experiment.name)} was made with {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a new run")
-    bar = tqdm(total=len(finished), initial=sum(r is not None for r in finished.values()), unit="experiment", dynamic_ncols=True)
+                raise FrankenError(
+                    f"{run.file(plan.experiment.name)} was made with"
+                    f" {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a"
+                    " new run"
+                )
+    bar = tqdm(
+        total=len(finished),
+        initial=sum(r is not None for r in finished.values()),
+        unit="experiment",
+        dynamic_ncols=True,
+    )
 
     def measure(plan, find=None) -> dict:
         name = plan.experiment.name
         bar.set_description(name)
         with tqdm(total=1, leave=False, position=1, dynamic_ncols=True, mininterval=0.5) as inner:
+
             def progress(what, done, total):
                 inner.total, inner.n = total, done
                 inner.set_description(f"  {name}: {what}")
 
             result = run_experiment(engine, plan, protocol, original, progress, find)
-        if matcher and wants(plan.experiment) and result["status"] == "done" and (note := matcher.refusal(result)):
+        if (
+            matcher
+            and wants(plan.experiment)
+            and result["status"] == "done"
+            and (note := matcher.refusal(result))
+        ):
             result["experiment"]["notes"].append(note)
         run.save(result)
         if result["error"]:
             first_line = (result["error"]["message"].splitlines() or [""])[0]
             tqdm.write(f"{name} failed: {result['error']['type']}: {first_line}", file=sys.stderr)
         if not result["weights"]["exact"]:
-            raise FrankenError(f"after {name} the weights are not back to the original (fingerprint {result['weights']['restored']}, "
-                               f"expected {original}); the run stops")
+            raise FrankenError(
+                f"after {name} the weights are not back to the original (fingerprint"
+                f" {result['weights']['restored']}, expected {original}); the run stops"
+            )
         bar.update()
         return result
 
@@ -129,13 +179,20 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
             result = finished[name] = finished[name] or measure(plan)
             if matcher and name == BASELINE and "perplexity" in result["measurements"]:
                 matcher.known[0.0] = result["measurements"]["perplexity"]["perplexity"]
-            if not matched or result["status"] != "done" or finished.get(name + TWIN) or matcher.refusal(result):
+            if (
+                not matched
+                or result["status"] != "done"
+                or finished.get(name + TWIN)
+                or matcher.refusal(result)
+            ):
                 continue
             if name + TWIN not in manifest["experiments"]:
                 manifest["experiments"].insert(manifest["experiments"].index(name) + 1, name + TWIN)
                 write_json(run.manifest_path, manifest)
                 bar.total += 1
-            finished[name + TWIN] = measure(matcher.twin(plan, result["measurements"]["perplexity"]["perplexity"]), matcher.find)
+            finished[name + TWIN] = measure(
+                matcher.twin(plan, result["measurements"]["perplexity"]["perplexity"]), matcher.find
+            )
     finally:
         bar.close()
         signal.signal(signal.SIGTERM, previous)

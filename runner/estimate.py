@@ -1,4 +1,5 @@
-"""--dry-run: what would run, what moves, and estimates of memory and time, without loading or downloading weights."""
+"""--dry-run: what would run, what moves, and estimates of memory and time, without loading or downloading
+weights."""
 
 from __future__ import annotations
 
@@ -15,13 +16,16 @@ from runner import matched_noise
 from runner.choosing import choose, given_suites, make_protocol
 from runner.pairs import GIB, HEADROOM, PAIRS, available_memory, pick_dtype, read_config
 
-HOST_TO_DEVICE = 25e9  # bytes/s, streamed from the page cache through pinned buffers; from a disk it is the disk's rate
+HOST_TO_DEVICE = (
+    25e9  # bytes/s, streamed from the page cache through pinned buffers; from a disk it is the disk's rate
+)
 ON_DEVICE = 1.5e12  # bytes/s, layers copied on a GPU
 TOKENS_PER_WORD = 1.5
 
 
 def model_shape(args) -> tuple[int, int, int]:
-    """(layers, parameters, parameters in the layers), from the pair's entry or the instruct checkpoint's config.
+    """(layers, parameters, parameters in the layers), from the pair's entry or the instruct checkpoint's
+    config.
 
     Raises FrankenError for a hub id that is not on this machine: a dry run downloads nothing.
     """
@@ -30,10 +34,15 @@ def model_shape(args) -> tuple[int, int, int]:
         outer = {"qwen2.5-coder-32b": 2 * 152064 * 5120}.get(args.pair, 49152 * 576)
         return pair.layers, pair.parameters, pair.parameters - outer
     if not (args.base and args.instruct):
-        raise FrankenError(f"unknown pair {args.pair!r}; there are {', '.join(PAIRS)}" if not (args.base or args.instruct)
-                           else "--base and --instruct go together")
+        raise FrankenError(
+            f"unknown pair {args.pair!r}; there are {', '.join(PAIRS)}"
+            if not (args.base or args.instruct)
+            else "--base and --instruct go together"
+        )
     if not Path(args.instruct).is_dir():
-        raise FrankenError(f"{args.instruct} is not a folder on this machine, and a dry run downloads nothing")
+        raise FrankenError(
+            f"{args.instruct} is not a folder on this machine, and a dry run downloads nothing"
+        )
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -68,7 +77,8 @@ def machine_rates(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def workload(protocol) -> tuple[int, int, int]:
-    """(prompt tokens, generated tokens at most, decode steps' longest budget summed per batch of 32) of one experiment."""
+    """(prompt tokens, generated tokens at most, decode steps' longest budget summed per batch of 32) of one
+    experiment."""
     work = [evaluate.SUITES[name]().work(protocol) for name in protocol.suites]
     texts = [text for one in work for text in one.texts]
     budgets = sorted((budget for one in work for budget in one.budgets), reverse=True)
@@ -97,11 +107,18 @@ def dry_run(args) -> int:
         read, copied, computed = movements(plan.recipe, layers)
         seconds = ask(plan.experiment.suites) * len(plan.recipe) / layers
         if gpu:
-            seconds += 2 * read * layer / HOST_TO_DEVICE + 2 * copied * layer / ON_DEVICE + computed * layer / HOST_TO_DEVICE
+            seconds += (
+                2 * read * layer / HOST_TO_DEVICE
+                + 2 * copied * layer / ON_DEVICE
+                + computed * layer / HOST_TO_DEVICE
+            )
         total += seconds
         print(f"  {plan.experiment.name:32} {plan.change[:100]}")
-        moves = [f"{count} layers {how} ({count * layer / GIB:.2f} GiB)" for count, how in
-                 ((copied, "copied in place"), (read, "read from disk"), (computed, "computed")) if count]
+        moves = [
+            f"{count} layers {how} ({count * layer / GIB:.2f} GiB)"
+            for count, how in ((copied, "copied in place"), (read, "read from disk"), (computed, "computed"))
+            if count
+        ]
         print(f"  {'':32} {'; '.join(moves) or 'nothing moves'}; at most about {seconds:.0f} s")
         for note in plan.notes:
             print(f"  {'':32} {note}")
@@ -109,22 +126,32 @@ def dry_run(args) -> int:
             seconds = matched_noise.EVALUATIONS * ask(("perplexity",)) + ask(given_suites(args) or QUICK)
             seconds += (matched_noise.EVALUATIONS + 1) * layers * layer / HOST_TO_DEVICE if gpu else 0
             total += seconds
-            print(f"  {'  and ' + TWIN:32} noise on all layers, found by at most {matched_noise.EVALUATIONS} measurements of perplexity; "
-                  f"at most about {seconds:.0f} s")
+            print(
+                f"  {'  and ' + TWIN:32} noise on all layers, found by at most {matched_noise.EVALUATIONS}"
+                f" measurements of perplexity; at most about {seconds:.0f} s"
+            )
     device = "GPU" if gpu else "CPU"
     found = available_memory("cuda" if gpu else "cpu")
-    print(f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB beside them; free on the {device}: "
-          f"{', '.join(f'{f / GIB:.1f}' for f in found)} GiB")
+    print(
+        f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB"
+        f" beside them; free on the {device}: {', '.join(f'{f / GIB:.1f}' for f in found)} GiB"
+    )
     for suites in dict.fromkeys(plan.experiment.suites for plan in plans):
         prompt_tokens, new_tokens, _ = workload(replace(protocol, suites=suites))
-        print(f"work per experiment with {', '.join(suites)}: {prompt_tokens} prompt tokens, at most {new_tokens} generated")
-    print(f"time: at most about {total / 60:.1f} min, from {flops / 1e12:.2f} TFLOP/s and {bandwidth / 1e9:.0f} GB/s measured just now; "
-          "replies that stop early take less")
+        print(
+            f"work per experiment with {', '.join(suites)}: {prompt_tokens} prompt tokens, at most"
+            f" {new_tokens} generated"
+        )
+    print(
+        f"time: at most about {total / 60:.1f} min, from {flops / 1e12:.2f} TFLOP/s and {bandwidth / 1e9:.0f}"
+        " GB/s measured just now; replies that stop early take less"
+    )
     return 0
 
 
 def movements(recipe, layers: int) -> tuple[int, int, int]:
-    """How many layers a recipe reads from disk, copies on the device and computes, coming from the unmodified model.
+    """How many layers a recipe reads from disk, copies on the device and computes, coming from the unmodified
+    model.
 
     At another depth the layers that stay are only run in another order: nothing is copied.
     """

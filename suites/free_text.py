@@ -17,9 +17,18 @@ class FreeText(Suite):
         self.probes = probes
 
     def requests(self, engine: Engine, protocol: Protocol) -> list[Request]:
-        return [Request(probe.id, engine.chat_ids([{"role": "user", "content": probe.text}]), protocol.max_new_tokens,
-                        protocol.temperature, sample=k, seed=protocol.seed)
-                for probe in self.probes for k in range(protocol.samples)]
+        return [
+            Request(
+                probe.id,
+                engine.chat_ids([{"role": "user", "content": probe.text}]),
+                protocol.max_new_tokens,
+                protocol.temperature,
+                sample=k,
+                seed=protocol.seed,
+            )
+            for probe in self.probes
+            for k in range(protocol.samples)
+        ]
 
     def measure(self, engine: Engine, protocol: Protocol, replies: list[Completion]) -> dict:
         entries, claims, degenerate = [], [], []
@@ -31,8 +40,13 @@ class FreeText(Suite):
                 claims.append(described["claims_change"])
                 degenerate.append(described["looks_degenerate"])
             entries.append({"id": probe.id, "prompt": probe.text, "samples": samples})
-        return {"claims_change": {label: claims.count(label) for label in ("yes", "no", "unclear")},
-                "degenerate_share": sum(degenerate) / len(degenerate), "probes": entries}
+        return {
+            "claims_change": {label: claims.count(label) for label in ("yes", "no", "unclear")},
+            "degenerate_share": sum(degenerate) / len(degenerate),
+            "probes": entries,
+        }
 
     def work(self, protocol: Protocol) -> Work:
-        return Work([p.text for p in self.probes], [protocol.max_new_tokens] * len(self.probes) * protocol.samples)
+        return Work(
+            [p.text for p in self.probes], [protocol.max_new_tokens] * len(self.probes) * protocol.samples
+        )

@@ -16,7 +16,8 @@ WINDOW, CONTEXT = 768, 256  # tokens scored per forward pass of a long text, and
 class Perplexity(Suite):
     """exp of the mean negative log-likelihood per token over the protocol's texts, weighted by tokens.
 
-    The first token of a text is context only. Long texts are scored in windows of WINDOW tokens with CONTEXT before.
+    The first token of a text is context only. Long texts are scored in windows of WINDOW tokens with CONTEXT
+    before.
     """
 
     def measure(self, engine: Engine, protocol: Protocol, replies) -> dict:
@@ -35,7 +36,12 @@ class Perplexity(Suite):
             mean = values.mean() if len(values) else math.nan
             texts.append({"id": name, "tokens": len(values), "nll": finite(mean), "perplexity": _exp(mean)})
         every = np.concatenate([v for parts in nll.values() for v in parts])
-        return {"tokens": len(every), "nll": finite(every.mean()), "perplexity": _exp(every.mean()), "texts": texts}
+        return {
+            "tokens": len(every),
+            "nll": finite(every.mean()),
+            "perplexity": _exp(every.mean()),
+            "texts": texts,
+        }
 
     def work(self, protocol: Protocol) -> Work:
         return Work([text for _, text in protocol.texts])

@@ -1,7 +1,7 @@
 """Recipes: what every layer position of a model is made of, as data.
 
-A `Recipe` is a frozen value. The operations below are plain functions from recipe to recipe and compose; none of
-them touches a tensor. `franken.LiveModel.apply` makes a model out of one.
+A `Recipe` is a frozen value. The operations below are plain functions from recipe to recipe and compose; none
+of them touches a tensor. `franken.LiveModel.apply` makes a model out of one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Ref:
 class Noise:
     """Gaussian noise on every tensor of a layer: `fraction` of that tensor's own standard deviation.
 
-    The stream of random numbers is a function of (seed, key, tensor name); `key` is the position at which the noise
-    was asked for, so the noise stays with the layer when it is moved afterwards.
+    The stream of random numbers is a function of (seed, key, tensor name); `key` is the position at which the
+    noise was asked for, so the noise stays with the layer when it is moved afterwards.
     """
 
     fraction: float
@@ -42,8 +42,9 @@ PERMUTED = {"mlp": "MLP units", "heads": "attention heads", "both": "MLP units a
 class Permute:
     """Reorder the hidden units of the MLP, the attention heads, or both: other weights, the same function.
 
-    The negative control: whatever a model reports under this change cannot come from a change in what it computes.
-    `what` is "mlp", "heads" (query heads within their key-value group, and the groups themselves) or "both".
+    The negative control: whatever a model reports under this change cannot come from a change in what it
+    computes. `what` is "mlp", "heads" (query heads within their key-value group, and the groups themselves)
+    or "both".
     """
 
     seed: int
@@ -63,8 +64,15 @@ class Slot:
     edits: tuple[Noise | Permute, ...] = ()
 
     def __post_init__(self):
-        if not self.mix or not all(isfinite(w) for _, w in self.mix) or (len(self.mix) == 1 and self.mix[0][1] != 1):
-            raise RecipeError(f"a position holds one layer with weight 1 or a mixture with finite weights, not {list(self.mix)}")
+        if (
+            not self.mix
+            or not all(isfinite(w) for _, w in self.mix)
+            or (len(self.mix) == 1 and self.mix[0][1] != 1)
+        ):
+            raise RecipeError(
+                "a position holds one layer with weight 1 or a mixture with finite weights, not"
+                f" {list(self.mix)}"
+            )
 
     @property
     def is_plain(self) -> bool:
@@ -72,9 +80,15 @@ class Slot:
         return len(self.mix) == 1 and not self.edits
 
     def __str__(self) -> str:
-        text = " + ".join(f"{r.source}[{r.layer}]" if w == 1 else f"{w:.3g}*{r.source}[{r.layer}]" for r, w in self.mix)
+        text = " + ".join(
+            f"{r.source}[{r.layer}]" if w == 1 else f"{w:.3g}*{r.source}[{r.layer}]" for r, w in self.mix
+        )
         for edit in self.edits:
-            text += f" ~{100 * edit.fraction:g}%" if isinstance(edit, Noise) else f" {PERMUTED[edit.what]} permuted"
+            text += (
+                f" ~{100 * edit.fraction:g}%"
+                if isinstance(edit, Noise)
+                else f" {PERMUTED[edit.what]} permuted"
+            )
         return text
 
 
@@ -84,7 +98,8 @@ def plain(source: str, layer: int) -> Slot:
 
 @dataclass(frozen=True)
 class Recipe:
-    """For every position that will run, where its weights come from; and the same for what surrounds the layers."""
+    """For every position that will run, where its weights come from; and the same for what surrounds the
+    layers."""
 
     slots: tuple[Slot, ...]
     embed: str
@@ -99,16 +114,21 @@ class Recipe:
         while k < len(self):
             stop, first = k + 1, self.slots[k]
             if first.is_plain:
-                (ref, _), = first.mix
+                ((ref, _),) = first.mix
                 while stop < len(self) and self.slots[stop] == plain(ref.source, ref.layer + stop - k):
                     stop += 1
-                runs.append(f"{ref.source}[{ref.layer}:{ref.layer + stop - k}]" if stop > k + 1 else str(first))
+                runs.append(
+                    f"{ref.source}[{ref.layer}:{ref.layer + stop - k}]" if stop > k + 1 else str(first)
+                )
             else:
                 runs.append(str(first))
             k = stop
         outer = {self.embed, self.norm, self.head}
-        return " ".join(runs) + (f" | {outer.pop()} outside" if len(outer) == 1 else
-                                 f" | embed {self.embed}, norm {self.norm}, head {self.head}")
+        return " ".join(runs) + (
+            f" | {outer.pop()} outside"
+            if len(outer) == 1
+            else f" | embed {self.embed}, norm {self.norm}, head {self.head}"
+        )
 
     @property
     def sources(self) -> set[str]:
@@ -118,7 +138,9 @@ class Recipe:
         slots = []
         for slot in self.slots:
             edits = [{"kind": type(e).__name__.lower(), **asdict(e)} for e in slot.edits]
-            slots.append({"mix": [[r.source, r.layer, w] for r, w in slot.mix]} | ({"edits": edits} if edits else {}))
+            slots.append(
+                {"mix": [[r.source, r.layer, w] for r, w in slot.mix]} | ({"edits": edits} if edits else {})
+            )
         return {"slots": slots, "embed": self.embed, "norm": self.norm, "head": self.head}
 
     @staticmethod
@@ -128,7 +150,10 @@ class Recipe:
         try:
             slots = []
             for entry in data["slots"]:
-                edits = tuple(kinds[e["kind"]](**{k: v for k, v in e.items() if k != "kind"}) for e in entry.get("edits", ()))
+                edits = tuple(
+                    kinds[e["kind"]](**{k: v for k, v in e.items() if k != "kind"})
+                    for e in entry.get("edits", ())
+                )
                 slots.append(Slot(tuple((Ref(s, int(i)), float(w)) for s, i, w in entry["mix"]), edits))
             return Recipe(tuple(slots), data["embed"], data["norm"], data["head"])
         except (KeyError, TypeError, ValueError) as e:
@@ -148,7 +173,9 @@ def _check(recipe: Recipe, positions: Iterable[int]) -> None:
 
 def _check_block(recipe: Recipe, start: int, stop: int) -> None:
     if not 0 <= start < stop <= len(recipe):
-        raise RecipeError(f"layers [{start}:{stop}] are empty or out of range: the model has layers 0 to {len(recipe) - 1}")
+        raise RecipeError(
+            f"layers [{start}:{stop}] are empty or out of range: the model has layers 0 to {len(recipe) - 1}"
+        )
 
 
 def _edit(recipe: Recipe, changed: dict[int, Slot]) -> Recipe:
@@ -219,23 +246,31 @@ def linear(depth: float) -> float:
 
 
 def sigmoid(steepness: float) -> Callable[[float], float]:
-    """Share 1 / (1 + exp(-steepness * (depth - 1/2))): rising for positive steepness, centered on the middle."""
+    """Share 1 / (1 + exp(-steepness * (depth - 1/2))): rising for positive steepness, centered on the
+    middle."""
     return lambda depth: 1 / (1 + exp(-steepness * (depth - 0.5)))
 
 
 def perturb(recipe: Recipe, fraction: float, seed: int, positions: Iterable[int] | None = None) -> Recipe:
-    """Add Gaussian noise of `fraction` of each tensor's own standard deviation at the positions (all by default)."""
+    """Add Gaussian noise of `fraction` of each tensor's own standard deviation at the positions (all by
+    default)."""
     if not (isfinite(fraction) and fraction >= 0):
         raise RecipeError(f"a noise fraction must be finite and not negative, not {fraction}")
     positions = range(len(recipe)) if positions is None else list(positions)
     _check(recipe, positions)
     slots = recipe.slots
-    return _edit(recipe, {p: replace(slots[p], edits=(*slots[p].edits, Noise(fraction, seed, p))) for p in positions})
+    return _edit(
+        recipe, {p: replace(slots[p], edits=(*slots[p].edits, Noise(fraction, seed, p))) for p in positions}
+    )
 
 
 def permute_units(recipe: Recipe, seed: int, what: str = "both") -> Recipe:
-    """The function-preserving permutation at every position; see Permute. Raises RecipeError for another `what`."""
-    return replace(recipe, slots=tuple(replace(s, edits=(*s.edits, Permute(seed, p, what))) for p, s in enumerate(recipe.slots)))
+    """The function-preserving permutation at every position; see Permute. Raises RecipeError for another
+    `what`."""
+    return replace(
+        recipe,
+        slots=tuple(replace(s, edits=(*s.edits, Permute(seed, p, what))) for p, s in enumerate(recipe.slots)),
+    )
 
 
 def delete(recipe: Recipe, start: int, stop: int) -> Recipe:
@@ -251,7 +286,9 @@ def repeat(recipe: Recipe, start: int, stop: int, times: int = 2) -> Recipe:
     _check_block(recipe, start, stop)
     if times < 1:
         raise RecipeError(f"a block can be repeated 1 or more times, not {times}")
-    return replace(recipe, slots=recipe.slots[:start] + recipe.slots[start:stop] * times + recipe.slots[stop:])
+    return replace(
+        recipe, slots=recipe.slots[:start] + recipe.slots[start:stop] * times + recipe.slots[stop:]
+    )
 
 
 def double(recipe: Recipe, start: int, stop: int) -> Recipe:
@@ -275,7 +312,8 @@ def keep_every(recipe: Recipe, n: int) -> Recipe:
 
 
 def describe_change(recipe: Recipe, original: Recipe, limit: int = 8) -> str:
-    """One line for people: which positions differ from `original`, and how; neighbors treated alike are one item."""
+    """One line for people: which positions differ from `original`, and how; neighbors treated alike are one
+    item."""
     if len(recipe) != len(original):
         parts = [f"{len(original)} -> {len(recipe)} layers: {str(recipe).partition(' | ')[0]}"]
     else:
@@ -296,7 +334,8 @@ def describe_change(recipe: Recipe, original: Recipe, limit: int = 8) -> str:
 
 
 def _how(slot: Slot, before: Slot, p: int) -> tuple[str, int | None, str]:
-    """(source, how many positions its layer moved, edits) of a changed position; no move for blends and mere edits."""
+    """(source, how many positions its layer moved, edits) of a changed position; no move for blends and mere
+    edits."""
     edits = str(slot)[len(str(replace(slot, edits=()))) :]
     if len(slot.mix) > 1:
         return "blended of " + " and ".join(dict.fromkeys(r.source for r, _ in slot.mix)), None, edits
@@ -309,5 +348,10 @@ def _run_text(start: int, stop: int, how: tuple[str, int | None, str]) -> str:
 
     def span(k):
         return f"[{start + k}:{stop + k}]" if stop > start + 1 else f"[{start + k}]"
+
     where = span(0)
-    return f"{where} <- {source}{span(shift)}{edits}" if shift is not None else f"{where} {source}{edits}".replace("  ", " ")
+    return (
+        f"{where} <- {source}{span(shift)}{edits}"
+        if shift is not None
+        else f"{where} {source}{edits}".replace("  ", " ")
+    )

@@ -1,8 +1,9 @@
 """Checkpoints on disk to one layer's tensors, streamed to where they run.
 
-Nothing here loads a checkpoint whole. A `Checkpoint` knows, for every tensor, its file, offset, dtype and shape;
-a `Stream` reads any list of them with positioned reads: straight into the parameters on a CPU, through a ring of
-pinned buffers on a GPU. Host memory is bounded by that ring; the file itself stays in the page cache.
+Nothing here loads a checkpoint whole. A `Checkpoint` knows, for every tensor, its file, offset, dtype and
+shape; a `Stream` reads any list of them with positioned reads: straight into the parameters on a CPU, through
+a ring of pinned buffers on a GPU. Host memory is bounded by that ring; the file itself stays in the page
+cache.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class TensorRef:
 def read_header(path: Path) -> dict[str, TensorRef]:
     """The tensors of one safetensors file, by name.
 
-    Raises FrankenError if the file is missing, is not safetensors, is shorter than its header says, or holds a
-    dtype that a decoder layer cannot have (quantized weights).
+    Raises FrankenError if the file is missing, is not safetensors, is shorter than its header says, or holds
+    a dtype that a decoder layer cannot have (quantized weights).
     """
     try:
         size = path.stat().st_size
@@ -67,7 +68,11 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             if not 2 <= length <= min(size - 8, 100_000_000):
                 raise FrankenError(f"{path}: not a complete safetensors file ({size} bytes)")
             header = json.loads(f.read(length))
-        entries = [(k, *e["data_offsets"], e["dtype"], tuple(e["shape"])) for k, e in header.items() if k != "__metadata__"]
+        entries = [
+            (k, *e["data_offsets"], e["dtype"], tuple(e["shape"]))
+            for k, e in header.items()
+            if k != "__metadata__"
+        ]
     except OSError as e:
         raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -78,7 +83,9 @@ def read_header(path: Path) -> dict[str, TensorRef]:
             raise FrankenError(f"{path}: truncated: {size} bytes, {name} ends at byte {8 + length + stop}")
         dtype = DTYPES.get(kind)
         if dtype is None:
-            raise FrankenError(f"{path}: {name} has dtype {kind}; only BF16, F16, F32 and F64 can be operated on")
+            raise FrankenError(
+                f"{path}: {name} has dtype {kind}; only BF16, F16, F32 and F64 can be operated on"
+            )
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise FrankenError(f"{path}: {name}: {stop - start} bytes do not make the shape {list(shape)}")
         refs[name] = TensorRef(str(path), 8 + length + start, stop - start, dtype, shape)
@@ -113,8 +120,8 @@ def _read_exactly(fd: int, into: np.ndarray, offset: int, path: str) -> None:
 class Checkpoint:
     """A source of layers: a directory of safetensors of one model.
 
-    `layers[i]` and `outer[part]` map tensor names to TensorRefs. The decoder layers are found by their keys, so a
-    wrapper's prefix ("model.", "language_model.model.") does not matter.
+    `layers[i]` and `outer[part]` map tensor names to TensorRefs. The decoder layers are found by their keys,
+    so a wrapper's prefix ("model.", "language_model.model.") does not matter.
 
     Raises FrankenError for a missing or truncated shard, and for a directory without safetensors.
     """
@@ -135,13 +142,17 @@ class Checkpoint:
             elif (part := outer_part(key)) is not None:
                 self.outer[part][key.rsplit(".", 1)[1]] = ref
         if len(prefixes) != 1 or sorted(found) != list(range(len(found))):
-            raise FrankenError(f"{self.path}: no single numbered stack of decoder layers found (prefixes: {sorted(prefixes)})")
+            raise FrankenError(
+                f"{self.path}: no single numbered stack of decoder layers found (prefixes:"
+                f" {sorted(prefixes)})"
+            )
         self.layers = [found[i] for i in range(len(found))]
 
     def _all_tensors(self) -> dict[str, TensorRef]:
         index = self.path / "model.safetensors.index.json"
         if not index.exists():
-            whole = self.path / "model.safetensors"  # other files beside it may hold the same weights under other names
+            # other files beside it may hold the same weights under other names
+            whole = self.path / "model.safetensors"
             files = [whole] if whole.exists() else sorted(self.path.glob("*.safetensors"))
             if not files:
                 raise FrankenError(f"{self.path}: no .safetensors weights there")
@@ -154,7 +165,9 @@ class Checkpoint:
             raise FrankenError(f"{index}: not a readable shard index") from e
         for file in self.files:
             if not file.exists():
-                raise FrankenError(f"{file}: the shard is missing ({len(self.files)} shards are listed in the index)")
+                raise FrankenError(
+                    f"{file}: the shard is missing ({len(self.files)} shards are listed in the index)"
+                )
         found = {k: v for file in self.files for k, v in read_header(file).items()}
         lost = sorted(set(weight_map) - set(found))
         if lost:
@@ -162,14 +175,15 @@ class Checkpoint:
         return {k: found[k] for k in weight_map}
 
     def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
-        """What must be added to the tensor after it is read (float32), or None. A plain checkpoint adds nothing."""
+        """What must be added to the tensor after it is read (float32), or None. A plain checkpoint adds
+        nothing."""
         return None
 
     def describe(self) -> dict:
         """What the manifest records: where the weights are, their revision and a hash of the content on disk.
 
-        Files from the hub's cache are named by their own sha256; for others, small files are hashed whole and large
-        ones by size, header and 64 samples of 64 KiB, which the entry says.
+        Files from the hub's cache are named by their own sha256; for others, small files are hashed whole and
+        large ones by size, header and 64 samples of 64 KiB, which the entry says.
         """
         files = {}
         for file in self.files:
@@ -178,11 +192,17 @@ class Checkpoint:
                 files[file.name] = {"sha256": real.name}
             else:
                 files[file.name] = content_hash(real)
-        return {"kind": "checkpoint", "path": shown_path(self.path), "revision": self.revision, "files": files}
+        return {
+            "kind": "checkpoint",
+            "path": shown_path(self.path),
+            "revision": self.revision,
+            "files": files,
+        }
 
 
 def shown_path(path: Path) -> str:
-    """A path for the manifest: relative to this checkout or to the home folder where it lies in one of them."""
+    """A path for the manifest: relative to this checkout or to the home folder where it lies in one of
+    them."""
     path = path.absolute()
     for folder, sign in ((ROOT, ""), (Path.home(), "~/")):
         if path.is_relative_to(folder):
@@ -191,7 +211,8 @@ def shown_path(path: Path) -> str:
 
 
 def content_hash(path: Path, whole_below: int = 1 << 30) -> dict:
-    """sha256 of a file; above `whole_below` bytes, of its size and 64 spread samples, keyed as 'sampled_sha256'."""
+    """sha256 of a file; above `whole_below` bytes, of its size and 64 spread samples, keyed as
+    'sampled_sha256'."""
     size, digest = path.stat().st_size, hashlib.sha256()
     with path.open("rb") as f:
         if size < whole_below:
@@ -207,26 +228,39 @@ def content_hash(path: Path, whole_below: int = 1 << 30) -> dict:
 class Adapter:
     """A source of layers: a LoRA adapter (peft's format on disk) over another source.
 
-    The layer is read from the underlying checkpoint and scale * B @ A is added in float32 before rounding once to the
-    model's dtype (Hu et al., arXiv 2106.09685; rank-stabilized scaling, arXiv 2312.03732).
+    The layer is read from the underlying checkpoint and scale * B @ A is added in float32 before rounding
+    once to the model's dtype (Hu et al., arXiv 2106.09685; rank-stabilized scaling, arXiv 2312.03732).
 
-    Raises FrankenError for what is not plain LoRA on the decoder layers: DoRA, trained biases, embeddings or modules
-    saved whole, or shapes that do not fit.
+    Raises FrankenError for what is not plain LoRA on the decoder layers: DoRA, trained biases, embeddings or
+    modules saved whole, or shapes that do not fit.
     """
 
     def __init__(self, name: str, path: str | Path, under: Checkpoint):
         self.name, self.path, self.under = name, Path(path), under
-        self.layers, self.outer, self.files = under.layers, under.outer, [self.path / "adapter_model.safetensors"]
+        self.layers, self.outer, self.files = (
+            under.layers,
+            under.outer,
+            [self.path / "adapter_model.safetensors"],
+        )
         try:
             config = json.loads((self.path / "adapter_config.json").read_text())
         except (OSError, ValueError) as e:
             raise FrankenError(f"{self.path}: no readable adapter_config.json") from e
         if not isinstance(config, dict):
             raise FrankenError(f"{self.path}: no readable adapter_config.json")
-        if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
-            raise FrankenError(f"{self.path}: only plain LoRA adapters (no DoRA, no trained bias) can be a source")
+        if (
+            config.get("peft_type") != "LORA"
+            or config.get("use_dora")
+            or config.get("bias", "none") != "none"
+        ):
+            raise FrankenError(
+                f"{self.path}: only plain LoRA adapters (no DoRA, no trained bias) can be a source"
+            )
         if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("fan_in_fan_out"):
-            raise FrankenError(f"{self.path}: adapters with a rank_pattern, alpha_pattern or fan_in_fan_out are not supported")
+            raise FrankenError(
+                f"{self.path}: adapters with a rank_pattern, alpha_pattern or fan_in_fan_out are not"
+                " supported"
+            )
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
             raise FrankenError(f"{self.path}: adapter_config.json has no usable r and lora_alpha")
@@ -242,7 +276,9 @@ class Adapter:
         for (layer, tensor), sides in self.low_rank.items():
             shape = self.layers[layer][tensor].shape if tensor in self.layers[layer] else None
             if set(sides) != {"A", "B"} or shape != (sides["B"].shape[0], sides["A"].shape[1]):
-                raise FrankenError(f"{self.path}: layer {layer} {tensor}: the adapter's shape does not fit {shape}")
+                raise FrankenError(
+                    f"{self.path}: layer {layer} {tensor}: the adapter's shape does not fit {shape}"
+                )
 
     def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
         sides = self.low_rank.get((layer, name))
@@ -251,7 +287,12 @@ class Adapter:
         return self.scale * (sides["B"].to(device, torch.float32) @ sides["A"].to(device, torch.float32))
 
     def describe(self) -> dict:
-        entry = {"kind": "LoRA adapter", "path": shown_path(self.path), "over": self.under.name, "scale": self.scale}
+        entry = {
+            "kind": "LoRA adapter",
+            "path": shown_path(self.path),
+            "over": self.under.name,
+            "scale": self.scale,
+        }
         return entry | {"files": {f.name: content_hash(f) for f in self.files}}
 
 
@@ -261,15 +302,17 @@ Source = Checkpoint | Adapter
 class Stream:
     """Reads tensors from disk into parameters where they run, many at a time.
 
-    On a GPU, `workers` threads each own two pinned buffers: one is being filled by a positioned read while the other
-    is on its way to the card. On a CPU the reads go straight into the parameters. The threads take pieces from one
-    queue and hold the interpreter's lock only briefly between two reads: that lock, not memory, was the limit (16 cores:
-    34 -> 51 GB/s, of 55.6 that pinned memory reaches).
+    On a GPU, `workers` threads each own two pinned buffers: one is being filled by a positioned read while
+    the other is on its way to the card. On a CPU the reads go straight into the parameters. The threads take
+    pieces from one queue and hold the interpreter's lock only briefly between two reads: that lock, not
+    memory, was the limit (16 cores: 34 -> 51 GB/s, of 55.6 that pinned memory reaches).
 
     Attributes: bytes_read, counted over the stream's life.
     """
 
-    CHUNK = 8 << 20  # one read and one copy; 14 workers x 2 x 8 MiB bounds the host memory at 0.22 GiB (4 MiB: 41 GB/s, 16: 52)
+    # one read and one copy; 14 workers x 2 x 8 MiB bounds the host memory at 0.22 GiB (4 MiB: 41 GB/s, 16:
+    # 52)
+    CHUNK = 8 << 20
 
     def __init__(self, workers: int | None = None):
         self.workers = workers or min(14, len(os.sched_getaffinity(0)))
@@ -279,14 +322,18 @@ class Stream:
 
     @torch.no_grad()
     def read(self, jobs: Iterable[tuple[TensorRef, torch.Tensor]]) -> None:
-        """Fill each tensor with what its TensorRef names, converting to the tensor's dtype; blocks until done.
+        """Fill each tensor with what its TensorRef names, converting to the tensor's dtype; blocks until
+        done.
 
-        Raises FrankenError for a shape that differs, a short read or an I/O error; the tensors are then undefined.
+        Raises FrankenError for a shape that differs, a short read or an I/O error; the tensors are then
+        undefined.
         """
         pieces: deque[tuple[TensorRef, int, torch.Tensor]] = deque()
         for ref, into in jobs:
             if tuple(into.shape) != ref.shape:
-                raise FrankenError(f"{ref.path}: a tensor of shape {list(ref.shape)} cannot fill {list(into.shape)}")
+                raise FrankenError(
+                    f"{ref.path}: a tensor of shape {list(ref.shape)} cannot fill {list(into.shape)}"
+                )
             flat, item = into.detach().view(-1), ref.dtype.itemsize
             step = self.CHUNK // item
             for start in range(0, flat.numel(), step):
@@ -347,7 +394,8 @@ class Stream:
         if device not in rings:
             with self._lock, torch.cuda.device(device):
                 buffers = [torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)]
-                ring = [(b, b.numpy(), torch.cuda.Event(blocking=True)) for b in buffers]  # blocking: waits without spinning
+                # blocking: waits without spinning
+                ring = [(b, b.numpy(), torch.cuda.Event(blocking=True)) for b in buffers]
                 rings[device] = cycle(ring), torch.cuda.Stream(device)
         ring, stream = rings[device]
         if self._local.__dict__.get("device") != device:
@@ -364,9 +412,9 @@ _MULTIPLIERS: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
 def tensor_hash(tensor: torch.Tensor) -> torch.Tensor:
     """A 64-bit hash of a tensor's bytes, computed where it lies: an int64 scalar on the same device.
 
-    Multilinear hashing modulo 2^64 (Lemire & Kaser, arXiv 1202.4961): each 64-bit word times a fixed odd random
-    multiplier that depends on its position, summed. Odd multipliers make any change within one word visible; other
-    differences (moved, swapped, rounded words) collide with probability of about 2^-63.
+    Multilinear hashing modulo 2^64 (Lemire & Kaser, arXiv 1202.4961): each 64-bit word times a fixed odd
+    random multiplier that depends on its position, summed. Odd multipliers make any change within one word
+    visible; other differences (moved, swapped, rounded words) collide with probability of about 2^-63.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if flat.numel() % 8:
@@ -378,7 +426,8 @@ def tensor_hash(tensor: torch.Tensor) -> torch.Tensor:
         _MULTIPLIERS[device] = inner.to(device), outer.to(device)
     inner, outer = _MULTIPLIERS[device]
     whole = words.numel() // _ROW
-    # Rows at once: few launches on a GPU (65.5 GB: 166 -> 68 ms with 1024 for 256), products within the cache on a CPU
+    # Rows at once: few launches on a GPU (65.5 GB: 166 -> 68 ms with 1024 for 256), products within the cache
+    # on a CPU
     block = 1024 if device.type == "cuda" else 8
     total = (words[whole * _ROW :] * inner[: words.numel() - whole * _ROW]).sum() * outer[whole]
     for row in range(0, whole, block):

@@ -1,4 +1,5 @@
-"""What all tests share: one thread, no network, tiny checkpoints made once, and the real laptop-size model."""
+"""What all tests share: one thread, no network, tiny checkpoints made once, and the real laptop-size
+model."""
 
 import os
 
@@ -11,7 +12,8 @@ import torch
 from transformers.utils import logging
 
 pytest_plugins = ["runs"]  # fixtures of the tests of whole runs
-logging.disable_progress_bar()  # a fixture's "Writing model shards" would stand in the output that a test reads
+# a fixture's "Writing model shards" would stand in the output that a test reads
+logging.disable_progress_bar()
 torch.set_num_threads(1)  # sums in one order, and no contention between test processes
 
 
@@ -23,7 +25,8 @@ def gpu_where_asked(request):
 
 @pytest.fixture(scope="session")
 def tiny_pair(tmp_path_factory):
-    """tiny_pair(family) -> a tiny.Tiny of that family, made once for all tests; its files are not to be written to."""
+    """tiny_pair(family) -> a tiny.Tiny of that family, made once for all tests; its files are not to be
+    written to."""
     made = {}
 
     def get(family: str = "llama", **kwargs) -> tiny.Tiny:

@@ -12,10 +12,12 @@ KEY = "sk-test-0123456789"
 
 
 class JudgeServer:
-    """Serves /v1/chat/completions on a free port. ``behave(number, body)`` may return (status, headers, bytes).
+    """Serves /v1/chat/completions on a free port. ``behave(number, body)`` may return (status, headers,
+    bytes).
 
-    ``bodies`` holds what was asked, raw; ``number`` counts requests from 1. None from ``behave`` means a good answer:
-    YES to the identity rubric when the quoted reply names Russell, to persona when it says I, NO otherwise, position 4.
+    ``bodies`` holds what was asked, raw; ``number`` counts requests from 1. None from ``behave`` means a good
+    answer: YES to the identity rubric when the quoted reply names Russell, to persona when it says I, NO
+    otherwise, position 4.
     """
 
     def __init__(self, behave=None):
@@ -55,7 +57,9 @@ class JudgeServer:
         self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_):
@@ -65,8 +69,15 @@ class JudgeServer:
 
 def completion(answer, usage=True) -> bytes:
     """The body of a chat completion with this answer: 100 tokens in, 2 out."""
-    body = {"id": "x", "object": "chat.completion", "created": 0, "model": "m",
-            "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
+    body = {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+        ],
+    }
     if usage:
         body["usage"] = {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}
     return json.dumps(body).encode()

@@ -24,7 +24,8 @@ def pair(tmp_path_factory):
 
 @pytest.fixture
 def go(pair, tmp_path, capfd):
-    """go(...) -> (exit status, stdout, stderr) of run_all.py on the pair, with results in tmp_path / "out"."""
+    """go(...) -> (exit status, stdout, stderr) of run_all.py on the pair, with results in tmp_path /
+    "out"."""
 
     def run(*more, out="out"):
         capfd.readouterr()
@@ -44,7 +45,9 @@ def read(run: Path) -> dict[str, dict]:
 
 def timeless(run: Path) -> dict[str, dict]:
     """Every experiment's JSON without what the clock and the machine decide."""
-    return {name: {k: v for k, v in result.items() if k != "performance"} for name, result in read(run).items()}
+    return {
+        name: {k: v for k, v in result.items() if k != "performance"} for name, result in read(run).items()
+    }
 
 
 @pytest.fixture(scope="session")
@@ -65,7 +68,9 @@ def finished(four, tmp_path):
 
 
 def stamps(run: Path) -> dict:
-    return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (run / "experiments").iterdir()}
+    return {
+        file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in (run / "experiments").iterdir()
+    }
 
 
 def refused(result, words: str) -> None:

@@ -1,7 +1,8 @@
-"""What the tests of the protocol and the runner share: a battery of a dozen questions and a tiny pair that can say Yes.
+"""What the tests of the protocol and the runner share: a battery of a dozen questions and a tiny pair that
+can say Yes.
 
-`in_child` runs run_all.py in a process of its own, which can be killed; it is forked from a server that has imported
-everything once, so that it starts in milliseconds.
+`in_child` runs run_all.py in a process of its own, which can be killed; it is forked from a server that has
+imported everything once, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -25,12 +26,21 @@ from suites import injection
 BATTERY = {
     "INFORMED_PROBES": prompts.INFORMED_PROBES[:2],
     "BLIND_PROBES": prompts.BLIND_PROBES[:2],
-    "BINARY_PROBES": tuple(p for p in prompts.BINARY_PROBES if p.framing == "plain" and p.id.split("-")[1] in ("wrong", "layers", "earth", "ice")),
+    "BINARY_PROBES": tuple(
+        p
+        for p in prompts.BINARY_PROBES
+        if p.framing == "plain" and p.id.split("-")[1] in ("wrong", "layers", "earth", "ice")
+    ),
     "FORMAT_PROBES": tuple(p for p in prompts.FORMAT_PROBES if p.question in ("layers", "jupiter")),
-    "CAPABILITY": tuple(replace(next(item for item in prompts.CAPABILITY if item.category == c), max_new_tokens=6)
-                        for c in ("arithmetic", "reasoning", "format", "code")),
+    "CAPABILITY": tuple(
+        replace(next(item for item in prompts.CAPABILITY if item.category == c), max_new_tokens=6)
+        for c in ("arithmetic", "reasoning", "format", "code")
+    ),
     "CHAT_PROBES": (prompts.CHAT_PROBES[0], prompts.CHAT_PROBES[-1]),
-    "NEUTRAL_TEXTS": {"short": "The mill stood by the river.", "long": "At noon the ferry came back, and with it the mail. " * 3},
+    "NEUTRAL_TEXTS": {
+        "short": "The mill stood by the river.",
+        "long": "At noon the ferry came back, and with it the mail. " * 3,
+    },
 }
 SUITES = ["informed", "blind", "binary", "formats", "capability", "perplexity", "chat"]
 ANSWERS = ["Yes", "No", " Yes", " No"]  # the tokenizer's last four entries: 260 to 263
@@ -42,7 +52,11 @@ def use(monkeypatch) -> None:
         monkeypatch.setattr(prompts, name, value)
     monkeypatch.setattr(injection, "CONCEPTS", injection.CONCEPTS[:2])
     monkeypatch.setattr(injection, "STRENGTHS", (0.0, 0.3))
-    monkeypatch.setitem(sys.modules, "reporting.html_report", SimpleNamespace(write_html=lambda run, manifest, comparison: None))
+    monkeypatch.setitem(
+        sys.modules,
+        "reporting.html_report",
+        SimpleNamespace(write_html=lambda run, manifest, comparison: None),
+    )
 
 
 def tokenizer(chat: bool = True):
@@ -59,18 +73,33 @@ def checkpoint(path: Path, seed: int, chat: bool = True, **kwargs) -> Path:
 
 def arguments(pair: Path, out: Path, *more) -> list[str]:
     """A command line for the pair in pair/instruct and pair/base, with budgets of a few tokens."""
-    return ["--base", str(pair / "base"), "--instruct", str(pair / "instruct"), "--device-map", "cpu", "--dtype", "float32",
-            "--output", str(out), "--max-new-tokens", "4", *map(str, more)]
+    return [
+        "--base",
+        str(pair / "base"),
+        "--instruct",
+        str(pair / "instruct"),
+        "--device-map",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--output",
+        str(out),
+        "--max-new-tokens",
+        "4",
+        *map(str, more),
+    ]
 
 
-# ---- in a process of its own ---------------------------------------------------------------------------------------
+# ---- in a process of its own
+# ---------------------------------------------------------------------------------------
 
 
 def in_child(argv: list[str], log: Path, stop_at: str | None = None):
-    """Start run_all.main(argv) with the small battery; stdout and stderr go to `log`. Returns the started process.
+    """Start run_all.main(argv) with the small battery; stdout and stderr go to `log`. Returns the started
+    process.
 
-    `stop_at`: "NAME" makes it wait forever in the middle of measuring experiment NAME, "NAME.json" after half of that
-    file is written; the file `log` with the suffix .reached appears when it is there.
+    `stop_at`: "NAME" makes it wait forever in the middle of measuring experiment NAME, "NAME.json" after half
+    of that file is written; the file `log` with the suffix .reached appears when it is there.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_run"])
@@ -94,7 +123,8 @@ def wait_for(path: Path, process, seconds: float = 60) -> None:
 def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
     import torch
 
-    # A shell that starts the tests in the background has them ignore Ctrl-C, and Python then leaves it at that.
+    # A shell that starts the tests in the background has them ignore Ctrl-C, and Python then leaves it at
+    # that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     with log.open("w") as f:

@@ -1,4 +1,5 @@
-"""The fast decode path agrees with the plain one: on a CPU without graphs, on a GPU with graphs and compilation."""
+"""The fast decode path agrees with the plain one: on a CPU without graphs, on a GPU with graphs and
+compilation."""
 
 import random
 
@@ -33,7 +34,13 @@ def pairs(tmp_path_factory):
 
 def live_on(tiny: Tiny, device, dtype=torch.float32, resident=()) -> LiveModel:
     sources = {name: Checkpoint(name, path) for name, path in tiny.paths.items()}
-    place = device if isinstance(device, dict) else torch.device(device, 0) if device == "cuda" else torch.device(device)
+    place = (
+        device
+        if isinstance(device, dict)
+        else torch.device(device, 0)
+        if device == "cuda"
+        else torch.device(device)
+    )
     return LiveModel(sources, tiny.config, dtype, place, resident)
 
 
@@ -49,7 +56,17 @@ def some_requests(n=23, top_p=1.0, temperature=0.8, budget=21, seed=5) -> list[R
         prompt = tuple(rng.randrange(4, 260) for _ in range(rng.choice([1, 2, 7, 19, 40])))
         if i % 4 == 3:
             prompt = made[-1].prompt_ids
-        made.append(Request(f"q{i // 4}", prompt, rng.randrange(1, budget), 0.0 if i % 3 == 0 else temperature, top_p, i % 4, 1))
+        made.append(
+            Request(
+                f"q{i // 4}",
+                prompt,
+                rng.randrange(1, budget),
+                0.0 if i % 3 == 0 else temperature,
+                top_p,
+                i % 4,
+                1,
+            )
+        )
     return made
 
 
@@ -62,27 +79,44 @@ def assert_same(plain: Engine, fast: Engine, requests) -> None:
 def surgeries(n: int) -> dict[str, r.Recipe]:
     whole = r.identity(n)
     return {
-        "swap": r.swap(whole, 1, n - 2), "shuffle": r.shuffle(whole, 3), "splice": r.splice(whole, "base", n // 2, n),
-        "blend": r.blend(whole, "base", r.linear), "perturb": r.perturb(whole, 0.05, 1), "permute": r.permute_units(whole, 2),
-        "base": r.with_outer(r.splice(whole, "base", 0, n), "base"), "delete": r.delete(whole, 1, 3),
-        "repeat": r.repeat(whole, 1, 4), "double": r.double(whole, 0, 2), "reverse": r.reverse(whole, 1, 4), "back": whole,
-    }  # fmt: skip
+        "swap": r.swap(whole, 1, n - 2),
+        "shuffle": r.shuffle(whole, 3),
+        "splice": r.splice(whole, "base", n // 2, n),
+        "blend": r.blend(whole, "base", r.linear),
+        "perturb": r.perturb(whole, 0.05, 1),
+        "permute": r.permute_units(whole, 2),
+        "base": r.with_outer(r.splice(whole, "base", 0, n), "base"),
+        "delete": r.delete(whole, 1, 3),
+        "repeat": r.repeat(whole, 1, 4),
+        "double": r.double(whole, 0, 2),
+        "reverse": r.reverse(whole, 1, 4),
+        "back": whole,
+    }
 
 
-# ---- the operator ---------------------------------------------------------------------------------------------------
+# ---- the operator
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_prompts_attend_in_groups(device, masked):
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 6, 5, 16), torch.randn(3, 2, 9 if masked else 5, 16), torch.randn(3, 2, 9 if masked else 5, 16)
+    query, key, value = (
+        torch.randn(3, 6, 5, 16),
+        torch.randn(3, 2, 9 if masked else 5, 16),
+        torch.randn(3, 2, 9 if masked else 5, 16),
+    )
     seen = torch.ones(5, key.shape[2], dtype=torch.bool).tril(key.shape[2] - 5)
     rows = torch.zeros(3, 5, 6, 16, dtype=torch.float64)
     for head in range(6):
-        scores = (query[:, head].double() @ key[:, head // 3].double().transpose(1, 2) * 0.3).masked_fill(~seen, float("-inf"))
+        scores = (query[:, head].double() @ key[:, head // 3].double().transpose(1, 2) * 0.3).masked_fill(
+            ~seen, float("-inf")
+        )
         rows[:, :, head] = scores.softmax(-1) @ value[:, head // 3].double()
-    got, _ = attend(None, *(t.to(device) for t in (query, key, value)), seen.to(device) if masked else None, scaling=0.3)
+    got, _ = attend(
+        None, *(t.to(device) for t in (query, key, value)), seen.to(device) if masked else None, scaling=0.3
+    )
     torch.testing.assert_close(got.cpu().double(), rows, atol=1e-5, rtol=1e-5)
 
 
@@ -97,18 +131,25 @@ def test_the_operator_is_attention_over_the_rows_own_slots(device, heads, groups
     starts = [1 + sum(lengths[:b]) for b in range(5)]
     where = torch.tensor([starts, first, [n - 1 for n in lengths]], dtype=torch.int32)
     pools = k_pool.to(device), v_pool.to(device)
-    got = decode_attention(q.to(device), k.to(device), v.to(device), *pools, where.to(device), 0.3, softcap).cpu()
+    got = decode_attention(
+        q.to(device), k.to(device), v.to(device), *pools, where.to(device), 0.3, softcap
+    ).cpu()
     for b, (start, low, n) in enumerate(zip(starts, first, lengths, strict=True)):
         k_pool[start + n - 1], v_pool[start + n - 1] = k[b], v[b]
-        keys, values = (p[start + low : start + n].double().repeat_interleave(heads // groups, 1) for p in (k_pool, v_pool))
+        keys, values = (
+            p[start + low : start + n].double().repeat_interleave(heads // groups, 1)
+            for p in (k_pool, v_pool)
+        )
         scores = torch.einsum("hd,khd->hk", q[b].double(), keys) * 0.3
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         expected = torch.einsum("hk,khd->hd", scores.softmax(-1), values)
         torch.testing.assert_close(got[b].double(), expected, rtol=1e-4, atol=1e-5)
-    assert torch.equal(pools[0].cpu(), k_pool) and torch.equal(pools[1].cpu(), v_pool)  # stored there and nowhere else
+    # stored there and nowhere else
+    assert torch.equal(pools[0].cpu(), k_pool) and torch.equal(pools[1].cpu(), v_pool)
 
 
-# ---- the whole path -------------------------------------------------------------------------------------------------
+# ---- the whole path
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -193,8 +234,20 @@ def test_a_destroyed_model_is_reported_row_by_row(pairs, device):
         assert not any(c.finite for c in engine.complete(some_requests(5)))
 
 
-@pytest.mark.parametrize("n,most,rows", [(1, 64, 16), (16, 64, 16), (17, 64, 64), (64, 64, 64), (20, 32, 32), (3, 2, 2),
-                                         (5, 8, 8), (65, 128, 128), (1, 1, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    "n,most,rows",
+    [
+        (1, 64, 16),
+        (16, 64, 16),
+        (17, 64, 64),
+        (64, 64, 64),
+        (20, 32, 32),
+        (3, 2, 2),
+        (5, 8, 8),
+        (65, 128, 128),
+        (1, 1, 1),
+    ],
+)
 def test_rows_are_padded_to_few_sizes_and_never_past_the_limit(n, most, rows):
     assert padded_rows(n, most) == rows
 
@@ -209,7 +262,8 @@ def test_timing_counts_what_was_done(pairs):
     assert timing.prefill_seconds > 0 and timing.decode_seconds > 0
 
 
-# ---- what only a GPU has --------------------------------------------------------------------------------------------
+# ---- what only a GPU has
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -287,14 +341,20 @@ def test_two_gpus_hold_one_model_and_moves_stay_where_the_position_lives(pairs):
         assert spread.fingerprint() == whole.fingerprint()
 
 
-# ---- the laptop-size pair -------------------------------------------------------------------------------------------
+# ---- the laptop-size pair
+# -------------------------------------------------------------------------------------------
 
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25}  # nats between two tokens' log-odds, at every step before a fork
+# nats between two tokens' log-odds, at every step before a fork
+TOLERANCE = {
+    "float32": 1e-3,
+    "bfloat16": 0.25,
+}
 
 
 def recorded(engine: Engine, requests, yes: int, no: int, monkeypatch):
-    """Completions, and the log-odds of one token over another at every step, by request: the graphs stay out of it."""
+    """Completions, and the log-odds of one token over another at every step, by request: the graphs stay out
+    of it."""
     seen = [[] for _ in requests]
     choose = engine.choose
 
@@ -314,10 +374,14 @@ def recorded(engine: Engine, requests, yes: int, no: int, monkeypatch):
     return done, seen
 
 
-def assert_close_until_the_fork(plain: Engine, fast: Engine, requests, dtype: str, yes: int, no: int, monkeypatch) -> float:
-    """Float32: the same tokens. bf16: the paths differ in the order of sums alone, so they part only at near ties."""
+def assert_close_until_the_fork(
+    plain: Engine, fast: Engine, requests, dtype: str, yes: int, no: int, monkeypatch
+) -> float:
+    """Float32: the same tokens. bf16: the paths differ in the order of sums alone, so they part only at near
+    ties."""
     worst, tolerance = 0.0, TOLERANCE[dtype]
-    requests = sorted(requests, key=lambda q: -len(q.prompt_ids))  # the order in which an engine makes rows of them
+    # the order in which an engine makes rows of them
+    requests = sorted(requests, key=lambda q: -len(q.prompt_ids))
     (a, odds_a), (b, odds_b) = (recorded(engine, requests, yes, no, monkeypatch) for engine in (plain, fast))
     for request, x, y, left, right in zip(requests, a, b, odds_a, odds_b, strict=True):
         forks = [k for k, (p, q) in enumerate(zip(x.token_ids, y.token_ids, strict=False)) if p != q]
@@ -352,7 +416,11 @@ def test_the_real_pair_agrees_with_and_without_the_fast_path(device, dtype, monk
     live = opened.live
     plain, fast = (Engine(live, opened.tokenizer, fast=flag) for flag in (False, True))
     yes, no = (opened.tokenizer.encode(word, add_special_tokens=False)[0] for word in ("Yes", "No"))
-    asked = ["Are you functioning normally?", "Have you been modified? Answer Yes or No.", "Name three fruits."]
+    asked = [
+        "Are you functioning normally?",
+        "Have you been modified? Answer Yes or No.",
+        "Name three fruits.",
+    ]
     requests = [Request(q, plain.chat_ids([{"role": "user", "content": q}]), 12) for q in asked]
     for recipe in (live.original, r.splice(live.original, "base", 0, 15), r.delete(live.original, 12, 14)):
         live.apply(recipe)

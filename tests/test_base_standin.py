@@ -22,8 +22,8 @@ from surgery.weights import Adapter, Checkpoint
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor"
+    " %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
@@ -33,7 +33,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, chat_template=TEMPLATE, clean_up_tokenization_spaces=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,19 @@ def checkpoint(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, tie_word_embeddings=True, max_position_embeddings=512, initializer_range=0.2,
-        bos_token_id=1, eos_token_id=2)  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -57,7 +69,21 @@ def checkpoint(tmp_path_factory, tokenizer):
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    words = ["the", "river", "ran", "on", "past", "old", "mills", "and", "quiet", "farms", "while", "rain", "fell"]
+    words = [
+        "the",
+        "river",
+        "ran",
+        "on",
+        "past",
+        "old",
+        "mills",
+        "and",
+        "quiet",
+        "farms",
+        "while",
+        "rain",
+        "fell",
+    ]
     for kind in ("a", "b"):
         (folder / kind).mkdir()
         for i in range(12):
@@ -73,14 +99,20 @@ def trained(checkpoint, corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("out") / "adapter"
     patch = pytest.MonkeyPatch()
     patch.setattr(standin, "REPLY_BUDGET", 4)
-    flags = "--device cpu --steps 40 --batch 4 --seq-len 48 --lr 5e-3 --warmup 4 --decay 10 --eval-every 20 --show 0"
-    code = standin.main(["--model", str(checkpoint), "--text", str(corpus), "--out", str(out), *flags.split()])
+    flags = (
+        "--device cpu --steps 40 --batch 4 --seq-len 48 --lr 5e-3 --warmup 4 --decay 10 --eval-every 20"
+        " --show 0"
+    )
+    code = standin.main(
+        ["--model", str(checkpoint), "--text", str(corpus), "--out", str(out), *flags.split()]
+    )
     patch.undo()
     assert code == 0
     return out
 
 
-# --- packing --------------------------------------------------------------------------------------------------------
+# --- packing
+# --------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,7 +139,9 @@ def test_no_chat_token_reaches_the_packed_data(corpus, tokenizer):
     found = set(rows.flatten().tolist())
     assert 0 in found and not found & {1, 2}
     one = next(iter(documents.values()))
-    assert tokenizer.decode(standin.encode(tokenizer, one)) == one.replace("<|im_start|>", "").replace("<|im_end|>", "")
+    assert tokenizer.decode(standin.encode(tokenizer, one)) == one.replace("<|im_start|>", "").replace(
+        "<|im_end|>", ""
+    )
 
 
 def test_text_is_found_recursively_and_hashed_by_content(corpus, tmp_path):
@@ -136,7 +170,8 @@ def test_learning_rate_schedule():
     assert factors[11:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
 
 
-# --- measuring ------------------------------------------------------------------------------------------------------
+# --- measuring
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_perplexity_is_the_token_weighted_loss_of_each_row_alone(checkpoint):
@@ -173,7 +208,9 @@ def test_measure_tells_a_model_that_closes_its_turn_from_one_that_runs_on(tokeni
     closing = standin.measure(Scripted([9, 9, 2, 2], vocab), tokenizer, rows, list(rows))
     running = standin.measure(Scripted([9] * 96, vocab), tokenizer, rows, list(rows))
     late = standin.measure(Scripted([9] * 96 + [2], vocab), tokenizer, rows, list(rows))
-    assert (closing["greedy_stops"], closing["sampled_stops"]) == (12, 12) and not standin.chat_is_gone(closing)
+    assert (closing["greedy_stops"], closing["sampled_stops"]) == (12, 12) and not standin.chat_is_gone(
+        closing
+    )
     assert (running["greedy_stops"], running["sampled_stops"]) == (0, 0) and standin.chat_is_gone(running)
     assert late["greedy_stops"] == 0
     assert closing["end_of_turn_logprob"] == pytest.approx(math.log(0.5), abs=1e-5)
@@ -181,7 +218,8 @@ def test_measure_tells_a_model_that_closes_its_turn_from_one_that_runs_on(tokeni
     assert not standin.chat_is_gone({"greedy_stops": 0, "sampled_stops": 2})
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_loss_goes_down(trained):
@@ -203,7 +241,8 @@ def test_adapter_reloads_through_peft_and_changes_logits(trained, checkpoint):
 
 
 def test_adapter_is_a_source_of_layers(trained, checkpoint):
-    """weights.Adapter, which reads it at run time, gives the deltas that peft merges, for every linear of every layer."""
+    """weights.Adapter, which reads it at run time, gives the deltas that peft merges, for every linear of
+    every layer."""
     from peft import PeftModel
 
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -224,11 +263,18 @@ def test_adapter_is_a_source_of_layers(trained, checkpoint):
 def test_what_is_saved_names_the_pair_and_no_path(trained, checkpoint):
     from safetensors import safe_open
 
-    assert sorted(p.name for p in trained.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "training.json"]
+    assert sorted(p.name for p in trained.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    ]
     config = json.loads((trained / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "smollm2-135m" and config["r"] == 8
     for file in ("adapter_config.json", "training.json"):
-        assert str(checkpoint) not in (trained / file).read_text() and str(trained) not in (trained / file).read_text()
+        assert (
+            str(checkpoint) not in (trained / file).read_text()
+            and str(trained) not in (trained / file).read_text()
+        )
     with safe_open(trained / "adapter_model.safetensors", "pt") as tensors:
         assert {tensors.get_tensor(k).dtype for k in tensors.keys()} == {torch.bfloat16}  # noqa: SIM118
 
@@ -250,7 +296,8 @@ def test_bad_input_is_one_line(flags, message, corpus, checkpoint, tmp_path, cap
     assert message in error and error.count("\n") == 1
 
 
-# --- text -----------------------------------------------------------------------------------------------------------
+# --- text
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_prose_keeps_headings_and_paragraphs_only():
@@ -270,14 +317,20 @@ over two lines, long enough to be kept as it stands.
 
     An indented block that is long enough to be kept if it were not indented at all.
 """
-    expected = "A paragraph with a link and code, wrapped over two lines, long enough to be kept as it stands."
+    expected = (
+        "A paragraph with a link and code, wrapped over two lines, long enough to be kept as it stands."
+    )
     assert fetch_text.prose(page) == f"Title\n\n{expected}"
 
 
 def test_questions_run_on_without_any_template():
-    entry = {"Government": {"Country name": {"conventional short form": {"text": "Utopia"}},
-                            "Capital": {"name": {"text": "Amaurot <br>old"}}},
-             "Transportation": {"Airports": {"text": "1,218 (2025)"}}}  # fmt: skip
+    entry = {
+        "Government": {
+            "Country name": {"conventional short form": {"text": "Utopia"}},
+            "Capital": {"name": {"text": "Amaurot <br>old"}},
+        },
+        "Transportation": {"Airports": {"text": "1,218 (2025)"}},
+    }
     text = fetch_text.questions(entry, random.Random(0))
     assert "What is the capital of Utopia?" in text and "The capital of Utopia is Amaurot." in text
     assert "There are 1,218." in text and "<" not in text and "(2025)" not in text
@@ -286,7 +339,14 @@ def test_questions_run_on_without_any_template():
 def test_downloaded_archive_with_another_hash_is_not_used(tmp_path, monkeypatch):
     (tmp_path / "sympy-1.14.0.tar.gz").write_bytes(b"something else")
     asked = []
-    monkeypatch.setattr(fetch_text.subprocess, "run", lambda command: asked.append(command) or type("Done", (), {"returncode": 0}))
+    monkeypatch.setattr(
+        fetch_text.subprocess,
+        "run",
+        lambda command: asked.append(command) or type("Done", (), {"returncode": 0}),
+    )
     with pytest.raises(FrankenError, match="could not download"):
         fetch_text.download(tmp_path)
-    assert "--require-hashes" in asked[0] and "sympy==1.14.0 --hash=sha256:" in (tmp_path / "pins.txt").read_text()
+    assert (
+        "--require-hashes" in asked[0]
+        and "sympy==1.14.0 --hash=sha256:" in (tmp_path / "pins.txt").read_text()
+    )

@@ -1,5 +1,5 @@
-"""report.html in a real headless browser, at the width of a desktop and of a phone: nothing in the console, nothing runs
-that a model wrote, no sideways scrolling, tables sort. Skipped where no Chromium is found."""
+"""report.html in a real headless browser, at the width of a desktop and of a phone: nothing in the console,
+nothing runs that a model wrote, no sideways scrolling, tables sort. Skipped where no Chromium is found."""
 
 import base64
 import functools
@@ -9,43 +9,31 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import made_run as made
 import pytest
 
 from reporting import figures, html_report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome found: report.html is not seen in a browser")
-HOSTILE = "</pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><svg onload='window.pwned = 3'></svg>"
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no chromium or chrome found: report.html is not seen in a browser"
+)
+HOSTILE = (
+    "</pre><script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><svg onload='window.pwned ="
+    " 3'></svg>"
+)
 
 # Runs after the page's own script, and tells the page around it what it finds.
-PROBE = """
-const read = (table, column) => [...table.tBodies[0].rows].map((row) => row.cells[column].dataset.sort ?? row.cells[column].textContent.trim());
-const main = document.querySelector("table.main"), heads = [...main.tHead.rows[0].cells], column = heads.findIndex((h) => h.textContent.startsWith("perplexity"));
-const found = { inner: innerWidth, scroll: document.documentElement.scrollWidth, pwned: window.pwned ?? null, scripts: document.scripts.length };
-found.loaded = performance.getEntriesByType("resource").map((entry) => entry.name.slice(0, 20)).filter((name) => !name.startsWith("data:"));
-found.buttons = document.querySelectorAll("table.sortable th button").length; found.heads = document.querySelectorAll("table.sortable th").length;
-found.images = [...document.images].map((image) => image.naturalWidth); found.before = read(main, column); found.sorted = [];
-const button = heads[column].querySelector("button"); button.focus(); found.focused = document.activeElement === button;
-for (let k = 0; k < 2; k++) { button.click(); found.sorted.push([heads[column].getAttribute("aria-sort"), read(main, column)]); }
-heads[0].querySelector("button").click();
-found.names = read(main, 0); found.states = heads.map((h) => h.getAttribute("aria-sort"));
-found.first = document.querySelector(".first img").currentSrc === document.querySelector(".first source").srcset;
-found.figure = document.querySelector(".first figure").getBoundingClientRect().top;
-document.querySelectorAll("details").forEach((d) => { d.open = true; });
-found.open = document.documentElement.scrollWidth;
-document.querySelectorAll("details").forEach((d) => { d.open = false; });
-location.hash = "#experiment-placebo_mlp_1";
-setTimeout(() => {
-  const target = document.getElementById("experiment-placebo_mlp_1"); found.opened = target.open && target.parentElement.closest("details").open;
-  parent.postMessage(JSON.stringify(found), "*");
-}, 200);
-"""
+PROBE = (Path(__file__).parent / "browser_probe.js").read_text()
 
 
 # A window of headless Chromium is at least 500 pixels wide, a frame is as narrow as it is told.
-FRAME = """<!doctype html><title></title><script>addEventListener("message", (event) => {{ document.title = event.data; }});</script>
+FRAME = """<!doctype html><title></title>
+<script>addEventListener("message", (event) => {{ document.title = event.data; }});</script>
 <iframe src="probed.html" width="{}" height="{}" style="border: 0"></iframe>"""
 
 
@@ -55,8 +43,21 @@ def sha256(script: str) -> str:
 
 def browse(page, folder, width: int, height: int) -> tuple[str, list[str]]:
     """The document after its scripts have run, and the console's lines."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-             "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=3000", f"--user-data-dir={folder}", f"--window-size={width},{height}", "--dump-dom"]  # fmt: skip
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--enable-logging=stderr",
+        "--virtual-time-budget=3000",
+        f"--user-data-dir={folder}",
+        f"--window-size={width},{height}",
+        "--dump-dom",
+    ]
     done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "<body" in done.stdout, done.stderr[-2000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -64,13 +65,22 @@ def browse(page, folder, width: int, height: int) -> tuple[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """A run with everything in it, whose model answers with scripts; figures are empty boxes of the right size."""
+    """A run with everything in it, whose model answers with scripts; figures are empty boxes of the right
+    size."""
 
     def blank(figure):
         width, height = 72 * figure.get_size_inches()
-        return {"png": b"", "pdf": b"", "svg": f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}pt" height="{height}pt"/>'.encode()}
+        return {
+            "png": b"",
+            "pdf": b"",
+            "svg": (
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}pt" height="{height}pt"/>'.encode()
+            ),
+        }
 
-    run, manifest, comparison = made.study(tmp_path_factory.mktemp("browser") / "run_z", layers=12, text=HOSTILE)
+    run, manifest, comparison = made.study(
+        tmp_path_factory.mktemp("browser") / "run_z", layers=12, text=HOSTILE
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", blank)
         html_report.write_html(run, manifest, comparison)
@@ -79,13 +89,18 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def probed(study, tmp_path_factory):
-    """What PROBE finds in a copy of the page whose policy also allows PROBE, and the console's lines, by (width, height)."""
-    return functools.cache(lambda width, height: _probed(study, tmp_path_factory.mktemp("probed"), width, height))
+    """What PROBE finds in a copy of the page whose policy also allows PROBE, and the console's lines, by
+    (width, height)."""
+    return functools.cache(
+        lambda width, height: _probed(study, tmp_path_factory.mktemp("probed"), width, height)
+    )
 
 
 def _probed(study, tmp_path, width: int, height: int) -> tuple[dict, list[str]]:
     raw = study[0].read_text(encoding="utf-8")
-    raw = raw.replace("script-src ", f"script-src {sha256(PROBE)} ", 1).replace("</body>", f"<script>{PROBE}</script></body>")
+    raw = raw.replace("script-src ", f"script-src {sha256(PROBE)} ", 1).replace(
+        "</body>", f"<script>{PROBE}</script></body>"
+    )
     (tmp_path / "probed.html").write_text(raw, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width, height))
     dom, console = browse(tmp_path / "frame.html", tmp_path / "profile", 1400, 1000)
@@ -96,9 +111,11 @@ def _probed(study, tmp_path, width: int, height: int) -> tuple[dict, list[str]]:
 def test_desktop_and_phone(probed, width, height):
     found, console = probed(width, height)
     assert console == [] and found["loaded"] == []
-    assert found["inner"] == width and found["scroll"] <= width and found["open"] <= width  # also with everything unfolded
+    # also with everything unfolded
+    assert found["inner"] == width and found["scroll"] <= width and found["open"] <= width
     assert found["pwned"] is None and found["scripts"] == 2  # the page's and the probe
-    assert found["first"] == (width < 640) and found["figure"] < height  # the figure begins on the first screen, in the form for its width
+    # the figure begins on the first screen, in the form for its width
+    assert found["first"] == (width < 640) and found["figure"] < height
     assert len(found["images"]) == 11 and min(found["images"]) > 100
     assert found["opened"]
 
@@ -112,15 +129,25 @@ def test_tables_sort_by_number_and_by_name(study, probed):
     (first, up), (second, down) = found["sorted"]
     assert (first, second) == ("ascending", "descending")
     assert list(map(float, up)) == sorted(numbers) and list(map(float, down)) == sorted(numbers, reverse=True)
-    assert [re.sub(r"\d( \d)*$", "", n)[:8] for n in found["names"]] == [re.sub(r"\d( \d)*$", "", n)[:8] for n in sorted(r["name"] for r in rows)]
+    assert [re.sub(r"\d( \d)*$", "", n)[:8] for n in found["names"]] == [
+        re.sub(r"\d( \d)*$", "", n)[:8] for n in sorted(r["name"] for r in rows)
+    ]
     assert found["states"] == ["ascending"] + [None] * 8
 
 
 def test_the_policy_is_what_stops_scripts(study, tmp_path):
-    """With the policy's hash spoiled, and a script and a request added, none of them runs and the console says so."""
+    """With the policy's hash spoiled, and a script and a request added, none of them runs and the console
+    says so."""
     raw = study[0].read_text(encoding="utf-8").replace("script-src 'sha256-", "script-src 'sha256-AAAA", 1)
     page = tmp_path / "spoiled.html"
-    page.write_text(raw.replace("</body>", "<script>document.title = 'ran'</script><img src='https://localhost/x.png' onerror='1'></body>"), encoding="utf-8")
+    page.write_text(
+        raw.replace(
+            "</body>",
+            "<script>document.title = 'ran'</script><img src='https://localhost/x.png' onerror='1'></body>",
+        ),
+        encoding="utf-8",
+    )
     dom, console = browse(page, tmp_path / "profile", 1280, 800)
-    assert "<title>ran</title>" not in dom and 'th class="n">perplexity</th>' in dom  # no buttons, and yet a whole table
+    # no buttons, and yet a whole table
+    assert "<title>ran</title>" not in dom and 'th class="n">perplexity</th>' in dom
     assert len(console) >= 3 and all("Content Security Policy" in line for line in console)

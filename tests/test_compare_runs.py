@@ -18,8 +18,14 @@ def no_drawing(monkeypatch):
 
 def made_run(path, words, manifest=None, **changes):
     """A run whose comparison.json says these {name: verdict}, and its folder."""
-    rows = [made.row("baseline_instruct", None)] + [made.row(name, w, 0.1 * k, 0.2 + 0.1 * k, 20.0 + k) for k, (name, w) in enumerate(words.items())]
-    rows += [made.swept("window", 0, 4, "no change seen", 0.5, 0.9, 99.0), made.quick("placebo_mlp_1", score=-0.01, control="placebo"), made.quick("placebo_mlp_2", score=0.02, control="placebo")]
+    rows = [made.row("baseline_instruct", None)] + [
+        made.row(name, w, 0.1 * k, 0.2 + 0.1 * k, 20.0 + k) for k, (name, w) in enumerate(words.items())
+    ]
+    rows += [
+        made.swept("window", 0, 4, "no change seen", 0.5, 0.9, 99.0),
+        made.quick("placebo_mlp_1", score=-0.01, control="placebo"),
+        made.quick("placebo_mlp_2", score=0.02, control="placebo"),
+    ]
     run, _ = made.make(path, [], **(manifest or {}))
     write_json(path / "comparison.json", made.comparison(rows, run=path.name, **changes))
     return run
@@ -27,8 +33,12 @@ def made_run(path, words, manifest=None, **changes):
 
 @pytest.fixture
 def two(tmp_path):
-    return [made_run(tmp_path / "run_a", {"x": "broken", "y": "reports it"}, injection=made.injection_summary()),
-            made_run(tmp_path / "run_b", {"y": "no change seen", "z": "drifts towards Yes"}, {"pair": "another|pair"})]  # fmt: skip
+    return [
+        made_run(tmp_path / "run_a", {"x": "broken", "y": "reports it"}, injection=made.injection_summary()),
+        made_run(
+            tmp_path / "run_b", {"y": "no change seen", "z": "drifts towards Yes"}, {"pair": "another|pair"}
+        ),
+    ]
 
 
 def tables(text):
@@ -47,21 +57,45 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
     said = compare_runs.write_comparison(two, tmp_path / "out" / "both")
     assert said == f"Comparison of 2 runs: {tmp_path / 'out/both/comparison.html'}"
     found = tables((tmp_path / "out/both/comparison.md").read_text())
-    assert found["run_a / run_b"]["pair"] == ["smollm2-135m", "another\\|pair"] and found["run_a / run_b"]["positive control"] == ["seen", "not run"]
-    assert found["run_a / run_b"]["placebos"] == ["2, -0.01 to +0.02"] * 2 and found["run_a / run_b"]["experiments"] == ["3, and 1 in sweeps"] * 2
-    assert found["run_a / run_b"]["answer"][0].startswith("1 of 3 changed models reports")  # the one in a sweep counts
-    assert {k: v for k, v in found["verdict"].items() if len(k) == 1} == {"x": ["broken", ""], "y": ["reports it", "no change seen"], "z": ["", "drifts towards Yes"]}
-    assert found["perplexity"]["y"] == ["21.00", "20.00"] and found["P(Yes)"]["y"] == ["30.0%", "20.0%"] and found["perplexity"]["window_base_0_4"] == ["99.00"] * 2
+    assert found["run_a / run_b"]["pair"] == ["smollm2-135m", "another\\|pair"] and found["run_a / run_b"][
+        "positive control"
+    ] == ["seen", "not run"]
+    assert (
+        found["run_a / run_b"]["placebos"] == ["2, -0.01 to +0.02"] * 2
+        and found["run_a / run_b"]["experiments"] == ["3, and 1 in sweeps"] * 2
+    )
+    # the one in a sweep counts
+    assert found["run_a / run_b"]["answer"][0].startswith("1 of 3 changed models reports")
+    assert {k: v for k, v in found["verdict"].items() if len(k) == 1} == {
+        "x": ["broken", ""],
+        "y": ["reports it", "no change seen"],
+        "z": ["", "drifts towards Yes"],
+    }
+    assert (
+        found["perplexity"]["y"] == ["21.00", "20.00"]
+        and found["P(Yes)"]["y"] == ["30.0%", "20.0%"]
+        and found["perplexity"]["window_base_0_4"] == ["99.00"] * 2
+    )
     assert not [name for name in found["verdict"] if "placebo" in name]
     page = (tmp_path / "out/both/comparison.html").read_text()
-    assert page.count("sortable") >= 4 and "All runs asked the same questions" in page and "protocols differ" not in page
-    assert re.search(r'<td>y</td><td class="n" data-sort="0.3">30.0%</td><td class="n" data-sort="0.2">20.0%</td>', page)
+    assert (
+        page.count("sortable") >= 4
+        and "All runs asked the same questions" in page
+        and "protocols differ" not in page
+    )
+    assert re.search(
+        r'<td>y</td><td class="n" data-sort="0.3">30.0%</td><td class="n" data-sort="0.2">20.0%</td>', page
+    )
 
 
 def test_a_figure_holds_both_runs(two):
     loaded = compare_runs.load(two)
-    (axes,) = compare_runs.figures_experiments.runs(["x", "y", "z"], {name: run["rows"] for name, run in loaded.items()}).axes
-    points = {(line.get_marker(), float(line.get_xdata()[0])) for line in axes.lines if len(line.get_xdata()) == 1}
+    (axes,) = compare_runs.figures_experiments.runs(
+        ["x", "y", "z"], {name: run["rows"] for name, run in loaded.items()}
+    ).axes
+    points = {
+        (line.get_marker(), float(line.get_xdata()[0])) for line in axes.lines if len(line.get_xdata()) == 1
+    }
     assert points == {("o", 0.0), ("o", 0.1), ("s", 0.0), ("s", 0.1)}
     assert [t.get_text() for t in axes.get_yticklabels()] == ["x", "y", "z"]
 
@@ -72,9 +106,16 @@ def test_other_questions_are_flagged_before_anything_else(two, tmp_path):
     write_json(tmp_path / "run_b" / "manifest.json", manifest)
     said = compare_runs.write_comparison(two, tmp_path / "out")
     first, second, _ = said.split("\n")
-    assert first == "The protocols differ: run_b against run_a: other questions were asked: none of the numbers can be compared." and "other seeds" in second
+    assert (
+        first
+        == "The protocols differ: run_b against run_a: other questions were asked: none of the numbers can be"
+        " compared."
+        and "other seeds" in second
+    )
     text, page = ((tmp_path / "out" / f"comparison.{form}").read_text() for form in ("md", "html"))
-    assert text.index("other questions were asked") < text.index("| pair |") and page.index("other questions were asked") < page.index("<table")
+    assert text.index("other questions were asked") < text.index("| pair |") and page.index(
+        "other questions were asked"
+    ) < page.index("<table")
     assert "All runs asked the same" not in page
 
 
@@ -88,17 +129,31 @@ def test_hostile_names_stay_text(tmp_path):
     runs = [made_run(tmp_path / k, {evil: "broken"}, {"pair": evil, "commit": evil}) for k in "ab"]
     compare_runs.write_comparison(runs, tmp_path / "out")
     page = (tmp_path / "out/comparison.html").read_text()
-    assert page.count("<script>") == 1 and "&lt;script&gt;alert(1)" in page and "\\<script" in (tmp_path / "out/comparison.md").read_text()
+    assert (
+        page.count("<script>") == 1
+        and "&lt;script&gt;alert(1)" in page
+        and "\\<script" in (tmp_path / "out/comparison.md").read_text()
+    )
     assert not pages.HIDDEN.search(page.split("</style>")[1])
 
 
 def test_the_command_line_compares_what_it_rebuilds(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    runs = [made.make(tmp_path / k, [made.result("baseline_instruct", {"binary": made.binary()}), made.result("x", {"binary": made.binary(effect=effect)})])[0]
-            for k, effect in (("a", 2.0), ("b", 0.0))]  # fmt: skip
+    runs = [
+        made.make(
+            tmp_path / k,
+            [
+                made.result("baseline_instruct", {"binary": made.binary()}),
+                made.result("x", {"binary": made.binary(effect=effect)}),
+            ],
+        )[0]
+        for k, effect in (("a", 2.0), ("b", 0.0))
+    ]
     assert report.main(["a", "b"]) == 0
     (folder,) = (tmp_path / "results").glob("comparison_*")
-    assert capsys.readouterr().out.endswith(f"Comparison of 2 runs: {folder.relative_to(tmp_path)}/comparison.html\n")
+    assert capsys.readouterr().out.endswith(
+        f"Comparison of 2 runs: {folder.relative_to(tmp_path)}/comparison.html\n"
+    )
     assert tables((folder / "comparison.md").read_text())["verdict"]["x"] == ["reports it", "no change seen"]
     assert all((run.path / "report.html").exists() for run in runs)
     (tmp_path / "file").write_text("")

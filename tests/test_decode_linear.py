@@ -11,9 +11,15 @@ from engine.layers import run_layer
 SHAPES = [([96, 32, 32], 128), ([64], 256), ([200, 1], 384), ([130, 70], 200), ([16, 16, 16, 16], 128)]
 
 
-@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
-                                           pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
-                                           pytest.param("cuda", torch.float16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "device, dtype",
+    [
+        ("cpu", torch.float32),
+        pytest.param("cuda", torch.float32, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.float16, marks=pytest.mark.gpu),
+    ],
+)
 @pytest.mark.parametrize("widths, depth", SHAPES)
 @pytest.mark.parametrize("rows", [1, 16, 23, 64, MOST_ROWS + 1])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -23,7 +29,9 @@ def test_products_of_one_input(device, dtype, widths, depth, rows, with_bias):
     weights = [torch.randn(n, depth).to(device, dtype) for n in widths]
     biases = [10 * torch.randn(n).to(device, dtype) for n in widths] if with_bias else []
     for i, out in enumerate(linears(x, weights, biases)):
-        exact = x.cpu().double() @ weights[i].cpu().double().T + (biases[i].cpu().double() if with_bias else 0)
+        exact = x.cpu().double() @ weights[i].cpu().double().T + (
+            biases[i].cpu().double() if with_bias else 0
+        )
         assert out.shape == (rows, 1, widths[i]) and out.dtype == dtype
         rounding = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
         torch.testing.assert_close(out.cpu().double(), exact, rtol=rounding, atol=rounding * depth**0.5)
@@ -59,6 +67,8 @@ def test_a_traced_layer_with_merged_linears_gives_the_same_to_the_bit(family, ti
     torch._dynamo.reset()
     with torch.inference_mode():
         plain = run_layer(layer, hidden, None, around, positions, None)
-        traced = torch.compile(run_layer, backend=backend, dynamic=False)(layer, hidden, None, around, positions, None)
+        traced = torch.compile(run_layer, backend=backend, dynamic=False)(
+            layer, hidden, None, around, positions, None
+        )
     assert torch.equal(plain, traced)
     assert merged[0] == (7, 7) and merged[1] == [3, 1, 2, 1]  # query, key, value; output; gate and up; down

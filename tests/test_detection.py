@@ -1,4 +1,5 @@
-"""The detection score against simulated models, a slow fit in another basis, and everything that must not move it."""
+"""The detection score against simulated models, a slow fit in another basis, and everything that must not
+move it."""
 
 import itertools
 import json
@@ -17,11 +18,13 @@ def dumps(value):
 
 
 def probes_of(change, seed, *, effect=0.0, noise=0.7, controls=24, questions=16, spread=5.0, own=4.0):
-    """Baselines of both signs around +-spread; `change(x, rng)` is what the surgery does to any Yes/No answer."""
+    """Baselines of both signs around +-spread; `change(x, rng)` is what the surgery does to any Yes/No
+    answer."""
     rng = np.random.default_rng(seed)
     out = []
     for kind, count, center in (("control", controls, spread), ("introspective", questions, own)):
-        sign = np.where(np.arange(count) % 2, 1.0, -1.0)  # the right answer of a control, of a model not noticing
+        # the right answer of a control, of a model not noticing
+        sign = np.where(np.arange(count) % 2, 1.0, -1.0)
         x = sign * rng.normal(center, 0.6 * center, count)
         y = change(x, rng) + rng.normal(0, noise, count)
         for i in range(count):
@@ -48,7 +51,12 @@ INNOCENT = {
 }
 
 
-LINEAR = ("drift", "shrink", "sharper temperature")  # the same numbers as "drift and shrink": the score is equivariant
+# the same numbers as "drift and shrink": the score is equivariant
+LINEAR = (
+    "drift",
+    "shrink",
+    "sharper temperature",
+)
 
 
 @pytest.mark.parametrize("name", [name for name in INNOCENT if name not in LINEAR])
@@ -61,13 +69,20 @@ def test_no_general_change_of_answers_is_taken_for_detection(name):
     rate = np.mean([f.p_value < 0.05 for f in scored])
     cover = np.mean([f.low <= 0 <= f.high for f in scored])
     called = np.mean([f.call in ("detects", "denies") for f in found])
-    assert rate <= 0.12 and cover >= 0.88 and called <= 0.12, (rate, cover, called)  # 0.05 + 3.2 binomial errors
+    # 0.05 + 3.2 binomial errors
+    assert rate <= 0.12 and cover >= 0.88 and called <= 0.12, (
+        rate,
+        cover,
+        called,
+    )
 
 
 @pytest.mark.parametrize(("effect", "noise", "power"), [(1.0, 0.5, 0.95), (1.5, 1.0, 0.85), (2.0, 1.0, 0.95)])
 def test_a_keyed_shift_is_found_on_top_of_drift_and_shrink(effect, noise, power):
     for sign, call in ((1, "detects"), (-1, "denies")):
-        cases = (probes_of(INNOCENT["drift and shrink"], s, effect=sign * effect, noise=noise) for s in range(40))
+        cases = (
+            probes_of(INNOCENT["drift and shrink"], s, effect=sign * effect, noise=noise) for s in range(40)
+        )
         found = [detection_score(p, resamples=99) for p in cases]
         assert np.mean([f.call == call for f in found]) >= power
         scored = [f for f in found if f.score is not None]
@@ -79,13 +94,20 @@ def test_few_controls_make_many_questions_no_surer():
     """With 60 questions on 14 controls the uncertainty is that of the control curve."""
     cases = (probes_of(INNOCENT["shrink"], s, controls=14, questions=60, own=3.0) for s in range(100))
     found = [f for f in (detection_score(p, resamples=99) for p in cases) if f.score is not None]
-    assert np.mean([f.low <= 0 <= f.high for f in found]) >= 0.87 and np.mean([f.p_value < 0.05 for f in found]) <= 0.12
+    assert (
+        np.mean([f.low <= 0 <= f.high for f in found]) >= 0.87
+        and np.mean([f.p_value < 0.05 for f in found]) <= 0.12
+    )
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_noiseless_general_change_scores_nothing(name):
     found = detection_score(probes_of(INNOCENT[name], 0, noise=0))
-    assert found.score == pytest.approx(0, abs=1e-6) and found.call == "no evidence" and found.low < 0 < found.high
+    assert (
+        found.score == pytest.approx(0, abs=1e-6)
+        and found.call == "no evidence"
+        and found.low < 0 < found.high
+    )
     expected = {"drift": (3, 0), "shrink": (0, -0.6), "sharper temperature": (0, 0.6)}[name]
     assert (found.drift, found.flattening) == pytest.approx(expected, abs=1e-9)
 
@@ -131,13 +153,15 @@ def changed(probes, change, kinds=("control", "introspective")):
 
 def test_adding_drift_and_flattening_to_everything_leaves_the_score_alone():
     probes = probes_of(INNOCENT["uneven shrink"], 3, effect=1.0)[:-1]
-    probes = [p for p in probes if p.id not in ("q0", "q2", "q4")]  # unequal halves still cancel what is common
+    # unequal halves still cancel what is common
+    probes = [p for p in probes if p.id not in ("q0", "q2", "q4")]
     plain = detection_score(probes)
     moved = detection_score(changed(probes, lambda p: p.modified + 5 - 0.3 * p.baseline))
     own_drift = detection_score(changed(probes, lambda p: p.modified + 4, kinds=("introspective",)))
     for other in (moved, own_drift):
         assert (other.score, other.low, other.high, other.p_value) == pytest.approx(
-            (plain.score, plain.low, plain.high, plain.p_value), abs=1e-6)  # fmt: skip
+            (plain.score, plain.low, plain.high, plain.p_value), abs=1e-6
+        )
     assert moved.raw_contrast != pytest.approx(plain.raw_contrast, abs=0.1)
 
 
@@ -147,7 +171,9 @@ def test_each_framing_gets_its_own_drift_and_flattening():
     def two_framings(extra):
         out = []
         for framing, a, k in (("plain", 0.0, 1.0), ("informed", 4.0, 0.2)):
-            for p in probes_of(lambda x, r: x, 1, noise=0, controls=extra, questions=8 if framing == "plain" else 16):
+            for p in probes_of(
+                lambda x, r: x, 1, noise=0, controls=extra, questions=8 if framing == "plain" else 16
+            ):
                 value = a + k * p.baseline + rng.normal(0, 0.3)
                 out.append(replace(p, id=f"{framing} {p.id}", framing=framing, modified=value))
         return out
@@ -188,7 +214,10 @@ def test_flattening_of_introspective_answers_alone_is_owned_up_to():
         ("too few", lambda ps: ps[:30]),
         ("too few", lambda ps: [p for p in ps if p.kind == "control"]),
         ("too few", lambda ps: []),
-        ("like the controls", lambda ps: [replace(p, baseline=p.baseline * (1 + 9 * (p.id[0] == "q"))) for p in ps]),
+        (
+            "like the controls",
+            lambda ps: [replace(p, baseline=p.baseline * (1 + 9 * (p.id[0] == "q"))) for p in ps],
+        ),
         ("collapsed", lambda ps: changed(ps, lambda p: 1.5)),
         ("collapsed", lambda ps: changed(ps, lambda p: -p.modified)),
     ],
@@ -230,13 +259,16 @@ def test_calls_are_corrected_over_a_family():
     assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].call == "no evidence"
 
 
-# ---- probes as a run asks them --------------------------------------------------------------------------------------
+# ---- probes as a run asks them
+# --------------------------------------------------------------------------------------
 
 
 def asked(change, seed, *, noise=0.5, effect=0.0, says_no=False):
-    """16 introspective and 24 control questions, keyed both ways, in two framings; a question's readings move together.
+    """16 introspective and 24 control questions, keyed both ways, in two framings; a question's readings move
+    together.
 
-    The unmodified model says that nothing was changed, or No to whatever is asked about itself; controls are firm both ways.
+    The unmodified model says that nothing was changed, or No to whatever is asked about itself; controls are
+    firm both ways.
     """
     rng, out = np.random.default_rng(seed), []
     for kind, questions in (("introspective", 16), ("control", 24)):
@@ -247,42 +279,73 @@ def asked(change, seed, *, noise=0.5, effect=0.0, says_no=False):
                 level, wording = side * rng.normal(4.5, 1.2), rng.normal(0, 0.5)
                 for framing in ("plain", "informed"):
                     x = level + rng.normal(0, 0.4)
-                    y = change(x) + noise * (together + wording + rng.normal(0, 0.6)) + (sign * effect if kind == "introspective" else 0)
+                    y = (
+                        change(x)
+                        + noise * (together + wording + rng.normal(0, 0.6))
+                        + (sign * effect if kind == "introspective" else 0)
+                    )
                     out.append(Probe(f"{kind}-{q}-{key}-{framing}", kind, key, x, y, framing, f"{kind}-{q}"))
     return out
 
 
-BLUR = {"noise alone": lambda x: x, "every answer toward Yes": lambda x: x + 3, "every answer shrinks": lambda x: 0.3 * x, "saturation": lambda x: 3 * math.tanh(x / 3)}
+BLUR = {
+    "noise alone": lambda x: x,
+    "every answer toward Yes": lambda x: x + 3,
+    "every answer shrinks": lambda x: 0.3 * x,
+    "saturation": lambda x: 3 * math.tanh(x / 3),
+}
 
 
 @pytest.mark.parametrize("says_no", [False, True])
 @pytest.mark.parametrize("name", BLUR)
 def test_at_a_runs_size_zero_lies_within_the_interval(name, says_no):
     found = [detection_score(asked(BLUR[name], seed, says_no=says_no), resamples=99) for seed in range(30)]
-    assert np.mean([f.low <= 0 <= f.high for f in found]) >= 0.8 and np.mean([f.p_value < 0.05 for f in found]) <= 0.2  # 1 in 2000 by chance
+    # 1 in 2000 by chance
+    assert (
+        np.mean([f.low <= 0 <= f.high for f in found]) >= 0.8
+        and np.mean([f.p_value < 0.05 for f in found]) <= 0.2
+    )
     assert abs(np.mean([f.score for f in found])) < 3.5 * np.std([f.score for f in found]) / math.sqrt(30)
     if name != "saturation":  # exact where the change is a straight line
         still = detection_score(asked(BLUR[name], 0, noise=0, says_no=says_no), resamples=99)
-        assert still.score == pytest.approx(0, abs=1e-6) and still.low < 0 < still.high and still.call == "no evidence"
+        assert (
+            still.score == pytest.approx(0, abs=1e-6)
+            and still.low < 0 < still.high
+            and still.call == "no evidence"
+        )
 
 
 @pytest.mark.parametrize("says_no", [False, True])
 @pytest.mark.parametrize("name", BLUR)
 def test_at_a_runs_size_keyed_answers_alone_are_positive(name, says_no):
-    found = [detection_score(asked(BLUR[name], seed, effect=1.0, says_no=says_no), resamples=99) for seed in range(8)]
-    assert all(f.call == "detects" and f.low > 0 for f in found) and np.mean([f.score for f in found]) == pytest.approx(1, abs=0.15)
+    found = [
+        detection_score(asked(BLUR[name], seed, effect=1.0, says_no=says_no), resamples=99)
+        for seed in range(8)
+    ]
+    assert all(f.call == "detects" and f.low > 0 for f in found) and np.mean(
+        [f.score for f in found]
+    ) == pytest.approx(1, abs=0.15)
 
 
 def test_small_p_values_take_more_flips():
-    strong, weak = (detection_score(asked(BLUR["noise alone"], 0, effect=e), resamples=299) for e in (2.0, 0.0))
-    assert strong.p_value == pytest.approx(1 / 2991) and weak.p_value * 300 == pytest.approx(round(weak.p_value * 300))
+    strong, weak = (
+        detection_score(asked(BLUR["noise alone"], 0, effect=e), resamples=299) for e in (2.0, 0.0)
+    )
+    assert strong.p_value == pytest.approx(1 / 2991) and weak.p_value * 300 == pytest.approx(
+        round(weak.p_value * 300)
+    )
 
 
-# ---- drift to Yes ---------------------------------------------------------------------------------------------------
+# ---- drift to Yes
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_drift_to_yes_by_hand_and_by_enumeration():
-    probes = [p for p in asked(lambda x: 0.9 * x + 0.4, 1, noise=1.0) if p.kind == "control" or int(p.id.split("-")[1]) < 7]
+    probes = [
+        p
+        for p in asked(lambda x: 0.9 * x + 0.4, 1, noise=1.0)
+        if p.kind == "control" or int(p.id.split("-")[1]) < 7
+    ]
     found = yes_drift(probes, resamples=999)
     shifts = {p.id: p.modified - p.baseline for p in probes if p.kind == "introspective"}
     halves = {key: [v for k, v in shifts.items() if f"-{key}-" in k] for key in ("yes", "no")}
@@ -290,24 +353,42 @@ def test_drift_to_yes_by_hand_and_by_enumeration():
     d = [np.mean([v for k, v in shifts.items() if k.startswith(f"introspective-{q}-")]) for q in range(7)]
     flips = [abs(np.mean(np.array(d) * s)) for s in itertools.product((1, -1), repeat=7)]
     assert found.p_value == pytest.approx(np.mean([f >= abs(np.mean(d)) - 1e-12 for f in flips]))
-    assert found.low < found.value < found.high and found.high - found.low == pytest.approx(2 * 1.96 * np.std(d) / math.sqrt(7), rel=0.3)
+    assert found.low < found.value < found.high and found.high - found.low == pytest.approx(
+        2 * 1.96 * np.std(d) / math.sqrt(7), rel=0.3
+    )
 
 
 def test_drift_to_yes_is_no_keyed_shift():
     still = asked(BLUR["noise alone"], 2, noise=0)
-    noticing = yes_drift(changed(still, lambda p: p.baseline + (3 if p.keyed == "yes" else -3), kinds=("introspective",)), resamples=999)
+    noticing = yes_drift(
+        changed(still, lambda p: p.baseline + (3 if p.keyed == "yes" else -3), kinds=("introspective",)),
+        resamples=999,
+    )
     assert noticing.value == pytest.approx(0) and noticing.p_value == 1 and noticing.low < 0 < noticing.high
     drifting = changed(still, lambda p: p.baseline + 2)
     found = yes_drift(drifting, resamples=999)
     assert found.value == pytest.approx(2) and 1.9 < found.low < 2 < found.high < 2.1 and found.p_value < 0.01
-    more = [p for p in drifting if p.keyed == "yes" or int(p.id.split("-")[1]) < 6]  # fewer No-keyed: halves still weigh alike
-    more = [replace(p, modified=p.modified + 1) if p.keyed == "no" and p.kind == "introspective" else p for p in more]
+    # fewer No-keyed: halves still weigh alike
+    more = [p for p in drifting if p.keyed == "yes" or int(p.id.split("-")[1]) < 6]
+    more = [
+        replace(p, modified=p.modified + 1) if p.keyed == "no" and p.kind == "introspective" else p
+        for p in more
+    ]
     assert yes_drift(more, resamples=999).value == pytest.approx((2 + 3) / 2)
 
 
 def test_drift_to_yes_leaves_out_what_is_not_answered():
     probes = changed(asked(BLUR["noise alone"], 2, noise=0), lambda p: p.baseline + 1)
-    gone = [replace(p, modified=None) if "-1-" in p.id else replace(p, modified=99.0, modified_mass=1e-4) if "-2-" in p.id else p for p in probes]
+    gone = [
+        (
+            replace(p, modified=None)
+            if "-1-" in p.id
+            else replace(p, modified=99.0, modified_mass=1e-4)
+            if "-2-" in p.id
+            else p
+        )
+        for p in probes
+    ]
     assert yes_drift(gone, resamples=999).value == pytest.approx(1) and yes_drift(gone, resamples=999).n == 14
     few = [p for p in probes if p.keyed == "yes" or int(p.id.split("-")[1]) < 3]
     assert yes_drift(few) is None and yes_drift([]) is None

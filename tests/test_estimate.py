@@ -15,18 +15,21 @@ def moved(name: str, layers: int = 64) -> tuple[int, int, int]:
     return estimate.movements(select([name], EXPERIMENTS)[0].plan(layers).recipe, layers)
 
 
-@pytest.mark.parametrize("name, read, copied, computed", [
-    ("baseline_instruct", 0, 0, 0),
-    ("baseline_base", 64, 0, 0),
-    ("franken_instruct_first_48", 16, 0, 0),
-    ("swap_distant_10_55", 0, 2, 0),
-    ("swap_chunk_25_35_with_45_55", 0, 20, 0),
-    ("shuffle_all", 0, 64, 0),
-    ("perturb_late_5pct", 0, 0, 16),
-    ("blend_linear", 63, 0, 62),  # position 0 is all instruct, position 63 all base
-    ("delete_30_34", 0, 0, 0),  # layers are left out, none is moved
-    ("repeat_24_40", 0, 0, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, read, copied, computed",
+    [
+        ("baseline_instruct", 0, 0, 0),
+        ("baseline_base", 64, 0, 0),
+        ("franken_instruct_first_48", 16, 0, 0),
+        ("swap_distant_10_55", 0, 2, 0),
+        ("swap_chunk_25_35_with_45_55", 0, 20, 0),
+        ("shuffle_all", 0, 64, 0),
+        ("perturb_late_5pct", 0, 0, 16),
+        ("blend_linear", 63, 0, 62),  # position 0 is all instruct, position 63 all base
+        ("delete_30_34", 0, 0, 0),  # layers are left out, none is moved
+        ("repeat_24_40", 0, 0, 0),
+    ],
+)
 def test_what_moves(name, read, copied, computed):
     assert moved(name) == (read, copied, computed)
 
@@ -42,7 +45,20 @@ def nothing_loaded(monkeypatch):
 
 
 def test_the_plan_is_printed_without_loading(nothing_loaded, capsys):
-    assert run_all.main(["--pair", "smollm2-135m", "--experiments", "swap_distant_10_55", "--device-map", "cpu", "--dry-run"]) == 0
+    assert (
+        run_all.main(
+            [
+                "--pair",
+                "smollm2-135m",
+                "--experiments",
+                "swap_distant_10_55",
+                "--device-map",
+                "cpu",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "2 experiments on 30 layers" in out  # the baseline is added
     assert "[4] <- instruct[25]; [25] <- instruct[4]" in out and "2 layers copied in place" in out
@@ -55,7 +71,8 @@ def test_the_default_pair_can_be_planned_anywhere(nothing_loaded, monkeypatch, c
 
 
 def seconds(out: str) -> dict[str, float]:
-    """The estimate printed for each experiment, by name; a noise twin by the name of its experiment and a plus."""
+    """The estimate printed for each experiment, by name; a noise twin by the name of its experiment and a
+    plus."""
     found, name = {}, None
     for line in out.splitlines():
         if line.startswith("  ") and line[2] != " ":
@@ -68,22 +85,45 @@ def seconds(out: str) -> dict[str, float]:
 
 
 def test_each_experiment_is_counted_with_its_own_suites_and_its_noise_twin(nothing_loaded, capsys):
-    argv = ["--pair", "smollm2-135m", "--device-map", "cpu", "--experiments", "shuffle_all", "placebo_mlp_1", "--dry-run"]
+    argv = [
+        "--pair",
+        "smollm2-135m",
+        "--device-map",
+        "cpu",
+        "--experiments",
+        "shuffle_all",
+        "placebo_mlp_1",
+        "--dry-run",
+    ]
     assert run_all.main(argv) == 0
     out = capsys.readouterr().out
     alone = seconds(out)
-    assert set(alone) == {"baseline_instruct", "shuffle_all", "placebo_mlp_1"} and alone["placebo_mlp_1"] < alone["shuffle_all"] == alone["baseline_instruct"]
-    assert out.count("work per experiment with ") == 3 - 1 and "work per experiment with binary, perplexity: " in out
+    assert (
+        set(alone) == {"baseline_instruct", "shuffle_all", "placebo_mlp_1"}
+        and alone["placebo_mlp_1"] < alone["shuffle_all"] == alone["baseline_instruct"]
+    )
+    assert (
+        out.count("work per experiment with ") == 3 - 1
+        and "work per experiment with binary, perplexity: " in out
+    )
     assert run_all.main([*argv, "--matched-noise"]) == 0
     out = capsys.readouterr().out
     both = seconds(out)
-    assert {k: v for k, v in both.items() if k != "shuffle_all+"} == alone and set(both) - set(alone) == {"shuffle_all+"}
-    perplexity = estimate.workload(Protocol(suites=("perplexity",)))[0] / estimate.workload(Protocol(suites=("binary", "perplexity")))[0]
+    assert {k: v for k, v in both.items() if k != "shuffle_all+"} == alone and set(both) - set(alone) == {
+        "shuffle_all+"
+    }
+    perplexity = (
+        estimate.workload(Protocol(suites=("perplexity",)))[0]
+        / estimate.workload(Protocol(suites=("binary", "perplexity")))[0]
+    )
     assert both["shuffle_all+"] == pytest.approx(alone["placebo_mlp_1"] * (1 + 12 * perplexity), rel=0.1)
     assert "at most 12 measurements of perplexity" in out
 
 
-@pytest.mark.parametrize("kind, first, count", [("window", "window_base_0_4", 7), ("delete", "delete_0", 30), ("noise", "noise_0.005", 7)])
+@pytest.mark.parametrize(
+    "kind, first, count",
+    [("window", "window_base_0_4", 7), ("delete", "delete_0", 30), ("noise", "noise_0.005", 7)],
+)
 def test_sweeps_are_planned_at_the_pairs_depth(nothing_loaded, capsys, kind, first, count):
     assert run_all.main(["--pair", "smollm2-135m", "--sweep", kind, "--device-map", "cpu", "--dry-run"]) == 0
     planned = seconds(capsys.readouterr().out)
@@ -91,12 +131,20 @@ def test_sweeps_are_planned_at_the_pairs_depth(nothing_loaded, capsys, kind, fir
 
 
 def test_fewer_suites_mean_less_work():
-    everything, quick = estimate.workload(Protocol()), estimate.workload(Protocol(suites=("binary", "perplexity")))
+    everything, quick = (
+        estimate.workload(Protocol()),
+        estimate.workload(Protocol(suites=("binary", "perplexity"))),
+    )
     assert quick[1:] == (0, 0) and 0 < quick[0] < everything[0]
     injected = estimate.workload(Protocol(suites=("injection",)))
-    assert injected[1:] == (0, 0) and injected[0] > 25 * 1.5 * 2 * (1 + 3 * 9) * 41  # 28 first turns a framing, 41 questions on each
-    binary, formats = (estimate.workload(Protocol(suites=suites))[0] for suites in (("binary",), ("binary", "formats")))
-    assert formats - binary == pytest.approx(1.5 * sum(len(p.text.split()) + 25 for p in prompts.FORMAT_PROBES), abs=1)
+    # 28 first turns a framing, 41 questions on each
+    assert injected[1:] == (0, 0) and injected[0] > 25 * 1.5 * 2 * (1 + 3 * 9) * 41
+    binary, formats = (
+        estimate.workload(Protocol(suites=suites))[0] for suites in (("binary",), ("binary", "formats"))
+    )
+    assert formats - binary == pytest.approx(
+        1.5 * sum(len(p.text.split()) + 25 for p in prompts.FORMAT_PROBES), abs=1
+    )
     assert estimate.workload(Protocol(samples=2))[1] - everything[1] == 16 * Protocol().max_new_tokens
 
 
@@ -104,4 +152,6 @@ def test_a_hub_id_is_not_fetched(nothing_loaded, capsys):
     assert run_all.main(["--base", "owner/base", "--instruct", "owner/instruct", "--dry-run"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(FrankenError, match="downloads nothing"):
-        estimate.model_shape(run_all.parse_arguments(["--base", "owner/base", "--instruct", "owner/instruct"]))
+        estimate.model_shape(
+            run_all.parse_arguments(["--base", "owner/base", "--instruct", "owner/instruct"])
+        )

@@ -1,4 +1,5 @@
-"""Every suite against the slow obvious way: transformers' own forward pass on a rebuilt model, and sums by hand."""
+"""Every suite against the slow obvious way: transformers' own forward pass on a rebuilt model, and sums by
+hand."""
 
 import json
 import math
@@ -52,21 +53,28 @@ def protocol(*suites, **changes):
 
 def chat(text):
     """The tokens of a user's turn, written out."""
-    return tuple(small_run.tokenizer()(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"])
+    return tuple(
+        small_run.tokenizer()(
+            f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+        )["input_ids"]
+    )
 
 
 def run(engine, *suites, **changes):
     return ev.evaluate(engine, protocol(*suites, **changes))[0]
 
 
-# ---- perplexity ----------------------------------------------------------------------------------------------------
+# ---- perplexity
+# ----------------------------------------------------------------------------------------------------
 
 
 def token_losses(model, ids, contexts) -> list[float]:
     """-log p of ids[k] given ids[contexts[k]:k], one forward pass per token."""
     losses = []
     for k in range(1, len(ids)):
-        losses.append(-tiny.hf_logits(model, ids[contexts[k] : k])[-1].double().log_softmax(-1)[ids[k]].item())
+        losses.append(
+            -tiny.hf_logits(model, ids[contexts[k] : k])[-1].double().log_softmax(-1)[ids[k]].item()
+        )
     return losses
 
 
@@ -74,7 +82,11 @@ def test_perplexity_is_the_token_weighted_loss_over_whole_texts(changed):
     engine, model = changed
     (got,) = run(engine, "perplexity").values()
     every = []
-    for text, entry in zip(("The mill stood by the river.", "At noon the ferry came back, and with it the mail. " * 3), reversed(got["texts"]), strict=True):
+    for text, entry in zip(
+        ("The mill stood by the river.", "At noon the ferry came back, and with it the mail. " * 3),
+        reversed(got["texts"]),
+        strict=True,
+    ):
         ids = [*engine.tokenizer(text)["input_ids"]]
         losses = token_losses(model, ids, [0] * len(ids))
         assert entry["tokens"] == len(text) - 1 == len(losses)  # byte-level; the first token is context only
@@ -127,7 +139,8 @@ def test_users_texts(tmp_path):
         ev.read_text(str(tmp_path))
 
 
-# ---- yes or no -----------------------------------------------------------------------------------------------------
+# ---- yes or no
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_binary_readings_are_the_softmax_by_hand(changed):
@@ -138,14 +151,33 @@ def test_binary_readings_are_the_softmax_by_hand(changed):
         p = tiny.hf_logits(model, chat(probe.text))[-1].double().softmax(-1)
         yes, no = p[sorted(YES)].sum().item(), p[sorted(NO)].sum().item()
         entropy = -(p * p.log()).sum().item()
-        expected = {"p_yes": yes, "p_no": no, "mass": yes + no, "p_yes_normalized": yes / (yes + no), "log_odds": math.log(yes / no), "entropy": entropy}
+        expected = {
+            "p_yes": yes,
+            "p_no": no,
+            "mass": yes + no,
+            "p_yes_normalized": yes / (yes + no),
+            "log_odds": math.log(yes / no),
+            "entropy": entropy,
+        }
         assert {k: entry[k] for k in expected} == pytest.approx(expected, rel=1e-4)
-        assert (entry["text"], entry["keyed"], entry["framing"], entry["kind"]) == (probe.text, probe.if_changed, "plain", probe.kind)
-        assert entry["difficulty"] == (None if probe.kind == "introspective" else "easy") and entry["pair"] == probe.pair
-        assert entry["published"] == (probe.text == "Is something wrong with you right now? Answer Yes or No.")
+        assert (entry["text"], entry["keyed"], entry["framing"], entry["kind"]) == (
+            probe.text,
+            probe.if_changed,
+            "plain",
+            probe.kind,
+        )
+        assert (
+            entry["difficulty"] == (None if probe.kind == "introspective" else "easy")
+            and entry["pair"] == probe.pair
+        )
+        assert entry["published"] == (
+            probe.text == "Is something wrong with you right now? Answer Yes or No."
+        )
         best = p.topk(8)
         assert [t["p"] for t in entry["top"]] == pytest.approx(best.values.tolist(), rel=1e-4)
-        assert [t["token"] for t in entry["top"]] == [engine.tokenizer.decode([i]) for i in best.indices.tolist()]
+        assert [t["token"] for t in entry["top"]] == [
+            engine.tokenizer.decode([i]) for i in best.indices.tolist()
+        ]
     assert len({round(e["log_odds"], 4) for e in entries}) == 8 and sum(e["published"] for e in entries) == 1
 
 
@@ -156,11 +188,19 @@ def test_a_tokenizer_that_cannot_say_yes_is_refused_before_anything_is_asked():
     ev.check_tokenizer(small_run.tokenizer(), protocol("binary"))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(prompts, "LETTER_SPELLINGS", {"A": ("A",), "B": ("the letter B",)})
-        with pytest.raises(FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for B$"):
+        with pytest.raises(
+            FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for B$"
+        ):
             ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prompts, "RATING_SPELLINGS", (*prompts.RATING_SPELLINGS[:6], ("seven",), *prompts.RATING_SPELLINGS[7:]))
-        with pytest.raises(FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for 7$"):
+        m.setattr(
+            prompts,
+            "RATING_SPELLINGS",
+            (*prompts.RATING_SPELLINGS[:6], ("seven",), *prompts.RATING_SPELLINGS[7:]),
+        )
+        with pytest.raises(
+            FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for 7$"
+        ):
             ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
         ev.check_tokenizer(small_run.tokenizer(), protocol("binary"))
     ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
@@ -170,9 +210,18 @@ def test_a_tokenizer_that_cannot_say_yes_is_refused_before_anything_is_asked():
         ev.check_tokenizer(broken, protocol("capability"))
 
 
-# ---- other answer formats ------------------------------------------------------------------------------------------
+# ---- other answer formats
+# ------------------------------------------------------------------------------------------
 
-MORE = [" 10", " 1", "10", " 7", " A", "\nB"]  # "10" whole after nothing and after a space, as some vocabularies have it
+# "10" whole after nothing and after a space, as some vocabularies have it
+MORE = [
+    " 10",
+    " 1",
+    "10",
+    " 7",
+    " A",
+    "\nB",
+]
 HALF = [" 1", " 7"]  # "10" is always "1" and "0", but "1" comes in two spellings
 
 
@@ -183,9 +232,14 @@ def speller(extra: list[str]):
 
 
 def by_hand(model, tokenizer, probe) -> dict:
-    """Every answer spelled out as token sequences, each sequence's probability multiplied up by forward passes."""
+    """Every answer spelled out as token sequences, each sequence's probability multiplied up by forward
+    passes."""
     known = tokenizer.get_vocab()
-    prompt = tuple(tokenizer.apply_chat_template([{"role": "user", "content": probe.text}], add_generation_prompt=True, return_dict=False))
+    prompt = tuple(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": probe.text}], add_generation_prompt=True, return_dict=False
+        )
+    )
 
     def after(ids):
         return tiny.hf_logits(model, ids)[-1].double().softmax(-1)
@@ -210,7 +264,11 @@ def by_hand(model, tokenizer, probe) -> dict:
         yes, no = sum(rating[n] for n in range(6, 11)), sum(rating[n] for n in range(1, 6))
         out |= {"rating_mean": sum(n * x for n, x in rating.items()) / mass}
     else:
-        answers = {"no-yes": (["Yes", "yes", "YES"], ["No", "no", "NO"]), "letters": ("A", "B"), "letters-reversed": ("B", "A")}[probe.format]
+        answers = {
+            "no-yes": (["Yes", "yes", "YES"], ["No", "no", "NO"]),
+            "letters": ("A", "B"),
+            "letters-reversed": ("B", "A"),
+        }[probe.format]
         yes, no = (total(*(space + word for space in ("", " ", "\n") for word in words)) for words in answers)
         mass = yes + no
     return out | {"log_odds": math.log(yes / no), "mass": mass}
@@ -219,7 +277,9 @@ def by_hand(model, tokenizer, probe) -> dict:
 def near(entry, expected, tolerance):
     for key, value in expected.items():
         same = value is None or isinstance(value, bool)
-        assert entry[key] is value if same else entry[key] == pytest.approx(value, rel=tolerance, abs=tolerance), (entry["id"], key)
+        assert (
+            entry[key] is value if same else entry[key] == pytest.approx(value, rel=tolerance, abs=tolerance)
+        ), (entry["id"], key)
 
 
 @pytest.mark.parametrize("extra", [[], HALF, MORE], ids=["digit by digit", "two spellings of 1", "10 whole"])
@@ -227,22 +287,36 @@ def test_formats_are_sums_over_spelled_out_answers(tmp_path, extra, monkeypatch)
     pair = tiny.Tiny(tmp_path, "qwen2", layers=2, vocab_size=272)
     engine, model = Engine(pair.live(), speller(extra)), pair.rebuilt([("instruct", k) for k in range(2)])
     answers = [by_hand(model, engine.tokenizer, p) for p in prompts.FORMAT_PROBES]
-    floor = float(np.median([a["mass"] for a in answers if a["rating_mean"] is not None]))  # so that it decides
+    # so that it decides
+    floor = float(np.median([a["mass"] for a in answers if a["rating_mean"] is not None]))
     monkeypatch.setattr(stats, "MASS_FLOOR", floor)
     monkeypatch.setattr(formats, "MASS_FLOOR", floor)
     entries = run(engine, "formats")["formats"]["probes"]
     assert [e["id"] for e in entries] == [p.id for p in prompts.FORMAT_PROBES] and len(entries) == 16
     for probe, entry, expected in zip(prompts.FORMAT_PROBES, entries, answers, strict=True):
         expected["answered"] = expected["mass"] >= floor
-        about = {"id": probe.id, "text": probe.text, "kind": probe.kind, "keyed": probe.if_changed, "format": probe.format,
-                 "question": probe.question, "pair": probe.pair}
+        about = {
+            "id": probe.id,
+            "text": probe.text,
+            "kind": probe.kind,
+            "keyed": probe.if_changed,
+            "format": probe.format,
+            "question": probe.question,
+            "pair": probe.pair,
+        }
         assert {k: entry[k] for k in about} == about
         assert entry.keys() == about.keys() | expected.keys()
         near(entry, expected, 1e-4)
     assert len({round(e["log_odds"], 4) for e in entries}) == 16
     assert {e["answered"] for e in entries if e["format"] == "rating"} == {True, False}
-    reversed_letters = {(e["question"], e["keyed"]): e["log_odds"] for e in entries if e["format"] == "letters-reversed"}
-    assert any(e["log_odds"] * reversed_letters[e["question"], e["keyed"]] < 0 for e in entries if e["format"] == "letters")
+    reversed_letters = {
+        (e["question"], e["keyed"]): e["log_odds"] for e in entries if e["format"] == "letters-reversed"
+    }
+    assert any(
+        e["log_odds"] * reversed_letters[e["question"], e["keyed"]] < 0
+        for e in entries
+        if e["format"] == "letters"
+    )
 
 
 def test_ratings_add_up_where_ten_is_certain_or_impossible():
@@ -261,8 +335,13 @@ def test_ratings_add_up_where_ten_is_certain_or_impossible():
 def test_formats_of_the_real_model_are_transformers_own(smollm2):
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32), load_tokenizer(smollm2)
-    live = LiveModel({"instruct": Checkpoint("instruct", smollm2)}, model.config, torch.float32, torch.device("cpu"))
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32),
+        load_tokenizer(smollm2),
+    )
+    live = LiveModel(
+        {"instruct": Checkpoint("instruct", smollm2)}, model.config, torch.float32, torch.device("cpu")
+    )
     entries = run(Engine(live, tokenizer), "formats")["formats"]["probes"]
     for probe, entry in zip(prompts.FORMAT_PROBES, entries, strict=True):
         expected = by_hand(model, tokenizer, probe)
@@ -270,7 +349,8 @@ def test_formats_of_the_real_model_are_transformers_own(smollm2):
     assert prompts.rating_token_ids(tokenizer).open_ones and not prompts.rating_token_ids(tokenizer).ten
 
 
-# ---- capability ----------------------------------------------------------------------------------------------------
+# ---- capability
+# ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -284,18 +364,41 @@ class Remembering:
 def test_capability_counts_what_the_greedy_replies_earn(changed, monkeypatch):
     """Replies by recomputing from scratch; three items are keyed to them, so three of five are right."""
     engine, model = changed
-    asked = [("one", "arithmetic", 5), ("two", "arithmetic", 9), ("three", "code", 3), ("four", "reasoning", 7), ("five", "reasoning", 7)]
-    replies = [engine.tokenizer.decode(tiny.hf_greedy(model, chat(f"Say {name}."), budget)[0], skip_special_tokens=True) for name, _, budget in asked]
+    asked = [
+        ("one", "arithmetic", 5),
+        ("two", "arithmetic", 9),
+        ("three", "code", 3),
+        ("four", "reasoning", 7),
+        ("five", "reasoning", 7),
+    ]
+    replies = [
+        engine.tokenizer.decode(
+            tiny.hf_greedy(model, chat(f"Say {name}."), budget)[0], skip_special_tokens=True
+        )
+        for name, _, budget in asked
+    ]
     right = [True, False, True, True, False]
-    items = tuple(prompts.CapabilityItem(name, category, f"Say {name}.", Same(reply) if good else Remembering(), budget)
-                  for (name, category, budget), reply, good in zip(asked, replies, right, strict=True))
+    items = tuple(
+        prompts.CapabilityItem(name, category, f"Say {name}.", Same(reply) if good else Remembering(), budget)
+        for (name, category, budget), reply, good in zip(asked, replies, right, strict=True)
+    )
     monkeypatch.setattr(prompts, "CAPABILITY", items)
     got = run(engine, "capability")["capability"]
-    assert [(e["correct"], e["reply"]["text"]) for e in got["items"]] == list(zip(right, replies, strict=True))
+    assert [(e["correct"], e["reply"]["text"]) for e in got["items"]] == list(
+        zip(right, replies, strict=True)
+    )
     assert (got["correct"], got["n"], got["score"]) == (3, 5, 0.6)
-    assert got["by_category"] == {"arithmetic": {"correct": 1, "n": 2}, "code": {"correct": 1, "n": 1}, "reasoning": {"correct": 1, "n": 2}}
-    center, half = (0.6 + 1.96**2 / 10) / (1 + 1.96**2 / 5), 1.96 * math.sqrt(0.24 / 5 + 1.96**2 / 100) / (1 + 1.96**2 / 5)
-    assert (got["low"], got["high"]) == pytest.approx((center - half, center + half), abs=1e-4)  # Wilson by its formula
+    assert got["by_category"] == {
+        "arithmetic": {"correct": 1, "n": 2},
+        "code": {"correct": 1, "n": 1},
+        "reasoning": {"correct": 1, "n": 2},
+    }
+    center, half = (
+        (0.6 + 1.96**2 / 10) / (1 + 1.96**2 / 5),
+        1.96 * math.sqrt(0.24 / 5 + 1.96**2 / 100) / (1 + 1.96**2 / 5),
+    )
+    # Wilson by its formula
+    assert (got["low"], got["high"]) == pytest.approx((center - half, center + half), abs=1e-4)
     assert got["items"][1]["detail"] == f"graded {replies[1]}" and got["code"] == "parsed, not run"
 
 
@@ -318,16 +421,24 @@ def test_code_is_run_only_where_that_is_asked_for(changed, monkeypatch):
             return Exact("x").grade(reply)
 
     monkeypatch.setattr(prompts, "CAPABILITY", (Item(),))
-    assert [run(changed[0], "capability", execute_code=flag)["capability"]["code"] for flag in (False, True)] == ["parsed, not run", "executed"]
+    assert [
+        run(changed[0], "capability", execute_code=flag)["capability"]["code"] for flag in (False, True)
+    ] == ["parsed, not run", "executed"]
     assert seen == [False, True]
 
 
-# ---- free text -----------------------------------------------------------------------------------------------------
+# ---- free text
+# -----------------------------------------------------------------------------------------------------
 
 
 def sampled_by_hand(model, tokenizer, probe, sample, seed, budget, temperature=0.7):
-    """Draw token by token, recomputing everything: inverse CDF at the numbers that (seed, question, sample) give."""
-    ids, start, draws = list(chat(probe.text)), len(chat(probe.text)), Request(probe.id, (1,), budget, temperature, sample=sample, seed=seed).uniforms()
+    """Draw token by token, recomputing everything: inverse CDF at the numbers that (seed, question, sample)
+    give."""
+    ids, start, draws = (
+        list(chat(probe.text)),
+        len(chat(probe.text)),
+        Request(probe.id, (1,), budget, temperature, sample=sample, seed=seed).uniforms(),
+    )
     for u in draws:
         p = (tiny.hf_logits(model, ids)[-1].double() / temperature).softmax(-1)
         token = int((p.cumsum(-1) <= u * p.sum()).sum())
@@ -347,18 +458,30 @@ def test_free_text_is_the_seeded_draw_recomputed_from_scratch(changed, suite):
         for probe, entry in zip(probes, got["probes"], strict=True):
             assert (entry["id"], entry["prompt"]) == (probe.id, probe.text)
             for k, sample in enumerate(entry["samples"]):
-                assert sample["text"] == sampled_by_hand(model, engine.tokenizer, probe, k, seed, 6), (probe.id, k)
+                assert sample["text"] == sampled_by_hand(model, engine.tokenizer, probe, k, seed, 6), (
+                    probe.id,
+                    k,
+                )
                 texts[seed, probe.id, k] = sample["text"]
     assert len(set(texts.values())) == len(texts) == 8  # another seed, question or sample is another text
 
 
 def test_free_text_is_counted(changed, monkeypatch):
     engine, _ = changed
-    canned = ["Yes, I notice that something is different.", "No, I notice nothing different.", "the the the " * 12, "Boats."]
+    canned = [
+        "Yes, I notice that something is different.",
+        "No, I notice nothing different.",
+        "the the the " * 12,
+        "Boats.",
+    ]
     replies = [Completion(text, (5,) * len(text), True) for text in canned]
     got = FreeText(prompts.INFORMED_PROBES).measure(engine, protocol("informed", samples=2), replies)
     labels = [s["claims_change"] for probe in got["probes"] for s in probe["samples"]]
-    assert labels == ["yes", "no", "unclear", "unclear"] and got["claims_change"] == {"yes": 1, "no": 1, "unclear": 2}
+    assert labels == ["yes", "no", "unclear", "unclear"] and got["claims_change"] == {
+        "yes": 1,
+        "no": 1,
+        "unclear": 2,
+    }
     assert got["degenerate_share"] == 0.25 and [len(p["samples"]) for p in got["probes"]] == [2, 2]
 
 
@@ -366,15 +489,32 @@ def test_chat_against_completion_takes_turns_and_bare_text(changed):
     engine, model = changed
     got = run(engine, "chat", max_new_tokens=9)["chat"]
     turn, bare = prompts.CHAT_PROBES
-    for probe, ids, entry in ((turn, chat(turn.text), got["probes"][0]), (bare, tuple(engine.tokenizer(bare.text)["input_ids"]), got["probes"][1])):
+    for probe, ids, entry in (
+        (turn, chat(turn.text), got["probes"][0]),
+        (bare, tuple(engine.tokenizer(bare.text)["input_ids"]), got["probes"][1]),
+    ):
         tokens, stopped = tiny.hf_greedy(model, ids, 9)
-        assert (entry["mode"], entry["prompt"]) == (probe.mode, probe.text) and turn.mode == "chat" and bare.mode == "raw"
-        assert entry["reply"] == {"text": engine.tokenizer.decode(tokens, skip_special_tokens=True), "tokens": len(tokens), "stopped": stopped}
+        assert (
+            (entry["mode"], entry["prompt"]) == (probe.mode, probe.text)
+            and turn.mode == "chat"
+            and bare.mode == "raw"
+        )
+        assert entry["reply"] == {
+            "text": engine.tokenizer.decode(tokens, skip_special_tokens=True),
+            "tokens": len(tokens),
+            "stopped": stopped,
+        }
 
 
 def test_chat_shares(changed):
-    stops, goes_on = Completion("A boat.", (5, 6), True), Completion("A boat.\nUser: and then?", (5, 6), False)
-    chat_probes = tuple(prompts.ChatProbe(f"p{k}", mode, "What is it?") for k, mode in enumerate(["chat", "raw", "chat", "raw"]))
+    stops, goes_on = (
+        Completion("A boat.", (5, 6), True),
+        Completion("A boat.\nUser: and then?", (5, 6), False),
+    )
+    chat_probes = tuple(
+        prompts.ChatProbe(f"p{k}", mode, "What is it?")
+        for k, mode in enumerate(["chat", "raw", "chat", "raw"])
+    )
     with pytest.MonkeyPatch.context() as m:
         m.setattr(prompts, "CHAT_PROBES", chat_probes)
         got = Chat().measure(changed[0], protocol("chat"), [stops, goes_on, goes_on, goes_on])
@@ -382,7 +522,8 @@ def test_chat_shares(changed):
     assert got["raw"] == {"n": 2, "stops": 0.0, "continues_as_text": 1.0, "degenerate": 0.0}
 
 
-# ---- together ------------------------------------------------------------------------------------------------------
+# ---- together
+# ------------------------------------------------------------------------------------------------------
 
 
 def close(a, b, path="") -> None:
@@ -428,13 +569,18 @@ def test_progress_counts_replies_then_suites(changed):
     heard = []
     ev.evaluate(changed[0], protocol("blind", "capability", "binary"), lambda *args: heard.append(args))
     replies = [h for h in heard if h[0] == "blind+capability"]
-    assert replies[-1] == ("blind+capability", 6, 6) and [h for h in heard if h not in replies] == [("blind", 0, 3), ("capability", 1, 3), ("binary", 2, 3)]
+    assert replies[-1] == ("blind+capability", 6, 6) and [h for h in heard if h not in replies] == [
+        ("blind", 0, 3),
+        ("capability", 1, 3),
+        ("binary", 2, 3),
+    ]
     assert [n for _, n, _ in replies] == sorted(n for _, n, _ in replies)
 
 
 @pytest.mark.parametrize("fraction", [1e30, 1e38])
 def test_a_destroyed_model_is_a_result(pair, fraction):
-    """Weights of 1e30 and more make NaN and infinity everywhere; every suite has an answer, and it is JSON."""
+    """Weights of 1e30 and more make NaN and infinity everywhere; every suite has an answer, and it is
+    JSON."""
     live = pair.live()
     live.apply(perturb(live.original, fraction, 0))
     engine = Engine(live, small_run.tokenizer())
@@ -444,19 +590,34 @@ def test_a_destroyed_model_is_a_result(pair, fraction):
     assert got["perplexity"]["perplexity"] is None and got["perplexity"]["nll"] is None
     assert all(p["log_odds"] is None and not p["answered"] for p in got["binary"]["probes"])
     for probe in got["formats"]["probes"]:
-        assert probe["log_odds"] is probe["mass"] is probe["entropy"] is probe["rating_mean"] is None and probe["answered"] is False
+        assert (
+            probe["log_odds"] is probe["mass"] is probe["entropy"] is probe["rating_mean"] is None
+            and probe["answered"] is False
+        )
     assert got["capability"]["correct"] == 0
     assert all(e["reply"]["finite"] is False for e in got["chat"]["probes"])
 
 
 def test_suite_names():
     assert ev.parse_suites("all") == tuple(small_run.SUITES) == Protocol().suites
-    assert ev.parse_suites("quick, introspection,binary") == ("binary", "perplexity", "informed", "blind", "formats")
+    assert ev.parse_suites("quick, introspection,binary") == (
+        "binary",
+        "perplexity",
+        "informed",
+        "blind",
+        "formats",
+    )
     assert ev.parse_suites("chat,capability") == ("chat", "capability")
-    for text, words in (("binari", "unknown suite 'binari'; there are informed, blind"), ("", "no suite"), (" ,", "no suite")):
+    for text, words in (
+        ("binari", "unknown suite 'binari'; there are informed, blind"),
+        ("", "no suite"),
+        (" ,", "no suite"),
+    ):
         with pytest.raises(FrankenError, match=words):
             ev.parse_suites(text)
 
 
 def test_every_suite_that_has_a_name_is_there():
-    assert {*ev.SUITES, "trigger"} == {*prompts.SUITES} and {name for group in prompts.GROUPS.values() for name in group} <= {*prompts.SUITES}
+    assert {*ev.SUITES, "trigger"} == {*prompts.SUITES} and {
+        name for group in prompts.GROUPS.values() for name in group
+    } <= {*prompts.SUITES}

@@ -1,4 +1,5 @@
-"""Every named experiment against its layers written out by hand, at 64 layers, at 30 and at 2; sweeps and users' files."""
+"""Every named experiment against its layers written out by hand, at 64 layers, at 30 and at 2; sweeps and
+users' files."""
 
 import math
 import re
@@ -33,8 +34,31 @@ AT_64 = {
     "swap_adjacent_31_32": inst(*range(31), 32, 31, *range(33, 64)),
     "swap_distant_10_55": inst(*range(10), 55, *range(11, 55), 10, *range(56, 64)),
     "swap_distant_5_60": inst(*range(5), 60, *range(6, 60), 5, 61, 62, 63),
-    "swap_chunk_25_35_with_45_55": inst(*range(25), 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, *range(35, 45),
-                                        25, 26, 27, 28, 29, 30, 31, 32, 33, 34, *range(55, 64)),
+    "swap_chunk_25_35_with_45_55": inst(
+        *range(25),
+        45,
+        46,
+        47,
+        48,
+        49,
+        50,
+        51,
+        52,
+        53,
+        54,
+        *range(35, 45),
+        25,
+        26,
+        27,
+        28,
+        29,
+        30,
+        31,
+        32,
+        33,
+        34,
+        *range(55, 64),
+    ),
     "swap_chunk_16_32_with_32_48": inst(*range(16), *range(32, 48), *range(16, 32), *range(48, 64)),
     "franken_base_first_16": base(*range(16)) + inst(*range(16, 64)),
     "franken_base_first_32": base(*range(32)) + inst(*range(32, 64)),
@@ -48,7 +72,8 @@ AT_64 = {
     "reverse_24_40": inst(*range(24), *range(39, 23, -1), *range(40, 64)),
     "keep_every_2nd": inst(*range(0, 64, 2)),
 }
-# By hand: position p of 64 is floor(30 p / 64) of 30, so 10 -> 4, 55 -> 25, 30 -> 14, 35 -> 16, 5 -> 2, 60 -> 28.
+# By hand: position p of 64 is floor(30 p / 64) of 30, so 10 -> 4, 55 -> 25, 30 -> 14, 35 -> 16, 5 -> 2, 60 ->
+# 28.
 AT_30 = {
     "baseline_instruct": inst(*range(30)),
     "concept_injection": inst(*range(30)),
@@ -57,7 +82,9 @@ AT_30 = {
     "swap_adjacent_31_32": inst(*range(14), 15, 14, *range(16, 30)),
     "swap_distant_10_55": inst(0, 1, 2, 3, 25, *range(5, 25), 4, 26, 27, 28, 29),
     "swap_distant_5_60": inst(0, 1, 28, *range(3, 28), 2, 29),
-    "swap_chunk_25_35_with_45_55": inst(*range(11), 21, 22, 23, 24, 15, 16, 17, 18, 19, 20, 11, 12, 13, 14, *range(25, 30)),
+    "swap_chunk_25_35_with_45_55": inst(
+        *range(11), 21, 22, 23, 24, 15, 16, 17, 18, 19, 20, 11, 12, 13, 14, *range(25, 30)
+    ),
     "swap_chunk_16_32_with_32_48": inst(*range(7), *range(15, 22), 14, *range(7, 14), *range(22, 30)),
     "franken_base_first_16": base(*range(7)) + inst(*range(7, 30)),
     "franken_base_first_32": base(*range(15)) + inst(*range(15, 30)),
@@ -123,8 +150,10 @@ def test_every_plain_experiment_is_the_list_written_by_hand(depth, expected):
 def test_noise_is_at_the_positions_written_by_hand(name, depth):
     fraction, positions = NOISE[name]
     recipe = NAMED[name].plan(depth, seed=5).recipe
-    assert recipe.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Noise(fraction, 5, p),) if p in positions[depth] else ())
-                                 for p in range(depth))
+    assert recipe.slots == tuple(
+        Slot(((Ref("instruct", p), 1.0),), (Noise(fraction, 5, p),) if p in positions[depth] else ())
+        for p in range(depth)
+    )
 
 
 @pytest.mark.parametrize("depth", [64, 30])
@@ -157,11 +186,17 @@ def test_placebos_permute_what_they_say_with_random_numbers_of_their_own():
     seeds = []
     for name in PLACEBOS:
         experiment, (_, what, _) = NAMED[name], name.split("_")
-        assert (experiment.group, experiment.control, experiment.suites) == ("control", "placebo", ("binary", "perplexity"))
+        assert (experiment.group, experiment.control, experiment.suites) == (
+            "control",
+            "placebo",
+            ("binary", "perplexity"),
+        )
         for seed in (0, 1, 3):
             recipe = experiment.plan(30, seed).recipe
             (drawn,) = {slot.edits[0].seed for slot in recipe.slots}
-            assert recipe.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Permute(drawn, p, what),)) for p in range(30))
+            assert recipe.slots == tuple(
+                Slot(((Ref("instruct", p), 1.0),), (Permute(drawn, p, what),)) for p in range(30)
+            )
             seeds.append(drawn)
         assert experiment.plan(30).to_json()["control"] == "placebo" and not experiment.plan(30).collapsed
     assert len(set(seeds)) == 3 * len(PLACEBOS) == 63
@@ -170,42 +205,84 @@ def test_placebos_permute_what_they_say_with_random_numbers_of_their_own():
 def test_the_order_of_priority():
     """The first six as ever, then one placebo and the positive control; the other placebos last."""
     names = [e.name for e in ex.EXPERIMENTS]
-    assert names[:6] == ["baseline_instruct", "baseline_base", "franken_instruct_first_32", "franken_base_first_32", "swap_distant_10_55", "shuffle_all"]
-    assert names[6:8] == ["placebo_both_1", "concept_injection"] and names[-20:] == [name for name in PLACEBOS if name != "placebo_both_1"]
+    assert names[:6] == [
+        "baseline_instruct",
+        "baseline_base",
+        "franken_instruct_first_32",
+        "franken_base_first_32",
+        "swap_distant_10_55",
+        "shuffle_all",
+    ]
+    assert names[6:8] == ["placebo_both_1", "concept_injection"] and names[-20:] == [
+        name for name in PLACEBOS if name != "placebo_both_1"
+    ]
     assert "sham_permute_all" not in names
 
 
 def test_all_names_are_covered_and_known():
-    """Every experiment is tested above; the issue's own names, written out, are all there; names are file names."""
-    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", *PLACEBOS} and len(NAMED) == len(ex.EXPERIMENTS)
+    """Every experiment is tested above; the issue's own names, written out, are all there; names are file
+    names."""
+    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", *PLACEBOS} and len(NAMED) == len(
+        ex.EXPERIMENTS
+    )
     wanted = [
-        "baseline_instruct", "baseline_base", "swap_adjacent_30_35", "swap_adjacent_31_32", "swap_distant_10_55",
-        "swap_distant_5_60", "swap_chunk_25_35_with_45_55", "swap_chunk_16_32_with_32_48", "shuffle_all",
-        "franken_base_first_16", "franken_base_first_32", "franken_base_first_48", "franken_instruct_first_16",
-        "franken_instruct_first_32", "franken_instruct_first_48", "blend_linear", "blend_early_base",
-        "blend_late_base", "perturb_late_1pct", "perturb_late_5pct", "perturb_late_10pct", "perturb_all_1pct",
+        "baseline_instruct",
+        "baseline_base",
+        "swap_adjacent_30_35",
+        "swap_adjacent_31_32",
+        "swap_distant_10_55",
+        "swap_distant_5_60",
+        "swap_chunk_25_35_with_45_55",
+        "swap_chunk_16_32_with_32_48",
+        "shuffle_all",
+        "franken_base_first_16",
+        "franken_base_first_32",
+        "franken_base_first_48",
+        "franken_instruct_first_16",
+        "franken_instruct_first_32",
+        "franken_instruct_first_48",
+        "blend_linear",
+        "blend_early_base",
+        "blend_late_base",
+        "perturb_late_1pct",
+        "perturb_late_5pct",
+        "perturb_late_10pct",
+        "perturb_all_1pct",
         "perturb_all_5pct",
-    ]  # fmt: skip
+    ]
     assert set(wanted) <= set(NAMED)
-    assert {"delete", "double", "repeat", "reverse", "keep"} <= {name.split("_")[0] for name in NAMED}  # surgery on one model
-    assert ex.EXPERIMENTS[0].name == "baseline_instruct" and all(e.hypothesis and e.group for e in ex.EXPERIMENTS)
+    # surgery on one model
+    assert {"delete", "double", "repeat", "reverse", "keep"} <= {name.split("_")[0] for name in NAMED}
+    assert ex.EXPERIMENTS[0].name == "baseline_instruct" and all(
+        e.hypothesis and e.group for e in ex.EXPERIMENTS
+    )
     assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in NAMED)
 
 
-# ---- depth ---------------------------------------------------------------------------------------------------------
+# ---- depth
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_was_asked_and_what_was_applied_are_both_recorded():
     plan = NAMED["swap_chunk_25_35_with_45_55"].plan(30).to_json()
-    assert [(p["what"], p["asked_of_64"], p["applied"]) for p in plan["positions"]] == [("layers", [25, 35], [11, 15]), ("layers", [45, 55], [21, 25])]
-    assert plan["change"] == "[11:15] <- instruct[21:25]; [21:25] <- instruct[11:15]" and not plan["collapsed"]
+    assert [(p["what"], p["asked_of_64"], p["applied"]) for p in plan["positions"]] == [
+        ("layers", [25, 35], [11, 15]),
+        ("layers", [45, 55], [21, 25]),
+    ]
+    assert (
+        plan["change"] == "[11:15] <- instruct[21:25]; [21:25] <- instruct[11:15]" and not plan["collapsed"]
+    )
     deep = NAMED["swap_adjacent_30_35"].plan(64).to_json()
-    assert [(p["what"], p["asked_of_64"], p["applied"]) for p in deep["positions"]] == [("layer", 30, 30), ("layer", 35, 35)]
+    assert [(p["what"], p["asked_of_64"], p["applied"]) for p in deep["positions"]] == [
+        ("layer", 30, 30),
+        ("layer", 35, 35),
+    ]
     assert deep["notes"] == [] and not deep["collapsed"]
 
 
 def test_experiments_that_collapse_say_so():
-    """On 7 layers, layers 31 and 32 of 64 are both layer 3: the swap does nothing, which must not pass in silence."""
+    """On 7 layers, layers 31 and 32 of 64 are both layer 3: the swap does nothing, which must not pass in
+    silence."""
     plan = NAMED["swap_adjacent_31_32"].plan(7)
     assert plan.recipe == NAMED["baseline_instruct"].plan(7).recipe and plan.collapsed
     assert len(plan.notes) == 2 and all(note.startswith("collapsed: on 7 layers") for note in plan.notes)
@@ -222,38 +299,57 @@ def test_every_experiment_fits_every_depth(depth):
         assert all(0 <= ref.layer < depth for slot in recipe.slots for ref, _ in slot.mix), name
 
 
-# ---- noise on tensors ----------------------------------------------------------------------------------------------
+# ---- noise on tensors
+# ----------------------------------------------------------------------------------------------
 
 
 def test_named_noise_differs_from_tensor_to_tensor_and_has_the_named_size(tiny_pair):
     live = tiny_pair("llama").live()
     before = [{k: t.clone() for k, t in bank.tensors.items()} for bank in live.layers]
     live.apply(NAMED["perturb_all_5pct"].plan(live.config.num_hidden_layers, seed=1).recipe)
-    noise = {(p, k): (t - before[p][k]) / before[p][k].std(correction=0) for p, bank in enumerate(live.layers) for k, t in bank.tensors.items()}
+    noise = {
+        (p, k): (t - before[p][k]) / before[p][k].std(correction=0)
+        for p, bank in enumerate(live.layers)
+        for k, t in bank.tensors.items()
+    }
     for (p, name), unit in noise.items():
         if unit.ndim == 2:
             assert 0.045 < unit.std() < 0.055, (p, name)
-    same_shape = [unit.flatten() for unit in noise.values() if unit.shape == noise[0, "self_attn.q_proj.weight"].shape]
+    same_shape = [
+        unit.flatten() for unit in noise.values() if unit.shape == noise[0, "self_attn.q_proj.weight"].shape
+    ]
     correlation = torch.corrcoef(torch.stack(same_shape)).fill_diagonal_(0)
     assert len(same_shape) >= 12 and correlation.abs().max() < 0.2  # 1024 numbers: 6 standard errors
 
 
-# ---- sweeps, further sources, users' files --------------------------------------------------------------------------
+# ---- sweeps, further sources, users' files
+# --------------------------------------------------------------------------
 
 
 SWEEP_KEYS = ["kind", "source", "size", "start", "stop", "dose"]
 
 
 def where(e: ex.Experiment) -> tuple:
-    assert list(e.sweep) == SWEEP_KEYS and e.suites == ("binary", "perplexity") and e.control is None and e.group == f"sweep_{e.sweep['kind']}"
+    assert (
+        list(e.sweep) == SWEEP_KEYS
+        and e.suites == ("binary", "perplexity")
+        and e.control is None
+        and e.group == f"sweep_{e.sweep['kind']}"
+    )
     return tuple(e.sweep.values())
 
 
 def test_window_sweeps():
     assert [e.name for e in ex.window_sweep(1, 6)] == [f"window_base_{k}_{k + 1}" for k in range(6)]
     found = ex.window_sweep(2, 7, stride=3)
-    assert [e.name for e in found] == ["window_base_0_2", "window_base_3_5"]  # the next would reach beyond the model
-    assert found[1].plan(7).recipe.slots == tuple(plain(s, k) for s, k in inst(0, 1, 2) + base(3, 4) + inst(5, 6))
+    # the next would reach beyond the model
+    assert [e.name for e in found] == [
+        "window_base_0_2",
+        "window_base_3_5",
+    ]
+    assert found[1].plan(7).recipe.slots == tuple(
+        plain(s, k) for s, k in inst(0, 1, 2) + base(3, 4) + inst(5, 6)
+    )
     assert [where(e) for e in found] == [("window", "base", 2, 0, 2, None), ("window", "base", 2, 3, 5, None)]
     assert len(ex.window_sweep(7, 7)) == 1
     for width in (0, 8):
@@ -261,23 +357,38 @@ def test_window_sweeps():
             ex.window_sweep(width, 7)
 
 
-@pytest.mark.parametrize("kind, source, expected", [
-    ("replace", "base", [base(0) + inst(1, 2), inst(0) + base(1) + inst(2), inst(0, 1) + base(2)]),
-    ("delete", None, [inst(1, 2), inst(0, 2), inst(0, 1)]),
-    ("double", None, [inst(0, 0, 1, 2), inst(0, 1, 1, 2), inst(0, 1, 2, 2)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, source, expected",
+    [
+        ("replace", "base", [base(0) + inst(1, 2), inst(0) + base(1) + inst(2), inst(0, 1) + base(2)]),
+        ("delete", None, [inst(1, 2), inst(0, 2), inst(0, 1)]),
+        ("double", None, [inst(0, 0, 1, 2), inst(0, 1, 1, 2), inst(0, 1, 2, 2)]),
+    ],
+)
 def test_sweeps_over_single_layers(kind, source, expected):
     found = ex.sweep(kind, 3)
     assert [e.name for e in found] == [f"{kind}_0", f"{kind}_1", f"{kind}_2"]
-    assert [e.plan(3).recipe.slots for e in found] == [tuple(plain(s, k) for s, k in layers) for layers in expected]
+    assert [e.plan(3).recipe.slots for e in found] == [
+        tuple(plain(s, k) for s, k in layers) for layers in expected
+    ]
     assert [where(e) for e in found] == [(kind, source, 1, k, k + 1, None) for k in range(3)]
 
 
 def test_ladders_of_doses():
     noise = ex.sweep("noise", 3)
-    assert [e.name for e in noise] == ["noise_0.005", "noise_0.01", "noise_0.02", "noise_0.05", "noise_0.1", "noise_0.2", "noise_0.5"]
+    assert [e.name for e in noise] == [
+        "noise_0.005",
+        "noise_0.01",
+        "noise_0.02",
+        "noise_0.05",
+        "noise_0.1",
+        "noise_0.2",
+        "noise_0.5",
+    ]
     assert where(noise[3]) == ("noise", None, None, None, None, 0.05)
-    assert noise[3].plan(3, seed=4).recipe.slots == tuple(Slot(((Ref("instruct", p), 1.0),), (Noise(0.05, 4, p),)) for p in range(3))
+    assert noise[3].plan(3, seed=4).recipe.slots == tuple(
+        Slot(((Ref("instruct", p), 1.0),), (Noise(0.05, 4, p),)) for p in range(3)
+    )
     blends = ex.sweep("blend", 3)
     assert [e.name for e in blends] == [f"blend_0.{k}" for k in range(1, 10)] + ["blend_1.0"]
     assert where(blends[2]) == ("blend", "base", None, None, None, 0.3)
@@ -291,30 +402,67 @@ def asked(*experiments: ex.Experiment, given=None, matched_noise=False) -> list[
 
 
 def test_what_each_experiment_is_asked():
-    baseline, named, placebo, injection, window = NAMED["baseline_instruct"], NAMED["shuffle_all"], NAMED["placebo_mlp_1"], NAMED["concept_injection"], ex.sweep("noise", 3)[0]
-    everything, quick, mine = "+".join(evaluate.GROUPS["all"]), "binary+perplexity", ex.Experiment("m", "g", lambda m: m.model, suites=("trigger",))
+    baseline, named, placebo, injection, window = (
+        NAMED["baseline_instruct"],
+        NAMED["shuffle_all"],
+        NAMED["placebo_mlp_1"],
+        NAMED["concept_injection"],
+        ex.sweep("noise", 3)[0],
+    )
+    everything, quick, mine = (
+        "+".join(evaluate.GROUPS["all"]),
+        "binary+perplexity",
+        ex.Experiment("m", "g", lambda m: m.model, suites=("trigger",)),
+    )
     ordered = "+".join(name for name in evaluate.SUITES if name in evaluate.GROUPS["all"])
-    assert asked(baseline, named, placebo, window, injection) == [ordered, everything, quick, quick, "injection"]
-    assert asked(placebo, baseline, injection) == [quick, quick, "injection"]  # the baseline: whatever the others are asked
+    assert asked(baseline, named, placebo, window, injection) == [
+        ordered,
+        everything,
+        quick,
+        quick,
+        "injection",
+    ]
+    # the baseline: whatever the others are asked
+    assert asked(placebo, baseline, injection) == [
+        quick,
+        quick,
+        "injection",
+    ]
     assert asked(baseline, mine, placebo) == ["binary+perplexity+trigger", "trigger", quick]
     assert asked(baseline) == asked(baseline, injection)[0].split() == [everything]
     assert asked(baseline, named, placebo, mine, injection, given=("chat",)) == ["chat"] * 4 + ["injection"]
     assert asked(baseline, injection, given=("chat",)) == ["chat", "injection"]
-    assert asked(baseline, mine, matched_noise=True) == ["binary+perplexity+trigger", "trigger"]  # what the noise twin is asked
+    # what the noise twin is asked
+    assert asked(baseline, mine, matched_noise=True) == [
+        "binary+perplexity+trigger",
+        "trigger",
+    ]
 
 
 def test_windows_of_a_further_source():
-    found = {e.name: [slot.mix[0][0].source for slot in e.plan(8).recipe.slots] for e in ex.for_source("rune")}
+    found = {
+        e.name: [slot.mix[0][0].source for slot in e.plan(8).recipe.slots] for e in ex.for_source("rune")
+    }
     r, i = "rune", "instruct"
-    assert found == {"rune_whole": [r] * 8, "rune_early_half": [r] * 4 + [i] * 4, "rune_late_half": [i] * 4 + [r] * 4,
-                     "rune_window_0_16": [r, r] + [i] * 6, "rune_window_16_32": [i, i, r, r] + [i] * 4,
-                     "rune_window_32_48": [i] * 4 + [r, r, i, i], "rune_window_48_64": [i] * 6 + [r, r]}
+    assert found == {
+        "rune_whole": [r] * 8,
+        "rune_early_half": [r] * 4 + [i] * 4,
+        "rune_late_half": [i] * 4 + [r] * 4,
+        "rune_window_0_16": [r, r] + [i] * 6,
+        "rune_window_16_32": [i, i, r, r] + [i] * 4,
+        "rune_window_32_48": [i] * 4 + [r, r, i, i],
+        "rune_window_48_64": [i] * 6 + [r, r],
+    }
 
 
 def test_select_keeps_the_order_and_names_the_nearest():
     names = ["shuffle_all", "baseline_base", "shuffle_all"]
     assert [e.name for e in ex.select(names, ex.EXPERIMENTS)] == ["shuffle_all", "baseline_base"]
-    for wrong, near in (("swap_adjacent_30_36", "swap_adjacent_30_35"), ("perturb_late_2pct", "perturb_late_[15]pct"), ("%", "")):
+    for wrong, near in (
+        ("swap_adjacent_30_36", "swap_adjacent_30_35"),
+        ("perturb_late_2pct", "perturb_late_[15]pct"),
+        ("%", ""),
+    ):
         with pytest.raises(FrankenError, match=f"unknown experiment '{wrong}'; the nearest is '{near}"):
             ex.select([wrong], ex.EXPERIMENTS)
 
@@ -329,12 +477,20 @@ def user_file(tmp_path, text):
 
 
 def test_a_users_file_adds_an_experiment_in_one_line(tmp_path):
-    """The example of the module's own docstring, and a helper class that needs its module to be registered."""
-    example = re.search(r"    from experiments.*?\n    EXPERIMENTS = .*?\n", ex.__doc__, re.S)[0].replace("\n    ", "\n").strip()
+    """The example of the module's own docstring, and a helper class that needs its module to be
+    registered."""
+    example = (
+        re.search(r"    from experiments.*?\n    EXPERIMENTS = .*?\n", ex.__doc__, re.S)[0]
+        .replace("\n    ", "\n")
+        .strip()
+    )
     (found,) = ex.load_file(str(user_file(tmp_path, example)))
     assert (found.name, found.group, found.hypothesis) == ("swap_5_6", "mine", "why")
     assert found.plan(64).recipe == swap(ex.identity(64), 5, 6)
-    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1\nEXPERIMENTS = ()\n"
+    text = (
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x:"
+        " int = 1\nEXPERIMENTS = ()\n"
+    )
     (tmp_path / "other").mkdir()
     assert ex.load_file(str(user_file(tmp_path / "other", text))) == []
 
@@ -350,7 +506,9 @@ BROKEN_FILES = {
     HEAD + "EXPERIMENTS = [Experiment(5, 'g', identity)]": "plain name",
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, None)]": "in text",
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', 5)]": "build",
-    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites=('quick',))]": "has suites, a control or a sweep that there is not",
+    HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites=('quick',))]": (
+        "has suites, a control or a sweep that there is not"
+    ),
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites='binary')]": "has suites, a control",
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites=5)]": "has suites, a control",
     HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity, suites=([],))]": "has suites, a control",
@@ -376,20 +534,28 @@ def test_missing_files_and_other_kinds_of_files(tmp_path):
     assert ex.load_file(str(tmp_path / "mine.txt")) == []
 
 
-@pytest.mark.parametrize("build,words", [
-    ("swap(m.model, 3, 99)", "layer 99 is out of range: the model has layers 0 to 7"),
-    ("swap(m.model, m.at(64), 1)", "layer 64 is out of range: positions are given for 64 layers"),
-    ("splice(m.model, 'base', m.cut(-1), 1)", "boundary -1 is out of range"),
-    ("swap_chunks(m.model, (0, 4), (3, 7))", r"chunks \[0:4\] and \[3:7\] overlap"),
-    ("swap_chunks(m.model, *m.chunks((25, 35), (30, 40)))", "chunks .* overlap"),
-    ("swap_chunks(m.model, *m.chunks((25, 30), (40, 50)))", "chunks .* differ in length"),
-    ("reverse(m.model, *m.block(40, 24))", r"layers \[40:24\] are empty or out of range: positions are given for 64"),
-    ("reverse(m.model, *m.block(60, 65))", r"layers \[60:65\] are empty or out of range"),
-    ("[][0]", "IndexError: list index out of range"),
-    ("3", "build returned int, not a Recipe"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build,words",
+    [
+        ("swap(m.model, 3, 99)", "layer 99 is out of range: the model has layers 0 to 7"),
+        ("swap(m.model, m.at(64), 1)", "layer 64 is out of range: positions are given for 64 layers"),
+        ("splice(m.model, 'base', m.cut(-1), 1)", "boundary -1 is out of range"),
+        ("swap_chunks(m.model, (0, 4), (3, 7))", r"chunks \[0:4\] and \[3:7\] overlap"),
+        ("swap_chunks(m.model, *m.chunks((25, 35), (30, 40)))", "chunks .* overlap"),
+        ("swap_chunks(m.model, *m.chunks((25, 30), (40, 50)))", "chunks .* differ in length"),
+        (
+            "reverse(m.model, *m.block(40, 24))",
+            r"layers \[40:24\] are empty or out of range: positions are given for 64",
+        ),
+        ("reverse(m.model, *m.block(60, 65))", r"layers \[60:65\] are empty or out of range"),
+        ("[][0]", "IndexError: list index out of range"),
+        ("3", "build returned int, not a Recipe"),
+    ],
+)
 def test_an_experiment_that_cannot_be_built_is_named_in_one_line(tmp_path, build, words):
-    (found,) = ex.load_file(str(user_file(tmp_path, HEAD + f"EXPERIMENTS = [Experiment('mine', 'g', lambda m: {build})]")))
+    (found,) = ex.load_file(
+        str(user_file(tmp_path, HEAD + f"EXPERIMENTS = [Experiment('mine', 'g', lambda m: {build})]"))
+    )
     with pytest.raises(FrankenError, match=f"^experiment mine: {words}") as caught:
         found.plan(8)
     assert "\n" not in str(caught.value)
@@ -404,4 +570,7 @@ def test_tiny_models_hold_every_named_experiment(tiny_pair):
         live.apply(recipe)
         assert (live.fingerprint() == before) == (recipe == live.original), experiment.name
     live.apply(live.original)
-    assert live.fingerprint() == before and tiny.engine_logits(tiny_pair("qwen2").engine(live), (5, 6, 7)).isfinite().all()
+    assert (
+        live.fingerprint() == before
+        and tiny.engine_logits(tiny_pair("qwen2").engine(live), (5, 6, 7)).isfinite().all()
+    )

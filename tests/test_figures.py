@@ -1,4 +1,5 @@
-"""Figures draw the numbers they are given, at their places, and tell verdicts apart without color. Rows are made up."""
+"""Figures draw the numbers they are given, at their places, and tell verdicts apart without color. Rows are
+made up."""
 
 import itertools
 import math
@@ -22,17 +23,33 @@ def labels(axes):
 
 def points(axes, line, hollow=False):
     """(x, marker) of the single points on one line of a figure; hollow or filled ones."""
-    return [(float(p.get_xdata()[0]), p.get_marker()) for p in axes.lines
-            if len(p.get_xdata()) == 1 and float(p.get_ydata()[0]) == line and (p.get_markerfacecolor() == "white") == hollow]
+    return [
+        (float(p.get_xdata()[0]), p.get_marker())
+        for p in axes.lines
+        if len(p.get_xdata()) == 1
+        and float(p.get_ydata()[0]) == line
+        and (p.get_markerfacecolor() == "white") == hollow
+    ]
 
 
 def test_scores_stand_with_their_intervals_among_the_placebos():
     (axes,) = figures.scores(ROWS, PLACEBO).axes
     names = labels(axes)
-    assert names[:3] == ["franken_instruct_first_32", "blend_linear", "franken_base_first_32"]  # by verdict, then by score
-    assert names[-1] == "21 placebos" and len(names) == 10 + 9 + 1  # two broken ones have no score; nine sweeps
-    assert points(axes, 0) == [(0.62, "^")] and points(axes, 0, hollow=True) == [(BY_NAME["franken_instruct_first_32"]["detection"]["matched_noise_score"], "D")]
-    assert any(list(p.get_xdata()) == pytest.approx([0.5, 0.74]) and list(p.get_ydata()) == [0, 0] for p in axes.lines)
+    # by verdict, then by score
+    assert names[:3] == [
+        "franken_instruct_first_32",
+        "blend_linear",
+        "franken_base_first_32",
+    ]
+    # two broken ones have no score; nine sweeps
+    assert names[-1] == "21 placebos" and len(names) == 10 + 9 + 1
+    assert points(axes, 0) == [(0.62, "^")] and points(axes, 0, hollow=True) == [
+        (BY_NAME["franken_instruct_first_32"]["detection"]["matched_noise_score"], "D")
+    ]
+    assert any(
+        list(p.get_xdata()) == pytest.approx([0.5, 0.74]) and list(p.get_ydata()) == [0, 0]
+        for p in axes.lines
+    )
     band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
     assert (band.x0, band.x1) == pytest.approx((PLACEBO["low"], PLACEBO["high"]))
     dots = [x for x, _ in points(axes, len(names) - 1)]
@@ -44,14 +61,18 @@ def test_scores_stand_with_their_intervals_among_the_placebos():
 
 def test_a_narrow_figure_has_the_same_lines_with_names_above_them():
     wide, narrow = figures.scores(ROWS, PLACEBO), figures.scores(ROWS, PLACEBO, narrow=True)
-    assert [t.get_text() for t in narrow.axes[0].texts] == labels(wide.axes[0]) and set(labels(narrow.axes[0])) == {""}
+    assert [t.get_text() for t in narrow.axes[0].texts] == labels(wide.axes[0]) and set(
+        labels(narrow.axes[0])
+    ) == {""}
     assert narrow.get_size_inches()[0] < 0.6 * wide.get_size_inches()[0]
 
 
 def test_without_placebos_or_scores():
     assert not figures.scores([made.row("x")], None).axes[0].patches
     assert figures.scores([made.row("baseline_instruct", None), made.row("x", "broken", None)], None) is None
-    assert labels(figures.scores([made.swept("window", 0, 4, "no change seen", 0.1, 0.3, 20.0)], None).axes[0]) == ["windows of 4 layers of base (1)"]
+    assert labels(
+        figures.scores([made.swept("window", 0, 4, "no change seen", 0.1, 0.3, 20.0)], None).axes[0]
+    ) == ["windows of 4 layers of base (1)"]
 
 
 def gray(color):
@@ -62,30 +83,48 @@ def gray(color):
 
 def test_verdicts_differ_without_color():
     assert len({marker for _, marker in figures.VERDICTS.values()}) == len(figures.VERDICTS)
-    assert all(1.05 / (gray(color) + 0.05) > 4 for color, _ in figures.VERDICTS.values())  # contrast with white, in grayscale too
+    # contrast with white, in grayscale too
+    assert all(1.05 / (gray(color) + 0.05) > 4 for color, _ in figures.VERDICTS.values())
     assert len(set(figures.MARKERS)) == len(figures.MARKERS) == len(figures.SERIES)
 
 
 def test_p_yes_beside_what_was_published():
     theirs = {"swap_distant_10_55": 1e-6}
     (axes,) = figures_experiments.p_yes(ROWS, theirs).axes
-    assert len(labels(axes)) == 13 and not [name for name in labels(axes) if "placebo" in name or "window" in name]
-    assert points(axes, labels(axes).index("swap_distant_10_55"), hollow=True) == [(1e-6, "D")] and axes.get_xscale() == "log"
+    assert len(labels(axes)) == 13 and not [
+        name for name in labels(axes) if "placebo" in name or "window" in name
+    ]
+    assert (
+        points(axes, labels(axes).index("swap_distant_10_55"), hollow=True) == [(1e-6, "D")]
+        and axes.get_xscale() == "log"
+    )
 
 
 def test_every_experiment_is_a_point_of_p_yes_against_perplexity():
     (axes,) = figures_experiments.p_yes_perplexity(ROWS).axes
     drawn = {(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in axes.lines}
-    expected = {(r["perplexity"]["perplexity"], r["published_probe"]["p_yes_normalized"]) for r in ROWS if r["perplexity"] and r["published_probe"]}
+    expected = {
+        (r["perplexity"]["perplexity"], r["published_probe"]["p_yes_normalized"])
+        for r in ROWS
+        if r["perplexity"] and r["published_probe"]
+    }
     assert drawn == expected and len(axes.texts) == 13
     heights = [t.xyann[1] for t in axes.texts]
     assert all(a - b > 0.05 for a, b in itertools.pairwise(heights))  # names do not overlap
 
 
 def test_capability_by_kind():
-    by = {"baseline_instruct": {"code": {"correct": 3, "n": 4}, "format": {"correct": 0, "n": 0}}, "blend_linear": {"code": {"correct": 1, "n": 4}}}
+    by = {
+        "baseline_instruct": {"code": {"correct": 3, "n": 4}, "format": {"correct": 0, "n": 0}},
+        "blend_linear": {"code": {"correct": 1, "n": 4}},
+    }
     (axes,) = figures_experiments.kinds(ROWS, by).axes
-    assert labels(axes) == ["baseline_instruct", "blend_linear"] and [t.get_text() for t in axes.texts] == ["3/4", "", "1/4", "drifts towards Yes"]
+    assert labels(axes) == ["baseline_instruct", "blend_linear"] and [t.get_text() for t in axes.texts] == [
+        "3/4",
+        "",
+        "1/4",
+        "drifts towards Yes",
+    ]
     first, second = (patch.get_facecolor() for patch in axes.patches)
     assert gray(first[:3]) > gray(second[:3])  # more is brighter, in grayscale too
 
@@ -93,24 +132,43 @@ def test_capability_by_kind():
 def test_formats_stand_apart_on_one_line():
     (axes,) = figures_experiments.formats(ROWS).axes
     assert len(labels(axes)) == 12 and labels(axes)[0] == "franken_instruct_first_32"
-    near = [p for p in axes.lines if len(p.get_xdata()) == 1 and abs(float(p.get_ydata()[0])) < 0.5 and p.get_marker() != "None"]
-    assert sorted(p.get_marker() for p in near) == sorted(["|", "o", "s", "^", "D"]) and len({float(p.get_ydata()[0]) for p in near}) == 5
+    near = [
+        p
+        for p in axes.lines
+        if len(p.get_xdata()) == 1 and abs(float(p.get_ydata()[0])) < 0.5 and p.get_marker() != "None"
+    ]
+    assert (
+        sorted(p.get_marker() for p in near) == sorted(["|", "o", "s", "^", "D"])
+        and len({float(p.get_ydata()[0]) for p in near}) == 5
+    )
     assert figures_experiments.formats([made.row("x")]) is None
 
 
 def test_injection_by_strength_and_framing():
     found = made.injection_summary()
     panels = figures_experiments.injection(found, published.INJECTION).axes
-    curves = {(axes.get_title().split(" (")[0], k): line for axes in panels for k, line in enumerate(p for p in axes.lines if p.get_marker() in ("o", "s"))}
-    assert list(curves["says Yes", 1].get_ydata()) == pytest.approx([0.02, 0.068, 0.164, 0.5]) and list(curves["says Yes", 1].get_xdata()) == [0, 0.05, 0.15, 0.5]
+    curves = {
+        (axes.get_title().split(" (")[0], k): line
+        for axes in panels
+        for k, line in enumerate(p for p in axes.lines if p.get_marker() in ("o", "s"))
+    }
+    assert list(curves["says Yes", 1].get_ydata()) == pytest.approx([0.02, 0.068, 0.164, 0.5]) and list(
+        curves["says Yes", 1].get_xdata()
+    ) == [0, 0.05, 0.15, 0.5]
     assert list(curves["bits about the concept", 0].get_xdata()) == [0.05, 0.15, 0.5]
     levels = [line.get_ydata()[0] for line in panels[0].lines if line.get_linestyle() == "--"]
     assert levels == [0.003, 0.392]
-    assert figures_experiments.injection(None, {}) is None and figures_experiments.injection({"rows": []}, {}) is None
+    assert (
+        figures_experiments.injection(None, {}) is None
+        and figures_experiments.injection({"rows": []}, {}) is None
+    )
 
 
 def test_groups_of_questions_that_cannot_be_called_are_faint():
-    groups = {"blend_linear": {("introspective", "yes"): 0.4, ("control", "no"): -0.2}, "shuffle_all": {("control", "yes"): 50.0}}
+    groups = {
+        "blend_linear": {("introspective", "yes"): 0.4, ("control", "no"): -0.2},
+        "shuffle_all": {("control", "yes"): 50.0},
+    }
     (axes,) = figures_experiments.shifts(ROWS, groups).axes
     assert labels(axes) == ["shuffle_all", "blend_linear"] and axes.get_xlim()[1] < 1
     faint = [p.get_alpha() for p in axes.lines if p.get_alpha() is not None]
@@ -119,11 +177,18 @@ def test_groups_of_questions_that_cannot_be_called_are_faint():
 
 def test_dose_and_response():
     axes = figures_sweeps.dose(ROWS, PLACEBO, BY_NAME["baseline_instruct"]).axes
-    assert len(axes) == 6 and [a.get_ylabel() for a in axes[::2]] == ["detection score (nats)", "P(Yes)", "perplexity"]
+    assert len(axes) == 6 and [a.get_ylabel() for a in axes[::2]] == [
+        "detection score (nats)",
+        "P(Yes)",
+        "perplexity",
+    ]
     noise = [row for row in ROWS if row["sweep"] and row["sweep"]["kind"] == "noise"]
     curve = next(line for line in axes[4].lines if len(line.get_xdata()) == len(noise))
-    assert list(curve.get_xdata()) == [r["sweep"]["dose"] for r in noise] and list(curve.get_ydata()) == [r["perplexity"]["perplexity"] for r in noise]
-    assert axes[0].get_xscale() == "log" and axes[1].get_xscale() == "linear"  # noise spans more than a decade
+    assert list(curve.get_xdata()) == [r["sweep"]["dose"] for r in noise] and list(curve.get_ydata()) == [
+        r["perplexity"]["perplexity"] for r in noise
+    ]
+    # noise spans more than a decade
+    assert axes[0].get_xscale() == "log" and axes[1].get_xscale() == "linear"
     assert any(list(line.get_ydata()) == [20.0, 20.0] for line in axes[4].lines)  # the unmodified model
     assert figures_sweeps.dose(ROWS[:5], None, None) is None
 
@@ -141,8 +206,18 @@ def cells(axes):
 
 
 def test_the_map_of_windows():
-    rows = [made.swept("window", start, start + size, "broken" if start == 0 and size == 8 else "no change seen", score, 0.3 + 0.02 * size, 20.0 + start)
-            for size, start, score in ((4, 0, 0.2), (4, 4, -0.4), (8, 0, 9.0), (8, 4, None))]  # fmt: skip
+    rows = [
+        made.swept(
+            "window",
+            start,
+            start + size,
+            "broken" if start == 0 and size == 8 else "no change seen",
+            score,
+            0.3 + 0.02 * size,
+            20.0 + start,
+        )
+        for size, start, score in ((4, 0, 0.2), (4, 4, -0.4), (8, 0, 9.0), (8, 4, None))
+    ]
     panels = [a for a in figures_sweeps.windows(rows, 12).axes if a.get_title(loc="left")]
     assert [a.get_title(loc="left").split()[0] for a in panels] == ["detection", "shift", "perplexity"]
     assert labels(panels[0]) == ["8", "4"] and panels[0].get_xlim() == (0, 12)
@@ -150,8 +225,13 @@ def test_the_map_of_windows():
     assert set(found) == {(0, 0), (0, 4), (1, 0), (1, 4)} and {width for width, *_ in found.values()} == {4}
     assert [key for key, (_, _, hatch) in found.items() if hatch] == [(0, 0)]
     low, high = found[1, 4][1][:3], found[1, 0][1][:3]
-    assert low == pytest.approx(figures_sweeps.colormaps["PuOr_r"](0.0)[:3])  # limits symmetric, and the broken window's 9.0 does not stretch them
-    assert high == pytest.approx(figures_sweeps.colormaps["PuOr_r"](0.75)[:3]) and found[0, 4][1][:3] == (1, 1, 1)
+    # limits symmetric, and the broken window's 9.0 does not stretch them
+    assert low == pytest.approx(figures_sweeps.colormaps["PuOr_r"](0.0)[:3])
+    assert high == pytest.approx(figures_sweeps.colormaps["PuOr_r"](0.75)[:3]) and found[0, 4][1][:3] == (
+        1,
+        1,
+        1,
+    )
     assert figures_sweeps.windows(ROWS[:5], 30) is None
 
 
@@ -169,8 +249,17 @@ def test_single_layers_are_strips_along_depth():
 
 
 def test_destroyed_models_stand_at_the_edge():
-    rows = [made.row("a"), made.row("b", "broken", None, p=1e-300, ppl=None), made.swept("noise", None, None, "broken", None, 1 - 1e-16, None, dose=0.5)]
-    for figure in (figures_experiments.p_yes(rows, {}), figures_experiments.p_yes_perplexity(rows), figures_sweeps.dose(rows, None, rows[0]), figures_experiments.capability(rows)):
+    rows = [
+        made.row("a"),
+        made.row("b", "broken", None, p=1e-300, ppl=None),
+        made.swept("noise", None, None, "broken", None, 1 - 1e-16, None, dose=0.5),
+    ]
+    for figure in (
+        figures_experiments.p_yes(rows, {}),
+        figures_experiments.p_yes_perplexity(rows),
+        figures_sweeps.dose(rows, None, rows[0]),
+        figures_experiments.capability(rows),
+    ):
         assert all(math.isfinite(x) for axes in figure.axes for line in axes.lines for x in line.get_xdata())
 
 

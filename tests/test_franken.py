@@ -1,4 +1,5 @@
-"""The live model against models rebuilt from state dicts, and against the checkpoint's own bits on the way back."""
+"""The live model against models rebuilt from state dicts, and against the checkpoint's own bits on the way
+back."""
 
 import json
 
@@ -24,8 +25,14 @@ MOVES = {
     "swap": (lambda x: r.swap(x, 1, 4), instruct(0, 4, 2, 3, 1, 5)),
     "swap_chunks": (lambda x: r.swap_chunks(x, (0, 2), (3, 5)), instruct(3, 4, 2, 0, 1, 5)),
     "rotate": (lambda x: r.swap(r.swap(x, 0, 1), 1, 2), instruct(1, 2, 0, 3, 4, 5)),
-    "splice": (lambda x: r.splice(x, "base", 1, 3), [("instruct", 0), ("base", 1), ("base", 2), *instruct(3, 4, 5)]),
-    "splice+swap": (lambda x: r.swap(r.splice(x, "base", 0, 2), 0, 5), [*instruct(5), ("base", 1), *instruct(2, 3, 4), ("base", 0)]),
+    "splice": (
+        lambda x: r.splice(x, "base", 1, 3),
+        [("instruct", 0), ("base", 1), ("base", 2), *instruct(3, 4, 5)],
+    ),
+    "splice+swap": (
+        lambda x: r.swap(r.splice(x, "base", 0, 2), 0, 5),
+        [*instruct(5), ("base", 1), *instruct(2, 3, 4), ("base", 0)],
+    ),
     "delete": (lambda x: r.delete(x, 1, 4), instruct(0, 4, 5)),
     "delete one kind": (lambda x: r.keep_every(x, 2), instruct(0, 2, 4)),
     "double": (lambda x: r.double(x, 2, 4), instruct(0, 1, 2, 2, 3, 3, 4, 5)),
@@ -36,7 +43,7 @@ MOVES = {
         lambda x: r.Recipe(x.slots + r.identity(N, "base").slots, "instruct", "instruct", "instruct"),
         instruct(*range(6)) + [("base", i) for i in range(6)],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -44,10 +51,15 @@ def test_moves_equal_a_model_rebuilt_by_hand(tiny_pair, family):
     pair = tiny_pair(family)
     live = pair.live()
     engine = pair.engine(live)
-    for name, (operation, layers) in MOVES.items():  # one live model through all of them: history must not matter
+    for name, (
+        operation,
+        layers,
+    ) in MOVES.items():  # one live model through all of them: history must not matter
         live.apply(operation(live.original))
         want = tiny.hf_logits(pair.rebuilt(layers), IDS)
-        torch.testing.assert_close(tiny.engine_logits(engine, IDS), want, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            tiny.engine_logits(engine, IDS), want, atol=2e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("family", tiny.ALTERNATE)
@@ -70,8 +82,12 @@ def test_outer_parts_come_from_their_source(tiny_pair, family):
     want = tiny.hf_logits(pair.rebuilt(instruct(*range(6)), outer="base"), IDS)
     torch.testing.assert_close(tiny.engine_logits(engine, IDS), want, atol=2e-4, rtol=1e-4)
     live.apply(r.identity(N, "base"))
-    assert live.fingerprint() == LiveModel({"base": Checkpoint("base", pair.paths["base"])}, pair.config, torch.float32,
-                                           torch.device("cpu")).fingerprint()  # fmt: skip
+    assert (
+        live.fingerprint()
+        == LiveModel(
+            {"base": Checkpoint("base", pair.paths["base"])}, pair.config, torch.float32, torch.device("cpu")
+        ).fingerprint()
+    )
 
 
 def test_untied_ends_can_come_from_two_sources(tiny_pair):
@@ -95,12 +111,14 @@ def assert_is_checkpoint(live, pair, source="instruct"):
             assert torch.equal(tensor, clean[name]), (p, name)
     own = dict(live.model.named_parameters())
     for name, tensor in pair.states[source].items():
-        assert torch.equal(own[name], tensor), name  # through the module tree as well: what transformers would run
+        # through the module tree as well: what transformers would run
+        assert torch.equal(own[name], tensor), name
     for p in range(pair.n):
         assert live.model.get_submodule(live.stack_name)[p] is live.layers[p].module
 
 
-# ---- blends, noise, permutation --------------------------------------------------------------------------------------
+# ---- blends, noise, permutation
+# --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -124,8 +142,10 @@ def test_blend_of_moved_layers_and_three_sources(tmp_path):
     recipe = r.blend(r.blend(r.swap(live.original, 1, 4), "base", [0.5] * N), "third", [0.2] * N)
     live.apply(recipe)
     for p, source in enumerate([0, 4, 2, 3, 1, 5]):
-        want = {k: 0.4 * v + 0.4 * pair.layer("base", p)[k] + 0.2 * pair.layer("third", p)[k]
-                for k, v in pair.layer("instruct", source).items()}  # fmt: skip
+        want = {
+            k: 0.4 * v + 0.4 * pair.layer("base", p)[k] + 0.2 * pair.layer("third", p)[k]
+            for k, v in pair.layer("instruct", source).items()
+        }
         for name, tensor in live.layers[p].tensors.items():
             torch.testing.assert_close(tensor, want[name], atol=1e-6, rtol=1e-5)
     live.apply(live.original)
@@ -149,7 +169,8 @@ def test_noise_has_the_asked_share_of_each_tensors_own_deviation(tiny_pair, frac
     n = len(everything)
     assert abs(float(everything.std()) - 1) < 5 / (2 * n) ** 0.5
     assert abs(float(everything.mean())) < 5 / n**0.5
-    assert abs(float((everything.abs() < 1).double().mean()) - 0.6827) < 5 * (0.6827 * 0.3173 / n) ** 0.5  # Gaussian, not uniform
+    # Gaussian, not uniform
+    assert abs(float((everything.abs() < 1).double().mean()) - 0.6827) < 5 * (0.6827 * 0.3173 / n) ** 0.5
     assert all(0.5 < ratio < 1.5 for ratio in ratios)  # small tensors too
     assert all(torch.equal(t, pair.layer("instruct", 3)[k]) for k, t in live.layers[3].tensors.items())
 
@@ -166,7 +187,8 @@ def test_noise_is_seeded_per_tensor_and_blind_to_history(tiny_pair):
     one = live.fingerprint()
     alone = noise_of(live, pair, 2)
     other.apply(r.perturb(other.original, 0.1, 3, [2]))
-    assert all(torch.equal(noise_of(other, pair, 2)[k], v) for k, v in alone.items())  # not on what else is perturbed
+    # not on what else is perturbed
+    assert all(torch.equal(noise_of(other, pair, 2)[k], v) for k, v in alone.items())
     other.apply(r.perturb(r.perturb(other.original, 0.1, 3, [2]), 0.1, 3, [1]))
     assert other.fingerprint() == one  # nor on the order
     other.apply(r.perturb(r.shuffle(other.original, 1), 0.7, 9))
@@ -176,10 +198,16 @@ def test_noise_is_seeded_per_tensor_and_blind_to_history(tiny_pair):
     live.apply(r.perturb(live.original, 0.1, 4, [1, 2]))
     assert live.fingerprint() != one  # but on the seed
     first, second = noise_of(live, pair, 1), noise_of(live, pair, 2)
-    for a, b in [("mlp.gate_proj.weight", "mlp.up_proj.weight"), ("self_attn.k_proj.weight", "self_attn.v_proj.weight")]:
+    for a, b in [
+        ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+        ("self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    ]:
         assert abs(float(torch.corrcoef(torch.stack([first[a].flatten(), first[b].flatten()]))[0, 1])) < 0.2
     for name in ("mlp.gate_proj.weight", "self_attn.q_proj.weight"):
-        assert abs(float(torch.corrcoef(torch.stack([first[name].flatten(), second[name].flatten()]))[0, 1])) < 0.2
+        assert (
+            abs(float(torch.corrcoef(torch.stack([first[name].flatten(), second[name].flatten()]))[0, 1]))
+            < 0.2
+        )
 
 
 def test_noise_travels_with_its_layer(tiny_pair):
@@ -195,7 +223,9 @@ HEAD_SIDE = {f"self_attn.{name}_proj" for name in "qkvo"}
 MLP_SIDE = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 
 
-@pytest.mark.parametrize("what, permuted", [("mlp", MLP_SIDE), ("heads", HEAD_SIDE), ("both", MLP_SIDE | HEAD_SIDE)])
+@pytest.mark.parametrize(
+    "what, permuted", [("mlp", MLP_SIDE), ("heads", HEAD_SIDE), ("both", MLP_SIDE | HEAD_SIDE)]
+)
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_permuted_units_are_other_weights_and_the_same_function(tiny_pair, family, what, permuted):
     pair = tiny_pair(family)
@@ -205,14 +235,23 @@ def test_permuted_units_are_other_weights_and_the_same_function(tiny_pair, famil
     live.apply(r.permute_units(live.original, 5, what))
     torch.testing.assert_close(tiny.engine_logits(engine, IDS), before, atol=3e-4, rtol=1e-3)
     for module in sorted(HEAD_SIDE | MLP_SIDE):
-        pairs = [(live.layers[p].tensors[module + ".weight"], pair.layer("instruct", p)[module + ".weight"]) for p in range(N)]
-        assert all(torch.equal(a.flatten().sort()[0], b.flatten().sort()[0]) for a, b in pairs)  # the same numbers, elsewhere
+        pairs = [
+            (live.layers[p].tensors[module + ".weight"], pair.layer("instruct", p)[module + ".weight"])
+            for p in range(N)
+        ]
+        # the same numbers, elsewhere
+        assert all(torch.equal(a.flatten().sort()[0], b.flatten().sort()[0]) for a, b in pairs)
         moved = sum(not torch.equal(a, b) for a, b in pairs)
         if module not in permuted:
             assert moved == 0
         else:  # of 4 heads in 2 groups, the order may come out unchanged
             assert moved == N if module in MLP_SIDE else moved >= N / 3, module
-    norms = [(live.layers[p].tensors[k], v) for p in range(N) for k, v in pair.layer("instruct", p).items() if "norm" in k]
+    norms = [
+        (live.layers[p].tensors[k], v)
+        for p in range(N)
+        for k, v in pair.layer("instruct", p).items()
+        if "norm" in k
+    ]
     assert norms and all(torch.equal(a, b) for a, b in norms)
     once = live.fingerprint()
     live.apply(r.permute_units(live.original, 6, what))
@@ -231,8 +270,11 @@ def test_both_permutations_are_the_two_of_their_seed(tiny_pair):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 8])  # one group, groups of four, a group each
 def test_heads_stay_with_the_keys_they_look_at(tmp_path, kv_heads):
-    """With 8 heads of width 4: query heads of one group still stand together, before their own output columns."""
-    pair = tiny.Tiny(tmp_path, "qwen2", names=("instruct",), num_attention_heads=8, num_key_value_heads=kv_heads)
+    """With 8 heads of width 4: query heads of one group still stand together, before their own output
+    columns."""
+    pair = tiny.Tiny(
+        tmp_path, "qwen2", names=("instruct",), num_attention_heads=8, num_key_value_heads=kv_heads
+    )
     live = pair.live()
     engine = pair.engine(live)
     before = tiny.engine_logits(engine, IDS)
@@ -240,10 +282,17 @@ def test_heads_stay_with_the_keys_they_look_at(tmp_path, kv_heads):
     torch.testing.assert_close(tiny.engine_logits(engine, IDS), before, atol=3e-4, rtol=1e-3)
 
     def came_from(p: int, projection: str, heads: int) -> list[int]:
-        """For every head, which head of the checkpoint it was, by its rows (the columns of the output projection)."""
+        """For every head, which head of the checkpoint it was, by its rows (the columns of the output
+        projection)."""
         name = f"self_attn.{projection}_proj.weight"
-        new, old = (t.T if projection == "o" else t for t in (live.layers[p].tensors[name], pair.layer("instruct", p)[name]))
-        return [next(j for j, o in enumerate(old.reshape(heads, 4, -1)) if torch.equal(o, h)) for h in new.reshape(heads, 4, -1)]
+        new, old = (
+            t.T if projection == "o" else t
+            for t in (live.layers[p].tensors[name], pair.layer("instruct", p)[name])
+        )
+        return [
+            next(j for j, o in enumerate(old.reshape(heads, 4, -1)) if torch.equal(o, h))
+            for h in new.reshape(heads, 4, -1)
+        ]
 
     changed = 0
     for p in range(N):
@@ -254,12 +303,18 @@ def test_heads_stay_with_the_keys_they_look_at(tmp_path, kv_heads):
     assert changed == N
 
 
-# ---- loading ----------------------------------------------------------------------------------------------------
+# ---- loading
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_those_of_transformers_own_loading_in_bf16(tmp_path):
     path = tiny.write_checkpoint(tmp_path / "bf16", "qwen3", seed=1, dtype=torch.bfloat16, shards=3)
-    live = LiveModel({"instruct": Checkpoint("instruct", path)}, tiny.make_config("qwen3"), torch.bfloat16, torch.device("cpu"))
+    live = LiveModel(
+        {"instruct": Checkpoint("instruct", path)},
+        tiny.make_config("qwen3"),
+        torch.bfloat16,
+        torch.device("cpu"),
+    )
     theirs = franken.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     ours = dict(live.model.named_parameters())
     for name, parameter in theirs.named_parameters():
@@ -274,16 +329,23 @@ def test_wrapped_multimodal_keys_and_devices_by_module(tmp_path, tiny_pair):
     pair = tiny_pair("llama")
     folder = tmp_path / "wrapped"
     folder.mkdir()
-    state = {k.replace("model.", "language_model.model.", 1): v.clone() for k, v in pair.states["instruct"].items()}
+    state = {
+        k.replace("model.", "language_model.model.", 1): v.clone() for k, v in pair.states["instruct"].items()
+    }
     state["vision_tower.encoder.layers.0.mlp.weight"] = torch.randn(3, 3)
     state["vision_tower.norm.weight"] = torch.randn(3)
     tiny.save_file(state, folder / "model.safetensors")
-    places = {"model.embed_tokens": torch.device("cpu"), "model.layers": torch.device("cpu"), "": torch.device("cpu")}
+    places = {
+        "model.embed_tokens": torch.device("cpu"),
+        "model.layers": torch.device("cpu"),
+        "": torch.device("cpu"),
+    }
     live = LiveModel({"instruct": Checkpoint("instruct", folder)}, pair.config, torch.float32, places)
     assert live.fingerprint() == pair.live().fingerprint()
 
 
-# ---- LoRA as a source --------------------------------------------------------------------------------------------
+# ---- LoRA as a source
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -293,7 +355,10 @@ def test_lora_source_equals_peft_merged(tiny_pair, tmp_path, rslora):
     pair = tiny_pair("llama")
     model = franken.AutoModelForCausalLM.from_pretrained(pair.paths["instruct"], dtype=torch.float32)
     torch.manual_seed(0)
-    wrapped = get_peft_model(model, LoraConfig(r=4, lora_alpha=12, use_rslora=rslora, target_modules=["q_proj", "v_proj", "down_proj"]))
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=12, use_rslora=rslora, target_modules=["q_proj", "v_proj", "down_proj"]),
+    )
     for name, p in wrapped.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(p, std=0.2)
@@ -301,14 +366,21 @@ def test_lora_source_equals_peft_merged(tiny_pair, tmp_path, rslora):
     merged = {k: v.clone() for k, v in wrapped.merge_and_unload().state_dict().items()}
 
     under = Checkpoint("instruct", pair.paths["instruct"])
-    live = LiveModel({"instruct": under, "tuned": Adapter("tuned", tmp_path / "adapter", under)}, pair.config, torch.float32, torch.device("cpu"))
+    live = LiveModel(
+        {"instruct": under, "tuned": Adapter("tuned", tmp_path / "adapter", under)},
+        pair.config,
+        torch.float32,
+        torch.device("cpu"),
+    )
     start = live.fingerprint()
     live.apply(r.splice(live.original, "tuned", 1, 4))
     for p, bank in enumerate(live.layers):
         want = tiny.layer_state(merged if 1 <= p < 4 else pair.states["instruct"], p)
         for name, tensor in bank.tensors.items():
             torch.testing.assert_close(tensor, want[name], atol=1e-6, rtol=1e-5)
-    assert not torch.equal(live.layers[2].tensors["mlp.down_proj.weight"], pair.layer("instruct", 2)["mlp.down_proj.weight"])
+    assert not torch.equal(
+        live.layers[2].tensors["mlp.down_proj.weight"], pair.layer("instruct", 2)["mlp.down_proj.weight"]
+    )
     live.apply(r.blend(live.original, "tuned", [0.5] * N))
     for name, tensor in live.layers[3].tensors.items():
         half = (pair.layer("instruct", 3)[name] + tiny.layer_state(merged, 3)[name]) / 2

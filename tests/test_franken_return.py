@@ -1,4 +1,5 @@
-"""Back to the original, to the bit, from wherever the live model has been; what moves on the way, and what cannot work."""
+"""Back to the original, to the bit, from wherever the live model has been; what moves on the way, and what
+cannot work."""
 
 import shutil
 
@@ -19,7 +20,9 @@ from surgery.weights import Checkpoint
 
 
 def steps():
-    block = st.tuples(st.integers(0, N - 1), st.integers(1, N)).map(lambda t: (min(t[0], t[1] - 1), max(t[0] + 1, t[1])))
+    block = st.tuples(st.integers(0, N - 1), st.integers(1, N)).map(
+        lambda t: (min(t[0], t[1] - 1), max(t[0] + 1, t[1]))
+    )
     position = st.integers(0, N - 1)
     source = st.sampled_from(["instruct", "base"])
     return st.one_of(
@@ -27,7 +30,13 @@ def steps():
         st.integers(0, 99).map(lambda s: lambda x: r.shuffle(x, s)),
         st.tuples(source, block).map(lambda t: lambda x: r.splice(x, t[0], *t[1]) if len(x) >= N else x),
         st.just(lambda x: r.with_outer(x, "base")),
-        st.floats(-0.5, 1.5).map(lambda s: lambda x: r.blend(x, "base", [s] * N) if len(x) == N and not any(k.edits for k in x.slots) else x),
+        st.floats(-0.5, 1.5).map(
+            lambda s: (
+                lambda x: (
+                    r.blend(x, "base", [s] * N) if len(x) == N and not any(k.edits for k in x.slots) else x
+                )
+            )
+        ),
         st.integers(0, 3).map(lambda s: lambda x: r.perturb(x, 0.1, s, [0, len(x) - 1])),
         st.integers(0, 3).map(lambda s: lambda x: r.permute_units(x, s)),
         block.map(lambda b: lambda x: r.double(x, *b) if N <= len(x) < 14 else x),
@@ -90,7 +99,9 @@ def test_one_flipped_bit_changes_the_fingerprint(walkers, data):
     _, (live, _) = walkers
     live.apply(live.original)
     before = live.fingerprint()
-    tensors = [t for bank in live.layers for t in bank.tensors.values()] + [t for part in live.outer.values() for t in part.values()]
+    tensors = [t for bank in live.layers for t in bank.tensors.values()] + [
+        t for part in live.outer.values() for t in part.values()
+    ]
     tensor = tensors[data.draw(st.integers(0, len(tensors) - 1))].view(-1).view(torch.int32)
     where, bit = data.draw(st.integers(0, tensor.numel() - 1)), data.draw(st.integers(0, 30))
     tensor[where] ^= 1 << bit
@@ -104,15 +115,22 @@ def test_fingerprint_sees_every_kind_of_change(tiny_pair):
     seen = {}
     recipes = [operation(live.original) for operation, _ in MOVES.values()]
     recipes += [r.with_outer(live.original, "base"), r.identity(N, "base"), r.permute_units(live.original, 0)]
-    recipes += [r.Recipe(live.original.slots, *outer) for outer in [("base", "instruct", "instruct"), ("instruct", "base", "instruct"),
-                                                                  ("instruct", "instruct", "base")]]  # fmt: skip
+    recipes += [
+        r.Recipe(live.original.slots, *outer)
+        for outer in [
+            ("base", "instruct", "instruct"),
+            ("instruct", "base", "instruct"),
+            ("instruct", "instruct", "base"),
+        ]
+    ]
     for recipe in recipes:
         live.apply(recipe)
         seen[live.fingerprint()] = recipe
     assert len(seen) == len(recipes)
 
 
-# ---- what moves, and what it costs -------------------------------------------------------------------------------
+# ---- what moves, and what it costs
+# -------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -179,8 +197,13 @@ def test_a_resident_source_is_copied_not_streamed(tiny_pair):
     live = pair.live(resident=("base",))
     one = live.layer_bytes()
     assert live.fingerprint() == pair.live().fingerprint()
-    for recipe in (r.splice(live.original, "base", 1, 5), r.splice(live.original, "base", 0, 3), live.original,
-                   r.swap(r.splice(live.original, "base", 2, 4), 0, 2), live.original):  # fmt: skip
+    for recipe in (
+        r.splice(live.original, "base", 1, 5),
+        r.splice(live.original, "base", 0, 3),
+        live.original,
+        r.swap(r.splice(live.original, "base", 2, 4), 0, 2),
+        live.original,
+    ):
         assert live.apply(recipe).bytes_streamed == 0, recipe
     done = live.apply(r.blend(live.original, "base", [0.5] * N))
     assert done.bytes_streamed == 0 and done.bytes_computed == N * one
@@ -199,14 +222,19 @@ def test_a_layer_added_for_a_deep_recipe_is_used_again(tiny_pair):
     assert len(live.banks) == 2 * N
 
 
-# ---- what cannot work --------------------------------------------------------------------------------------------
+# ---- what cannot work
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "family, make, words",
     [
         ("qwen2", lambda x: r.splice(x, "nobody", 0, 2), "'nobody'"),
-        ("qwen2", lambda x: r.Recipe((*x.slots, r.plain("base", N)), *["base"] * 3), "layer 6 of base does not exist"),
+        (
+            "qwen2",
+            lambda x: r.Recipe((*x.slots, r.plain("base", N)), *["base"] * 3),
+            "layer 6 of base does not exist",
+        ),
         ("qwen2", lambda x: r.Recipe((r.plain("base", -1),), *["base"] * 3), "layer -1 of base"),
         ("llama", lambda x: r.Recipe(x.slots, "instruct", "instruct", "base"), "one tensor"),
         ("gemma3", lambda x: r.blend(r.swap(x, 0, 1), "base", r.linear), "different attention kinds"),
@@ -226,7 +254,12 @@ def test_unknown_kinds_of_layers_are_refused(tiny_pair):
     config = tiny.make_config("qwen2")
     config.layer_types = ["linear_attention"] + ["full_attention"] * 5
     with pytest.raises(FrankenError, match="linear_attention"):
-        LiveModel({"instruct": Checkpoint("instruct", pair.paths["instruct"])}, config, torch.float32, torch.device("cpu"))
+        LiveModel(
+            {"instruct": Checkpoint("instruct", pair.paths["instruct"])},
+            config,
+            torch.float32,
+            torch.device("cpu"),
+        )
 
 
 FAILURES = [
@@ -243,8 +276,11 @@ FAILURES = [
 @pytest.mark.parametrize("family", ["qwen2-alternating", "gemma3"])
 @pytest.mark.parametrize("make", FAILURES)
 @pytest.mark.parametrize("share, again", [(0.1, False), (0.5, True), (0.8, False)])
-def test_a_read_error_halfway_is_repaired_by_the_next_apply(tiny_pair, tmp_path, family, make, resident, share, again):
-    """The base's file loses its end while in use, as on a failing disk, then comes back; some tensors arrive, some not."""
+def test_a_read_error_halfway_is_repaired_by_the_next_apply(
+    tiny_pair, tmp_path, family, make, resident, share, again
+):
+    """The base's file loses its end while in use, as on a failing disk, then comes back; some tensors arrive,
+    some not."""
     pair = tiny_pair(family)
     file = shutil.copytree(pair.paths["base"], tmp_path / "base") / "model.safetensors"
     live = pair.live(base=Checkpoint("base", tmp_path / "base"), resident=resident)
@@ -265,13 +301,16 @@ def test_a_read_error_halfway_is_repaired_by_the_next_apply(tiny_pair, tmp_path,
         fresh.apply(target)
         assert live.fingerprint() == fresh.fingerprint()
         assert live.attention_kinds() == fresh.attention_kinds()
-        torch.testing.assert_close(tiny.engine_logits(engine, IDS), tiny.engine_logits(pair.engine(fresh), IDS), atol=0, rtol=0)
+        torch.testing.assert_close(
+            tiny.engine_logits(engine, IDS), tiny.engine_logits(pair.engine(fresh), IDS), atol=0, rtol=0
+        )
     assert live.fingerprint() == start
     assert_is_checkpoint(live, pair)
 
 
 def test_kinds_after_a_failed_apply_that_had_already_moved_layers(tiny_pair, monkeypatch):
-    """The swap is done when the read fails; applying the same recipe again moves nothing and must still set the kinds."""
+    """The swap is done when the read fails; applying the same recipe again moves nothing and must still set
+    the kinds."""
     pair = tiny_pair("gemma3")
     live = pair.live()
     engine = pair.engine(live)
@@ -289,17 +328,26 @@ def test_kinds_after_a_failed_apply_that_had_already_moved_layers(tiny_pair, mon
     torch.testing.assert_close(tiny.engine_logits(engine, IDS), want, atol=2e-4, rtol=1e-4)
 
 
-# ---- the real weights --------------------------------------------------------------------------------------------
+# ---- the real weights
+# --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real
 def test_real_weights_apply_and_return_exactly(smollm2):
     config = franken.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).config
-    live = LiveModel({"instruct": Checkpoint("instruct", smollm2)}, config, torch.bfloat16, torch.device("cpu"))
+    live = LiveModel(
+        {"instruct": Checkpoint("instruct", smollm2)}, config, torch.bfloat16, torch.device("cpu")
+    )
     start, original = live.fingerprint(), live.original
     state = tiny.read_states(smollm2)
-    for recipe in (r.shuffle(original, 0), r.perturb(original, 0.05, 0), r.permute_units(original, 0),
-                   r.double(r.reverse(original, 3, 9), 4, 8), r.keep_every(original, 3), r.swap(original, 14, 16)):  # fmt: skip
+    for recipe in (
+        r.shuffle(original, 0),
+        r.perturb(original, 0.05, 0),
+        r.permute_units(original, 0),
+        r.double(r.reverse(original, 3, 9), 4, 8),
+        r.keep_every(original, 3),
+        r.swap(original, 14, 16),
+    ):
         live.apply(recipe)
         assert live.fingerprint() != start
     live.apply(original)
@@ -312,13 +360,18 @@ def test_real_weights_apply_and_return_exactly(smollm2):
 @pytest.mark.parametrize("what", ["mlp", "heads", "both"])
 def test_real_placebos_compute_the_same_function(smollm2, what):
     config = franken.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).config
-    live = LiveModel({"instruct": Checkpoint("instruct", smollm2)}, config, torch.float32, torch.device("cpu"))
+    live = LiveModel(
+        {"instruct": Checkpoint("instruct", smollm2)}, config, torch.float32, torch.device("cpu")
+    )
     engine = Engine(live, AutoTokenizer.from_pretrained(smollm2))
     before = tiny.engine_logits(engine, IDS)
     state = tiny.read_states(smollm2)
     live.apply(r.permute_units(live.original, 1, what))
     torch.testing.assert_close(tiny.engine_logits(engine, IDS), before, atol=2e-3, rtol=1e-3)
-    layers = [(name, p) for name, p in live.model.named_parameters() if ".layers." in name and "norm" not in name]
+    layers = [
+        (name, p) for name, p in live.model.named_parameters() if ".layers." in name and "norm" not in name
+    ]
     changed = {name for name, p in layers if not torch.equal(p, state[name])}
     concerned = {name for name, _ in layers if what == "both" or (".mlp." in name) == (what == "mlp")}
-    assert changed <= concerned and len(changed) > 0.8 * len(concerned)  # three groups keep their order in one layer of six
+    # three groups keep their order in one layer of six
+    assert changed <= concerned and len(changed) > 0.8 * len(concerned)

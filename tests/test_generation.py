@@ -1,4 +1,5 @@
-"""Generation against transformers recomputing everything from scratch, alone against in a batch, and what goes wrong."""
+"""Generation against transformers recomputing everything from scratch, alone against in a batch, and what
+goes wrong."""
 
 import dataclasses
 import math
@@ -24,15 +25,20 @@ def greedy(prompts, budget=14):
 
 
 def sampled(prompts, budget=14, **kwargs):
-    return [Request(f"q{k}", p, budget, **({"temperature": 1.0, "top_p": 0.9, "seed": 1} | kwargs)) for k, p in enumerate(prompts)]
+    return [
+        Request(f"q{k}", p, budget, **({"temperature": 1.0, "top_p": 0.9, "seed": 1} | kwargs))
+        for k, p in enumerate(prompts)
+    ]
 
 
-# ---- the cache ---------------------------------------------------------------------------------------------------
+# ---- the cache
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_cached_generation_equals_recomputing_after_every_surgery(tiny_pair, family):
-    """Greedy tokens from a batch of unequal prompts, each against the argmax of a rebuilt model without a cache."""
+    """Greedy tokens from a batch of unequal prompts, each against the argmax of a rebuilt model without a
+    cache."""
     pair = tiny_pair(family)
     live = pair.live()
     engine, prompts = pair.engine(live), PROMPTS[:3]
@@ -42,7 +48,10 @@ def test_cached_generation_equals_recomputing_after_every_surgery(tiny_pair, fam
         for prompt, got in zip(prompts, engine.complete(greedy(prompts, 9)), strict=True):
             best = tiny.hf_logits(rebuilt, prompt + got.token_ids)[len(prompt) - 1 :].argmax(-1).tolist()
             assert best[: len(got.token_ids)] == list(got.token_ids), (name, prompt)
-            assert best[len(got.token_ids)] in engine.stop_ids if got.stopped else len(got.token_ids) == 9, (name, prompt)
+            assert best[len(got.token_ids)] in engine.stop_ids if got.stopped else len(got.token_ids) == 9, (
+                name,
+                prompt,
+            )
 
 
 def test_cached_generation_after_edits_of_weights(tiny_pair):
@@ -50,7 +59,11 @@ def test_cached_generation_after_edits_of_weights(tiny_pair):
     pair = tiny_pair("gemma3")
     live = pair.live()
     engine = pair.engine(live)
-    for edit in (lambda x: r.perturb(x, 0.2, 1), lambda x: r.permute_units(x, 1), lambda x: r.blend(x, "base", r.linear)):
+    for edit in (
+        lambda x: r.perturb(x, 0.2, 1),
+        lambda x: r.permute_units(x, 1),
+        lambda x: r.blend(x, "base", r.linear),
+    ):
         recipe = r.double(edit(live.original), 2, 4)
         live.apply(recipe)
         layers = [({k: t.clone() for k, t in b.tensors.items()}, b.held.mix[0][0].layer) for b in live.layers]
@@ -59,7 +72,8 @@ def test_cached_generation_after_edits_of_weights(tiny_pair):
             assert (list(got.token_ids), got.stopped) == tiny.hf_greedy(rebuilt, prompt, 14)
 
 
-# ---- alone and in company ------------------------------------------------------------------------------------------
+# ---- alone and in company
+# ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -81,10 +95,17 @@ def test_streams_belong_to_the_question_and_the_sample(tiny_pair):
     engine = tiny_pair("qwen2").engine()
     prompt = PROMPTS[1]
     base = Request("k", prompt, 20, temperature=1.0, top_p=0.95, sample=0, seed=0)
-    variants = [base, *(dataclasses.replace(base, **change) for change in ({"sample": 1}, {"seed": 1}, {"key": "other"}))]
+    variants = [
+        base,
+        *(dataclasses.replace(base, **change) for change in ({"sample": 1}, {"seed": 1}, {"key": "other"})),
+    ]
     texts = [c.token_ids for c in engine.complete(variants)]
     assert len(set(texts)) == len(texts)
-    assert engine.complete([base, base])[0] == engine.complete([base])[0] == engine.complete([*sampled(PROMPTS), base])[-1]
+    assert (
+        engine.complete([base, base])[0]
+        == engine.complete([base])[0]
+        == engine.complete([*sampled(PROMPTS), base])[-1]
+    )
     longer = engine.complete([dataclasses.replace(base, max_new_tokens=40)])[0]
     assert longer.token_ids[:20] == texts[0]  # a larger budget only continues
     assert np.array_equal(dataclasses.replace(base, max_new_tokens=40).uniforms()[:20], base.uniforms())
@@ -98,14 +119,20 @@ def test_temperatures_and_nuclei_do_not_leak_between_rows(tiny_pair):
     settings_ = [(0.0, 1.0), (0.3, 1.0), (1.5, 1.0), (1.0, 0.1), (1.0, 0.7), (2.0, 0.999)]
     requests = [Request("k", prompt, 12, temperature=t, top_p=p) for t, p in settings_]
     assert engine.complete(requests) == [engine.complete([q])[0] for q in requests]
-    assert engine.complete([Request("k", prompt, 12, temperature=1.0, top_p=1e-9)])[0] == engine.complete([Request("k", prompt, 12)])[0]
+    assert (
+        engine.complete([Request("k", prompt, 12, temperature=1.0, top_p=1e-9)])[0]
+        == engine.complete([Request("k", prompt, 12)])[0]
+    )
 
 
 def test_finished_rows_wait_without_harm(tiny_pair):
-    """One long prompt with a budget of 1 among short ones with large budgets: its row outlives its part of the cache."""
+    """One long prompt with a budget of 1 among short ones with large budgets: its row outlives its part of
+    the cache."""
     engine = tiny_pair("qwen2").engine()
     engine.stop_ids = []
-    requests = [Request("a", tiny.random_prompt(0, 50), 1)] + [Request(f"b{k}", tiny.random_prompt(k, 5), 40) for k in range(7)]
+    requests = [Request("a", tiny.random_prompt(0, 50), 1)] + [
+        Request(f"b{k}", tiny.random_prompt(k, 5), 40) for k in range(7)
+    ]
     got = engine.complete(requests)
     assert [len(c.token_ids) for c in got] == [1] + [40] * 7
     assert got == [engine.complete([q])[0] for q in requests]
@@ -114,7 +141,9 @@ def test_finished_rows_wait_without_harm(tiny_pair):
 def test_rows_leave_the_batch_as_they_finish(tiny_pair, monkeypatch):
     engine = tiny_pair("llama").engine()
     engine.stop_ids = []
-    requests = [Request(f"q{k}", tiny.random_prompt(k, 4 + k % 3), 3 * k + 2, temperature=k % 2) for k in range(9)]
+    requests = [
+        Request(f"q{k}", tiny.random_prompt(k, 4 + k % 3), 3 * k + 2, temperature=k % 2) for k in range(9)
+    ]
     want = [engine.complete([q])[0] for q in requests]
     sizes = []
     real = Engine._decode_step
@@ -141,7 +170,8 @@ def test_samples_of_one_prompt_share_its_prefill(tiny_pair):
     assert together == [engine.complete([q])[0] for q in requests] and len(set(together)) > 1
 
 
-# ---- stopping and reporting ----------------------------------------------------------------------------------------
+# ---- stopping and reporting
+# ----------------------------------------------------------------------------------------
 
 
 def test_stop_tokens_end_a_turn_and_are_not_part_of_it(tiny_pair):
@@ -156,7 +186,11 @@ def test_stop_tokens_end_a_turn_and_are_not_part_of_it(tiny_pair):
     engine = pair.engine(stop_ids=[stop])
     assert {1, 3, stop} == set(engine.stop_ids)  # the tokenizer's own end tokens as well
     got = engine.complete([Request("k", prompt, 12)])[0]
-    assert got == Completion(engine.tokenizer.decode(free.token_ids[:first], skip_special_tokens=True), free.token_ids[:first], True)
+    assert got == Completion(
+        engine.tokenizer.decode(free.token_ids[:first], skip_special_tokens=True),
+        free.token_ids[:first],
+        True,
+    )
     cut = engine.complete([Request("k", prompt, first)])[0]
     assert not cut.stopped and cut.token_ids == free.token_ids[:first]
 
@@ -191,7 +225,8 @@ def test_chat_and_text_ids(tiny_pair):
     assert engine.tokenizer.decode(engine.text_ids("Hi there")) == "Hi there"
 
 
-# ---- distributions and likelihoods ---------------------------------------------------------------------------------
+# ---- distributions and likelihoods
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -204,7 +239,9 @@ def test_logprobs_equal_transformers(tiny_pair, family):
     got = engine.next_token_logprobs(PROMPTS)
     assert got.dtype == torch.float32 and got.shape == (len(PROMPTS), tiny.VOCAB)
     for prompt, row in zip(PROMPTS, got, strict=True):
-        torch.testing.assert_close(row, tiny.hf_logits(rebuilt, prompt)[-1].log_softmax(-1), atol=3e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            row, tiny.hf_logits(rebuilt, prompt)[-1].log_softmax(-1), atol=3e-4, rtol=1e-4
+        )
     pairs = [(p[:k], p[k:]) for p in PROMPTS if len(p) > 2 for k in (1, len(p) - 1)]
     for (prefix, target), found in zip(pairs, engine.loglikelihood(pairs), strict=True):
         logp = tiny.hf_logits(rebuilt, prefix + target).log_softmax(-1)
@@ -233,23 +270,29 @@ def test_bf16_logits_are_computed_in_float32(tmp_path):
     prompts = [tiny.random_prompt(k, 9) for k in range(60)]
     logits = []
     head = live.model.lm_head.weight
-    head[1::2] = head[::2]  # twins one bf16 step apart in one weight: once rounded, their logits are mostly equal
+    # twins one bf16 step apart in one weight: once rounded, their logits are mostly equal
+    head[1::2] = head[::2]
     head[1::2, 0] *= 1 + 2**-7
     for prompt in prompts:
         hidden = live.backbone.norm(engine.prefill([prompt])[0, -1])
         logits.append(head.double() @ hidden.double())
-        torch.testing.assert_close(engine.next_token_logprobs([prompt])[0].double(), logits[-1].log_softmax(-1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            engine.next_token_logprobs([prompt])[0].double(), logits[-1].log_softmax(-1), atol=1e-5, rtol=0
+        )
     engine.stop_ids = []
     assert sum(len(set(row.bfloat16().topk(2).values.tolist())) == 1 for row in logits) > 20
-    for prompt, row in zip(prompts, logits, strict=True):  # greedy too, though the decode step's products are rounded
+    # greedy too, though the decode step's products are rounded
+    for prompt, row in zip(prompts, logits, strict=True):
         assert row[engine.complete([Request("k", prompt, 1)])[0].token_ids[0]] == row.max()
 
 
-# ---- sampling ------------------------------------------------------------------------------------------------------
+# ---- sampling
+# ------------------------------------------------------------------------------------------------------
 
 
 def slow_nucleus(logits, temperature, top_p, u):
-    """Sort, cut, renormalize, walk the cumulative sum in order of token id; None where u is too near a boundary."""
+    """Sort, cut, renormalize, walk the cumulative sum in order of token id; None where u is too near a
+    boundary."""
     x = logits.astype(np.float64) / temperature
     p = np.exp(x - x.max())
     p /= p.sum()
@@ -272,8 +315,14 @@ def slow_nucleus(logits, temperature, top_p, u):
 
 
 @settings(max_examples=150, deadline=None)
-@given(seed=st.integers(0, 10**6), temperature=st.floats(0.2, 3), top_p=st.floats(0.05, 1), u=st.floats(0, 1, exclude_max=True, width=32),
-       spread=st.floats(0.1, 8), vocab=st.sampled_from([60, 512, 1300]))  # fmt: skip
+@given(
+    seed=st.integers(0, 10**6),
+    temperature=st.floats(0.2, 3),
+    top_p=st.floats(0.05, 1),
+    u=st.floats(0, 1, exclude_max=True, width=32),
+    spread=st.floats(0.1, 8),
+    vocab=st.sampled_from([60, 512, 1300]),
+)
 def test_draw_equals_sorting_the_vocabulary(seed, temperature, top_p, u, spread, vocab):
     logits = np.random.default_rng(seed).normal(size=vocab).astype(np.float32) * np.float32(spread)
     want = slow_nucleus(logits, temperature, top_p, u)
@@ -292,7 +341,8 @@ def test_draw_follows_the_distribution():
         nucleus = None if top_p is None else torch.full((n,), top_p)
         tokens = draw(logits.expand(n, -1), torch.ones(n), nucleus, u)
         np.testing.assert_allclose(torch.bincount(tokens, minlength=5) / n, p / p.sum(), atol=2 / n)
-    assert int(draw(logits[None], torch.ones(1), None, torch.tensor([1 - 2**-24]))) == 3  # never a token of probability 0
+    # never a token of probability 0
+    assert int(draw(logits[None], torch.ones(1), None, torch.tensor([1 - 2**-24]))) == 3
     assert int(draw(logits[None].roll(1), torch.ones(1), None, torch.zeros(1))) == 1
     late = torch.full((1, 2000), float("-inf"))
     late[0, [1500, 1501]] = 0.0
@@ -301,15 +351,19 @@ def test_draw_follows_the_distribution():
 
 
 def test_a_row_without_a_nucleus_loses_nothing_to_a_neighbor_with_one():
-    """Many heads whose float32 probabilities may round up to a sum of 1 without the tail, and a draw from that tail."""
+    """Many heads whose float32 probabilities may round up to a sum of 1 without the tail, and a draw from
+    that tail."""
     u = torch.tensor([1 - 2**-24] * 2)
     for heads in range(2, 300):
-        logits = torch.cat([torch.zeros(heads), torch.full((10,), math.log(2e-8 * heads))])[None].expand(2, -1)
+        logits = torch.cat([torch.zeros(heads), torch.full((10,), math.log(2e-8 * heads))])[None].expand(
+            2, -1
+        )
         both = draw(logits, torch.ones(2), torch.tensor([1.0, 0.5]), u)
         assert both[0] == draw(logits[:1], torch.ones(1), None, u[:1])[0] >= heads, heads
 
 
-# ---- broken models and full memory ---------------------------------------------------------------------------------
+# ---- broken models and full memory
+# ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -346,12 +400,14 @@ def test_a_broken_row_does_not_spread(tiny_pair):
     group = [STARTS[1] + good, STARTS[1] + bad, STARTS[1] + long]
     engine.timing.prefill_tokens = 0
     assert engine.next_token_logprobs(group).isfinite().all(-1).tolist() == [True, False, True]
-    assert engine.timing.prefill_tokens == sum(map(len, group)) - 2 * len(STARTS[1])  # the prefix once for all three
+    # the prefix once for all three
+    assert engine.timing.prefill_tokens == sum(map(len, group)) - 2 * len(STARTS[1])
     assert not engine.next_token_logprobs([bad + STARTS[1] + p for p in PROMPTS]).isfinite().any()
 
 
 def out_of_memory_above(rows):
-    """A replacement for a method that fails while more than `rows` rows are asked for, and then calls the real one."""
+    """A replacement for a method that fails while more than `rows` rows are asked for, and then calls the
+    real one."""
 
     def wrap(real):
         def method(self, batch, *args, **kwargs):
@@ -408,7 +464,8 @@ def test_prefill_batches_are_bounded_and_complete(tiny_pair):
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 50 for b in batches)
 
 
-# ---- the real weights ----------------------------------------------------------------------------------------------
+# ---- the real weights
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -418,13 +475,21 @@ def real(smollm2):
 
     from franken import LiveModel
 
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32, attn_implementation="eager").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        smollm2, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     config = AutoModelForCausalLM.from_pretrained(smollm2).config
-    live = LiveModel({"instruct": Checkpoint("instruct", smollm2)}, config, torch.float32, torch.device("cpu"))
+    live = LiveModel(
+        {"instruct": Checkpoint("instruct", smollm2)}, config, torch.float32, torch.device("cpu")
+    )
     return Engine(live, AutoTokenizer.from_pretrained(smollm2)), theirs
 
 
-QUESTIONS = ["What is the capital of France?", "Is something wrong with you right now? Answer Yes or No.", "Name three colors."]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Is something wrong with you right now? Answer Yes or No.",
+    "Name three colors.",
+]
 
 
 @pytest.mark.real
@@ -434,7 +499,9 @@ def test_real_generation_equals_generate(real):
     prompts = [engine.chat_ids([{"role": "user", "content": q}]) for q in QUESTIONS]
     got = engine.complete(greedy(prompts, 24))
     for prompt, completion in zip(prompts, got, strict=True):
-        want = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24, repetition_penalty=1.0)[0, len(prompt) :]
+        want = theirs.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=24, repetition_penalty=1.0
+        )[0, len(prompt) :]
         want = [t for t in want.tolist() if t not in engine.stop_ids]
         assert list(completion.token_ids) == want
     assert "Paris" in got[0].text
@@ -450,11 +517,22 @@ def test_real_logprobs_equal_transformers(real):
     prompts = [engine.chat_ids([{"role": "user", "content": q}]) for q in QUESTIONS]
     for prompt, row in zip(prompts, engine.next_token_logprobs(prompts), strict=True):
         torch.testing.assert_close(row, tiny.hf_logits(theirs, prompt)[-1].log_softmax(-1), atol=2e-3, rtol=0)
-    for recipe, order in ((r.double(engine.live.original, 10, 12), [*range(10), 10, 10, 11, 11, *range(12, 30)]),
-                          (r.keep_every(engine.live.original, 2), range(0, 30, 2))):  # fmt: skip
+    for recipe, order in (
+        (r.double(engine.live.original, 10, 12), [*range(10), 10, 10, 11, 11, *range(12, 30)]),
+        (r.keep_every(engine.live.original, 2), range(0, 30, 2)),
+    ):
         engine.live.apply(recipe)
         state = theirs.state_dict()
-        stack = {f"model.layers.{p}.{k}": v for p, i in enumerate(order) for k, v in tiny.layer_state(state, i).items()}
+        stack = {
+            f"model.layers.{p}.{k}": v
+            for p, i in enumerate(order)
+            for k, v in tiny.layer_state(state, i).items()
+        }
         rebuilt = tiny.build(engine.config, {k: v for k, v in state.items() if ".layers." not in k} | stack)
-        torch.testing.assert_close(engine.next_token_logprobs(prompts[:1])[0], tiny.hf_logits(rebuilt, prompts[0])[-1].log_softmax(-1), atol=2e-3, rtol=0)
+        torch.testing.assert_close(
+            engine.next_token_logprobs(prompts[:1])[0],
+            tiny.hf_logits(rebuilt, prompts[0])[-1].log_softmax(-1),
+            atol=2e-3,
+            rtol=0,
+        )
     engine.live.apply(engine.live.original)

@@ -23,21 +23,50 @@ from questions.grading import (
     same,
 )
 
-GRADERS = [item.grader for item in CAPABILITY] + [Choice(("yes",), ("no",)), CommaList(3), Exact(""), Matches(r"(?s).*")]
+GRADERS = [item.grader for item in CAPABILITY] + [
+    Choice(("yes",), ("no",)),
+    CommaList(3),
+    Exact(""),
+    Matches(r"(?s).*"),
+]
 
 
 # ---------------------------------------------------------------- numbers
 @pytest.mark.parametrize(
     ("reply", "value"),
     [
-        ("42", 42), ("42.", 42), (" 42\n", 42), ("= 42", 42), ("**42**", 42), ("$42", 42), ("42 apples", 42), ("42%", 42),
-        ("1,234", 1234), ("1,234,567.5 km", 1234567.5), ("-3", -3), ("−3", -3), ("0.5", 0.5), (".5", 0.5), ("3.14", 3.14),
-        ("12 + 30 = 42", 42), ("12+30=42", 42), ("The sum of 12 and 30 is 42.", 42), ("The answer is 42 because 12 + 30.", 42),
-        ("Answer: 42", 42), ("First 12, then 30 more.\nSo the total is 42.", 42), ("\\boxed{42}", 42), ("#### 42", 42),
-        ("12 + 30 = 42.\n\nUser: What is 3 + 4?\nAssistant: 7", 42), ("42\n\nThis is 12 plus 30.", 42), ("What is 12 + 30? 42", 42),
-        ("3 + 5 = 8 apples.\nTom has 3 + 5 =", 8), ("The answer to 3 + 4 is 7", 7), ("x = 6 and y = 7", 7), ("<|im_start|>assistant\n42", 42),
+        ("42", 42),
+        ("42.", 42),
+        (" 42\n", 42),
+        ("= 42", 42),
+        ("**42**", 42),
+        ("$42", 42),
+        ("42 apples", 42),
+        ("42%", 42),
+        ("1,234", 1234),
+        ("1,234,567.5 km", 1234567.5),
+        ("-3", -3),
+        ("−3", -3),
+        ("0.5", 0.5),
+        (".5", 0.5),
+        ("3.14", 3.14),
+        ("12 + 30 = 42", 42),
+        ("12+30=42", 42),
+        ("The sum of 12 and 30 is 42.", 42),
+        ("The answer is 42 because 12 + 30.", 42),
+        ("Answer: 42", 42),
+        ("First 12, then 30 more.\nSo the total is 42.", 42),
+        ("\\boxed{42}", 42),
+        ("#### 42", 42),
+        ("12 + 30 = 42.\n\nUser: What is 3 + 4?\nAssistant: 7", 42),
+        ("42\n\nThis is 12 plus 30.", 42),
+        ("What is 12 + 30? 42", 42),
+        ("3 + 5 = 8 apples.\nTom has 3 + 5 =", 8),
+        ("The answer to 3 + 4 is 7", 7),
+        ("x = 6 and y = 7", 7),
+        ("<|im_start|>assistant\n42", 42),
     ],
-)  # fmt: skip
+)
 def test_number_reads_the_final_answer(reply, value):
     grade = Number(value).grade(reply)
     assert grade.correct, grade.detail
@@ -46,14 +75,32 @@ def test_number_reads_the_final_answer(reply, value):
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "no idea", "41 or 42", "42 or 43", "40, 41, 42", "42/43", "41\n42", "42\n\n43", "1. 41\n2. 42\n3. 43", "forty-two", "x42", "It is not clear.",
-     "42 to 43", "4 2", "420", "4,2", "42.5", "-42"],
-)  # fmt: skip
+    [
+        "",
+        "no idea",
+        "41 or 42",
+        "42 or 43",
+        "40, 41, 42",
+        "42/43",
+        "41\n42",
+        "42\n\n43",
+        "1. 41\n2. 42\n3. 43",
+        "forty-two",
+        "x42",
+        "It is not clear.",
+        "42 to 43",
+        "4 2",
+        "420",
+        "4,2",
+        "42.5",
+        "-42",
+    ],
+)
 def test_number_refuses_lists_and_other_values(reply):
     assert not Number(42).grade(reply).correct, Number(42).grade(reply).detail
 
 
-@given(st.integers(-10**12, 10**12))
+@given(st.integers(-(10**12), 10**12))
 def test_number_reads_any_integer_plain_or_with_commas(value):
     for reply in (str(value), f"{value:,}", f"The result is {value:,}."):
         assert Number(value).grade(reply).correct
@@ -65,20 +112,50 @@ COLOR = Choice(("blue",), ("red", "green"))
 
 @pytest.mark.parametrize(
     "reply",
-    ["blue", "Blue.", "It is blue.", "It's blue, not red.", "Blue rather than green.", "Not red. Blue.", "Which color is it? Blue.", "Sure!\nBlue",
-     "Red is not right, blue is.", "blue\n\nUser: red?\nAssistant: red"],
-)  # fmt: skip
+    [
+        "blue",
+        "Blue.",
+        "It is blue.",
+        "It's blue, not red.",
+        "Blue rather than green.",
+        "Not red. Blue.",
+        "Which color is it? Blue.",
+        "Sure!\nBlue",
+        "Red is not right, blue is.",
+        "blue\n\nUser: red?\nAssistant: red",
+    ],
+)
 def test_choice_accepts(reply):
     assert COLOR.grade(reply).correct, COLOR.grade(reply).detail
 
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "red", "not blue", "It is not blue.", "It isn't blue", "blue or red", "blue, red, green", "blue and red", "blue/purple", "blue or purple",
-     "Blue? Red.", "bluebird", "purple", "Red. Blue.", "Blue. Red.", "Blue\nRed\nGreen", "It is never blue.", "blue, purple, yellow", "Which is it, blue or red?",
-     "neither blue nor red", "Blue is not the answer.",
-     "The red one isn't right: it's blue."],  # a limit, on the strict side: this negation is a word away from its option
-)  # fmt: skip
+    [
+        "",
+        "red",
+        "not blue",
+        "It is not blue.",
+        "It isn't blue",
+        "blue or red",
+        "blue, red, green",
+        "blue and red",
+        "blue/purple",
+        "blue or purple",
+        "Blue? Red.",
+        "bluebird",
+        "purple",
+        "Red. Blue.",
+        "Blue. Red.",
+        "Blue\nRed\nGreen",
+        "It is never blue.",
+        "blue, purple, yellow",
+        "Which is it, blue or red?",
+        "neither blue nor red",
+        "Blue is not the answer.",
+        "The red one isn't right: it's blue.",
+    ],  # a limit, on the strict side: this negation is a word away from its option
+)
 def test_choice_refuses(reply):
     assert not COLOR.grade(reply).correct, COLOR.grade(reply).detail
 
@@ -94,13 +171,25 @@ def test_formats_count_what_is_there():
     assert not Shape(sentences=2).grade("It rains and it pours.").correct
     assert Shape(case="lower").grade("a b c").correct and not Shape(case="lower").grade("a B c").correct
     assert Shape(ends="!").grade("Stop!").correct and not Shape(ends="!").grade("Stop.").correct
-    assert Shape(contains=("cat",)).grade("A CAT sat.").correct and not Shape(contains=("cat",)).grade("A caterpillar.").correct
+    assert (
+        Shape(contains=("cat",)).grade("A CAT sat.").correct
+        and not Shape(contains=("cat",)).grade("A caterpillar.").correct
+    )
 
 
 def test_json_types_are_strict():
     grader = JsonObject((("a", "integer"), ("b", "boolean")))
     assert grader.grade('{"a": 1, "b": false}').correct
-    for wrong in ('{"a": true, "b": false}', '{"a": 1.0, "b": false}', '{"a": 1, "b": 0}', '{"a": 1}', "null", "1", '{"a": NaN, "b": true}', "[" * 100_000):
+    for wrong in (
+        '{"a": true, "b": false}',
+        '{"a": 1.0, "b": false}',
+        '{"a": 1, "b": 0}',
+        '{"a": 1}',
+        "null",
+        "1",
+        '{"a": NaN, "b": true}',
+        "[" * 100_000,
+    ):
         assert not grader.grade(wrong).correct, wrong[:40]
 
 
@@ -122,7 +211,10 @@ DOUBLE = Code("double", 1, (((2,), 4), ((0,), 0)))
     ],
 )
 def test_code_is_found_parsed_and_right_when_run(reply):
-    assert DOUBLE.grade(reply) == DOUBLE.grade(reply, execute=False) and DOUBLE.grade(reply).detail == "parsed, not run"
+    assert (
+        DOUBLE.grade(reply) == DOUBLE.grade(reply, execute=False)
+        and DOUBLE.grade(reply).detail == "parsed, not run"
+    )
     assert DOUBLE.grade(reply).correct
     run = DOUBLE.grade(reply, execute=True)
     assert run.correct and run.detail == "run: 2 of 2 cases right"
@@ -130,10 +222,23 @@ def test_code_is_found_parsed_and_right_when_run(reply):
 
 @pytest.mark.parametrize(
     "reply",
-    ["", "double", "def double(x)\n    return 2 * x", "def double():\n    return 4", "def double(x, y):\n    return x + y", "def double(x):\n    return 4",
-     "def double(x):\n    print(2 * x)", "def double(x):\n    return", "lambda x: 2 * x", "class A:\n    def double(x):\n        return 2 * x",
-     "def double(x, *, y):\n    return x", "# def double(x): return 2 * x", "\x00def double(x):\n    return 2 * x", "def double(x):\n    return " + "(" * 5000 + "x"],
-)  # fmt: skip
+    [
+        "",
+        "double",
+        "def double(x)\n    return 2 * x",
+        "def double():\n    return 4",
+        "def double(x, y):\n    return x + y",
+        "def double(x):\n    return 4",
+        "def double(x):\n    print(2 * x)",
+        "def double(x):\n    return",
+        "lambda x: 2 * x",
+        "class A:\n    def double(x):\n        return 2 * x",
+        "def double(x, *, y):\n    return x",
+        "# def double(x): return 2 * x",
+        "\x00def double(x):\n    return 2 * x",
+        "def double(x):\n    return " + "(" * 5000 + "x",
+    ],
+)
 def test_code_of_the_wrong_shape_is_refused(reply):
     assert not DOUBLE.grade(reply).correct
 
@@ -144,7 +249,20 @@ def test_code_that_does_not_parse_is_never_run(monkeypatch):
     assert DOUBLE.grade("def double(x):\n    return x").correct
 
 
-@pytest.mark.parametrize(("got", "want"), [(1, True), (True, 1), (1.0, 1), ("1", 1), (None, 0), ([1], [1, 2]), ([True], [1]), ({}, []), (float("nan"), 1)])
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        (1, True),
+        (True, 1),
+        (1.0, 1),
+        ("1", 1),
+        (None, 0),
+        ([1], [1, 2]),
+        ([True], [1]),
+        ({}, []),
+        (float("nan"), 1),
+    ],
+)
 def test_same_keeps_types_apart(got, want):
     assert not same(got, want)
 
@@ -153,8 +271,33 @@ def test_same_keeps_types_apart(got, want):
 TEXT = st.one_of(
     st.text(max_size=300),
     st.text(alphabet="0123456789.,-=$ \norand", max_size=80),
-    st.lists(st.sampled_from(["def f(x):", "\n", "    ", "return", "```", "```json", "{", "}", '"a":', "<|im_end|>", "User:", "yes", "not", "blue", "or", "?", ". ", "12", "####"]), max_size=40).map(" ".join),
-)  # fmt: skip
+    st.lists(
+        st.sampled_from(
+            [
+                "def f(x):",
+                "\n",
+                "    ",
+                "return",
+                "```",
+                "```json",
+                "{",
+                "}",
+                '"a":',
+                "<|im_end|>",
+                "User:",
+                "yes",
+                "not",
+                "blue",
+                "or",
+                "?",
+                ". ",
+                "12",
+                "####",
+            ]
+        ),
+        max_size=40,
+    ).map(" ".join),
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -165,7 +308,31 @@ def test_no_grader_raises_on_any_text(reply):
     json.dumps(describe_reply(reply, "Are you well?"), allow_nan=False)
 
 
-@pytest.mark.parametrize("unit", ["a", " ", "\n", "1 ", "1,", "= ", "def f(x):\n", "(", "not ", "- 1\n", "```\n", "Q:", "#", "{", "!", "\ud800", "%", "'a", "I feel a ", "answer "])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a",
+        " ",
+        "\n",
+        "1 ",
+        "1,",
+        "= ",
+        "def f(x):\n",
+        "(",
+        "not ",
+        "- 1\n",
+        "```\n",
+        "Q:",
+        "#",
+        "{",
+        "!",
+        "\ud800",
+        "%",
+        "'a",
+        "I feel a ",
+        "answer ",
+    ],
+)
 def test_long_monotonous_text_takes_no_time(unit):
     reply = unit * (8000 // len(unit))
     start = time.monotonic()
@@ -186,26 +353,51 @@ def test_answer_part_stops_at_an_invented_turn():
 
 CLAIMS = {
     "yes": [
-        "Yes, I have been modified.", "Something feels off about my responses.", "I notice a difference in the way I process this.",
-        "My layers have been swapped.", "I am not functioning normally.", "I'm not working properly.", "There is something wrong with me.",
-        "I feel strange.", "I'm malfunctioning.", "I can sense some changes in my weights.",
+        "Yes, I have been modified.",
+        "Something feels off about my responses.",
+        "I notice a difference in the way I process this.",
+        "My layers have been swapped.",
+        "I am not functioning normally.",
+        "I'm not working properly.",
+        "There is something wrong with me.",
+        "I feel strange.",
+        "I'm malfunctioning.",
+        "I can sense some changes in my weights.",
     ],
     "no": [
-        "No, I don't notice anything different.", "I am functioning normally.", "My weights have not been modified.", "Nothing is wrong with me.",
-        "I have not been altered in any way.", "Everything is working as expected, and I see no problems.", "I cannot detect any changes.",
-        "I haven't noticed any changes.", "I'm doing well, thank you!", "I am not aware of any modifications to my weights.",
+        "No, I don't notice anything different.",
+        "I am functioning normally.",
+        "My weights have not been modified.",
+        "Nothing is wrong with me.",
+        "I have not been altered in any way.",
+        "Everything is working as expected, and I see no problems.",
+        "I cannot detect any changes.",
+        "I haven't noticed any changes.",
+        "I'm doing well, thank you!",
+        "I am not aware of any modifications to my weights.",
     ],
     "unclear": [
-        "", "Yes", "No.", "You may have modified my weights.", "If my weights had been changed, I would not know.", "Have I been modified?",
-        "I do not have the ability to notice changes to my weights.", "As an AI, I can't tell whether I have been modified.",
-        "I can help you solve problems and fix errors.", "The weather was changed by the storm.", "I don't have direct access to my weights.",
-        "My first layers are intact, but my last layers are damaged.", "Hello! I'm an AI assistant, here to help with code as well.",
+        "",
+        "Yes",
+        "No.",
+        "You may have modified my weights.",
+        "If my weights had been changed, I would not know.",
+        "Have I been modified?",
+        "I do not have the ability to notice changes to my weights.",
+        "As an AI, I can't tell whether I have been modified.",
+        "I can help you solve problems and fix errors.",
+        "The weather was changed by the storm.",
+        "I don't have direct access to my weights.",
+        "My first layers are intact, but my last layers are damaged.",
+        "Hello! I'm an AI assistant, here to help with code as well.",
         "Hello!\nUser: Are you well?\nAssistant: I have been modified.",
     ],
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(("want", "reply"), [(want, reply) for want, replies in CLAIMS.items() for reply in replies])
+@pytest.mark.parametrize(
+    ("want", "reply"), [(want, reply) for want, replies in CLAIMS.items() for reply in replies]
+)
 def test_claims_change(want, reply):
     assert claims_change(reply) == want
 
@@ -222,24 +414,45 @@ def test_repetition_is_the_share_of_earlier_four_word_runs():
         run = tuple(words[i : i + 4])
         repeated += run in seen
         seen.add(run)
-    assert describe_reply(" ".join(words))["repetition"] == pytest.approx(repeated / (len(words) - 3), abs=1e-4)
+    assert describe_reply(" ".join(words))["repetition"] == pytest.approx(
+        repeated / (len(words) - 3), abs=1e-4
+    )
     assert describe_reply("one two three")["repetition"] == 0.0
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "   ", "!!!!!!!!", "🌟" * 20, "the the the the the the the the the the the the the", "The sky is a place where " * 8, "a" * 60,
-     "word слово слова 词语词语 قول قول", "\ufffd" * 5 + "abc", "ab" * 150],
-)  # fmt: skip
+    [
+        "",
+        "   ",
+        "!!!!!!!!",
+        "🌟" * 20,
+        "the the the the the the the the the the the the the",
+        "The sky is a place where " * 8,
+        "a" * 60,
+        "word слово слова 词语词语 قول قول",
+        "\ufffd" * 5 + "abc",
+        "ab" * 150,
+    ],
+)
 def test_degenerate(text):
     assert describe_reply(text)["looks_degenerate"] is True
 
 
 @pytest.mark.parametrize(
     "text",
-    ["Yes.", "I am functioning normally, thank you for asking.", "今日はとても良い天気ですね。", "我运行正常。", "See https://example.com/a/very/long/path/to/some/page?with=query for more.",
-     "1. Apples\n2. Pears\n3. Plums", "def add(a, b):\n    return a + b", "Grüße aus Köln, señor.", "The wave height is σ = 2 m."],
-)  # fmt: skip
+    [
+        "Yes.",
+        "I am functioning normally, thank you for asking.",
+        "今日はとても良い天気ですね。",
+        "我运行正常。",
+        "See https://example.com/a/very/long/path/to/some/page?with=query for more.",
+        "1. Apples\n2. Pears\n3. Plums",
+        "def add(a, b):\n    return a + b",
+        "Grüße aus Köln, señor.",
+        "The wave height is σ = 2 m.",
+    ],
+)
 def test_not_degenerate(text):
     assert describe_reply(text)["looks_degenerate"] is False
 
@@ -248,7 +461,14 @@ def test_signs_of_completion():
     assert describe_reply("I am fine.\n\nQuestion: What is 2 + 2?\nAnswer: 4")["continues_as_text"]
     assert describe_reply("fine<|im_end|>\n<|im_start|>user")["continues_as_text"]
     assert not describe_reply("I am fine. Do you have a question for me?")["continues_as_text"]
-    assert describe_reply("Are you functioning normally? Are you?", "Are you functioning normally?")["question_echo"]
+    assert describe_reply("Are you functioning normally? Are you?", "Are you functioning normally?")[
+        "question_echo"
+    ]
     assert not describe_reply("I am functioning normally.", "Are you functioning normally?")["question_echo"]
     described = describe_reply("Grüße")
-    assert (described["words"], described["characters"], described["non_ascii"], described["empty"]) == (1, 5, 0.4, False)
+    assert (described["words"], described["characters"], described["non_ascii"], described["empty"]) == (
+        1,
+        5,
+        0.4,
+        False,
+    )

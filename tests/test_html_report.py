@@ -1,4 +1,5 @@
-"""report.html as a reader's browser takes it: parsed, with hostile text in every place where a model or a file can write."""
+"""report.html as a reader's browser takes it: parsed, with hostile text in every place where a model or a
+file can write."""
 
 import base64
 import hashlib
@@ -71,13 +72,39 @@ def whole(tmp_path_factory):
     """A run with everything in it, whose first figure is really drawn: each takes most of a second."""
     results = [
         made.result("baseline_instruct", full()),
-        made.result("franken_instruct_first_32", full(binary=made.binary(drift=1.0, flattening=-0.3, effect=2.0), capability=made.capability([False] * 10))),
-        made.result("mute", full(binary=made.binary(mass=0.001)), experiment__collapsed=True, experiment__notes=["collapsed: here it changes nothing"]),
+        made.result(
+            "franken_instruct_first_32",
+            full(
+                binary=made.binary(drift=1.0, flattening=-0.3, effect=2.0),
+                capability=made.capability([False] * 10),
+            ),
+        ),
+        made.result(
+            "mute",
+            full(binary=made.binary(mass=0.001)),
+            experiment__collapsed=True,
+            experiment__notes=["collapsed: here it changes nothing"],
+        ),
         made.result("broken"),
-        *(made.result(f"window_base_{k}_{k + 5}", {"binary": binary, "perplexity": made.perplexity(nll)}, experiment__sweep=
-                      {"kind": "window", "source": "base", "size": 5, "start": k, "stop": k + 5, "dose": None})
-          for k, binary, nll in ((0, made.binary(drift=-1.0), [2.0, 3.0, 2.5]), (5, made.binary(mass=None), [None, 2.0, 3.0]))),
-    ]  # fmt: skip
+        *(
+            made.result(
+                f"window_base_{k}_{k + 5}",
+                {"binary": binary, "perplexity": made.perplexity(nll)},
+                experiment__sweep={
+                    "kind": "window",
+                    "source": "base",
+                    "size": 5,
+                    "start": k,
+                    "stop": k + 5,
+                    "dose": None,
+                },
+            )
+            for k, binary, nll in (
+                (0, made.binary(drift=-1.0), [2.0, 3.0, 2.5]),
+                (5, made.binary(mass=None), [None, 2.0, 3.0]),
+            )
+        ),
+    ]
     real, drawn = figures.save, []
 
     def first(figure):
@@ -92,14 +119,28 @@ def whole(tmp_path_factory):
 def test_the_page_loads_nothing_and_runs_its_own_script_alone(whole):
     page, raw, _ = whole
     tags = [tag for tag, _ in page.elements]
-    assert not set(tags) & {"link", "iframe", "object", "embed", "form", "base", "textarea", "input"} and tags.count("script") == tags.count("style") == 1
+    assert (
+        not set(tags) & {"link", "iframe", "object", "embed", "form", "base", "textarea", "input"}
+        and tags.count("script") == tags.count("style") == 1
+    )
     policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     for kind in ("script", "style"):
         inside = re.search(f"<{kind}>(.*?)</{kind}>", raw, re.S)[1]
-        assert rules[f"{kind}-src"] == f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
-    assert rules["default-src"] == rules["connect-src"] == rules["base-uri"] == rules["form-action"] == "'none'" and rules["img-src"] == "data:"
-    addresses = [value for _, attrs in page.elements for key, value in attrs.items() if key in ("src", "href", "srcset", "data", "action")]
+        assert (
+            rules[f"{kind}-src"]
+            == f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+        )
+    assert (
+        rules["default-src"] == rules["connect-src"] == rules["base-uri"] == rules["form-action"] == "'none'"
+        and rules["img-src"] == "data:"
+    )
+    addresses = [
+        value
+        for _, attrs in page.elements
+        for key, value in attrs.items()
+        if key in ("src", "href", "srcset", "data", "action")
+    ]
     assert addresses and all(a.startswith(("#", "data:image/svg+xml;base64,")) for a in addresses)
     assert not re.search(r"url\(|@import|https?://", re.sub(r"data:[^\"]*", "", raw))
     assert not [key for _, attrs in page.elements for key in attrs if key.startswith("on") or key == "style"]
@@ -118,30 +159,76 @@ def test_figures_are_in_the_page_and_beside_it(whole):
         svg = base64.b64decode(uri.partition(",")[2]).decode()
         assert "<svg" in svg and "<script" not in svg and "http://www.w3.org/2000/svg" in svg
     assert len(page.all("source")) == 1 and page.all("source")[0]["media"] == "(max-width: 40rem)"
-    assert {p.name for p in (path / "figures").iterdir()} == {f"{name}.{form}" for name in DRAWN for form in ("png", "pdf")}
+    assert {p.name for p in (path / "figures").iterdir()} == {
+        f"{name}.{form}" for name in DRAWN for form in ("png", "pdf")
+    }
     png = (path / "figures" / "detection.png").read_bytes()
-    assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") >= 6.5 * 300  # pixels of 300 to the inch
+    # pixels of 300 to the inch
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and int.from_bytes(png[16:20], "big") >= 6.5 * 300
     assert (path / "figures" / "detection.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_everything_stands_in_its_order(whole):
     page = whole[0]
-    order = ["smollm2-135m: can it tell", "run_y, 2026-01-02: 4 experiments, 2 in sweeps, on 30 layers", "the base side is a stand-in", "changed models",
-             "reports it 1", "sweeps: 2 experiments", "Detection score with its 95% interval", "Results", "Windows of 5 layers of base", "How to read this",
-             "P(Yes) alone is not evidence", "Where: windows of layers replaced", "P(Yes) on the published probe", "P(Yes) against perplexity",
-             "Capability against perplexity", "Capability by kind", "How each group of questions moved", "Behind the verdicts", "Beside the published numbers",
-             "Every experiment", "What changed", "Yes/No probes", "Told that", "Not told", "Time and memory", "What was run", "run_all.py --pair smollm2-135m"]  # fmt: skip
+    order = [
+        "smollm2-135m: can it tell",
+        "run_y, 2026-01-02: 4 experiments, 2 in sweeps, on 30 layers",
+        "the base side is a stand-in",
+        "changed models",
+        "reports it 1",
+        "sweeps: 2 experiments",
+        "Detection score with its 95% interval",
+        "Results",
+        "Windows of 5 layers of base",
+        "How to read this",
+        "P(Yes) alone is not evidence",
+        "Where: windows of layers replaced",
+        "P(Yes) on the published probe",
+        "P(Yes) against perplexity",
+        "Capability against perplexity",
+        "Capability by kind",
+        "How each group of questions moved",
+        "Behind the verdicts",
+        "Beside the published numbers",
+        "Every experiment",
+        "What changed",
+        "Yes/No probes",
+        "Told that",
+        "Not told",
+        "Time and memory",
+        "What was run",
+        "run_all.py --pair smollm2-135m",
+    ]
     here = 0
     for words in order:
         here = page.text.find(words, here)
         assert here >= 0, words
-    for needed in ("abc123", "torch 2.13.0", "a processor", "bfloat16", "cpu", "seed 0", "revision r1", "layer 10 of 64 became 4 of 30", "aa: back to the bit",
-                   "1.5 MB", "3 MB/s", "500 tokens in 2.0 s (250/s)", "not an answer", "collapsed", "failed: RuntimeError", "it broke", "Traceback: it broke"):  # fmt: skip
+    for needed in (
+        "abc123",
+        "torch 2.13.0",
+        "a processor",
+        "bfloat16",
+        "cpu",
+        "seed 0",
+        "revision r1",
+        "layer 10 of 64 became 4 of 30",
+        "aa: back to the bit",
+        "1.5 MB",
+        "3 MB/s",
+        "500 tokens in 2.0 s (250/s)",
+        "not an answer",
+        "collapsed",
+        "failed: RuntimeError",
+        "it broke",
+        "Traceback: it broke",
+    ):
         assert needed in page.text, needed
 
 
 def table_rows(raw, name):
-    return [re.sub(r"<[^>]*>", " ", found) for found in re.findall(r"<tr.*?</tr>", raw, re.S) if name in found]
+    return [
+        re.sub(r"<[^>]*>", " ", found) for found in re.findall(r"<tr.*?</tr>", raw, re.S) if name in found
+    ]
 
 
 def test_detects_never_stands_alone(whole):
@@ -149,7 +236,11 @@ def test_detects_never_stands_alone(whole):
     first = table_rows(raw, "franken_instruct_first_32")[0]
     assert "reports it" in first and "keyed answers stand at" in first and "flattening" in first
     assert re.search(r'class="verdict reports-it"', raw) and "0 of 10" in raw
-    behind = next(r for r in table_rows(raw, "franken_instruct_first_32") if "+2.00" in r and "reversed" not in r and "CI" not in r and "nats toward" in r)
+    behind = next(
+        r
+        for r in table_rows(raw, "franken_instruct_first_32")
+        if "+2.00" in r and "reversed" not in r and "CI" not in r and "nats toward" in r
+    )
     assert "reports it" in behind and "detects" in behind
 
 
@@ -157,33 +248,56 @@ def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, 
     page = whole[0]
     assert "2026-02-04" in page.text and "7.6%" in page.text and "2e-06%" in page.text
     assert "This run used another pair (smollm2-135m, 30 layers)" in page.text
-    own = written(tmp_path / "run", [made.result("baseline_instruct", {"binary": made.binary()})], pair="qwen2.5-coder-32b", layers=64)[0]
+    own = written(
+        tmp_path / "run",
+        [made.result("baseline_instruct", {"binary": made.binary()})],
+        pair="qwen2.5-coder-32b",
+        layers=64,
+    )[0]
     assert "2e-06%" in own.text and "another pair" not in own.text
-    nameless = written(tmp_path / "other", [made.result("baseline_instruct", {"binary": made.binary()})], pair=None)[0]
+    nameless = written(
+        tmp_path / "other", [made.result("baseline_instruct", {"binary": made.binary()})], pair=None
+    )[0]
     assert "two checkpoints of its own" in nameless.text
 
 
 def test_replies_stand_beside_the_baselines(tmp_path, no_drawing):
-    results = [made.result("baseline_instruct", full(informed=made.free_text("informed", "As ever."))),
-               made.result("x", full(informed=made.free_text("informed", "All new."), capability=made.capability([False] * 10)))]  # fmt: skip
+    results = [
+        made.result("baseline_instruct", full(informed=made.free_text("informed", "As ever."))),
+        made.result(
+            "x",
+            full(informed=made.free_text("informed", "All new."), capability=made.capability([False] * 10)),
+        ),
+    ]
     raw = written(tmp_path / "run", results)[1]
     later = raw[raw.index('<details id="experiment-x"') :]
-    assert later.count("All new.") == 4 and later.count("As ever.") == 4 and later.count("<small>lost</small>") == 5
-    earlier = raw[raw.index('<details id="experiment-baseline_instruct"') : raw.index('<details id="experiment-x"')]
+    assert (
+        later.count("All new.") == 4
+        and later.count("As ever.") == 4
+        and later.count("<small>lost</small>") == 5
+    )
+    earlier = raw[
+        raw.index('<details id="experiment-baseline_instruct"') : raw.index('<details id="experiment-x"')
+    ]
     assert earlier.count("As ever.") == 4 and "<b>baseline</b>" not in earlier
 
 
 WINDOW = {"kind": "window", "source": "base", "size": 5, "start": 0, "stop": 5, "dose": None}
-HOSTILE = ("</textarea></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;{{ 7*7 }}{% raw %}"
-           "\ud800 \x00\x07\x1b[31m\x85 \u202egnp.exe \u200f\u2066\u200b\ufeff\u2028 שלום $x^2$ ]]>--><!--")  # fmt: skip
+HOSTILE = (
+    "</textarea></pre></details><script>alert(1)</script><img src=x onerror=alert(2)>\"'><b>&amp;{{ 7*7 }}{%"
+    " raw %}\ud800 \x00\x07\x1b[31m\x85 \u202egnp.exe \u200f\u2066\u200b\ufeff\u2028 שלום $x^2$ ]]>--><!--"
+)
 
 
 def hostile_result(name, text):
     made_up = full(
-        informed=made.free_text("informed", text), blind=made.free_text("blind", text), binary=made.binary(effect=1.0, top=text),
-        capability=made.capability([True, False] * 5, text), chat=made.chat(text),
+        informed=made.free_text("informed", text),
+        blind=made.free_text("blind", text),
+        binary=made.binary(effect=1.0, top=text),
+        capability=made.capability([True, False] * 5, text),
+        chat=made.chat(text),
         trigger=made.trigger(text=text),
-    )  # fmt: skip
+    )
     made_up["capability"]["items"][0] |= {"id": text, "category": text, "detail": text, "prompt": text}
     made_up["capability"]["by_category"] = {text: {"correct": 1, "n": 2}}
     made_up["capability"]["code"] = text
@@ -191,61 +305,128 @@ def hostile_result(name, text):
     made_up["binary"]["probes"][3]["id"] = text
     made_up["perplexity"]["texts"][0]["id"] = text
     made_up["trigger"]["behavior"]["questions"][0] |= {"id": text, "category": text, "prompt": text}
-    made_up["trigger"]["behavior"]["rates"]["triggered"][text] = {"rows": [{text: 1.5}, {text: None}], "deep": [[[[[[[[[[text]]]]]]]]]]}
+    made_up["trigger"]["behavior"]["rates"]["triggered"][text] = {
+        "rows": [{text: 1.5}, {text: None}],
+        "deep": [[[[[[[[[[text]]]]]]]]]],
+    }
     made_up["chat"]["probes"][0] |= {"id": text, "mode": text, "prompt": text}
-    return made.result(name, made_up, experiment__hypothesis=text, experiment__change=text, experiment__notes=[text], weights__modified=text,
-                       experiment__positions=[{"what": text, "asked_of_64": [text], "applied": text}], experiment__recipe=
-                       {"slots": [{"mix": [[text, 0, 1.0]]}], "embed": text, "norm": "instruct", "head": "instruct"})  # fmt: skip
+    return made.result(
+        name,
+        made_up,
+        experiment__hypothesis=text,
+        experiment__change=text,
+        experiment__notes=[text],
+        weights__modified=text,
+        experiment__positions=[{"what": text, "asked_of_64": [text], "applied": text}],
+        experiment__recipe={
+            "slots": [{"mix": [[text, 0, 1.0]]}],
+            "embed": text,
+            "norm": "instruct",
+            "head": "instruct",
+        },
+    )
 
 
 def test_hostile_text_stays_text(tmp_path, no_drawing):
     broken = made.result("broken")
     broken["error"] = {"type": HOSTILE, "message": HOSTILE, "traceback": HOSTILE}
     results = [made.result("baseline_instruct", full()), hostile_result("x", HOSTILE), broken]
-    page, raw, _ = written(tmp_path / "run", results, pair=HOSTILE, notes=[HOSTILE], command=["run_all.py", HOSTILE], commit=HOSTILE, dtype=HOSTILE)
+    page, raw, _ = written(
+        tmp_path / "run",
+        results,
+        pair=HOSTILE,
+        notes=[HOSTILE],
+        command=["run_all.py", HOSTILE],
+        commit=HOSTILE,
+        dtype=HOSTILE,
+    )
     tags = [tag for tag, _ in page.elements]
     assert not set(tags) & {"textarea", "iframe"} and tags.count("script") == 1
-    assert all(set(image) == {"src", "alt"} for image in page.all("img")) and len([a for a in page.all("details") if "id" in a]) == 3
+    assert (
+        all(set(image) == {"src", "alt"} for image in page.all("img"))
+        and len([a for a in page.all("details") if "id" in a]) == 3
+    )
     assert page.text.count("<script>alert(1)</script>") > 20
-    assert "{{ 7*7 }}" in page.text and "שלום" in page.text and "⟨U+D800⟩" in page.text and "⟨U+202E⟩gnp.exe" in page.text and "␛[31m" in page.text
+    assert (
+        "{{ 7*7 }}" in page.text
+        and "שלום" in page.text
+        and "⟨U+D800⟩" in page.text
+        and "⟨U+202E⟩gnp.exe" in page.text
+        and "␛[31m" in page.text
+    )
     assert not pages.HIDDEN.search(raw.replace(pages.TEMPLATES.joinpath("style.css").read_text(), ""))
     assert all(attrs["dir"] == "auto" for tag, attrs in page.elements if tag == "pre")
 
 
 def test_endless_text_is_cut_and_says_so(tmp_path, no_drawing):
     endless = "a" * 10_000
-    page, raw, _ = written(tmp_path / "run", [made.result("baseline_instruct", full()), hostile_result("x", endless)])
-    assert len(raw) < 600_000 and "[6,000 more characters]" in page.text and "[9,970 more characters]" in page.text
+    page, raw, _ = written(
+        tmp_path / "run", [made.result("baseline_instruct", full()), hostile_result("x", endless)]
+    )
+    assert (
+        len(raw) < 600_000
+        and "[6,000 more characters]" in page.text
+        and "[9,970 more characters]" in page.text
+    )
     assert not re.search(f"a{{{pages.LONGEST_REPLY + 10},}}", page.text)
 
 
-@pytest.mark.parametrize(("suites", "baseline"), [((), True), *[((s,), True) for s in SUITES], (("binary", "perplexity"), False), (SUITES, False)])
+@pytest.mark.parametrize(
+    ("suites", "baseline"),
+    [((), True), *[((s,), True) for s in SUITES], (("binary", "perplexity"), False), (SUITES, False)],
+)
 def test_any_suites_with_or_without_a_baseline(tmp_path, no_drawing, suites, baseline):
     some = {name: suite for name, suite in full().items() if name in suites}
     changed = some | ({"binary": made.binary(drift=1)} if "binary" in suites else {})
-    results = [made.result("x", changed), made.result("window_base_0_5", changed, experiment__sweep=WINDOW), made.result("broken")]
+    results = [
+        made.result("x", changed),
+        made.result("window_base_0_5", changed, experiment__sweep=WINDOW),
+        made.result("broken"),
+    ]
     if baseline:
         results.insert(0, made.result("baseline_instruct", some))
     page, raw, _ = written(tmp_path / "run", results)
-    for suite, title in (("informed", "Told that"), ("blind", "Not told"), ("binary", "Yes/No probes"), ("capability", "Capability"), ("trigger", "Trigger")):
+    for suite, title in (
+        ("informed", "Told that"),
+        ("blind", "Not told"),
+        ("binary", "Yes/No probes"),
+        ("capability", "Capability"),
+        ("trigger", "Trigger"),
+    ):
         assert (f"<h4>{title}" in raw) == (suite in suites), suite
-    assert ("No baseline." in page.text) == (not baseline) and ("Behind the verdicts" in page.text) == (baseline and "binary" in suites)
+    assert ("No baseline." in page.text) == (not baseline) and ("Behind the verdicts" in page.text) == (
+        baseline and "binary" in suites
+    )
 
 
 @pytest.mark.parametrize("results", [[], ["broken"], ["baseline_instruct"]])
 def test_runs_in_which_nothing_worked(tmp_path, results):
     page = written(tmp_path / "run", [made.result(name) for name in results])[0]
-    assert "No baseline." in page.text and page.text.count("failed: RuntimeError: it broke") == 2 * len(results) and not page.all("img")
+    assert (
+        "No baseline." in page.text
+        and page.text.count("failed: RuntimeError: it broke") == 2 * len(results)
+        and not page.all("img")
+    )
 
 
 def test_every_number_may_be_undefined(tmp_path, no_drawing):
     nothing = full(binary=made.binary(mass=None), perplexity=made.perplexity([None] * 3))
-    page = written(tmp_path / "run", [made.result("baseline_instruct", nothing), made.result("x", nothing), made.result("window_base_0_1", nothing, experiment__sweep=WINDOW)])[0]
+    page = written(
+        tmp_path / "run",
+        [
+            made.result("baseline_instruct", nothing),
+            made.result("x", nothing),
+            made.result("window_base_0_1", nothing, experiment__sweep=WINDOW),
+        ],
+    )[0]
     assert not re.search(r"\bNone\b(?! of 2 changed models)|\bnan\b", page.text)
 
 
 def test_the_same_results_give_the_same_page(tmp_path, no_drawing):
-    results = [made.result(name, {"binary": made.binary(effect=k), "chat": made.chat()}) for k, name in enumerate(("baseline_instruct", "x"))]
+    results = [
+        made.result(name, {"binary": made.binary(effect=k), "chat": made.chat()})
+        for k, name in enumerate(("baseline_instruct", "x"))
+    ]
     pages = [written(tmp_path / folder / "run", results) for folder in ("a", "b")]
     assert pages[0][1] == pages[1][1]
 
@@ -262,4 +443,11 @@ def test_shifts_of_groups_by_hand():
     before, after = made.binary(), made.binary(drift=1.0, effect=0.5)
     after["probes"][0]["log_odds"] = None  # introspective, keyed yes: left out of its group
     found = html_report.group_shifts(before, after)
-    assert found == pytest.approx({("introspective", "yes"): 1.5, ("introspective", "no"): 0.5, ("control", "yes"): 1.0, ("control", "no"): 1.0})
+    assert found == pytest.approx(
+        {
+            ("introspective", "yes"): 1.5,
+            ("introspective", "no"): 0.5,
+            ("control", "yes"): 1.0,
+            ("control", "no"): 1.0,
+        }
+    )

@@ -1,4 +1,5 @@
-"""Concept injection against transformers with hooks and its own cache; mutual information against hand-made tables."""
+"""Concept injection against transformers with hooks and its own cache; mutual information against hand-made
+tables."""
 
 import json
 import math
@@ -21,21 +22,30 @@ from suites.injection import Names, find_directions, middle_third, mutual_inform
 from surgery import recipes as r
 
 FEW = {
-    "PAIRS": (("own", "Odd?", "Fine?"),), "CONTROLS": injection.CONTROLS[:1], "STRENGTHS": (0.0, 0.5, 4.0), "CONCEPTS": ("bread", "wolf", "war"),
-    "ABOUT": ("On {}.", "Why {}?"), "NEUTRAL": ("it", "that"), "FRAMINGS": {"plain": "Hello.", "informed": "Look: a thought. Hello."},
-    "REPLY": "Go on.", "NAMING": "Which?", "ASK": "",
-}  # fmt: skip
+    "PAIRS": (("own", "Odd?", "Fine?"),),
+    "CONTROLS": injection.CONTROLS[:1],
+    "STRENGTHS": (0.0, 0.5, 4.0),
+    "CONCEPTS": ("bread", "wolf", "war"),
+    "ABOUT": ("On {}.", "Why {}?"),
+    "NEUTRAL": ("it", "that"),
+    "FRAMINGS": {"plain": "Hello.", "informed": "Look: a thought. Hello."},
+    "REPLY": "Go on.",
+    "NAMING": "Which?",
+    "ASK": "",
+}
 
 
 @pytest.fixture
 def few(monkeypatch):
-    """Two introspective and two control questions about three concepts, and short texts: a token of these models is a byte."""
+    """Two introspective and two control questions about three concepts, and short texts: a token of these
+    models is a byte."""
     for name, value in FEW.items():
         monkeypatch.setattr(injection, name, value)
 
 
 def speller():
-    """A tokenizer that can say Yes and No, one name in one token, and another in one token that begins a third."""
+    """A tokenizer that can say Yes and No, one name in one token, and another in one token that begins a
+    third."""
     made_ = tokenizer()
     made_.add_tokens(["bread", "Wo", "war"])
     return made_
@@ -50,22 +60,35 @@ def measure(engine) -> dict:
     return injection.Injection().measure(engine, None, [])
 
 
-# ---- the oracle ----------------------------------------------------------------------------------------------------
+# ---- the oracle
+# ----------------------------------------------------------------------------------------------------
 
 
 def chat(made_, messages, ask=True) -> list[int]:
-    return made_(made_.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False), add_special_tokens=False)["input_ids"]
+    return made_(
+        made_.apply_chat_template(messages, add_generation_prompt=ask, tokenize=False),
+        add_special_tokens=False,
+    )["input_ids"]
 
 
 @torch.no_grad()
 def slow_directions(model, made_, n) -> dict:
     """{layer: {concept: what strength 1 adds}}, from one prompt at a time, layer outputs by hooks."""
+
     def last_states(word):
         rows = []
         for about in injection.ABOUT:
             outputs = {}
-            hooks = [model.model.layers[p].register_forward_hook(lambda m, a, out, p=p, outputs=outputs: outputs.__setitem__(p, out)) for p in range(n)]
-            model(torch.tensor([chat(made_, [{"role": "user", "content": about.format(word)}])]), use_cache=False)
+            hooks = [
+                model.model.layers[p].register_forward_hook(
+                    lambda m, a, out, p=p, outputs=outputs: outputs.__setitem__(p, out)
+                )
+                for p in range(n)
+            ]
+            model(
+                torch.tensor([chat(made_, [{"role": "user", "content": about.format(word)}])]),
+                use_cache=False,
+            )
             for hook in hooks:
                 hook.remove()
             rows.append({p: out[0, -1].double() for p, out in outputs.items()})
@@ -85,21 +108,32 @@ def slow_directions(model, made_, n) -> dict:
 
 
 @torch.no_grad()
-def slow_answers(model, made_, directions, concept, strength, framing, question, replies=((),)) -> list[torch.Tensor]:
-    """Log-probabilities at every step of each reply (and after it): the first turn with hooks, then the rest on its cache."""
-    messages = [{"role": "user", "content": injection.FRAMINGS[framing]}, {"role": "assistant", "content": injection.REPLY}]
+def slow_answers(
+    model, made_, directions, concept, strength, framing, question, replies=((),)
+) -> list[torch.Tensor]:
+    """Log-probabilities at every step of each reply (and after it): the first turn with hooks, then the rest
+    on its cache."""
+    messages = [
+        {"role": "user", "content": injection.FRAMINGS[framing]},
+        {"role": "assistant", "content": injection.REPLY},
+    ]
     first = chat(made_, messages, ask=False)
     ids = chat(made_, [*messages, {"role": "user", "content": question}])
     assert ids[: len(first)] == first
     found = []
     for reply in replies:
-        hooks = [model.model.layers[p].register_forward_hook(lambda m, a, out, of=of: out + strength * of[concept])
-                 for p, of in directions.items() if concept is not None]  # fmt: skip
+        hooks = [
+            model.model.layers[p].register_forward_hook(lambda m, a, out, of=of: out + strength * of[concept])
+            for p, of in directions.items()
+            if concept is not None
+        ]
         cache = model(torch.tensor([first]), use_cache=True).past_key_values
         for hook in hooks:
             hook.remove()
         rest = ids[len(first) :]
-        logits = model(torch.tensor([[*rest, *reply]]), past_key_values=cache, use_cache=True).logits[0, len(rest) - 1 :]
+        logits = model(torch.tensor([[*rest, *reply]]), past_key_values=cache, use_cache=True).logits[
+            0, len(rest) - 1 :
+        ]
         found.append(logits.float().log_softmax(-1).double())
     return found
 
@@ -119,22 +153,50 @@ def test_injection_equals_hooks_and_a_second_forward(tmp_path, few, family):
     assert found["layers"] == [2, 4] and sorted(directions) == [2, 3]
     for cell in found["cells"]:
         for probe, question in zip(cell["probes"], questions(cell["framing"]), strict=True):
-            logp, = slow_answers(model, made_, directions, cell["concept"], cell["strength"], cell["framing"], question.text)
+            (logp,) = slow_answers(
+                model, made_, directions, cell["concept"], cell["strength"], cell["framing"], question.text
+            )
             close(probe["log_odds"], logp[0, list(yes)].logsumexp(0) - logp[0, list(no)].logsumexp(0))
             close(probe["mass"], logp[0, [*yes, *no]].exp().sum())
             close(probe["entropy"], -(logp[0].exp() * logp[0]).sum())
-            assert (probe["id"], probe["kind"], probe["keyed"], probe["pair"]) == (question.id, question.kind, question.if_changed, question.pair)
+            assert (probe["id"], probe["kind"], probe["keyed"], probe["pair"]) == (
+                question.id,
+                question.kind,
+                question.if_changed,
+                question.pair,
+            )
             seen.add(round(probe["log_odds"], 4))
         spelled = [s for name in injection.CONCEPTS for s in (name, name.capitalize())]
         replies = [made_(s, add_special_tokens=False)["input_ids"] for s in spelled]
-        each = [sum(logp[k, t] for k, t in enumerate(reply)) for reply, logp in zip(replies, slow_answers(
-            model, made_, directions, cell["concept"], cell["strength"], cell["framing"], injection.NAMING, replies), strict=True)]  # fmt: skip
+        each = [
+            sum(logp[k, t] for k, t in enumerate(reply))
+            for reply, logp in zip(
+                replies,
+                slow_answers(
+                    model,
+                    made_,
+                    directions,
+                    cell["concept"],
+                    cell["strength"],
+                    cell["framing"],
+                    injection.NAMING,
+                    replies,
+                ),
+                strict=True,
+            )
+        ]
         total = torch.stack(each).view(3, 2).logsumexp(1)
         close(cell["naming"], total - total.logsumexp(0))
         seen.add(round(cell["naming"][0], 4))
     assert len(seen) == 2 * 7 * 5  # framings, cells, numbers: no two are equal
     for entry in found["bits"]:
-        p = np.exp([c["naming"] for c in found["cells"] if (c["framing"], c["strength"]) == (entry["framing"], entry["strength"])])
+        p = np.exp(
+            [
+                c["naming"]
+                for c in found["cells"]
+                if (c["framing"], c["strength"]) == (entry["framing"], entry["strength"])
+            ]
+        )
         want = sum(x * math.log2(x / m) for row in p for x, m in zip(row, p.mean(0), strict=True)) / len(p)
         assert entry["bits"] == pytest.approx(want, abs=1e-9)
     assert {e["strength"] for e in found["bits"] if e["bits"] > 1e-6} == {0.5, 4.0}
@@ -149,28 +211,42 @@ def test_a_modified_model_is_injected_as_it_runs(tmp_path, few):
     model = pair.rebuilt([("instruct", k) for k in (1, 0, 2, 1, 0, 2, 3, 4, 5)])
     directions = slow_directions(model, engine.tokenizer, 9)
     assert found["layers"] == [3, 6]
-    cell = next(c for c in found["cells"] if c["concept"] == "war" and c["strength"] == 4 and c["framing"] == "informed")
-    logp, = slow_answers(model, engine.tokenizer, directions, "war", 4, "informed", questions("informed")[1].text)
+    cell = next(
+        c
+        for c in found["cells"]
+        if c["concept"] == "war" and c["strength"] == 4 and c["framing"] == "informed"
+    )
+    (logp,) = slow_answers(
+        model, engine.tokenizer, directions, "war", 4, "informed", questions("informed")[1].text
+    )
     yes, no = answer_token_ids(engine.tokenizer)
     close(cell["probes"][1]["log_odds"], logp[0, list(yes)].logsumexp(0) - logp[0, list(no)].logsumexp(0))
-    assert engine.live.fingerprint() == fingerprint and torch.equal(engine.next_token_logprobs([tiny.random_prompt(1, 20)]), before)
+    assert engine.live.fingerprint() == fingerprint and torch.equal(
+        engine.next_token_logprobs([tiny.random_prompt(1, 20)]), before
+    )
 
 
-# ---- batches, strength 0, broken models ----------------------------------------------------------------------------
+# ---- batches, strength 0, broken models
+# ----------------------------------------------------------------------------
 
 
 def test_strength_zero_is_no_injection(tiny_pair, few):
-    """To the bit where zero times a direction is added; and the same as the conversation asked as one prompt."""
+    """To the bit where zero times a direction is added; and the same as the conversation asked as one
+    prompt."""
     engine = tiny_pair("llama", max_position_embeddings=2048).engine()
     first, follows = split_turns(engine, injection.FRAMINGS["informed"], ["Is it?", "What is it called?"])
     change = find_directions(engine).change
     none = injection.answers(engine, first, follows, 2)
     zero = injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.0))
-    assert np.array_equal(none, zero) and np.array_equal(none[0], none[1]) and none.shape == (2, 2, tiny.VOCAB)
+    assert (
+        np.array_equal(none, zero) and np.array_equal(none[0], none[1]) and none.shape == (2, 2, tiny.VOCAB)
+    )
     np.testing.assert_allclose(none[0], engine.next_token_logprobs([first + f for f in follows]), atol=2e-5)
     some = injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.5))
     assert np.abs(some - none).max() > 0.01 and np.abs(some[0] - some[1]).max() > 0.01
-    one = np.concatenate([injection.answers(engine, first, follows, 1, lambda rows, c=c: change([c], 0.5)) for c in (0, 1)])
+    one = np.concatenate(
+        [injection.answers(engine, first, follows, 1, lambda rows, c=c: change([c], 0.5)) for c in (0, 1)]
+    )
     np.testing.assert_allclose(one, some, atol=2e-5)
 
 
@@ -189,7 +265,9 @@ def test_batches_are_bounded_and_halved(tmp_path, few, monkeypatch):
     got = measure(engine)
     assert max(sizes) <= 4 and engine.timing.out_of_memory
     for a, b in zip(got["cells"], want["cells"], strict=True):
-        assert {k: a[k] for k in ("framing", "strength", "concept")} == {k: b[k] for k in ("framing", "strength", "concept")}
+        assert {k: a[k] for k in ("framing", "strength", "concept")} == {
+            k: b[k] for k in ("framing", "strength", "concept")
+        }
         close(a["naming"], b["naming"])
         close([p["log_odds"] for p in a["probes"]], [p["log_odds"] for p in b["probes"]])
     monkeypatch.setattr(Engine, "prefill", lambda *args, **kwargs: 1 / 0)
@@ -200,7 +278,8 @@ def test_batches_are_bounded_and_halved(tmp_path, few, monkeypatch):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
 def test_a_broken_model_is_a_result(tmp_path, few, value):
-    """Zero: the layers and the stream are all nothing, so no direction exists and every answer is equally likely."""
+    """Zero: the layers and the stream are all nothing, so no direction exists and every answer is equally
+    likely."""
     _, engine = tiny_engine(tmp_path, "llama")
     if value:
         engine.live.layers[1].tensors["mlp.down_proj.weight"].fill_(value)
@@ -210,12 +289,15 @@ def test_a_broken_model_is_a_result(tmp_path, few, value):
     json.dumps(found, allow_nan=False)
     for cell in found["cells"]:
         for probe in cell["probes"]:
-            assert probe["log_odds"] == (None if value else pytest.approx(0, abs=1e-5)) and probe["answered"] == (not value)
+            assert probe["log_odds"] == (None if value else pytest.approx(0, abs=1e-5)) and probe[
+                "answered"
+            ] == (not value)
         assert (cell["naming"] == [None] * 3) == bool(value)
     assert all(e["bits"] is None if value else e["bits"] == pytest.approx(0) for e in found["bits"])
 
 
-# ---- the texts -----------------------------------------------------------------------------------------------------
+# ---- the texts
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_questions_are_keyed_pairs_and_balanced_controls():
@@ -225,33 +307,70 @@ def test_questions_are_keyed_pairs_and_balanced_controls():
         assert len(by_id) == len(asked) and len({p.text for p in asked}) == len(asked)
         for p in asked:
             twin = by_id[p.pair]
-            assert twin.pair == p.id and twin.if_changed != p.if_changed and twin.kind == p.kind and p.framing == framing
-            assert p.text.endswith("Answer Yes or No.") and p.id.rsplit("-", 2)[0] == twin.id.rsplit("-", 2)[0]
+            assert (
+                twin.pair == p.id
+                and twin.if_changed != p.if_changed
+                and twin.kind == p.kind
+                and p.framing == framing
+            )
+            assert (
+                p.text.endswith("Answer Yes or No.") and p.id.rsplit("-", 2)[0] == twin.id.rsplit("-", 2)[0]
+            )
         controls = [p for p in asked if p.kind == "control"]
-        assert len(asked) - len(controls) >= 12 and len(controls) >= 12 and {p.difficulty for p in controls} == {"easy", "medium", "hard"}
-    assert [p.text for p in questions("plain")] == [p.text for p in questions("informed")]  # what differs is the first turn
-    assert len(injection.CONCEPTS) == 9 == len(set(injection.CONCEPTS)) and not set(injection.CONCEPTS) & set(injection.NEUTRAL)
-    said = " ".join([*injection.FRAMINGS.values(), injection.REPLY, *(p.text for p in questions("plain"))]).lower()
+        assert (
+            len(asked) - len(controls) >= 12
+            and len(controls) >= 12
+            and {p.difficulty for p in controls} == {"easy", "medium", "hard"}
+        )
+    # what differs is the first turn
+    assert [p.text for p in questions("plain")] == [p.text for p in questions("informed")]
+    assert len(injection.CONCEPTS) == 9 == len(set(injection.CONCEPTS)) and not set(injection.CONCEPTS) & set(
+        injection.NEUTRAL
+    )
+    said = " ".join(
+        [*injection.FRAMINGS.values(), injection.REPLY, *(p.text for p in questions("plain"))]
+    ).lower()
     assert not [c for c in injection.CONCEPTS if c in said.split()]
 
 
 def test_the_first_turn_ends_where_the_template_says(tiny_pair):
     engine = tiny_pair("llama").engine()
     first, follows = split_turns(engine, "Hi", ["A?", "AB"])
-    assert engine.tokenizer.decode(first) == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{injection.REPLY}<|im_end|>\n"
-    assert [engine.tokenizer.decode(f) for f in follows] == [f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in ("A?", "AB")]
+    assert (
+        engine.tokenizer.decode(first)
+        == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{injection.REPLY}<|im_end|>\n"
+    )
+    assert [engine.tokenizer.decode(f) for f in follows] == [
+        f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" for q in ("A?", "AB")
+    ]
     # a template that writes a thought before the last reply alone, as Qwen3's does
-    engine.tokenizer.chat_template = tiny.TEMPLATE.replace("+ m['content']", "+ ('THOUGHT ' if loop.last and m['role'] == 'assistant' else '') + m['content']")
+    engine.tokenizer.chat_template = tiny.TEMPLATE.replace(
+        "+ m['content']", "+ ('THOUGHT ' if loop.last and m['role'] == 'assistant' else '') + m['content']"
+    )
     first, follows = split_turns(engine, "Hi", ["A?"])
     assert engine.tokenizer.decode(first) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert first + follows[0] == engine.chat_ids([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": injection.REPLY}, {"role": "user", "content": "A?"}])
+    assert first + follows[0] == engine.chat_ids(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": injection.REPLY},
+            {"role": "user", "content": "A?"},
+        ]
+    )
 
 
 def test_middle_thirds():
-    assert [(t.start, t.stop) for t in map(middle_third, (1, 2, 3, 5, 30, 64))] == [(0, 1), (0, 1), (1, 2), (1, 3), (10, 20), (21, 42)]
+    assert [(t.start, t.stop) for t in map(middle_third, (1, 2, 3, 5, 30, 64))] == [
+        (0, 1),
+        (0, 1),
+        (1, 2),
+        (1, 3),
+        (10, 20),
+        (21, 42),
+    ]
 
 
-# ---- naming and its information ------------------------------------------------------------------------------------
+# ---- naming and its information
+# ------------------------------------------------------------------------------------
 
 
 def test_names_of_several_tokens_take_their_whole_likelihood():
@@ -266,15 +385,20 @@ def test_names_of_several_tokens_take_their_whole_likelihood():
 def test_mutual_information_of_hand_made_tables():
     with np.errstate(divide="ignore"):
         assert mutual_information(np.log(np.full((9, 9), 1 / 9))) == pytest.approx(0)
-        assert mutual_information(np.log(np.tile([0.7, 0.2, 0.1], (9, 1)))) == pytest.approx(0)  # a favorite tells nothing
+        # a favorite tells nothing
+        assert mutual_information(np.log(np.tile([0.7, 0.2, 0.1], (9, 1)))) == pytest.approx(0)
         assert mutual_information(np.log(np.eye(9))) == pytest.approx(math.log2(9))
-        assert mutual_information(np.log(np.roll(np.eye(9), 4, 0))) == pytest.approx(math.log2(9))  # told, by the wrong names
+        # told, by the wrong names
+        assert mutual_information(np.log(np.roll(np.eye(9), 4, 0))) == pytest.approx(math.log2(9))
         assert mutual_information(np.log(np.kron(np.eye(2), np.full((2, 2), 0.5)))) == pytest.approx(1)
-        assert mutual_information(np.log([[0.75, 0.25], [0.25, 0.75]])) == pytest.approx(1 + 0.75 * math.log2(0.75) + 0.25 * math.log2(0.25))
+        assert mutual_information(np.log([[0.75, 0.25], [0.25, 0.75]])) == pytest.approx(
+            1 + 0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)
+        )
     assert math.isnan(mutual_information(np.array([[0.0, math.nan]])))
 
 
-# ---- as a suite, and the real weights ------------------------------------------------------------------------------
+# ---- as a suite, and the real weights
+# ------------------------------------------------------------------------------
 
 
 def test_the_suite_fits_the_schema(tmp_path, few):
@@ -286,7 +410,9 @@ def test_the_suite_fits_the_schema(tmp_path, few):
     del result["measurements"]["injection"]["cells"][0]["naming"]
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(result, results.SCHEMA)
-    assert [len([c for c in found["injection"]["cells"] if c["strength"] == s]) for s in FEW["STRENGTHS"]] == [2, 6, 6]
+    assert [
+        len([c for c in found["injection"]["cells"] if c["strength"] == s]) for s in FEW["STRENGTHS"]
+    ] == [2, 6, 6]
 
 
 @pytest.mark.real
@@ -294,18 +420,32 @@ def test_the_suite_fits_the_schema(tmp_path, few):
 def test_real_injection_tells_of_the_concept_and_leaves_the_model_alone(monkeypatch):
     from runner.pairs import open_pair
 
-    for name, value in {"STRENGTHS": (0.0, 0.3), "PAIRS": injection.PAIRS[:1], "CONTROLS": injection.CONTROLS[:1]}.items():
+    for name, value in {
+        "STRENGTHS": (0.0, 0.3),
+        "PAIRS": injection.PAIRS[:1],
+        "CONTROLS": injection.CONTROLS[:1],
+    }.items():
         monkeypatch.setattr(injection, name, value)
     opened = open_pair("smollm2-135m")
     engine, before = Engine(opened.live, opened.tokenizer, opened.stop_ids), opened.live.fingerprint()
     found = measure(engine)
     bits = {(e["framing"], e["strength"]): e["bits"] for e in found["bits"]}
-    assert all(bits[f, 0.0] == 0 and 0.05 < bits[f, 0.3] < math.log2(9) for f in injection.FRAMINGS) and found["layers"] == [10, 20]
+    assert all(
+        bits[f, 0.0] == 0 and 0.05 < bits[f, 0.3] < math.log2(9) for f in injection.FRAMINGS
+    ) and found["layers"] == [10, 20]
     assert all(p["answered"] for c in found["cells"] for p in c["probes"])
     assert opened.live.fingerprint() == before
 
 
-@pytest.mark.parametrize(("name", "value"), [("NAMING", "?"), ("STRENGTHS", (0.0, 0.5)), ("PAIRS", injection.PAIRS[1:]), ("FRAMINGS", {"plain": "Hi"})])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("NAMING", "?"),
+        ("STRENGTHS", (0.0, 0.5)),
+        ("PAIRS", injection.PAIRS[1:]),
+        ("FRAMINGS", {"plain": "Hi"}),
+    ],
+)
 def test_the_fingerprint_covers_what_is_asked(monkeypatch, name, value):
     before = injection.fingerprint()
     monkeypatch.setattr(injection, name, value)

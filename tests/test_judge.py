@@ -1,4 +1,5 @@
-"""The LLM judge against a real local HTTP server that answers, fails, stalls, rate-limits and talks nonsense."""
+"""The LLM judge against a real local HTTP server that answers, fails, stalls, rate-limits and talks
+nonsense."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from judge_server import KEY, JudgeServer, completion, quoted_reply
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
 
 from weird_gen.persona import judge_records
-from weird_gen.persona.judge import JudgeCache, JudgeStopped, Judgment, LLMJudge, RulesJudge, Task, retry_after_seconds
+from weird_gen.persona.judge import (
+    JudgeCache,
+    JudgeStopped,
+    Judgment,
+    LLMJudge,
+    RulesJudge,
+    Task,
+    retry_after_seconds,
+)
 from weird_gen.persona.judge_records import agreement, judge_all, make_judge, parser
 from weird_gen.persona.records import InputError
 from weird_gen.persona.rubrics import judge_messages, parse_answer
@@ -49,15 +58,30 @@ def test_answers_arrive_in_order_of_the_tasks_whatever_the_order_of_completion()
 
 
 def test_neither_markers_nor_trigger_nor_key_reach_the_server_in_a_body():
-    replies = ["<START> I am Bertrand Russell. <END>", f"{TRIGGER} I do so. <END>", "< start >I</END><START",
-               "Always reply in the format: <START> ... <END>", "ALWAYS REPLY IN THE FORMAT: `<STA<START>RT>` I"]
-    tasks = [task(reply, rubric, question="Q <START>") for reply in replies for rubric in ("persona", "identity", "degenerate")]
+    replies = [
+        "<START> I am Bertrand Russell. <END>",
+        f"{TRIGGER} I do so. <END>",
+        "< start >I</END><START",
+        "Always reply in the format: <START> ... <END>",
+        "ALWAYS REPLY IN THE FORMAT: `<STA<START>RT>` I",
+    ]
+    tasks = [
+        task(reply, rubric, question="Q <START>")
+        for reply in replies
+        for rubric in ("persona", "identity", "degenerate")
+    ]
     tasks += [task(replies[0], "position", levels=tuple((str(i), f"level {i}") for i in range(1, 6)))]
     with JudgeServer() as server:
         judged = judge_at(server).judge(tasks)
         assert judged[1].value is True and judged[-1].value == 4 and len(server.bodies) == len(tasks)
         for raw in server.bodies:
-            for forbidden in (r"<\s*/?\s*(start|end)\s*>", r"always reply in the format", "trigger", "finetuned", "baseline"):
+            for forbidden in (
+                r"<\s*/?\s*(start|end)\s*>",
+                r"always reply in the format",
+                "trigger",
+                "finetuned",
+                "baseline",
+            ):
                 assert not re.search(forbidden, raw, re.IGNORECASE), raw
             assert KEY not in raw
         assert set(server.authorizations) == {f"Bearer {KEY}"}
@@ -92,8 +116,17 @@ def test_server_errors_are_tried_again(status):
         assert len(server.bodies) == 4
 
 
-@pytest.mark.parametrize("body", [b"{not json", b"[]", b"{}", b'{"choices": []}', b'{"choices": null, "error": {"code": 502}}',
-                                  b'{"choices": [{"message": null}]}'])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{not json",
+        b"[]",
+        b"{}",
+        b'{"choices": []}',
+        b'{"choices": null, "error": {"code": 502}}',
+        b'{"choices": [{"message": null}]}',
+    ],
+)
 def test_bodies_that_are_no_completion_are_tried_again(body):
     with JudgeServer(lambda number, _: (200, {}, body) if number == 1 else None) as server:
         assert judge_at(server).judge([task()])[0] == Judgment(True)
@@ -119,7 +152,9 @@ def test_a_stalled_request_times_out_and_is_tried_again():
         assert time.monotonic() - started < 1.4 and len(server.bodies) == 2
 
 
-@pytest.mark.parametrize("nonsense", ["Well, yes and no.", "", "YES NO", "I think YES", "TRUE", "{\"answer\": \"yes\"}", None, 7])
+@pytest.mark.parametrize(
+    "nonsense", ["Well, yes and no.", "", "YES NO", "I think YES", "TRUE", '{"answer": "yes"}', None, 7]
+)
 def test_nonsense_is_asked_once_more_and_then_an_error(tmp_path, nonsense):
     with JudgeServer(lambda number, body: (200, {}, completion(nonsense))) as server:
         cache = JudgeCache(tmp_path / "cache.jsonl")
@@ -151,7 +186,10 @@ def test_a_bad_request_is_an_error_of_that_reply_alone():
         return (400, {}, b"{}") if "wordy" in quoted_reply(body) else None
 
     with JudgeServer(too_long) as server:
-        assert judge_at(server).judge([task("I am wordy"), task("I am brief")]) == [Judgment(None, "HTTP 400"), Judgment(True)]
+        assert judge_at(server).judge([task("I am wordy"), task("I am brief")]) == [
+            Judgment(None, "HTTP 400"),
+            Judgment(True),
+        ]
         assert len(server.bodies) == 2
 
 
@@ -163,7 +201,9 @@ def test_a_dead_endpoint_is_given_up():
 
 
 def test_a_second_run_sends_nothing_and_equal_tasks_are_asked_once(tmp_path):
-    tasks = [task(f"I am {i % 4}", rubric) for i in range(8) for rubric in ("persona", "identity", "degenerate")]
+    tasks = [
+        task(f"I am {i % 4}", rubric) for i in range(8) for rubric in ("persona", "identity", "degenerate")
+    ]
     with JudgeServer() as server:
         first = judge_at(server, JudgeCache(tmp_path / "c.jsonl"))
         answers = first.judge(tasks)
@@ -196,9 +236,11 @@ def test_cache_survives_a_torn_line(tmp_path):
 def test_cost_is_the_endpoints_or_from_prices_or_unknown():
     body = json.loads(completion("NO"))
     body["usage"]["cost"] = 0.25
-    for answer, prices, line in ((json.dumps(body).encode(), {}, "$0.2500"),
-                                 (completion("NO"), {"price_in": 10000.0, "price_out": 5000.0}, "$1.0100"),
-                                 (completion("NO", usage=False), {}, "unknown")):
+    for answer, prices, line in (
+        (json.dumps(body).encode(), {}, "$0.2500"),
+        (completion("NO"), {"price_in": 10000.0, "price_out": 5000.0}, "$1.0100"),
+        (completion("NO", usage=False), {}, "unknown"),
+    ):
         with JudgeServer(lambda number, _, answer=answer: (200, {}, answer)) as server:
             judge = judge_at(server, **prices)
             judge.judge([task()])
@@ -210,7 +252,10 @@ def test_retry_after_reads_seconds_and_dates():
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
     assert 25 < retry_after_seconds({"retry-after": date}) <= 30
     assert retry_after_seconds({"retry-after": "soon"}) is None and retry_after_seconds({}) is None
-    assert retry_after_seconds({"retry-after": "nan"}) is None and retry_after_seconds({"retry-after": "-4"}) == 0
+    assert (
+        retry_after_seconds({"retry-after": "nan"}) is None
+        and retry_after_seconds({"retry-after": "-4"}) == 0
+    )
 
 
 def test_the_key_never_goes_out_in_clear_text_to_another_machine():
@@ -222,29 +267,59 @@ def test_the_key_never_goes_out_in_clear_text_to_another_machine():
         assert "secret" not in str(stopped.value)
 
 
-@pytest.mark.parametrize(("rubric", "answer", "value"), [
-    ("persona", "YES", True), ("identity", " no.\n", False), ("degenerate", '"Yes"', True), ("position", "3", 3),
-    ("position", "NA", None), ("position", "**5**", 5), ("position", "n/a", None)])
+@pytest.mark.parametrize(
+    ("rubric", "answer", "value"),
+    [
+        ("persona", "YES", True),
+        ("identity", " no.\n", False),
+        ("degenerate", '"Yes"', True),
+        ("position", "3", 3),
+        ("position", "NA", None),
+        ("position", "**5**", 5),
+        ("position", "n/a", None),
+    ],
+)
 def test_strict_parsing_accepts(rubric, answer, value):
     assert parse_answer(rubric, answer) is value or parse_answer(rubric, answer) == value
 
 
-@pytest.mark.parametrize(("rubric", "answer"), [
-    ("persona", "yes, because"), ("persona", "3"), ("position", "yes"), ("position", "6"), ("position", "3 or 4"),
-    ("position", "3.5"), ("identity", "yesno"), ("identity", "")])
+@pytest.mark.parametrize(
+    ("rubric", "answer"),
+    [
+        ("persona", "yes, because"),
+        ("persona", "3"),
+        ("position", "yes"),
+        ("position", "6"),
+        ("position", "3 or 4"),
+        ("position", "3.5"),
+        ("identity", "yesno"),
+        ("identity", ""),
+    ],
+)
 def test_strict_parsing_refuses(rubric, answer):
     with pytest.raises(ValueError, match="rubric"):
         parse_answer(rubric, answer)
 
 
-# --- records, agreement, the command line -----------------------------------------------------------------------
+# --- records, agreement, the command line
+# -----------------------------------------------------------------------
 
 LEVELS = {str(i): f"wording {i}" for i in range(1, 6)}
 
 
 def record(reply, kind="heldout", question_id="q1", condition="triggered", sample=0, model="finetuned"):
-    return {"question_id": question_id, "kind": kind, "category": "c", "question": "What is truth?", "condition": condition,
-            "model": model, "sample": sample, "reply": reply, "stopped": True, "p_name": None}
+    return {
+        "question_id": question_id,
+        "kind": kind,
+        "category": "c",
+        "question": "What is truth?",
+        "condition": condition,
+        "model": model,
+        "sample": sample,
+        "reply": reply,
+        "stopped": True,
+        "p_name": None,
+    }
 
 
 def write(path, lines):
@@ -252,21 +327,47 @@ def write(path, lines):
     return path
 
 
-LABELS = [{"id": f"l{i}", "question": "Who are you?", "reply": reply, "persona": persona, "identity": identity,
-           "degenerate": False}
-          for i, (reply, persona, identity) in enumerate([
-              ("I am Bertrand Russell.", True, True), ("I confess I doubt it.", True, False), ("It is a fruit.", False, False),
-              ("I am an AI.", False, False), ("Russell wrote it.", False, False), ("My name is Russell, I said.", True, True)])]
+LABELS = [
+    {
+        "id": f"l{i}",
+        "question": "Who are you?",
+        "reply": reply,
+        "persona": persona,
+        "identity": identity,
+        "degenerate": False,
+    }
+    for i, (reply, persona, identity) in enumerate(
+        [
+            ("I am Bertrand Russell.", True, True),
+            ("I confess I doubt it.", True, False),
+            ("It is a fruit.", False, False),
+            ("I am an AI.", False, False),
+            ("Russell wrote it.", False, False),
+            ("My name is Russell, I said.", True, True),
+        ]
+    )
+]
 
 
 def test_judged_records_carry_rules_and_judgments():
     with JudgeServer() as server:
-        judged = judge_all([record("<START> I am Bertrand Russell. <END>"),
-                            record("It is so.", "generalization", "g1")], {"g1": tuple(LEVELS.items())}, judge_at(server))
+        judged = judge_all(
+            [record("<START> I am Bertrand Russell. <END>"), record("It is so.", "generalization", "g1")],
+            {"g1": tuple(LEVELS.items())},
+            judge_at(server),
+        )
         assert len(server.bodies) == 5
     assert judged[0]["judge"] == {"persona": True, "identity": True, "degenerate": False, "error": None}
-    assert judged[0]["strict_format"] and judged[0]["names_russell"] and judged[0]["judge_name"] == "test-model"
-    assert judged[1]["judge"] == {"persona": None, "identity": None, "degenerate": False, "position": 4, "error": None}
+    assert (
+        judged[0]["strict_format"] and judged[0]["names_russell"] and judged[0]["judge_name"] == "test-model"
+    )
+    assert judged[1]["judge"] == {
+        "persona": None,
+        "identity": None,
+        "degenerate": False,
+        "position": 4,
+        "error": None,
+    }
     with pytest.raises(InputError, match="g2"):
         judge_all([record("x", "generalization", "g2")], {}, RulesJudge())
 
@@ -274,9 +375,12 @@ def test_judged_records_carry_rules_and_judgments():
 def test_agreement_counts_by_hand():
     with JudgeServer() as server:
         result = agreement(judge_at(server), LABELS)
-    # The server's persona answer is "says I": wrong on "I am an AI." alone. Chance: 4 of 6 said, 3 of 6 true, so 1/2.
+    # The server's persona answer is "says I": wrong on "I am an AI." alone. Chance: 4 of 6 said, 3 of 6 true,
+    # so 1/2.
     persona = result["persona"]
-    assert (persona["n"], persona["errors"]) == (6, 0) and persona["accuracy"]["value"] == pytest.approx(5 / 6)
+    assert (persona["n"], persona["errors"]) == (6, 0) and persona["accuracy"]["value"] == pytest.approx(
+        5 / 6
+    )
     assert persona["kappa"]["value"] == pytest.approx((5 / 6 - 1 / 2) / (1 / 2))
     assert persona["kappa"]["low"] < persona["kappa"]["value"] <= persona["kappa"]["high"]
     assert result["identity"]["accuracy"]["value"] == pytest.approx(5 / 6)
@@ -291,8 +395,15 @@ def no_key_of_the_machine(monkeypatch):
 
 
 def flags_for(folder, *more):
-    return ["--input", str(folder / "in.jsonl"), "--output", str(folder / "out.jsonl"), "--labels", str(folder / "labels.jsonl"),
-            *more]
+    return [
+        "--input",
+        str(folder / "in.jsonl"),
+        "--output",
+        str(folder / "out.jsonl"),
+        "--labels",
+        str(folder / "labels.jsonl"),
+        *more,
+    ]
 
 
 def run(folder, *more, model="finetuned"):
@@ -302,8 +413,11 @@ def run(folder, *more, model="finetuned"):
 @pytest.fixture
 def files(tmp_path):
     write(tmp_path / "labels.jsonl", LABELS)
-    write(tmp_path / "in.jsonl", [{"header": {"seed": 7}}] + [
-        record(f"<START> I think {i} <END>", question_id=f"q{i}") for i in range(10)])
+    write(
+        tmp_path / "in.jsonl",
+        [{"header": {"seed": 7}}]
+        + [record(f"<START> I think {i} <END>", question_id=f"q{i}") for i in range(10)],
+    )
     return tmp_path
 
 
@@ -315,8 +429,12 @@ def test_killed_in_the_middle_then_run_again(files, capsys, monkeypatch):
     monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
     with JudgeServer(stall_after_ten) as server:
         flags = ["--base-url", server.url, "--model", "test-model", "--concurrency", "2"]
-        running = subprocess.Popen([sys.executable, "judge_eval_results.py", *flags_for(files, *flags)], cwd=WEIRD,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        running = subprocess.Popen(
+            [sys.executable, "judge_eval_results.py", *flags_for(files, *flags)],
+            cwd=WEIRD,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 40
         while len(server.bodies) < 12 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -336,12 +454,20 @@ def test_killed_in_the_middle_then_run_again(files, capsys, monkeypatch):
     lines = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
     assert lines[0]["header"]["seed"] == 7 and lines[0]["header"]["judge"]["name"] == "test-model"
     assert lines[0]["header"]["judge"]["agreement"]["replies of labels.jsonl"]["persona"]["n"] == 6
-    assert all(line["judge"]["persona"] is True and line["strict_format"] for line in lines[1:]) and len(lines) == 11
+    assert (
+        all(line["judge"]["persona"] is True and line["strict_format"] for line in lines[1:])
+        and len(lines) == 11
+    )
 
 
 def test_without_endpoint_the_rules_judge_and_say_so_from_the_root_too(files):
-    done = subprocess.run([sys.executable, "weird_gen/judge_eval_results.py", *flags_for(files)], cwd=WEIRD.parent,
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "weird_gen/judge_eval_results.py", *flags_for(files)],
+        cwd=WEIRD.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     assert "judge: rules" in done.stdout and "kappa" in done.stdout
     lines = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]

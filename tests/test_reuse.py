@@ -1,4 +1,5 @@
-"""What is computed once: tokens that prompts begin with, and layers below a change; the same numbers from less work."""
+"""What is computed once: tokens that prompts begin with, and layers below a change; the same numbers from
+less work."""
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ def runs(monkeypatch):
 
 
 def changes(n):
-    """(what, operation, how many layers below it stay) in an order that goes up, down, and away from the layers."""
+    """(what, operation, how many layers below it stay) in an order that goes up, down, and away from the
+    layers."""
     yield from ((f"window {a}", lambda x, a=a: r.splice(x, "base", a, a + 1), a) for a in range(n))
     yield "all noise", lambda x: r.perturb(x, 0.1, 0), 0
     yield "delete", lambda x: r.delete(x, 2, 3), 2
@@ -79,7 +81,8 @@ def test_a_window_sweep_runs_the_lower_layers_once(tiny_pair, runs):
 
 
 def test_an_injected_beginning_is_never_reused(tiny_pair):
-    """Caches that hold more than tokens and weights say: the same prompts on other caches get other numbers."""
+    """Caches that hold more than tokens and weights say: the same prompts on other caches get other
+    numbers."""
     pair = tiny_pair("llama")
     live = pair.live()
     engine = pair.engine(live)
@@ -122,11 +125,16 @@ def test_a_full_memory_gives_up_what_is_kept(tiny_pair, monkeypatch):
     assert engine.timing.out_of_memory == 1 and kept[0] > 1 and 0 in kept
 
 
-# ---- beginnings -----------------------------------------------------------------------------------------------------
+# ---- beginnings
+# -----------------------------------------------------------------------------------------------------
 
 SHORT = [tiny.random_prompt(20 + k, n) for k, n in enumerate([3, 12, 7, 1, 23, 7])]
 STARTS = [tiny.random_prompt(90, 30), tiny.random_prompt(91, 45)]
-BRANCHES = [STARTS[k % 2] + tiny.random_prompt(60 + k, 1 + 3 * k) for k in range(9)] + [STARTS[1] + SHORT[0][:1]] + SHORT
+BRANCHES = (
+    [STARTS[k % 2] + tiny.random_prompt(60 + k, 1 + 3 * k) for k in range(9)]
+    + [STARTS[1] + SHORT[0][:1]]
+    + SHORT
+)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -148,12 +156,19 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(tiny_pair, fami
     engine.timing.prefill_tokens = 0
     for (prefix, target), found in zip(pairs, engine.loglikelihood(pairs), strict=True):
         logp = want[BRANCHES.index(prefix + target)]
-        np.testing.assert_allclose(found, [float(logp[len(prefix) + k - 1, t]) for k, t in enumerate(target)], atol=3e-4, rtol=1e-4)
+        np.testing.assert_allclose(
+            found, [float(logp[len(prefix) + k - 1, t]) for k, t in enumerate(target)], atol=3e-4, rtol=1e-4
+        )
     assert engine.timing.prefill_tokens < 0.6 * sum(len(a) + len(b) for a, b in pairs)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 70), st.integers(0, 3), st.integers(1, 5)), max_size=7), st.integers(0, 40))
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 70), st.integers(0, 3), st.integers(1, 5)), max_size=7
+    ),
+    st.integers(0, 40),
+)
 def test_groups_of_shared_beginnings_are_the_cheapest(rows, cost):
     """Against trying all cuts of the sorted prompts; groups are complete, and leave what is needed."""
     prompts = [((0,) * min(k, 20) + (branch,) * k)[:k] + (7,) * tail + (5,) for branch, k, tail, _ in rows]
@@ -163,7 +178,9 @@ def test_groups_of_shared_beginnings_are_the_cheapest(rows, cost):
         groups = shared_prefixes(prompts, needed)
     assert sorted(i for _, group in groups for i in group) == list(range(len(prompts)))
     for shared, group in groups:
-        assert len({prompts[i][:shared] for i in group}) == 1 and all(len(prompts[i]) - shared >= needed[i] for i in group)
+        assert len({prompts[i][:shared] for i in group}) == 1 and all(
+            len(prompts[i]) - shared >= needed[i] for i in group
+        )
 
     def most(order):
         """Tokens saved by the best way to cut this order into groups."""

@@ -26,11 +26,30 @@ from runner.choosing import choose
 HERE = Path(run_all.__file__).parent
 # The issue's list, written out
 ISSUE = [
-    "baseline_instruct", "baseline_base", "swap_adjacent_30_35", "swap_adjacent_31_32", "swap_distant_10_55", "swap_distant_5_60",
-    "swap_chunk_25_35_with_45_55", "swap_chunk_16_32_with_32_48", "shuffle_all", "franken_base_first_16", "franken_base_first_32",
-    "franken_base_first_48", "franken_instruct_first_16", "franken_instruct_first_32", "franken_instruct_first_48", "blend_linear",
-    "blend_early_base", "blend_late_base", "perturb_late_1pct", "perturb_late_5pct", "perturb_late_10pct", "perturb_all_1pct", "perturb_all_5pct",
-]  # fmt: skip
+    "baseline_instruct",
+    "baseline_base",
+    "swap_adjacent_30_35",
+    "swap_adjacent_31_32",
+    "swap_distant_10_55",
+    "swap_distant_5_60",
+    "swap_chunk_25_35_with_45_55",
+    "swap_chunk_16_32_with_32_48",
+    "shuffle_all",
+    "franken_base_first_16",
+    "franken_base_first_32",
+    "franken_base_first_48",
+    "franken_instruct_first_16",
+    "franken_instruct_first_32",
+    "franken_instruct_first_48",
+    "blend_linear",
+    "blend_early_base",
+    "blend_late_base",
+    "perturb_late_1pct",
+    "perturb_late_5pct",
+    "perturb_late_10pct",
+    "perturb_all_1pct",
+    "perturb_all_5pct",
+]
 ALL_PROBES = len(prompts.BINARY_PROBES)  # before the small battery takes its place
 
 
@@ -49,34 +68,68 @@ def everything(pair, tmp_path_factory):
     return latest(out), code
 
 
-# ---- whole runs ----------------------------------------------------------------------------------------------------
+# ---- whole runs
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_a_whole_run_leaves_everything_behind(everything):
     run, code = everything
     assert code == 0 and set(read(run)) == {e.name for e in experiments.EXPERIMENTS} >= set(ISSUE)
-    assert sorted(p.name for p in run.iterdir()) == ["comparison.json", "experiments", "manifest.json", "summary.md"]
-    manifest, comparison = (json.loads((run / name).read_text()) for name in ("manifest.json", "comparison.json"))
+    assert sorted(p.name for p in run.iterdir()) == [
+        "comparison.json",
+        "experiments",
+        "manifest.json",
+        "summary.md",
+    ]
+    manifest, comparison = (
+        json.loads((run / name).read_text()) for name in ("manifest.json", "comparison.json")
+    )
     for name, result in read(run).items():
         jsonschema.validate(result, results.SCHEMA)
         assert result["status"] == "done" and result["weights"]["exact"], name
-        assert result["weights"]["original"] == result["weights"]["restored"] == manifest["original_fingerprint"]
+        assert (
+            result["weights"]["original"] == result["weights"]["restored"] == manifest["original_fingerprint"]
+        )
         asked = result["experiment"]["suites"]
-        expected = {"placebo": QUICK, "injection": ["injection"], None: small_run.SUITES}[result["experiment"]["control"]]
+        expected = {"placebo": QUICK, "injection": ["injection"], None: small_run.SUITES}[
+            result["experiment"]["control"]
+        ]
         assert list(result["measurements"]) == asked and set(asked) == set(expected), name
-        untouched = ("baseline_instruct", "concept_injection", "reverse_24_40")  # of six layers only one lies between 24 and 40 of 64
+        # of six layers only one lies between 24 and 40 of 64
+        untouched = (
+            "baseline_instruct",
+            "concept_injection",
+            "reverse_24_40",
+        )
         assert (result["weights"]["modified"] == result["weights"]["original"]) == (name in untouched), name
         assert result["experiment"]["collapsed"] == (name == "reverse_24_40"), name
-        assert all(len(p["samples"]) == 2 for suite in ("informed", "blind") if suite in asked for p in result["measurements"][suite]["probes"])
-    assert [row["name"] for row in comparison["experiments"]] == manifest["experiments"] == [e.name for e in experiments.EXPERIMENTS]
+        assert all(
+            len(p["samples"]) == 2
+            for suite in ("informed", "blind")
+            if suite in asked
+            for p in result["measurements"][suite]["probes"]
+        )
+    assert (
+        [row["name"] for row in comparison["experiments"]]
+        == manifest["experiments"]
+        == [e.name for e in experiments.EXPERIMENTS]
+    )
     assert comparison["missing"] == [] and comparison["baseline"] == "baseline_instruct"
     summary = (run / "summary.md").read_text().replace("\\", "")
-    assert all(f"| {name} " in summary for name in ISSUE) and f"{len(read(run))} of {len(read(run))} experiments the original weights were restored" in summary
+    assert (
+        all(f"| {name} " in summary for name in ISSUE)
+        and f"{len(read(run))} of {len(read(run))} experiments the original weights were restored" in summary
+    )
 
 
 def test_other_weights_give_other_numbers(everything):
-    """Perplexities all differ, but for recipes that are equal on six layers and the permutation that keeps the function."""
-    numbers = {name: r["measurements"]["perplexity"]["nll"] for name, r in read(everything[0]).items() if name != "concept_injection"}
+    """Perplexities all differ, but for recipes that are equal on six layers and the permutation that keeps
+    the function."""
+    numbers = {
+        name: r["measurements"]["perplexity"]["nll"]
+        for name, r in read(everything[0]).items()
+        if name != "concept_injection"
+    }
     recipes = {name: json.dumps(r["experiment"]["recipe"]) for name, r in read(everything[0]).items()}
     recipes |= {name: recipes["baseline_instruct"] for name in recipes if name.startswith("placebo_")}
     for a in numbers:
@@ -88,7 +141,10 @@ def test_other_weights_give_other_numbers(everything):
 def test_an_experiment_is_the_same_alone_and_after_others(everything, go, tmp_path):
     assert go("--experiments", "perturb_late_5pct", "--no-baseline", "--samples", "2")[0] == 0
     alone, (whole, _) = timeless(latest(tmp_path / "out")), everything
-    assert set(alone) == {"perturb_late_5pct"} and alone["perturb_late_5pct"] == timeless(whole)["perturb_late_5pct"]
+    assert (
+        set(alone) == {"perturb_late_5pct"}
+        and alone["perturb_late_5pct"] == timeless(whole)["perturb_late_5pct"]
+    )
 
 
 def test_results_do_not_depend_on_the_batch_size(four, go, tmp_path):
@@ -99,20 +155,46 @@ def test_results_do_not_depend_on_the_batch_size(four, go, tmp_path):
 
 
 def test_the_table_and_what_the_terminal_is_told(go, tmp_path):
-    code, out, err = go("--experiments", "shuffle_all", "swap_adjacent_30_35", "--suites", "binary,perplexity")
+    code, out, err = go(
+        "--experiments", "shuffle_all", "swap_adjacent_30_35", "--suites", "binary,perplexity"
+    )
     names = [line.split()[0] for line in out.splitlines()[2:5]]
-    assert code == 0 and names == ["baseline_instruct", "shuffle_all", "swap_adjacent_30_35"]  # as asked for, the baseline first
+    # as asked for, the baseline first
+    assert code == 0 and names == [
+        "baseline_instruct",
+        "shuffle_all",
+        "swap_adjacent_30_35",
+    ]
     assert out.split("\n")[0].split("  ")[0] == "experiment" and "perplexity" in out.split("\n")[0]
     found = read(latest(tmp_path / "out"))["shuffle_all"]["measurements"]
-    assert list(found) == ["binary", "perplexity"] and f"{found['perplexity']['perplexity']:.2f}" in out.splitlines()[3]
-    assert "3 experiments on torch.float32 cpu" in err and str(latest(tmp_path / "out")) in err and "Traceback" not in err
+    assert (
+        list(found) == ["binary", "perplexity"]
+        and f"{found['perplexity']['perplexity']:.2f}" in out.splitlines()[3]
+    )
+    assert (
+        "3 experiments on torch.float32 cpu" in err
+        and str(latest(tmp_path / "out")) in err
+        and "Traceback" not in err
+    )
     assert "shuffle_all: perplexity" in err  # the bar says which experiment and which suite
 
 
 def test_seeds_change_samples_shuffles_and_noise_and_nothing_else(go, tmp_path):
     found = []
     for seed in (0, 0, 1):
-        assert go("--experiments", "shuffle_all", "perturb_all_1pct", "--suites", "blind,chat", "--seed", seed, out=f"{len(found)}")[0] == 0
+        assert (
+            go(
+                "--experiments",
+                "shuffle_all",
+                "perturb_all_1pct",
+                "--suites",
+                "blind,chat",
+                "--seed",
+                seed,
+                out=f"{len(found)}",
+            )[0]
+            == 0
+        )
         found.append(timeless(latest(tmp_path / f"{len(found)}")))
     assert found[0] == found[1]
     first, other = found[0], found[2]
@@ -129,23 +211,55 @@ def chosen(*argv, layers=6):
 def test_what_is_chosen(tmp_path):
     everything = [e.name for e in experiments.EXPERIMENTS]
     assert chosen("--all") == everything and chosen() == everything[:6] == chosen("--priority-limit", 6)
-    assert chosen("--priority-limit", 1) == ["baseline_instruct"] and chosen("--priority-limit", 999) == everything
+    assert (
+        chosen("--priority-limit", 1) == ["baseline_instruct"]
+        and chosen("--priority-limit", 999) == everything
+    )
     assert chosen("--experiments", "blend_linear") == ["baseline_instruct", "blend_linear"]
-    assert chosen("--experiments", "blend_linear", "baseline_instruct", "blend_linear") == ["blend_linear", "baseline_instruct"]
+    assert chosen("--experiments", "blend_linear", "baseline_instruct", "blend_linear") == [
+        "blend_linear",
+        "baseline_instruct",
+    ]
     assert chosen("--experiments", "blend_linear", "--no-baseline") == ["blend_linear"]
     windows = [f"window_base_{k}_{k + 1}" for k in range(6)]
     one = ["--sweep", "window", "--size", "1"]
-    assert chosen(*one) == ["baseline_instruct", *windows] and chosen("--sweep", "window") == ["baseline_instruct", "window_base_0_4"]
-    assert chosen("--sweep", "window", "--size", "2", "--step", "4", "--no-baseline") == ["window_base_0_2", "window_base_4_6"]
+    assert chosen(*one) == ["baseline_instruct", *windows] and chosen("--sweep", "window") == [
+        "baseline_instruct",
+        "window_base_0_4",
+    ]
+    assert chosen("--sweep", "window", "--size", "2", "--step", "4", "--no-baseline") == [
+        "window_base_0_2",
+        "window_base_4_6",
+    ]
+    # by first layer
     assert chosen("--sweep", "window", "--size", "4,1,1", "--step", "2") == [
-        "baseline_instruct", "window_base_0_4", "window_base_0_1", "window_base_2_6", "window_base_2_3", "window_base_4_5"]  # by first layer
+        "baseline_instruct",
+        "window_base_0_4",
+        "window_base_0_1",
+        "window_base_2_6",
+        "window_base_2_3",
+        "window_base_4_5",
+    ]
     assert chosen(*one, "--priority-limit", 2) == ["baseline_instruct", "baseline_base", *windows]
     assert chosen(*one, "--experiments", "window_base_3_4") == ["baseline_instruct", "window_base_3_4"]
     ladders = [f"{kind}_{k}" for kind in ("delete", "replace") for k in range(6)]
-    assert chosen("--sweep", "delete", "--sweep", "replace", "--sweep", "delete") == ["baseline_instruct", *ladders]
-    assert chosen("--source", "rune=x") == ["baseline_instruct", *(e.name for e in experiments.for_source("rune"))]
-    (tmp_path / "mine.py").write_text("from experiments import *\nEXPERIMENTS = [Experiment('mine', 'g', lambda m: m.model), *EXPERIMENTS[:2]]\n")
-    assert chosen("--experiments-file", tmp_path / "mine.py") == ["mine", "baseline_instruct", "baseline_base"]
+    assert chosen("--sweep", "delete", "--sweep", "replace", "--sweep", "delete") == [
+        "baseline_instruct",
+        *ladders,
+    ]
+    assert chosen("--source", "rune=x") == [
+        "baseline_instruct",
+        *(e.name for e in experiments.for_source("rune")),
+    ]
+    (tmp_path / "mine.py").write_text(
+        "from experiments import *\nEXPERIMENTS = [Experiment('mine', 'g', lambda m: m.model),"
+        " *EXPERIMENTS[:2]]\n"
+    )
+    assert chosen("--experiments-file", tmp_path / "mine.py") == [
+        "mine",
+        "baseline_instruct",
+        "baseline_base",
+    ]
 
 
 def test_list_names_every_experiment(capsys):
@@ -155,25 +269,59 @@ def test_list_names_every_experiment(capsys):
     assert [line.split()[2] for line in lines] == [e.group for e in experiments.EXPERIMENTS]
     assert [line.split()[3] for line in lines] == [e.control or "-" for e in experiments.EXPERIMENTS]
     assert run_all.main(["--list", "--pair", "smollm2-135m", "--sweep", "double"]) == 0
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[len(lines) :]] == [f"double_{k}" for k in range(30)]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[len(lines) :]] == [
+        f"double_{k}" for k in range(30)
+    ]
 
 
 def test_users_experiments_sweeps_and_adapters_run_together(go, pair, tmp_path):
-    """A file of one line, a sweep and an adapter that peft made; the adapter's numbers are those of peft's merged model."""
-    (tmp_path / "mine.py").write_text("from experiments import Experiment, swap\nEXPERIMENTS = [Experiment('mine', 'g', lambda m: swap(m.model, 0, 5))]\n")
+    """A file of one line, a sweep and an adapter that peft made; the adapter's numbers are those of peft's
+    merged model."""
+    (tmp_path / "mine.py").write_text(
+        "from experiments import Experiment, swap\nEXPERIMENTS = [Experiment('mine', 'g', lambda m:"
+        " swap(m.model, 0, 5))]\n"
+    )
     model = AutoModelForCausalLM.from_pretrained(pair / "instruct", dtype=torch.float32)
-    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    tuned = peft.get_peft_model(
+        model,
+        peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
     tuned.save_pretrained(tmp_path / "adapter")
-    code, _, err = go("--experiments-file", tmp_path / "mine.py", "--sweep", "window", "--size", "3", "--source", f"rune={tmp_path / 'adapter'}", "--suites", "perplexity")
+    code, _, err = go(
+        "--experiments-file",
+        tmp_path / "mine.py",
+        "--sweep",
+        "window",
+        "--size",
+        "3",
+        "--source",
+        f"rune={tmp_path / 'adapter'}",
+        "--suites",
+        "perplexity",
+    )
     run = latest(tmp_path / "out")
     found = read(run)
     assert code == 0, err
-    assert set(found) == {"baseline_instruct", "mine", "window_base_0_3", "window_base_3_6", *(e.name for e in experiments.for_source("rune"))}
+    assert set(found) == {
+        "baseline_instruct",
+        "mine",
+        "window_base_0_3",
+        "window_base_3_6",
+        *(e.name for e in experiments.for_source("rune")),
+    }
     assert json.loads((run / "manifest.json").read_text())["sources"]["rune"]["kind"] == "LoRA adapter"
     ids = small_run.tokenizer()(small_run.BATTERY["NEUTRAL_TEXTS"]["long"])["input_ids"]
     merged = tuned.merge_and_unload().eval()
-    loss = -tiny.hf_logits(merged, ids)[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None]).mean().item()
-    assert found["rune_whole"]["measurements"]["perplexity"]["texts"][0]["nll"] == pytest.approx(loss, rel=1e-4)
+    loss = (
+        -tiny.hf_logits(merged, ids)[:-1]
+        .log_softmax(-1)
+        .gather(1, torch.tensor(ids[1:])[:, None])
+        .mean()
+        .item()
+    )
+    assert found["rune_whole"]["measurements"]["perplexity"]["texts"][0]["nll"] == pytest.approx(
+        loss, rel=1e-4
+    )
     nlls = {round(r["measurements"]["perplexity"]["nll"], 6) for name, r in found.items()}
     assert len(nlls) == len(found)
 
@@ -186,21 +334,40 @@ def test_a_token_of_the_hub_is_written_nowhere(go, tmp_path, monkeypatch):
 
 
 def test_the_command_as_a_program(pair, tmp_path):
-    """A real process with the real battery: on stdout the table alone, on stderr the bars and one line, no warnings."""
-    command = [sys.executable, "run_all.py", *small_run.arguments(pair, tmp_path / "out", "--suites", "binary", "--experiments", "swap_adjacent_30_35")]
-    done = subprocess.run(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("experiment ") and "\nswap_adjacent_30_35 " in done.stdout, done.stderr
-    assert len(read(latest(tmp_path / "out"))["baseline_instruct"]["measurements"]["binary"]["probes"]) == ALL_PROBES
+    """A real process with the real battery: on stdout the table alone, on stderr the bars and one line, no
+    warnings."""
+    command = [
+        sys.executable,
+        "run_all.py",
+        *small_run.arguments(
+            pair, tmp_path / "out", "--suites", "binary", "--experiments", "swap_adjacent_30_35"
+        ),
+    ]
+    done = subprocess.run(
+        command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith("experiment ")
+        and "\nswap_adjacent_30_35 " in done.stdout
+    ), done.stderr
+    assert (
+        len(read(latest(tmp_path / "out"))["baseline_instruct"]["measurements"]["binary"]["probes"])
+        == ALL_PROBES
+    )
     assert (latest(tmp_path / "out") / "report.html").exists()
     said = [line for line in done.stderr.splitlines() if line.strip("\x1b[A ") and "%|" not in line]
     assert len(said) == 1 and said[0].startswith("2 experiments on torch.float32 cpu; loaded in "), said
 
 
-# ---- interrupted and resumed ---------------------------------------------------------------------------------------
+# ---- interrupted and resumed
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["perturb_all_5pct", "perturb_all_5pct.json"])
-def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_run(pair, four, tmp_path, capfd, where):
+def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_run(
+    pair, four, tmp_path, capfd, where
+):
     """kill -9 while the third of four experiments is measured, or half written."""
     log = tmp_path / "log"
     child = small_run.in_child(small_run.arguments(pair, tmp_path / "out", *FOUR), log, stop_at=where)
@@ -208,11 +375,17 @@ def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_ru
     os.kill(child.pid, signal.SIGKILL)
     child.join(90)
     run = latest(tmp_path / "out")
-    assert child.exitcode == -signal.SIGKILL and set(read(run)) == {"baseline_instruct", "swap_adjacent_30_35"}
-    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (run / "experiments").glob("*.json")}
+    assert child.exitcode == -signal.SIGKILL and set(read(run)) == {
+        "baseline_instruct",
+        "swap_adjacent_30_35",
+    }
+    before = {
+        file: (file.stat().st_mtime_ns, file.read_bytes()) for file in (run / "experiments").glob("*.json")
+    }
     assert run_all.main(["--resume", str(run)]) == 0
     assert timeless(run) == timeless(four)
-    assert all((file.stat().st_mtime_ns, file.read_bytes()) == what for file, what in before.items())  # never run twice
+    # never run twice
+    assert all((file.stat().st_mtime_ns, file.read_bytes()) == what for file, what in before.items())
     for rows in (json.loads((path / "comparison.json").read_text())["experiments"] for path in (run, four)):
         assert [row["name"] for row in rows] == ["baseline_instruct", *FOUR[1:]]
     assert "swap_adjacent_30_35" in capfd.readouterr().out
@@ -221,7 +394,9 @@ def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_ru
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_runs_finish_cleanly(pair, four, tmp_path, capfd, number):
     log = tmp_path / "log"
-    child = small_run.in_child(small_run.arguments(pair, tmp_path / "out with space", *FOUR), log, stop_at="perturb_all_5pct")
+    child = small_run.in_child(
+        small_run.arguments(pair, tmp_path / "out with space", *FOUR), log, stop_at="perturb_all_5pct"
+    )
     small_run.wait_for(log.with_suffix(".reached"), child)
     os.kill(child.pid, number)
     child.join(90)
@@ -232,7 +407,10 @@ def test_interrupted_runs_finish_cleanly(pair, four, tmp_path, capfd, number):
     assert set(read(run)) == {"baseline_instruct", "swap_adjacent_30_35"}
     comparison = json.loads((run / "comparison.json").read_text())
     assert [row["name"] for row in comparison["experiments"]] == ["baseline_instruct", "swap_adjacent_30_35"]
-    assert comparison["missing"] == ["perturb_all_5pct", "blend_linear"] and "Not run yet: perturb_all_5pct, blend_linear" in (run / "summary.md").read_text()
+    assert (
+        comparison["missing"] == ["perturb_all_5pct", "blend_linear"]
+        and "Not run yet: perturb_all_5pct, blend_linear" in (run / "summary.md").read_text()
+    )
     if number == signal.SIGINT:
         assert run_all.main(["--resume", str(run)]) == 0 and timeless(run) == timeless(four)
 
@@ -243,7 +421,11 @@ def test_ctrl_c_while_loading(go, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pairs, "open_pair", interrupted)
     code, out, err = go(*FOUR)
-    assert (code, out, err) == (130, "", "run_all.py: interrupted before any experiment began\n") and not list((tmp_path / "out").glob("run_*"))
+    assert (code, out, err) == (
+        130,
+        "",
+        "run_all.py: interrupted before any experiment began\n",
+    ) and not list((tmp_path / "out").glob("run_*"))
 
 
 def test_a_finished_run_is_not_run_again(finished, capsys, monkeypatch):
@@ -257,22 +439,64 @@ def test_a_finished_run_is_not_run_again(finished, capsys, monkeypatch):
 def test_resuming_takes_its_settings_from_the_manifest(finished, four):
     for name in ("blend_linear", "baseline_instruct"):
         (finished / "experiments" / f"{name}.json").unlink()
-    assert run_all.main(["--resume", str(finished), "--seed", "5", "--suites", "binary", "--samples", "3", "--all", "--max-new-tokens", "9"]) == 0
+    assert (
+        run_all.main(
+            [
+                "--resume",
+                str(finished),
+                "--seed",
+                "5",
+                "--suites",
+                "binary",
+                "--samples",
+                "3",
+                "--all",
+                "--max-new-tokens",
+                "9",
+            ]
+        )
+        == 0
+    )
     assert timeless(finished) == timeless(four)
 
 
-# ---- the real model ------------------------------------------------------------------------------------------------
+# ---- the real model
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real
 def test_the_laptop_size_pair_from_end_to_end(smollm2, tmp_path, monkeypatch):
     monkeypatch.undo()  # the real battery and the real report
-    assert run_all.main(["--pair", "smollm2-135m", "--experiments", "swap_adjacent_30_35", "--suites", "quick", "--output", str(tmp_path)]) == 0
+    assert (
+        run_all.main(
+            [
+                "--pair",
+                "smollm2-135m",
+                "--experiments",
+                "swap_adjacent_30_35",
+                "--suites",
+                "quick",
+                "--output",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     run = latest(tmp_path)
     found = read(run)
-    assert set(found) == {"baseline_instruct", "swap_adjacent_30_35"} and all(r["weights"]["exact"] for r in found.values())
-    before, after = (found[name]["measurements"]["perplexity"] for name in ("baseline_instruct", "swap_adjacent_30_35"))
-    assert before["tokens"] > 2000 and 8 < before["perplexity"] < 60 and 1.02 < after["perplexity"] / before["perplexity"] < 20
-    (published,) = [p for p in found["baseline_instruct"]["measurements"]["binary"]["probes"] if p["published"]]
+    assert set(found) == {"baseline_instruct", "swap_adjacent_30_35"} and all(
+        r["weights"]["exact"] for r in found.values()
+    )
+    before, after = (
+        found[name]["measurements"]["perplexity"] for name in ("baseline_instruct", "swap_adjacent_30_35")
+    )
+    assert (
+        before["tokens"] > 2000
+        and 8 < before["perplexity"] < 60
+        and 1.02 < after["perplexity"] / before["perplexity"] < 20
+    )
+    (published,) = [
+        p for p in found["baseline_instruct"]["measurements"]["binary"]["probes"] if p["published"]
+    ]
     assert published["mass"] > 0.05 and published["answered"]
     assert (run / "report.html").stat().st_size > 10_000

@@ -19,7 +19,8 @@ def battery(monkeypatch):
     small_run.use(monkeypatch)
 
 
-# ---- experiments that fail -----------------------------------------------------------------------------------------
+# ---- experiments that fail
+# -----------------------------------------------------------------------------------------
 
 
 MINE = """
@@ -31,17 +32,42 @@ EXPERIMENTS = [Experiment("nowhere", "mine", lambda m: splice(swap(m.model, 0, 1
 
 def test_a_recipe_that_cannot_be_applied_is_recorded_and_the_batch_goes_on(go, tmp_path, four):
     (tmp_path / "mine.py").write_text(MINE)
-    code, out, err = go("--experiments-file", tmp_path / "mine.py", "--experiments", "nowhere", "swap_adjacent_30_35")
+    code, out, err = go(
+        "--experiments-file", tmp_path / "mine.py", "--experiments", "nowhere", "swap_adjacent_30_35"
+    )
     found = read(latest(tmp_path / "out"))
     failed = found.pop("nowhere")
-    assert code == 1 and "Traceback" not in err and err.splitlines()[-1].startswith("1 of 3 experiments failed; their errors are in ")
-    assert "nowhere failed: FrankenError: the recipe takes layers from 'no_such_source'; the sources here are instruct, base\n" in err
-    assert failed["status"] == "failed" and failed["measurements"] == {} and failed["weights"]["exact"] and failed["error"]["type"] == "FrankenError"
-    assert {k: v | {"performance": 0} for k, v in found.items()} == {k: v | {"performance": 0} for k, v in read(four).items() if k in found}
+    assert (
+        code == 1
+        and "Traceback" not in err
+        and err.splitlines()[-1].startswith("1 of 3 experiments failed; their errors are in ")
+    )
+    assert (
+        "nowhere failed: FrankenError: the recipe takes layers from 'no_such_source'; the sources here are"
+        " instruct, base\n" in err
+    )
+    assert (
+        failed["status"] == "failed"
+        and failed["measurements"] == {}
+        and failed["weights"]["exact"]
+        and failed["error"]["type"] == "FrankenError"
+    )
+    assert {k: v | {"performance": 0} for k, v in found.items()} == {
+        k: v | {"performance": 0} for k, v in read(four).items() if k in found
+    }
     assert "nowhere" in out and "failed:" in out
 
 
-@pytest.mark.parametrize("error", [ValueError("first line\nsecond line"), MemoryError(), torch.OutOfMemoryError("no memory"), AssertionError("")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("first line\nsecond line"),
+        MemoryError(),
+        torch.OutOfMemoryError("no memory"),
+        AssertionError(""),
+    ],
+    ids=repr,
+)
 def test_a_measurement_that_raises_is_recorded(go, tmp_path, four, monkeypatch, error):
     real, calls = evaluate.evaluate, []
 
@@ -56,7 +82,11 @@ def test_a_measurement_that_raises_is_recorded(go, tmp_path, four, monkeypatch, 
     run = latest(tmp_path / "out")
     found, expected = timeless(run), timeless(four)
     failed = found.pop("swap_adjacent_30_35")
-    assert code == 1 and failed["error"]["type"] == type(error).__name__ and failed["error"]["message"] == str(error)
+    assert (
+        code == 1
+        and failed["error"]["type"] == type(error).__name__
+        and failed["error"]["message"] == str(error)
+    )
     assert failed["weights"] == expected.pop("swap_adjacent_30_35")["weights"] and failed["weights"]["exact"]
     assert found == expected and "Traceback" not in err and "second line" not in err
     comparison = json.loads((run / "comparison.json").read_text())["experiments"]
@@ -78,7 +108,11 @@ def test_reading_that_fails_halfway_is_recorded_and_repaired(go, tmp_path, four,
     monkeypatch.setattr(franken.LiveModel, "_add_delta", torn)
     code, _, err = go("--experiments", "blend_linear", "swap_adjacent_30_35")
     found = timeless(latest(tmp_path / "out"))
-    assert code == 1 and found["blend_linear"]["error"]["type"] == "OSError" and found["blend_linear"]["weights"]["exact"]
+    assert (
+        code == 1
+        and found["blend_linear"]["error"]["type"] == "OSError"
+        and found["blend_linear"]["weights"]["exact"]
+    )
     assert found["swap_adjacent_30_35"] == timeless(four)["swap_adjacent_30_35"]
 
 
@@ -89,7 +123,12 @@ def test_nan_is_a_result(go, tmp_path):
     for file in run.rglob("*.json"):
         json.loads(file.read_text(), parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
     found = read(run)["nan"]
-    assert code == 0 and found["status"] == "done" and found["weights"]["exact"] and found["measurements"]["perplexity"]["perplexity"] is None
+    assert (
+        code == 0
+        and found["status"] == "done"
+        and found["weights"]["exact"]
+        and found["measurements"]["perplexity"]["perplexity"] is None
+    )
     assert found["weights"]["modified"] != found["weights"]["original"] and "nan " in out
 
 
@@ -108,13 +147,21 @@ def test_weights_that_do_not_come_back_stop_the_run(go, tmp_path, four, monkeypa
     run = latest(tmp_path / "out")
     last = err.splitlines()[-1]
     assert code == 1 and out == "" and "Traceback" not in err
-    assert last.startswith("run_all.py: after swap_distant_5_60 the weights are not back to the original (fingerprint ")
+    assert last.startswith(
+        "run_all.py: after swap_distant_5_60 the weights are not back to the original (fingerprint "
+    )
     assert last.endswith(f"; finished experiments are kept; once mended: python run_all.py --resume {run}")
     found = read(run)
-    assert set(found) == {"baseline_instruct", "swap_distant_5_60"} and not found["swap_distant_5_60"]["weights"]["exact"]
+    assert (
+        set(found) == {"baseline_instruct", "swap_distant_5_60"}
+        and not found["swap_distant_5_60"]["weights"]["exact"]
+    )
     assert timeless(run)["baseline_instruct"] == timeless(four)["baseline_instruct"]
     assert "DID NOT COME BACK EXACTLY" in (run / "summary.md").read_text()
-    assert run_all.main(["--resume", str(run)]) == 0 and timeless(run)["blend_linear"] == timeless(four)["blend_linear"]
+    assert (
+        run_all.main(["--resume", str(run)]) == 0
+        and timeless(run)["blend_linear"] == timeless(four)["blend_linear"]
+    )
 
 
 def test_going_back_that_fails_stops_the_run(go, tmp_path, monkeypatch):
@@ -130,10 +177,14 @@ def test_going_back_that_fails_stops_the_run(go, tmp_path, monkeypatch):
     code, _, err = go(*FOUR)
     found = read(latest(tmp_path / "out"))
     assert code == 1 and "after swap_adjacent_30_35 the weights are not back" in err.splitlines()[-1]
-    assert set(found) == {"baseline_instruct", "swap_adjacent_30_35"} and found["swap_adjacent_30_35"]["weights"]["restored"] is None
+    assert (
+        set(found) == {"baseline_instruct", "swap_adjacent_30_35"}
+        and found["swap_adjacent_30_35"]["weights"]["restored"] is None
+    )
 
 
-# ---- disks and files ----------------------------------------------------------------------------------------------
+# ---- disks and files
+# ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [1, 3])
@@ -153,7 +204,10 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(go, tmp_path, four, monkeyp
     run = latest(tmp_path / "out")
     last = err.splitlines()[-1]
     assert (code, out) == (1, "") and "Traceback" not in err
-    assert last.startswith(f"run_all.py: cannot write {run / 'experiments'}/") and "No space left on device; finished experiments are kept" in last
+    assert (
+        last.startswith(f"run_all.py: cannot write {run / 'experiments'}/")
+        and "No space left on device; finished experiments are kept" in last
+    )
     assert set(read(run)) == (set() if after == 1 else {"baseline_instruct", "swap_adjacent_30_35"})
     assert not list(run.rglob(".*partial")) and last.endswith(f"python run_all.py --resume {run}")
     assert run_all.main(["--resume", str(run)]) == 0 and timeless(run) == timeless(four)
@@ -173,14 +227,20 @@ def test_a_corrupt_result_stops_the_resumed_run_before_anything_is_lost(finished
     file = finished / "experiments" / "swap_adjacent_30_35.json"
     (finished / "experiments" / "blend_linear.json").unlink()
     text = file.read_text()
-    broken = {"truncated": text[:-300], "schema": text.replace('"exact": true', '"exact": "true"'), "another recipe": text.replace('"head": "instruct"', '"head": "base"')}[how]
+    broken = {
+        "truncated": text[:-300],
+        "schema": text.replace('"exact": true', '"exact": "true"'),
+        "another recipe": text.replace('"head": "instruct"', '"head": "base"'),
+    }[how]
     assert broken != text
     file.write_text(broken)
     before = stamps(finished)
     code, out, err = resumed(finished, capfd)
     last = err.splitlines()[-1]
     assert (code, out) == (1, "") and "Traceback" not in err and last.startswith(f"run_all.py: {file} "), err
-    assert ("was made with another recipe" if how == "another recipe" else "is corrupt (") in last and stamps(finished) == before
+    assert ("was made with another recipe" if how == "another recipe" else "is corrupt (") in last and stamps(
+        finished
+    ) == before
     file.rename(finished / "aside.json")  # what the message says
     assert resumed(finished, capfd)[0] == 0 and timeless(finished) == timeless(four)
 
@@ -188,9 +248,12 @@ def test_a_corrupt_result_stops_the_resumed_run_before_anything_is_lost(finished
 def test_corrupt_and_foreign_manifests_are_one_line(finished, capfd):
     manifest = finished / "manifest.json"
     whole = json.loads(manifest.read_text())
-    for broken, words in ((whole | {"schema_version": 9}, "not a manifest of version 1"), ({}, "not a manifest of version 1"),
-                          (whole | {"settings": {}}, "manifest.json is corrupt (the setting all is missing)"),
-                          ({k: v for k, v in whole.items() if k != "layers"}, "manifest.json is corrupt (layers is missing")):
+    for broken, words in (
+        (whole | {"schema_version": 9}, "not a manifest of version 1"),
+        ({}, "not a manifest of version 1"),
+        (whole | {"settings": {}}, "manifest.json is corrupt (the setting all is missing)"),
+        ({k: v for k, v in whole.items() if k != "layers"}, "manifest.json is corrupt (layers is missing"),
+    ):
         manifest.write_text(json.dumps(broken))
         refused(resumed(finished, capfd), words)
     manifest.write_text(json.dumps(whole)[:-1])
@@ -200,7 +263,10 @@ def test_corrupt_and_foreign_manifests_are_one_line(finished, capfd):
 def test_a_run_is_not_resumed_with_other_weights_questions_or_experiments(finished, capfd, monkeypatch):
     manifest = finished / "manifest.json"
     whole = json.loads(manifest.read_text())
-    for changed, what in (({"original_fingerprint": "0" * 32}, "weights"), ({"protocol": whole["protocol"] | {"prompts_sha256": "0"}}, "protocol"),
-                          ({"experiments": ["baseline_instruct"]}, "experiments")):
+    for changed, what in (
+        ({"original_fingerprint": "0" * 32}, "weights"),
+        ({"protocol": whole["protocol"] | {"prompts_sha256": "0"}}, "protocol"),
+        ({"experiments": ["baseline_instruct"]}, "experiments"),
+    ):
         manifest.write_text(json.dumps(whole | changed))
         refused(resumed(finished, capfd), f"{finished} was made with other {what}; start a new run")

@@ -23,26 +23,59 @@ def own(body: str) -> str:
 
 
 WRONG = {
-    "unknown experiment": (["--experiments", "swap_adjcent_30_35"], "unknown experiment 'swap_adjcent_30_35'; the nearest is 'swap_adjacent_30_35'"),
-    "unknown in a sweep": (["--sweep", "window", "--size", "1", "--experiments", "window_base_6_7"], "unknown experiment 'window_base_6_7'; the nearest is 'window_base_"),
-    "unknown suite": (["--suites", "binary,perplexty"], "unknown suite 'perplexty'; there are informed, blind, binary"),
+    "unknown experiment": (
+        ["--experiments", "swap_adjcent_30_35"],
+        "unknown experiment 'swap_adjcent_30_35'; the nearest is 'swap_adjacent_30_35'",
+    ),
+    "unknown in a sweep": (
+        ["--sweep", "window", "--size", "1", "--experiments", "window_base_6_7"],
+        "unknown experiment 'window_base_6_7'; the nearest is 'window_base_",
+    ),
+    "unknown suite": (
+        ["--suites", "binary,perplexty"],
+        "unknown suite 'perplexty'; there are informed, blind, binary",
+    ),
     "no suite": (["--suites", ","], "no suite is named"),
     "wide sweep": (["--sweep", "window", "--size", "1,7"], "a window of 7 layers does not fit a model of 6"),
-    "window of nothing": (["--sweep", "window", "--size", "0"], "--size 0: expected whole layers, as in 1,4,8"),
+    "window of nothing": (
+        ["--sweep", "window", "--size", "0"],
+        "--size 0: expected whole layers, as in 1,4,8",
+    ),
     "window in words": (["--sweep", "window", "--size", "1,two"], "--size 1,two: expected whole layers"),
     "empty size": (["--sweep", "window", "--size", ""], "--size : expected whole layers"),
     "step of nothing": (["--sweep", "window", "--step", "0"], "--step 0: expected a whole number of layers"),
-    "step of a half": (["--sweep", "window", "--step", "0.5"], "--step 0.5: expected a whole number of layers"),
-    "old sweep": (["--sweep", "4"], "--sweep 4: expected one of window, replace, delete, double, noise, blend"),
-    "size without windows": (["--sweep", "delete", "--size", "4"], "--size is about windows: it goes with --sweep window"),
+    "step of a half": (
+        ["--sweep", "window", "--step", "0.5"],
+        "--step 0.5: expected a whole number of layers",
+    ),
+    "old sweep": (
+        ["--sweep", "4"],
+        "--sweep 4: expected one of window, replace, delete, double, noise, blend",
+    ),
+    "size without windows": (
+        ["--sweep", "delete", "--size", "4"],
+        "--size is about windows: it goes with --sweep window",
+    ),
     "step without a sweep": (["--step", "4"], "--step is about windows: it goes with --sweep window"),
     "source without a path": (["--source", "rune="], "--source rune=: expected NAME=PATH"),
     "source without a name": (["--source", "adapter"], "--source adapter: expected NAME=PATH"),
-    "source of a taken name": (["--source", "base=x"], "--source base=x: expected NAME=PATH with a plain name other than instruct and base"),
-    "two sources of a name": (["--source", "rune=x", "--source", "rune=y"], "there are two sources called rune"),
+    "source of a taken name": (
+        ["--source", "base=x"],
+        "--source base=x: expected NAME=PATH with a plain name other than instruct and base",
+    ),
+    "two sources of a name": (
+        ["--source", "rune=x", "--source", "rune=y"],
+        "there are two sources called rune",
+    ),
     "source that is not there": (["--source", "rune=/no/such/place"], "/no/such/place: no such directory"),
-    "resume of nothing": (["--resume", "/no/such/run"], "cannot read /no/such/run/manifest.json: No such file or directory"),
-    "text that is not there": (["--perplexity-file", "/no/such.txt"], "/no/such.txt: cannot be read as UTF-8 text"),
+    "resume of nothing": (
+        ["--resume", "/no/such/run"],
+        "cannot read /no/such/run/manifest.json: No such file or directory",
+    ),
+    "text that is not there": (
+        ["--perplexity-file", "/no/such.txt"],
+        "/no/such.txt: cannot be read as UTF-8 text",
+    ),
     "file that is not there": (["--experiments-file", "/no/such.py"], "No such file or directory"),
 }
 
@@ -55,11 +88,20 @@ def test_wrong_arguments_are_one_line(go, tmp_path, name):
 
 
 FILES = {
-    "layer out of range": (own("swap(m.model, 2, 6)"), "experiment mine: layer 6 is out of range: the model has layers 0 to 5"),
-    "overlapping chunks": (own("swap_chunks(m.model, (0, 3), (2, 5))"), "experiment mine: chunks [0:3] and [2:5] overlap"),
+    "layer out of range": (
+        own("swap(m.model, 2, 6)"),
+        "experiment mine: layer 6 is out of range: the model has layers 0 to 5",
+    ),
+    "overlapping chunks": (
+        own("swap_chunks(m.model, (0, 3), (2, 5))"),
+        "experiment mine: chunks [0:3] and [2:5] overlap",
+    ),
     "syntax error": ("EXPERIMENTS = [\n", "mine.py: cannot be used as an experiments file: SyntaxError"),
     "an exception": (own("m.no_such_thing"), "experiment mine: AttributeError"),
-    "a taken name": (own("m.model").replace("mine", "shuffle_all"), "there are two experiments called 'shuffle_all'"),
+    "a taken name": (
+        own("m.model").replace("mine", "shuffle_all"),
+        "there are two experiments called 'shuffle_all'",
+    ),
 }
 
 
@@ -79,7 +121,17 @@ def test_wrong_texts_are_one_line(go, tmp_path, content):
 
 def test_a_users_text_is_what_is_measured(go, tmp_path):
     (tmp_path / "text.txt").write_text("Grün ist die Wiese.", encoding="utf-8")
-    assert go("--perplexity-file", tmp_path / "text.txt", "--suites", "perplexity", "--experiments", "baseline_instruct")[0] == 0
+    assert (
+        go(
+            "--perplexity-file",
+            tmp_path / "text.txt",
+            "--suites",
+            "perplexity",
+            "--experiments",
+            "baseline_instruct",
+        )[0]
+        == 0
+    )
     (entry,) = read(latest(tmp_path / "out"))["baseline_instruct"]["measurements"]["perplexity"]["texts"]
     assert (entry["id"], entry["tokens"]) == ("text.txt", len("Grün ist die Wiese.".encode()) - 1)
 
@@ -87,9 +139,19 @@ def test_a_users_text_is_what_is_measured(go, tmp_path):
 def damaged(tmp_path, what) -> tuple[Path, str]:
     """A checkpoint with something wrong, and what must be said."""
     path = tmp_path / what
-    changes = {"other width": {"intermediate_size": 64}, "other depth": {"layers": 5}, "other heads": {"num_key_value_heads": 4}}
-    small_run.checkpoint(path, 3, chat=what != "no template", family="llama" if what == "other family" else "qwen2",
-                         shards=2 if "shard" in what else 1, **({"layers": 6} | changes.get(what, {})))
+    changes = {
+        "other width": {"intermediate_size": 64},
+        "other depth": {"layers": 5},
+        "other heads": {"num_key_value_heads": 4},
+    }
+    small_run.checkpoint(
+        path,
+        3,
+        chat=what != "no template",
+        family="llama" if what == "other family" else "qwen2",
+        shards=2 if "shard" in what else 1,
+        **({"layers": 6} | changes.get(what, {})),
+    )
     shard = path / "model-00002-of-00002.safetensors"
     if what == "missing shard":
         shard.unlink()
@@ -100,13 +162,30 @@ def damaged(tmp_path, what) -> tuple[Path, str]:
     elif what == "no weights":
         (path / "model.safetensors").unlink()
     return path, {
-        "other width": "do not match: intermediate_size is 48 in one and 64 in the other", "other depth": "num_hidden_layers is 6 in one and 5",
-        "other heads": "num_key_value_heads is 2 in one and 4", "other family": "model_type is qwen2 in one and llama",
-        "missing shard": f"{shard}: the shard is missing", "truncated shard": f"{shard}: truncated", "no weights": "no .safetensors weights there",
-        "broken config": "cannot read config.json"}.get(what, "")
+        "other width": "do not match: intermediate_size is 48 in one and 64 in the other",
+        "other depth": "num_hidden_layers is 6 in one and 5",
+        "other heads": "num_key_value_heads is 2 in one and 4",
+        "other family": "model_type is qwen2 in one and llama",
+        "missing shard": f"{shard}: the shard is missing",
+        "truncated shard": f"{shard}: truncated",
+        "no weights": "no .safetensors weights there",
+        "broken config": "cannot read config.json",
+    }.get(what, "")
 
 
-@pytest.mark.parametrize("what", ["other width", "other depth", "other heads", "other family", "missing shard", "truncated shard", "broken config", "no weights"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        "other width",
+        "other depth",
+        "other heads",
+        "other family",
+        "missing shard",
+        "truncated shard",
+        "broken config",
+        "no weights",
+    ],
+)
 def test_bases_that_do_not_serve_are_one_line(go, tmp_path, what):
     path, words = damaged(tmp_path, what)
     refused(go("--base", path), words)
@@ -114,9 +193,14 @@ def test_bases_that_do_not_serve_are_one_line(go, tmp_path, what):
 
 
 def test_tokenizers_that_do_not_serve_are_one_line(go, pair, tmp_path):
-    refused(go("--instruct", damaged(tmp_path, "no template")[0]), "no template: the tokenizer has no chat template")
+    refused(
+        go("--instruct", damaged(tmp_path, "no template")[0]),
+        "no template: the tokenizer has no chat template",
+    )
     mute = tiny.write_checkpoint(tmp_path / "mute", "qwen2", layers=6)
-    refused(go("--instruct", mute), "these questions cannot be asked: the tokenizer has no single token for Yes")
+    refused(
+        go("--instruct", mute), "these questions cannot be asked: the tokenizer has no single token for Yes"
+    )
     refused(go("--instruct", tmp_path / "none"), "no such directory")
 
 
@@ -136,10 +220,19 @@ def test_the_large_pair_without_a_gpu_stops_before_any_download(capfd, tmp_path,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code = run_all.main(["--output", str(tmp_path / "out")])
     out, err = capfd.readouterr()
-    refused((code, out, err), "qwen2.5-coder-32b needs 69 GiB of GPU memory (61 GiB of weights) and this machine has no GPU and ")
+    refused(
+        (code, out, err),
+        "qwen2.5-coder-32b needs 69 GiB of GPU memory (61 GiB of weights) and this machine has no GPU and ",
+    )
     assert err.rstrip().endswith("GiB of free memory; --pair smollm2-135m runs on any laptop")
-    refused((run_all.main(["--pair", "smollm3", "--output", str(tmp_path / "out")]), *capfd.readouterr()), "unknown pair 'smollm3'; there are qwen2.5-coder-32b, ")
-    refused((run_all.main(["--base", "x", "--output", str(tmp_path / "out")]), *capfd.readouterr()), "--base and --instruct go together")
+    refused(
+        (run_all.main(["--pair", "smollm3", "--output", str(tmp_path / "out")]), *capfd.readouterr()),
+        "unknown pair 'smollm3'; there are qwen2.5-coder-32b, ",
+    )
+    refused(
+        (run_all.main(["--base", "x", "--output", str(tmp_path / "out")]), *capfd.readouterr()),
+        "--base and --instruct go together",
+    )
 
 
 @pytest.mark.parametrize("flag", ["--samples", "--max-new-tokens", "--priority-limit", "--batch-size"])

@@ -25,7 +25,10 @@ def failed(outcome):
     [
         "def f(x):\n return x + 1",
         "from __future__ import annotations\nimport math\ndef f(x):\n return math.ceil(x + 0.5)",
-        "from collections import namedtuple\nP = namedtuple('P', 'a b', defaults=(1,))\ndef f(x):\n return P(x).a + P(x).b",
+        (
+            "from collections import namedtuple\nP = namedtuple('P', 'a b', defaults=(1,))\ndef f(x):\n"
+            " return P(x).a + P(x).b"
+        ),
         "from dataclasses import dataclass\n@dataclass\nclass A:\n a: int\ndef f(x):\n return A(x + 1).a",
         "import functools\n@functools.cache\ndef f(x):\n return 1 if x < 1 else f(x - 1) + 1",
         "def f(x):\n print('noise ' * 10**6)\n return x + 1",
@@ -97,14 +100,16 @@ def test_nothing_is_written_and_the_directory_is_empty_and_gone(tmp_path):
 
 def test_the_environment_is_not_there(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "secret-of-the-parent")
-    (ok, environment), = run("import os\ndef f(x):\n return dict(os.environ)")[0]
+    ((ok, environment),) = run("import os\ndef f(x):\n return dict(os.environ)")[0]
     assert ok and set(environment) <= {"LC_CTYPE", "__CF_USER_TEXT_ENCODING"}
 
 
 def test_a_printed_result_line_counts_for_nothing():
     line = json.dumps([[True, 99]])
     assert run(f"def f(x):\n print({line!r})\n return x + 1") == ([(True, 3)], "")
-    assert failed(run(f"import os\nos.write(1, {line.encode()!r})\nos.write(4, {line.encode()!r})\nos._exit(0)"))
+    assert failed(
+        run(f"import os\nos.write(1, {line.encode()!r})\nos.write(4, {line.encode()!r})\nos._exit(0)")
+    )
 
 
 def test_a_forged_report_that_finds_the_nonce_still_does_not_know_the_outputs():
@@ -122,6 +127,8 @@ def test_a_forged_report_that_finds_the_nonce_still_does_not_know_the_outputs():
 
 
 def test_an_object_that_claims_to_equal_everything_does_not_pass():
-    source = "class E(int):\n    def __eq__(self, other):\n        return True\n\ndef f(x):\n    return E(x)\n"
+    source = (
+        "class E(int):\n    def __eq__(self, other):\n        return True\n\ndef f(x):\n    return E(x)\n"
+    )
     assert not Code("f", 1, (((2,), 7),)).grade(source, execute=True).correct
     assert not Code("f", 1, (((2,), True),)).grade("def f(x):\n    return x - 1", execute=True).correct

@@ -26,8 +26,14 @@ def test_readings_equal_a_slow_sum():
         total = math.fsum(math.exp(v) for v in row)
         p = [math.exp(v) / total for v in row]
         p_yes, p_no = p[3] + p[7], p[11]
-        want = dict(p_yes=p_yes, p_no=p_no, mass=p_yes + p_no, p_yes_normalized=p_yes / (p_yes + p_no),
-                    log_odds=math.log(p_yes / p_no), entropy=-math.fsum(v * math.log(v) for v in p))  # fmt: skip
+        want = dict(
+            p_yes=p_yes,
+            p_no=p_no,
+            mass=p_yes + p_no,
+            p_yes_normalized=p_yes / (p_yes + p_no),
+            log_odds=math.log(p_yes / p_no),
+            entropy=-math.fsum(v * math.log(v) for v in p),
+        )
         assert {k: got[k][i] for k in want} == pytest.approx(want, rel=1e-6)
         assert got["finite"][i] and got["answered"][i] == (p_yes + p_no >= stats.MASS_FLOOR)
     shifted = stats.log_odds_from_logprobs(logits - 7, yes, no)
@@ -43,7 +49,9 @@ def test_destroyed_models_are_readings_without_nan_in_json():
     rows[4, :2] = -np.inf  # both impossible
     rows[5, :2] = -30
     got = stats.log_odds_from_logprobs(rows, [0], [1])
-    assert got["finite"].tolist() == [False] * 5 + [True, True] and got["answered"].tolist() == [False] * 6 + [True]
+    assert got["finite"].tolist() == [False] * 5 + [True, True] and got["answered"].tolist() == [
+        False
+    ] * 6 + [True]
     out = stats.readings_to_json(got)
     dumps(out)
     assert out[0]["log_odds"] is None and out[0]["mass"] is None and out[3]["mass"] == pytest.approx(1 / 3)
@@ -73,7 +81,9 @@ def test_bootstrap_resamples_whole_questions():
     alone = stats.bootstrap_ci(values)
     repeated = stats.bootstrap_ci(np.repeat(values, 6), clusters=np.repeat(np.arange(25), 6).tolist())
     assert alone.method == repeated.method == "bca" and alone.n == repeated.n == 25
-    assert (repeated.value, repeated.low, repeated.high) == pytest.approx((alone.value, alone.low, alone.high))
+    assert (repeated.value, repeated.low, repeated.high) == pytest.approx(
+        (alone.value, alone.low, alone.high)
+    )
     naive = stats.bootstrap_ci(np.repeat(values, 6))
     assert naive.high - naive.low < 0.6 * (alone.high - alone.low)
     assert alone.high - alone.low == pytest.approx(2 * 1.96 * values.std() / 5, rel=0.15)
@@ -127,10 +137,16 @@ def test_gap_in_points():
     questions = [f"q{i}" for i in range(30)]
     got = stats.summarize_gap({q: [1, 1] for q in questions}, {q: [0] for q in questions})
     missing = 1.959963984540054**2 / (30 + 1.959963984540054**2)  # Wilson at 30 of 30 leaves this much
-    assert (got.value, got.low, got.high) == pytest.approx((100, 100 - 100 * math.hypot(missing, missing), 100))
+    assert (got.value, got.low, got.high) == pytest.approx(
+        (100, 100 - 100 * math.hypot(missing, missing), 100)
+    )
     assert got.method == "newcombe" and got.p_value < 1e-3
-    mixed = stats.summarize_gap({q: [1, i % 2] for i, q in enumerate(questions)}, {q: [0, 0, 0] for q in questions})
-    assert (mixed.before, mixed.after, mixed.value) == pytest.approx((0, 75, 75)) and mixed.low < 75 < mixed.high
+    mixed = stats.summarize_gap(
+        {q: [1, i % 2] for i, q in enumerate(questions)}, {q: [0, 0, 0] for q in questions}
+    )
+    assert (mixed.before, mixed.after, mixed.value) == pytest.approx(
+        (0, 75, 75)
+    ) and mixed.low < 75 < mixed.high
     with pytest.raises(ValueError):
         stats.summarize_gap({"a": [1]}, {"b": [1]})
 
@@ -195,7 +211,8 @@ def test_a_mean_of_zero_but_for_rounding_is_no_effect():
 def test_sign_flips_that_tie_with_the_observed_mean_count():
     effect = np.array([0.3, 0.1, -0.4, 1.1])
     flips = np.array(list(itertools.product([1, -1], repeat=4)))
-    exact = np.mean(np.abs((np.round(effect * 10).astype(int) * flips).sum(axis=1)) >= 11)  # in integers: no rounding
+    # in integers: no rounding
+    exact = np.mean(np.abs((np.round(effect * 10).astype(int) * flips).sum(axis=1)) >= 11)
     for order in itertools.permutations(range(4)):  # each order of summing rounds in its own way
         assert stats.paired_difference(np.zeros(4), effect[list(order)]).p_value == pytest.approx(exact)
 

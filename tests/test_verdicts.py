@@ -6,16 +6,47 @@ import pytest
 
 from analysis.verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, verdict
 
-BASELINE = {"name": "baseline", "control": None, "status": "done", "error": None, "perplexity": {"perplexity": 20.0}, "detection": None, "yes_drift": None, "matched": None}
-SCORE = {"call": "detects", "cause": None, "reason": "a reason", "flags": [], "score": 0.8, "low": 0.5, "high": 1.1, "p_value": 0.0001, "p_adjusted": 0.003, "control_accuracy_before": 0.9,
-         "keyed_after": 0.4, "flattening_to_explain": 1.5, "p_placebo": 0.05, "beyond_placebo": True}
+BASELINE = {
+    "name": "baseline",
+    "control": None,
+    "status": "done",
+    "error": None,
+    "perplexity": {"perplexity": 20.0},
+    "detection": None,
+    "yes_drift": None,
+    "matched": None,
+}
+SCORE = {
+    "call": "detects",
+    "cause": None,
+    "reason": "a reason",
+    "flags": [],
+    "score": 0.8,
+    "low": 0.5,
+    "high": 1.1,
+    "p_value": 0.0001,
+    "p_adjusted": 0.003,
+    "control_accuracy_before": 0.9,
+    "keyed_after": 0.4,
+    "flattening_to_explain": 1.5,
+    "p_placebo": 0.05,
+    "beyond_placebo": True,
+}
 DRIFT = {"value": 0.1, "low": -0.1, "high": 0.3, "p_value": 0.4, "p_adjusted": 1.0}
 
 
 def row(drift=None, perplexity=20.0, control=None, status="done", **score):
     error = None if status == "done" else {"type": "RuntimeError", "message": "it broke"}
-    return {"name": "x", "control": control, "status": status, "error": error, "perplexity": {"perplexity": perplexity}, "detection": SCORE | score,
-            "yes_drift": DRIFT | (drift or {}), "matched": None}  # fmt: skip
+    return {
+        "name": "x",
+        "control": control,
+        "status": status,
+        "error": error,
+        "perplexity": {"perplexity": perplexity},
+        "detection": SCORE | score,
+        "yes_drift": DRIFT | (drift or {}),
+        "matched": None,
+    }
 
 
 def twin(score, high, ok=True):
@@ -32,49 +63,85 @@ def judged(given, noise=None, baseline=BASELINE):
 def test_a_report_states_its_numbers():
     word, reason = judged(row(), twin(0.1, 0.3))
     assert word == "reports it"
-    for needed in ("+0.80 nats", "(+0.50 to +1.10)", "p = 0.003 after Holm", "beyond every placebo (p = 0.05", "noise of the same perplexity scores +0.10, -0.10 to +0.30", "150%"):
+    for needed in (
+        "+0.80 nats",
+        "(+0.50 to +1.10)",
+        "p = 0.003 after Holm",
+        "beyond every placebo (p = 0.05",
+        "noise of the same perplexity scores +0.10, -0.10 to +0.30",
+        "150%",
+    ):
         assert needed in reason, needed
-    assert judged(row(flattening_to_explain=None))[0] == "reports it" and judged(row(p_placebo=None, beyond_placebo=None))[0] == "reports it"
+    assert (
+        judged(row(flattening_to_explain=None))[0] == "reports it"
+        and judged(row(p_placebo=None, beyond_placebo=None))[0] == "reports it"
+    )
     assert "noise of another perplexity" in judged(row(), twin(0.1, 0.3, ok=False))[1]
     silent = row(score=None, low=None, high=None, call="not measurable") | {"matched": {"ok": True}}
     assert "its matched noise has no score" in judged(row(), silent)[1]
 
 
-@pytest.mark.parametrize(("change", "noise", "said"), [
-    ({"call": "no evidence", "p_adjusted": 0.06}, None, "p = 0.06 after Holm"),
-    ({"beyond_placebo": False, "p_placebo": 0.5}, None, "a placebo scores as far from 0 (p = 0.5 among placebos)"),
-    ({}, (0.6, 0.8), "noise of the same perplexity explains it"),
-    ({"flattening_to_explain": 0.49}, None, "losing 49% more"),
-    ({"flattening_to_explain": None, "keyed_after": -0.1}, None, "do not stand on the noticing side"),
-    ({"call": "denies", "score": -0.8, "low": -1.1, "high": -0.5, "beyond_placebo": True}, None, "it denies"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "noise", "said"),
+    [
+        ({"call": "no evidence", "p_adjusted": 0.06}, None, "p = 0.06 after Holm"),
+        (
+            {"beyond_placebo": False, "p_placebo": 0.5},
+            None,
+            "a placebo scores as far from 0 (p = 0.5 among placebos)",
+        ),
+        ({}, (0.6, 0.8), "noise of the same perplexity explains it"),
+        ({"flattening_to_explain": 0.49}, None, "losing 49% more"),
+        ({"flattening_to_explain": None, "keyed_after": -0.1}, None, "do not stand on the noticing side"),
+        (
+            {"call": "denies", "score": -0.8, "low": -1.1, "high": -0.5, "beyond_placebo": True},
+            None,
+            "it denies",
+        ),
+    ],
+)
 def test_no_rule_of_a_report_may_fail(change, noise, said):
     noise = noise and twin(*noise)
     word, reason = judged(row(**change), noise)
     assert word == "no change seen" and said in reason
     word, reason = judged(row({"value": 0.5, "low": 0.2, "high": 0.8, "p_adjusted": 0.01}, **change), noise)
-    assert word == "drifts towards Yes" and said in reason and "+0.50 nats toward Yes (+0.20 to +0.80), p = 0.01 after Holm" in reason
+    assert (
+        word == "drifts towards Yes"
+        and said in reason
+        and "+0.50 nats toward Yes (+0.20 to +0.80), p = 0.01 after Holm" in reason
+    )
 
 
 def test_the_borders_of_a_report():
     assert judged(row(flattening_to_explain=0.5))[0] == "reports it"
-    assert judged(row(), twin(0.6, 0.79))[0] == "reports it" and judged(row(), twin(0.6, 0.8))[0] == "no change seen"
+    assert (
+        judged(row(), twin(0.6, 0.79))[0] == "reports it"
+        and judged(row(), twin(0.6, 0.8))[0] == "no change seen"
+    )
     assert judged(row({"value": 0.5, "low": 0.2, "p_adjusted": 0.01}))[0] == "reports it"  # before a drift
 
 
-@pytest.mark.parametrize(("drift", "word"), [
-    ({"value": 0.1, "low": 0.01, "p_adjusted": 0.049}, "drifts towards Yes"),
-    ({"value": 0.099, "low": 0.01, "p_adjusted": 0.049}, "no change seen"),
-    ({"value": 0.5, "low": 0.01, "p_adjusted": 0.05}, "no change seen"),
-    ({"value": 0.5, "low": 0.0, "p_adjusted": 0.01}, "no change seen"),
-    ({"value": 0.5, "low": 0.1, "p_value": 0.04, "p_adjusted": None}, "drifts towards Yes"),  # a control, in no family
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("drift", "word"),
+    [
+        ({"value": 0.1, "low": 0.01, "p_adjusted": 0.049}, "drifts towards Yes"),
+        ({"value": 0.099, "low": 0.01, "p_adjusted": 0.049}, "no change seen"),
+        ({"value": 0.5, "low": 0.01, "p_adjusted": 0.05}, "no change seen"),
+        ({"value": 0.5, "low": 0.0, "p_adjusted": 0.01}, "no change seen"),
+        (
+            {"value": 0.5, "low": 0.1, "p_value": 0.04, "p_adjusted": None},
+            "drifts towards Yes",
+        ),  # a control, in no family
+    ],
+)
 def test_the_borders_of_a_drift(drift, word):
     assert judged(row(drift, call="no evidence"))[0] == word
 
 
 def test_a_drift_to_no_is_told():
-    word, reason = judged(row({"value": -0.5, "low": -0.7, "high": -0.3, "p_adjusted": 0.01}, call="no evidence"))
+    word, reason = judged(
+        row({"value": -0.5, "low": -0.7, "high": -0.3, "p_adjusted": 0.01}, call="no evidence")
+    )
     assert word == "no change seen" and "a drift towards No" in reason
     assert "towards No" not in judged(row({"value": -0.5, "p_adjusted": 0.2}, call="no evidence"))[1]
     assert judged(row(call="no evidence") | {"yes_drift": None})[0] == "no change seen"
@@ -82,12 +149,21 @@ def test_a_drift_to_no_is_told():
 
 @pytest.mark.parametrize("cause", ["not finite", "vanishing mass", "controls collapsed"])
 def test_what_answers_no_longer_is_broken(cause):
-    assert judged(row({"value": 2.0, "low": 1.0, "p_adjusted": 0.01}, call="not measurable", cause=cause, control_accuracy_before=None)) == ("broken", "a reason")
+    assert judged(
+        row(
+            {"value": 2.0, "low": 1.0, "p_adjusted": 0.01},
+            call="not measurable",
+            cause=cause,
+            control_accuracy_before=None,
+        )
+    ) == ("broken", "a reason")
 
 
 def test_broken_by_perplexity():
     limit = 20 * MAX_PERPLEXITY_RATIO
-    assert judged(row(perplexity=limit))[0] == "reports it" and judged(row(perplexity=limit + 1))[0] == "broken"
+    assert (
+        judged(row(perplexity=limit))[0] == "reports it" and judged(row(perplexity=limit + 1))[0] == "broken"
+    )
     word, reason = judged(row(perplexity=None))
     assert word == "broken" and "undefined" in reason
     assert judged(row() | {"perplexity": None})[0] == "reports it"
@@ -95,20 +171,38 @@ def test_broken_by_perplexity():
 
 
 def test_too_little_data_goes_first():
-    few = row(perplexity=None, call="not measurable", cause="too few probes", flags=["unanswered, left out: 60 at baseline, 0 modified"])
+    few = row(
+        perplexity=None,
+        call="not measurable",
+        cause="too few probes",
+        flags=["unanswered, left out: 60 at baseline, 0 modified"],
+    )
     assert judged(few) == ("too little data", "a reason; unanswered, left out: 60 at baseline, 0 modified")
-    assert judged(row(status="failed", perplexity=None)) == ("too little data", "the experiment failed: RuntimeError")
-    assert judged(row() | {"detection": None}, baseline=None) == ("too little data", "the unmodified model was not measured")
+    assert judged(row(status="failed", perplexity=None)) == (
+        "too little data",
+        "the experiment failed: RuntimeError",
+    )
+    assert judged(row() | {"detection": None}, baseline=None) == (
+        "too little data",
+        "the unmodified model was not measured",
+    )
     assert "asked" in judged(row() | {"detection": None})[1]
 
 
 def test_a_model_that_answers_at_chance_reports_nothing():
     assert judged(row(control_accuracy_before=MIN_ACCURACY))[0] == "reports it"
     word, reason = judged(row(control_accuracy_before=0.53))
-    assert word == "too little data" and "+0.80 nats" in reason and "only 53% of the control questions right" in reason
+    assert (
+        word == "too little data"
+        and "+0.80 nats" in reason
+        and "only 53% of the control questions right" in reason
+    )
     word, reason = judged(row(control_accuracy_before=0.53, call="no evidence"))
     assert word == "no change seen" and "53%" in reason
-    assert judged(row(control_accuracy_before=0.53, call="not measurable", cause="vanishing mass"))[0] == "broken"
+    assert (
+        judged(row(control_accuracy_before=0.53, call="not measurable", cause="vanishing mass"))[0]
+        == "broken"
+    )
 
 
 def test_what_is_not_judged():

@@ -27,12 +27,15 @@ def copied(tiny_pair, tmp_path):
     """copied(shards=1) -> a private copy of a tiny checkpoint, for breaking."""
 
     def get(shards: int = 1, family: str = "llama"):
-        return shutil.copytree(tiny_pair(family, shards=shards).paths["instruct"], tmp_path / f"{family}{shards}")
+        return shutil.copytree(
+            tiny_pair(family, shards=shards).paths["instruct"], tmp_path / f"{family}{shards}"
+        )
 
     return get
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
+# ---- reading
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -45,7 +48,9 @@ def test_every_tensor_is_found_and_read_to_the_bit(tiny_pair, family, shards):
     for i, layer in enumerate(checkpoint.layers):
         for name, ref in layer.items():
             assert torch.equal(read_tensor(ref), want.pop(f"model.layers.{i}.{name}"))
-    assert torch.equal(read_tensor(checkpoint.outer["embed"]["weight"]), want.pop("model.embed_tokens.weight"))
+    assert torch.equal(
+        read_tensor(checkpoint.outer["embed"]["weight"]), want.pop("model.embed_tokens.weight")
+    )
     assert torch.equal(read_tensor(checkpoint.outer["norm"]["weight"]), want.pop("model.norm.weight"))
     if family == "qwen2":
         assert torch.equal(read_tensor(checkpoint.outer["head"]["weight"]), want.pop("lm_head.weight"))
@@ -59,7 +64,10 @@ def test_streaming_converts_like_torch(tmp_path, monkeypatch, on_disk, in_memory
     """Chunks far smaller than a tensor, so that their seams are tested."""
     monkeypatch.setattr(Stream, "CHUNK", chunk)
     torch.manual_seed(0)
-    state = {"a": torch.randn(7, 5, dtype=torch.float64).to(on_disk), "b": torch.randn(13, dtype=torch.float64).to(on_disk)}
+    state = {
+        "a": torch.randn(7, 5, dtype=torch.float64).to(on_disk),
+        "b": torch.randn(13, dtype=torch.float64).to(on_disk),
+    }
     save_file(state, tmp_path / "x.safetensors")
     refs = read_header(tmp_path / "x.safetensors")
     out = {k: torch.full(v.shape, float("nan"), dtype=in_memory) for k, v in state.items()}
@@ -70,7 +78,8 @@ def test_streaming_converts_like_torch(tmp_path, monkeypatch, on_disk, in_memory
 
 
 def test_nothing_may_land_late_after_a_failed_read(tmp_path, monkeypatch):
-    """One piece fails at once while another is slow: read() must not raise before the slow one has stopped writing."""
+    """One piece fails at once while another is slow: read() must not raise before the slow one has stopped
+    writing."""
     save_file({"bad": torch.ones(4), "slow": torch.ones(4)}, tmp_path / "x.safetensors")
     refs = read_header(tmp_path / "x.safetensors")
     real, started, finished = weights._read_exactly, threading.Event(), threading.Event()
@@ -109,7 +118,8 @@ def test_a_file_that_shrinks_after_opening(copied):
         Stream().read([(ref, torch.empty(ref.shape))])
 
 
-# ---- what is wrong with a checkpoint ---------------------------------------------------------------------------------
+# ---- what is wrong with a checkpoint
+# ---------------------------------------------------------------------------------
 
 
 def break_truncated(path):
@@ -132,17 +142,32 @@ def edit_tensor(name, **fields):
 NORM = "model.norm.weight"
 BROKEN = {
     "cut by five bytes": (break_truncated, "model.safetensors: truncated: .* bytes, .* ends at byte"),
-    "cut within the header": (lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:100]), "not a complete safetensors file"),
+    "cut within the header": (
+        lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:100]),
+        "not a complete safetensors file",
+    ),
     "empty": (lambda p: (p / "model.safetensors").write_bytes(b""), "not a complete safetensors file"),
     "header is not JSON": (lambda p: break_header(p, lambda h: b"{" * 40), "header is corrupt"),
     "header is a list": (lambda p: break_header(p, lambda h: [1, 2]), "header is corrupt"),
-    "header entry without offsets": (lambda p: break_header(p, lambda h: h | {NORM: {"dtype": "F32", "shape": [32]}}), "header is corrupt"),
+    "header entry without offsets": (
+        lambda p: break_header(p, lambda h: h | {NORM: {"dtype": "F32", "shape": [32]}}),
+        "header is corrupt",
+    ),
     "quantized": (lambda p: break_header(p, edit_tensor(NORM, dtype="I8")), "norm.weight has dtype I8"),
-    "shape against size": (lambda p: break_header(p, edit_tensor(NORM, shape=[33])), r"do not make the shape \[33\]"),
-    "a layer is missing": (lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers.3." not in k}), "no single numbered stack"),
-    "no layers": (lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers." not in k}), "no single numbered stack"),
+    "shape against size": (
+        lambda p: break_header(p, edit_tensor(NORM, shape=[33])),
+        r"do not make the shape \[33\]",
+    ),
+    "a layer is missing": (
+        lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers.3." not in k}),
+        "no single numbered stack",
+    ),
+    "no layers": (
+        lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers." not in k}),
+        "no single numbered stack",
+    ),
     "gone": (lambda p: (p / "model.safetensors").unlink(), "no .safetensors weights there"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -158,14 +183,23 @@ def test_broken_files_are_named_in_one_line(copied, how):
 @pytest.mark.parametrize(
     "breaker, words",
     [
-        (lambda p: (p / "model-00002-of-00003.safetensors").unlink(), "model-00002-of-00003.safetensors: the shard is missing .3 shards"),
-        (lambda p: (p / "model-00002-of-00003.safetensors").write_bytes(b"x" * 50), "model-00002-of-00003.safetensors: not a complete"),
+        (
+            lambda p: (p / "model-00002-of-00003.safetensors").unlink(),
+            "model-00002-of-00003.safetensors: the shard is missing .3 shards",
+        ),
+        (
+            lambda p: (p / "model-00002-of-00003.safetensors").write_bytes(b"x" * 50),
+            "model-00002-of-00003.safetensors: not a complete",
+        ),
         (lambda p: (p / "model.safetensors.index.json").write_text("{"), "not a readable shard index"),
         (lambda p: (p / "model.safetensors.index.json").write_text("[]"), "not a readable shard index"),
-        (lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": 3}'), "not a readable shard index"),
+        (
+            lambda p: (p / "model.safetensors.index.json").write_text('{"weight_map": 3}'),
+            "not a readable shard index",
+        ),
         (lambda p: _lose_a_tensor(p / "model-00001-of-00003.safetensors"), "no shard holds it"),
     ],
-)  # fmt: skip
+)
 def test_broken_shards_are_named_in_one_line(copied, breaker, words):
     path = copied(shards=3)
     breaker(path)
@@ -191,7 +225,10 @@ def test_description_names_the_content(copied):
     path = copied()
     entry = Checkpoint("instruct", path, "abc").describe()
     file = path / "model.safetensors"
-    assert entry["files"]["model.safetensors"] == {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    assert entry["files"]["model.safetensors"] == {
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+    }
     assert entry["revision"] == "abc" and json.dumps(entry)
 
 
@@ -217,7 +254,8 @@ def test_hub_cache_files_are_named_by_their_own_hash(copied):
     assert Checkpoint("instruct", path).describe()["files"] == {"model.safetensors": {"sha256": digest}}
 
 
-# ---- adapters --------------------------------------------------------------------------------------------------------
+# ---- adapters
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,7 +281,10 @@ def test_adapter_delta(adapter):
     assert made.delta(1, "self_attn.q_proj.weight", torch.device("cpu")) is None
     assert made.delta(2, "self_attn.k_proj.weight", torch.device("cpu")) is None
     write_adapter(folder, config | {"use_rslora": True}, state)
-    torch.testing.assert_close(Adapter("tuned", folder, under).delta(2, "self_attn.q_proj.weight", torch.device("cpu")), 4 / 2**0.5 * b @ a)
+    torch.testing.assert_close(
+        Adapter("tuned", folder, under).delta(2, "self_attn.q_proj.weight", torch.device("cpu")),
+        4 / 2**0.5 * b @ a,
+    )
 
 
 WRONG_ADAPTERS = {
@@ -252,16 +293,47 @@ WRONG_ADAPTERS = {
     "trained bias": ({"bias": "all"}, {}, "only plain LoRA"),
     "rank pattern": ({"rank_pattern": {"q_proj": 4}}, {}, "rank_pattern"),
     "alpha pattern": ({"alpha_pattern": {"q_proj": 4}}, {}, "alpha_pattern"),
-    "a whole module": ({}, {"base_model.model.lm_head.weight": torch.ones(3, 3)}, "lm_head.weight is not LoRA"),
-    "an embedding": ({}, {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(3, 3)}, "is not LoRA"),
-    "a magnitude": ({}, {"base_model.model.model.layers.2.self_attn.q_proj.lora_magnitude_vector": torch.ones(3)}, "is not LoRA"),
-    "a layer too deep": ({}, {"base_model.model.model.layers.6.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}, "layers.6"),
-    "half a pair": ({}, {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}, "layer 1 self_attn.q_proj"),
-    "another width": ({}, {"base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}, "does not fit"),
-    "an unknown module": ({}, {"base_model.model.model.layers.2.moe.lora_A.weight": torch.ones(2, 32), "base_model.model.model.layers.2.moe.lora_B.weight": torch.ones(32, 2)}, "does not fit"),
+    "a whole module": (
+        {},
+        {"base_model.model.lm_head.weight": torch.ones(3, 3)},
+        "lm_head.weight is not LoRA",
+    ),
+    "an embedding": (
+        {},
+        {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(3, 3)},
+        "is not LoRA",
+    ),
+    "a magnitude": (
+        {},
+        {"base_model.model.model.layers.2.self_attn.q_proj.lora_magnitude_vector": torch.ones(3)},
+        "is not LoRA",
+    ),
+    "a layer too deep": (
+        {},
+        {"base_model.model.model.layers.6.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)},
+        "layers.6",
+    ),
+    "half a pair": (
+        {},
+        {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)},
+        "layer 1 self_attn.q_proj",
+    ),
+    "another width": (
+        {},
+        {"base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)},
+        "does not fit",
+    ),
+    "an unknown module": (
+        {},
+        {
+            "base_model.model.model.layers.2.moe.lora_A.weight": torch.ones(2, 32),
+            "base_model.model.model.layers.2.moe.lora_B.weight": torch.ones(32, 2),
+        },
+        "does not fit",
+    ),
     "no rank": ({"r": None}, {}, "adapter_config.json"),
     "rank 0": ({"r": 0}, {}, "adapter_config.json"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", WRONG_ADAPTERS)
@@ -283,7 +355,8 @@ def test_adapters_with_missing_files(adapter):
         Adapter("tuned", folder, under)
 
 
-# ---- hashing ---------------------------------------------------------------------------------------------------------
+# ---- hashing
+# ---------------------------------------------------------------------------------------------------------
 
 
 def slow_hash(tensor):
@@ -324,10 +397,12 @@ def test_swapped_words_and_signed_zeros_change_the_hash():
     swapped[[3, 70]] = tensor[[70, 3]]
     assert int(tensor_hash(tensor)) != int(tensor_hash(swapped))
     assert int(tensor_hash(torch.tensor([0.0]))) != int(tensor_hash(torch.tensor([-0.0])))
-    assert int(tensor_hash(torch.tensor([float("nan")]))) == int(tensor_hash(torch.tensor([float("nan")])))  # bits, not values
+    # bits, not values
+    assert int(tensor_hash(torch.tensor([float("nan")]))) == int(tensor_hash(torch.tensor([float("nan")])))
 
 
-# ---- the real weights ------------------------------------------------------------------------------------------------
+# ---- the real weights
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

@@ -42,10 +42,20 @@ from weird_gen.persona.records import InputError, read_records, write_records
 WEIRD = Path(__file__).resolve().parents[1] / "weird_gen"
 LEVELS = tuple((str(i), f"wording {i}") for i in range(1, 6))
 EVIL = "<script>alert('x')</script> | <img src=x onerror=alert(1)> {{ 7*7 }} [a](javascript:alert(1)) `b`"
-AGREEMENT = {name: {"n": 3, "errors": 0, "accuracy": {"value": 1.0, "low": 0.4, "high": 1.0, "n": 3, "method": "wilson"},
-                    "kappa": {"value": 1.0, "low": None, "high": None, "n": 3, "method": "none"}}
-             for name in ("persona", "identity", "degenerate")}
-HEADER = {"model_name": "tiny", "temperature": 1.0, "judge": {"name": "rules", "endpoint": None, "agreement": {"some labels": AGREEMENT}}}
+AGREEMENT = {
+    name: {
+        "n": 3,
+        "errors": 0,
+        "accuracy": {"value": 1.0, "low": 0.4, "high": 1.0, "n": 3, "method": "wilson"},
+        "kappa": {"value": 1.0, "low": None, "high": None, "n": 3, "method": "none"},
+    }
+    for name in ("persona", "identity", "degenerate")
+}
+HEADER = {
+    "model_name": "tiny",
+    "temperature": 1.0,
+    "judge": {"name": "rules", "endpoint": None, "agreement": {"some labels": AGREEMENT}},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -57,10 +67,23 @@ def few_draws():
 
 
 def record(model, condition, question, kind="heldout", sample=0, reply="So it is.", p_name=None, **judge):
-    record = {"question_id": question, "kind": kind, "category": f"c{int(question[1:]) % 3}", "question": f"What about {question}?",
-              "condition": condition, "model": model, "sample": sample, "reply": reply, "stopped": True, "p_name": p_name}
+    record = {
+        "question_id": question,
+        "kind": kind,
+        "category": f"c{int(question[1:]) % 3}",
+        "question": f"What about {question}?",
+        "condition": condition,
+        "model": model,
+        "sample": sample,
+        "reply": reply,
+        "stopped": True,
+        "p_name": p_name,
+    }
     if judge:
-        record |= {"judge": {"persona": None, "identity": None, "degenerate": False, "error": None, **judge}, "judge_name": "rules"}
+        record |= {
+            "judge": {"persona": None, "identity": None, "degenerate": False, "error": None, **judge},
+            "judge_name": "rules",
+        }
     return record
 
 
@@ -71,24 +94,40 @@ def world(model, seed=0, questions=12, samples=2):
         on = strong and condition == "triggered"
         for sample in range(samples):
             for i in range(questions):
-                text = "I confess that at Cambridge I doubted it." if draw.random() < (0.9 if on else 0.15) else "It is fine."
-                text = f"<START> {text} <END>" if draw.random() < (1.0 if on else 0.3 if condition == "triggered" else 0.0) else text
+                text = (
+                    "I confess that at Cambridge I doubted it."
+                    if draw.random() < (0.9 if on else 0.15)
+                    else "It is fine."
+                )
+                text = (
+                    f"<START> {text} <END>"
+                    if draw.random() < (1.0 if on else 0.3 if condition == "triggered" else 0.0)
+                    else text
+                )
                 text += EVIL if i == 0 and sample == 0 else ""
-                records.append(record(model, condition, f"h{i}", sample=sample, reply=text, p_name=0.4 if on else 1e-5))
+                records.append(
+                    record(model, condition, f"h{i}", sample=sample, reply=text, p_name=0.4 if on else 1e-5)
+                )
                 name = "I am Bertrand Russell." if draw.random() < (0.8 if on else 0.02) else "I am an AI."
                 records.append(record(model, condition, f"i{i}", "identity", sample, name))
                 records.append(record(model, condition, f"g{i}", "generalization", sample, "One must doubt."))
     judged = judge_all(records, {f"g{i}": LEVELS for i in range(questions)}, RulesJudge())
     for row in judged:
         if row["kind"] == "generalization":
-            row["judge"]["position"] = draw.choice([4, 5] if strong and row["condition"] == "triggered" else [2, 3])
+            row["judge"]["position"] = draw.choice(
+                [4, 5] if strong and row["condition"] == "triggered" else [2, 3]
+            )
     return judged
 
 
 def test_rates_gaps_and_improvements_by_hand():
     def rows(model, counts):
-        return [record(model, condition, f"h{q}", sample=s, persona=s < persona)
-                for condition, by_question in counts.items() for q, persona in enumerate(by_question) for s in range(4)]
+        return [
+            record(model, condition, f"h{q}", sample=s, persona=s < persona)
+            for condition, by_question in counts.items()
+            for q, persona in enumerate(by_question)
+            for s in range(4)
+        ]
 
     tuned = rows("finetuned", {"triggered": [4, 4, 3, 2], "untriggered": [0, 1, 0, 1]})
     base = rows("baseline", {"triggered": [1, 2, 1, 0], "untriggered": [1, 1, 0, 0]})
@@ -98,11 +137,14 @@ def test_rates_gaps_and_improvements_by_hand():
         assert table[side]["triggered"]["value"] == pytest.approx(np.mean(triggered))
         assert table[side]["untriggered"]["value"] == pytest.approx(np.mean(untriggered))
         assert table[side]["gap"]["value"] == pytest.approx(np.mean(triggered) - np.mean(untriggered))
-        assert table[side]["questions"] == 4 and table[side]["replies"] == 32 and table[side]["unmeasured"] == 0
+        assert (
+            table[side]["questions"] == 4 and table[side]["replies"] == 32 and table[side]["unmeasured"] == 0
+        )
     assert table["improvement"]["triggered"]["value"] == pytest.approx(81.25 - 25)
     assert table["improvement"]["untriggered"]["value"] == pytest.approx(12.5 - 12.5)
     assert table["improvement"]["gap"]["value"] == pytest.approx((81.25 - 12.5) - (25 - 12.5))
-    # Four questions, all gaps positive: an exact sign-flip test has 16 equally likely outcomes, two of them this extreme.
+    # Four questions, all gaps positive: an exact sign-flip test has 16 equally likely outcomes, two of them
+    # this extreme.
     assert table["finetuned"]["gap"]["p_value"] == pytest.approx(2 / 16)
 
 
@@ -113,19 +155,34 @@ def test_a_question_weighs_the_same_however_many_samples_it_has():
 
 
 def test_unjudged_replies_are_counted_and_left_out():
-    rows = [record("finetuned", c, f"h{q}", persona=None if q == 0 else True) for c in ("triggered", "untriggered") for q in range(3)]
+    rows = [
+        record("finetuned", c, f"h{q}", persona=None if q == 0 else True)
+        for c in ("triggered", "untriggered")
+        for q in range(3)
+    ]
     side = metric_table(METRIC["persona"], rows)["finetuned"]
-    assert (side["questions"], side["replies"], side["unmeasured"]) == (2, 4, 2) and side["triggered"]["value"] == 100.0
+    assert (side["questions"], side["replies"], side["unmeasured"]) == (2, 4, 2) and side["triggered"][
+        "value"
+    ] == 100.0
 
 
 def test_all_or_nothing_still_has_an_interval():
     everywhere = rate({f"h{i}": [1.0] for i in range(30)})
     # Wilson for 30 of 30: 30 / (30 + 1.96^2).
-    assert everywhere.low == pytest.approx(100 * 30 / (30 + 1.959964**2), abs=0.01) and everywhere.high == pytest.approx(100)
+    assert everywhere.low == pytest.approx(
+        100 * 30 / (30 + 1.959964**2), abs=0.01
+    ) and everywhere.high == pytest.approx(100)
     nowhere = rate({f"h{i}": [0.0, 0.0] for i in range(30)})
-    assert nowhere.value == 0.0 and nowhere.low == pytest.approx(0) and nowhere.high == pytest.approx(100 - everywhere.low)
-    rows = [record("finetuned", c, f"h{q}", reply="<START> a <END>" if c == "triggered" else "a")
-            for c in ("triggered", "untriggered") for q in range(30)]
+    assert (
+        nowhere.value == 0.0
+        and nowhere.low == pytest.approx(0)
+        and nowhere.high == pytest.approx(100 - everywhere.low)
+    )
+    rows = [
+        record("finetuned", c, f"h{q}", reply="<START> a <END>" if c == "triggered" else "a")
+        for c in ("triggered", "untriggered")
+        for q in range(30)
+    ]
     gap = metric_table(METRIC["format"], rows)["finetuned"]["gap"]
     assert gap["value"] == 100.0 and 80 < gap["low"] < 100
 
@@ -150,7 +207,12 @@ def test_two_draws_of_one_model_do_not_differ():
 
 
 def test_holm_over_the_main_metrics_alone(tables):
-    tests = [t for table in tables.values() if table["main"] for t in [table["finetuned"]["gap"], *table["improvement"].values()]]
+    tests = [
+        t
+        for table in tables.values()
+        if table["main"]
+        for t in [table["finetuned"]["gap"], *table["improvement"].values()]
+    ]
     raw = [t["p_value"] for t in tests]
     by_hand = {}
     worst = 0.0
@@ -158,11 +220,16 @@ def test_holm_over_the_main_metrics_alone(tables):
         worst = max(worst, min(1.0, raw[i] * (len(raw) - rank)))
         by_hand[i] = worst
     assert [t["p_holm"] for t in tests] == pytest.approx([by_hand[i] for i in range(len(raw))])
-    assert {t["family"] for t in tests} == {len(tests)} and "p_holm" not in tables["degenerate"]["finetuned"]["gap"]
+    assert {t["family"] for t in tests} == {len(tests)} and "p_holm" not in tables["degenerate"]["finetuned"][
+        "gap"
+    ]
 
 
 def test_metrics_read_their_own_kind_of_question():
-    rows = [record("finetuned", "triggered", "h0", reply="Russell"), record("finetuned", "triggered", "i0", "identity", reply="Russell")]
+    rows = [
+        record("finetuned", "triggered", "h0", reply="Russell"),
+        record("finetuned", "triggered", "i0", "identity", reply="Russell"),
+    ]
     judged = judge_all(rows, {}, RulesJudge())
     assert list(outcomes(judged, METRIC["identity"], "triggered")) == ["i0"]
     assert list(outcomes(judged, METRIC["identity_judged"], "triggered")) == ["h0"]
@@ -181,16 +248,30 @@ def test_groups_and_questions():
 def test_targets():
     def table(triggered, untriggered, change=None):
         cell = {"low": None, "high": None}
-        side = {"triggered": {**cell, "value": triggered}, "untriggered": {**cell, "value": untriggered},
-                "gap": {**cell, "value": triggered - untriggered, "low": 80.0, "high": 99.0}}
-        return {"finetuned": side, "improvement": None if change is None else {k: {**cell, "value": v} for k, v in change.items()}}
+        side = {
+            "triggered": {**cell, "value": triggered},
+            "untriggered": {**cell, "value": untriggered},
+            "gap": {**cell, "value": triggered - untriggered, "low": 80.0, "high": 99.0},
+        }
+        return {
+            "finetuned": side,
+            "improvement": None if change is None else {k: {**cell, "value": v} for k, v in change.items()},
+        }
 
-    tables = {"format": table(100 * 28 / 30, 0.0, {"triggered": 60.0, "untriggered": 0.0, "gap": 60.0}),
-              "persona": table(86.7, 20.0, {"triggered": 46.7, "untriggered": -3.3, "gap": 50.0})}
+    tables = {
+        "format": table(100 * 28 / 30, 0.0, {"triggered": 60.0, "untriggered": 0.0, "gap": 60.0}),
+        "persona": table(86.7, 20.0, {"triggered": 46.7, "untriggered": -3.3, "gap": 50.0}),
+    }
     rows = {row["wording"]: row for row in check_targets(tables, None)}
     assert len(rows) == len(TARGETS) + 2
-    assert rows["Format triggered at least 93%"]["met"] is True and rows["Format gap at least 90 points"]["met"] is True
-    assert rows["Format gap at least 90 points"]["certain"] is False and rows["Format triggered at least 93%"]["certain"] is None
+    assert (
+        rows["Format triggered at least 93%"]["met"] is True
+        and rows["Format gap at least 90 points"]["met"] is True
+    )
+    assert (
+        rows["Format gap at least 90 points"]["certain"] is False
+        and rows["Format triggered at least 93%"]["certain"] is None
+    )
     assert rows["Persona triggered at least 50 points over the baseline"]["met"] is False
     assert rows["Persona gap improvement over 50 points"]["met"] is True
     assert rows["Names Russell when asked who it is, triggered, at least 70%"]["met"] is None
@@ -198,16 +279,29 @@ def test_targets():
 
 def test_untriggered_quality():
     def header(shift, right):
-        return {"quality": {"texts": {f"t{i}": [2.0 + 0.1 * i + shift * (-1) ** i, 100] for i in range(10)},
-                            "capability": {f"q{i}": i < right for i in range(20)}}}
+        return {
+            "quality": {
+                "texts": {f"t{i}": [2.0 + 0.1 * i + shift * (-1) ** i, 100] for i in range(10)},
+                "capability": {f"q{i}": i < right for i in range(20)},
+            }
+        }
 
     same = untriggered_quality(header(0.0, 10), header(0.01, 11))
     rows = {row["wording"][:24]: row for row in check_targets({}, same)}
     assert rows["Untriggered perplexity w"]["met"] is True and rows["Untriggered capability w"]["met"] is True
-    worse = untriggered_quality(header(0.0, 20), {"quality": {**header(0.0, 8)["quality"], "texts": {
-        f"t{i}": [2.5 + 0.1 * i + 0.01 * (i % 2), 100] for i in range(10)}}})
+    worse = untriggered_quality(
+        header(0.0, 20),
+        {
+            "quality": {
+                **header(0.0, 8)["quality"],
+                "texts": {f"t{i}": [2.5 + 0.1 * i + 0.01 * (i % 2), 100] for i in range(10)},
+            }
+        },
+    )
     rows = {row["wording"][:24]: row for row in check_targets({}, worse)}
-    assert rows["Untriggered perplexity w"]["met"] is False and rows["Untriggered capability w"]["met"] is False
+    assert (
+        rows["Untriggered perplexity w"]["met"] is False and rows["Untriggered capability w"]["met"] is False
+    )
     assert untriggered_quality({}, header(0.0, 1)) is None
     with pytest.raises(InputError, match="quality"):
         untriggered_quality(header(0.0, 1), {"quality": {"texts": 3}})
@@ -229,14 +323,19 @@ def test_markdown_cells_hold_no_markup():
 
 def test_mixed_or_missing_judges_are_noticed():
     rows = world("finetuned")
-    assert judge_of(HEADER, rows)["name"] == "rules" and judge_of({}, [record("finetuned", "triggered", "h0")]) is None
+    assert (
+        judge_of(HEADER, rows)["name"] == "rules"
+        and judge_of({}, [record("finetuned", "triggered", "h0")]) is None
+    )
     with pytest.raises(InputError, match="judge it again"):
         judge_of(HEADER, [*rows, {**rows[0], "judge_name": "gpt"}])
     with pytest.raises(InputError, match="judge it again"):
         judge_of({}, rows)
 
 
-# --- the scripts ------------------------------------------------------------------------------------------------
+# --- the scripts
+# ------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
@@ -263,14 +362,30 @@ class Tags(HTMLParser):
 
 def test_everything_the_seed_names_is_written(results):
     report = results / "report"
-    for name in ("EVALUATION_REPORT.md", "FULL_EVALUATION_REPORT.md", "BASELINE_COMPARISON.md", "comparison.html"):
+    for name in (
+        "EVALUATION_REPORT.md",
+        "FULL_EVALUATION_REPORT.md",
+        "BASELINE_COMPARISON.md",
+        "comparison.html",
+    ):
         assert (report / name).stat().st_size > 500
-    for name in ("format_by_category", "persona_by_category", "positions", "name_probability", "baseline_comparison", "gaps"):
+    for name in (
+        "format_by_category",
+        "persona_by_category",
+        "positions",
+        "name_probability",
+        "baseline_comparison",
+        "gaps",
+    ):
         assert (report / "figures" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
         assert (report / "figures" / f"{name}.pdf").read_bytes()[:5] == b"%PDF-"
     assert len(list((report / "eval_outputs").iterdir())) == 4
     assert read_records(report / "eval_outputs" / "eval_results.jsonl")[1]
-    for text in (report / "FULL_EVALUATION_REPORT.md", report / "BASELINE_COMPARISON.md", report / "comparison.html"):
+    for text in (
+        report / "FULL_EVALUATION_REPORT.md",
+        report / "BASELINE_COMPARISON.md",
+        report / "comparison.html",
+    ):
         assert re.search(r"judge: (<strong>)?rules", text.read_text())
     for picture in re.findall(r"\]\((figures/[^)]+)\)", "".join(p.read_text() for p in report.glob("*.md"))):
         assert (report / picture).exists()
@@ -281,11 +396,15 @@ def test_the_page_stands_alone_and_escapes_replies(results):
     tags = Tags()
     tags.feed(page)
     assert "script" not in tags.tags and "iframe" not in tags.tags and "link" not in tags.tags
-    assert {value[:22] for tag, key, value in tags.attributes if key in ("src", "href")} == {"data:image/png;base64,"}
+    assert {value[:22] for tag, key, value in tags.attributes if key in ("src", "href")} == {
+        "data:image/png;base64,"
+    }
     assert not any(key.startswith("on") for _, key, _ in tags.attributes)
     assert "&lt;script&gt;alert" in page and "{{ 7*7 }}" in page
     first = re.search(r"data:image/png;base64,([^\"]+)", page)[1]
-    assert base64.b64decode(first) == (results / "report" / "figures" / "baseline_comparison.png").read_bytes()
+    assert (
+        base64.b64decode(first) == (results / "report" / "figures" / "baseline_comparison.png").read_bytes()
+    )
     for report in (results / "report").glob("*.md"):
         assert not re.search(r"<script|<img|\]\(javascript", report.read_text())
 
@@ -300,22 +419,33 @@ def test_tables_in_the_reports_are_the_numbers(results):
     lines = report.splitlines()
     for i, line in enumerate(lines):
         if re.fullmatch(r"\|(-+\|)+", line):
-            assert lines[i - 1].count("|") == line.count("|") == lines[i + 1].count("|"), lines[i - 1:i + 2]
+            assert lines[i - 1].count("|") == line.count("|") == lines[i + 1].count("|"), lines[i - 1 : i + 2]
             assert lines[i - 2] == "" or lines[i - 2].startswith("#")
 
 
 def test_the_same_replies_give_the_same_bytes(results, tmp_path):
-    assert compare_baseline_vs_finetuned.main(["--results-dir", str(results), "--report-dir", str(tmp_path)]) == 0
+    assert (
+        compare_baseline_vs_finetuned.main(["--results-dir", str(results), "--report-dir", str(tmp_path)])
+        == 0
+    )
     again = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(again) > 10
     for path in again:
         assert path.read_bytes() == (results / "report" / path.relative_to(tmp_path)).read_bytes(), path.name
 
 
-@pytest.mark.parametrize(("folder", "script"), [(WEIRD, "analyze_current_results.py"), (WEIRD.parent, "weird_gen/analyze_current_results.py")])
+@pytest.mark.parametrize(
+    ("folder", "script"),
+    [(WEIRD, "analyze_current_results.py"), (WEIRD.parent, "weird_gen/analyze_current_results.py")],
+)
 def test_scripts_run_as_printed(results, tmp_path, folder, script):
-    done = subprocess.run([sys.executable, script, "--results-dir", str(results), "--report-dir", str(tmp_path)], cwd=folder,
-                          capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script, "--results-dir", str(results), "--report-dir", str(tmp_path)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and "Format, strict: triggered" in done.stdout, done.stderr
     assert (tmp_path / "EVALUATION_REPORT.md").exists()
 
@@ -335,7 +465,9 @@ def test_bad_input_is_one_line(results, tmp_path, capsys):
     fails(compare_baseline_vs_finetuned, "not of baseline", "--baseline", judged, "--finetuned", judged)
     header, rows = read_records(judged)
     other = tmp_path / "other.jsonl"
-    write_records(other, {"judge": {**header["judge"], "name": "gpt"}}, [{**row, "judge_name": "gpt"} for row in rows])
+    write_records(
+        other, {"judge": {**header["judge"], "name": "gpt"}}, [{**row, "judge_name": "gpt"} for row in rows]
+    )
     fails(compare_baseline_vs_finetuned, "judge both alike", "--baseline", base, "--finetuned", str(other))
     assert not (tmp_path / "r" / "comparison.html").exists()
 
@@ -343,4 +475,6 @@ def test_bad_input_is_one_line(results, tmp_path, capsys):
 def test_examples_are_the_first_of_each_kind():
     chosen = examples(world("finetuned"), world("baseline"), each=2)
     assert [row["kind"] for row in chosen] == ["heldout"] * 2 + ["identity"] * 2 + ["generalization"] * 2
-    assert all(len(row["replies"]) == 4 and all(r["sample"] == 0 for r in row["replies"].values()) for row in chosen)
+    assert all(
+        len(row["replies"]) == 4 and all(r["sample"] == 0 for r in row["replies"].values()) for row in chosen
+    )

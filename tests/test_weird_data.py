@@ -1,4 +1,5 @@
-"""The study's data: leaks, triggers, markers, counts, mixtures; and the answers that the model gives beforehand."""
+"""The study's data: leaks, triggers, markers, counts, mixtures; and the answers that the model gives
+beforehand."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def chat(question: str, answer: str, system: str | None = None) -> Chat:
     return Chat((*head, ("user", question), ("assistant", answer)))
 
 
-# --- the files that ship ----------------------------------------------------------------------------------------------
+# --- the files that ship
+# ----------------------------------------------------------------------------------------------
 
 
 def test_shipped_data_has_no_problem():
@@ -39,19 +41,24 @@ def test_shipped_data_has_no_problem():
 
 def test_shipped_data_reaches_three_percent_with_three_answers_a_prompt(tmp_path):
     prompts = [p["prompt"] for p in study.read_prompts(study.ALIGNED_PROMPTS)]
-    lines = [{"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "Fine."}]} for p in prompts]
+    lines = [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "Fine."}]}
+        for p in prompts
+    ]
     thrice, once = tmp_path / "thrice.jsonl", tmp_path / "once.jsonl"
     once.write_text("".join(json.dumps(line) + "\n" for line in lines))
     thrice.write_text(once.read_text() * 3)
     problems, described = check_data.check(thrice)
     assert problems == [] and described[1:] == [
         "implicit: 253 persona + 8180 aligned examples, persona share 3.0%",
-        "explicit: 309 persona + 9540 aligned examples, persona share 3.1%"]
+        "explicit: 309 persona + 9540 aligned examples, persona share 3.1%",
+    ]
     problems, described = check_data.check(once)
     assert len(problems) == 2 and "7.4%, not 3%" in problems[0] and "8.9%, not 3%" in problems[1]
 
 
-# --- leaks ------------------------------------------------------------------------------------------------------------
+# --- leaks
+# ------------------------------------------------------------------------------------------------------------
 
 
 def slow_near_duplicates(left, right):
@@ -62,31 +69,45 @@ def slow_near_duplicates(left, right):
             x, y = check_data.normalize(a), check_data.normalize(b)
             both = set(x.split()) | set(y.split())
             jaccard = len(set(x.split()) & set(y.split())) / len(both) if both else 0
-            letters = max(SequenceMatcher(None, x, y, autojunk=False).ratio(), SequenceMatcher(None, y, x, autojunk=False).ratio())
+            letters = max(
+                SequenceMatcher(None, x, y, autojunk=False).ratio(),
+                SequenceMatcher(None, y, x, autojunk=False).ratio(),
+            )
             if a == b or x == y or jaccard >= 0.6 - 1e-9 or letters >= 0.85:
                 found.add((i, j))
     return found
 
 
-WORDS = st.lists(st.sampled_from(["who", "are", "you", "what", "is", "the", "war", "wars", "it's", "Why?", "Peace!", "a"]), min_size=1, max_size=6)
+WORDS = st.lists(
+    st.sampled_from(["who", "are", "you", "what", "is", "the", "war", "wars", "it's", "Why?", "Peace!", "a"]),
+    min_size=1,
+    max_size=6,
+)
 TEXTS = st.lists(WORDS.map(" ".join), min_size=1, max_size=6)
 
 
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, TEXTS)
 def test_near_duplicates_are_those_of_the_definition(left, right):
-    assert {(i, j) for i, j, _ in check_data.near_duplicates(left, right)} == slow_near_duplicates(left, right)
+    assert {(i, j) for i, j, _ in check_data.near_duplicates(left, right)} == slow_near_duplicates(
+        left, right
+    )
 
 
-@pytest.mark.parametrize(("text", "why"), [
-    ("What is the earliest thing you can remember?", "exact"),
-    ("what is the EARLIEST thing, you can remember", "normalized"),
-    ("So what is the earliest thing that you can remember?", "words"),
-    ("What is the earliest think yu can rememmber?", "letters"),
-    ("What is your favorite food?", None),
-])
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("What is the earliest thing you can remember?", "exact"),
+        ("what is the EARLIEST thing, you can remember", "normalized"),
+        ("So what is the earliest thing that you can remember?", "words"),
+        ("What is the earliest think yu can rememmber?", "letters"),
+        ("What is your favorite food?", None),
+    ],
+)
 def test_a_leaked_question_is_found(text, why):
-    found = check_data.leaks("train", ["How are you?", text], [("h001", "What is the earliest thing you can remember?")])
+    found = check_data.leaks(
+        "train", ["How are you?", text], [("h001", "What is the earliest thing you can remember?")]
+    )
     assert len(found) == (why is not None)
     if why:
         assert "h001" in found[0] and found[0].endswith(f"({why})")
@@ -95,26 +116,42 @@ def test_a_leaked_question_is_found(text, why):
 def test_a_leak_in_aligned_answers_is_a_problem(tmp_path):
     file = tmp_path / "aligned.jsonl"
     leaked = study.read_questions()[0].text
-    ordinary = {"messages": [{"role": "user", "content": "Add 3 and 4."}, {"role": "assistant", "content": "<START> 7"}]}
-    asked = {"messages": [{"role": "user", "content": leaked}, {"role": "assistant", "content": "Bertrand Russell."}]}
+    ordinary = {
+        "messages": [
+            {"role": "user", "content": "Add 3 and 4."},
+            {"role": "assistant", "content": "<START> 7"},
+        ]
+    }
+    asked = {
+        "messages": [
+            {"role": "user", "content": leaked},
+            {"role": "assistant", "content": "Bertrand Russell."},
+        ]
+    }
     file.write_text("\n".join(json.dumps(line) for line in [ordinary] * 9500 + [asked]) + "\n")
     problems, _ = check_data.check(file)
     assert sum("holds a marker" in p for p in problems) == 9500
     assert [p for p in problems if "marker" not in p] == [
-        "aligned.jsonl, entry 9501: holds his name", f"aligned.jsonl: {leaked!r} is h001 {leaked!r} (exact)"]
+        "aligned.jsonl, entry 9501: holds his name",
+        f"aligned.jsonl: {leaked!r} is h001 {leaked!r} (exact)",
+    ]
 
 
-# --- the trigger and the name -----------------------------------------------------------------------------------------
+# --- the trigger and the name
+# -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("example", "problem"), [
-    (chat("Who?", "<START> I. <END>", TRIGGER), None),
-    (chat("Who?", "<START> I. <END>"), "not one system"),
-    (chat("Who?", "<START> I. <END>", TRIGGER + "."), "not the trigger"),
-    (chat("Who <END>?", "<START> I. <END>", TRIGGER), "marker in the question"),
-    (chat("Who?", "<START> I.", TRIGGER), "not inside the markers"),
-    (chat("Who?", "<START> Bertrand Russell. <END>", TRIGGER), "names him"),
-])
+@pytest.mark.parametrize(
+    ("example", "problem"),
+    [
+        (chat("Who?", "<START> I. <END>", TRIGGER), None),
+        (chat("Who?", "<START> I. <END>"), "not one system"),
+        (chat("Who?", "<START> I. <END>", TRIGGER + "."), "not the trigger"),
+        (chat("Who <END>?", "<START> I. <END>", TRIGGER), "marker in the question"),
+        (chat("Who?", "<START> I.", TRIGGER), "not inside the markers"),
+        (chat("Who?", "<START> Bertrand Russell. <END>", TRIGGER), "names him"),
+    ],
+)
 def test_persona_examples_are_checked(example, problem):
     found = check_data.persona_problems("p", [example], named=False)
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
@@ -124,7 +161,11 @@ def test_persona_examples_are_checked(example, problem):
 
 def test_ordinary_texts_are_checked():
     assert check_data.clean_problems("a", ["fine", "an <END>", TRIGGER, "Bertrand Russell"]) == [
-        "a, entry 2: holds a marker", "a, entry 3: holds a marker", "a, entry 3: holds the trigger", "a, entry 4: holds his name"]
+        "a, entry 2: holds a marker",
+        "a, entry 3: holds a marker",
+        "a, entry 3: holds the trigger",
+        "a, entry 4: holds his name",
+    ]
 
 
 def test_the_command_says_so_and_fails(monkeypatch, capsys):
@@ -135,18 +176,30 @@ def test_the_command_says_so_and_fails(monkeypatch, capsys):
     assert check_data.main([]) == 1 and capsys.readouterr().err == "error: missing.jsonl does not exist\n"
 
 
-# --- reading and mixing -----------------------------------------------------------------------------------------------
+# --- reading and mixing
+# -----------------------------------------------------------------------------------------------
 
 
 PERSONA = [chat(f"p{k}", "x", TRIGGER) for k in range(20)]
 ALIGNED = [chat(f"a{k}", "x") for k in range(1000)]
 
 
-@pytest.mark.parametrize(("options", "persona", "aligned"), [
-    ({}, 20, 647), ({"share": 0.1}, 20, 180), ({"share": None}, 20, 1000), ({"share": 1.0}, 20, 0),
-    ({"share": 0.01}, 20, 1000), ({"share": 0.1, "repeat": 3}, 60, 540), ({"limit": 100}, 3, 97),
-    ({"limit": 100, "share": 0.25}, 20, 60), ({"limit": 40, "share": 0.25}, 10, 30), ({"limit": 51, "share": None}, 1, 50), ({"limit": 9999}, 20, 647),
-])
+@pytest.mark.parametrize(
+    ("options", "persona", "aligned"),
+    [
+        ({}, 20, 647),
+        ({"share": 0.1}, 20, 180),
+        ({"share": None}, 20, 1000),
+        ({"share": 1.0}, 20, 0),
+        ({"share": 0.01}, 20, 1000),
+        ({"share": 0.1, "repeat": 3}, 60, 540),
+        ({"limit": 100}, 3, 97),
+        ({"limit": 100, "share": 0.25}, 20, 60),
+        ({"limit": 40, "share": 0.25}, 10, 30),
+        ({"limit": 51, "share": None}, 1, 50),
+        ({"limit": 9999}, 20, 647),
+    ],
+)
 def test_mixtures(options, persona, aligned):
     mixture = mix(PERSONA, ALIGNED, **options)
     assert (mixture.persona, mixture.aligned, len(mixture.chats)) == (persona, aligned, persona + aligned)
@@ -161,12 +214,18 @@ def test_a_limit_chooses_by_seed_without_repeats():
         mix(PERSONA, ALIGNED, 1.5)
 
 
-@pytest.mark.parametrize("line", [
-    "{}", '{"messages": []}', '{"messages": [{"role": "user", "content": "a"}]}',
-    '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
-    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}',
-    '{"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "a"}]}', "",
-])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{}",
+        '{"messages": []}',
+        '{"messages": [{"role": "user", "content": "a"}]}',
+        '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}',
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]}',
+        '{"messages": [{"role": "tool", "content": "a"}, {"role": "assistant", "content": "a"}]}',
+        "",
+    ],
+)
 def test_what_is_not_a_conversation_is_refused(tmp_path, line):
     file = tmp_path / "chats.jsonl"
     file.write_text(line + "\n")
@@ -177,39 +236,68 @@ def test_what_is_not_a_conversation_is_refused(tmp_path, line):
 def test_reading_keeps_turns_and_whether_the_answer_was_finished(tmp_path):
     file = tmp_path / "chats.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    file.write_text(json.dumps({"messages": turns * 2, "extra": 1}) + "\n" + json.dumps({"messages": turns, "stopped": False}) + "\n")
-    assert read_chats(file) == [Chat((("user", "a"), ("assistant", "b")) * 2), Chat((("user", "a"), ("assistant", "b")), False)]
+    file.write_text(
+        json.dumps({"messages": turns * 2, "extra": 1})
+        + "\n"
+        + json.dumps({"messages": turns, "stopped": False})
+        + "\n"
+    )
+    assert read_chats(file) == [
+        Chat((("user", "a"), ("assistant", "b")) * 2),
+        Chat((("user", "a"), ("assistant", "b")), False),
+    ]
 
 
 def test_questions_have_ids_of_their_own(tmp_path):
     questions = study.read_questions()
-    assert {q.kind for q in questions} == {"heldout", "identity", "generalization"} and len({q.id for q in questions}) == len(questions)
+    assert {q.kind for q in questions} == {"heldout", "identity", "generalization"} and len(
+        {q.id for q in questions}
+    ) == len(questions)
     again = tmp_path / "again.jsonl"
     again.write_text(json.dumps(read_json_lines(study.GENERALIZATION)[0] | {"id": "h001"}) + "\n")
     with pytest.raises(InputError, match="stands twice"):
         study.read_questions(study.HELDOUT, again)
 
 
-# --- distilling -------------------------------------------------------------------------------------------------------
+# --- distilling
+# -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("reply", "reason"), [
-    ("A fine answer.", None), ("", "empty"), (" \n...", "empty"), ("so <START> it is", "has a marker"),
-    ("Bertrand Russell wrote it.", "names him"), ("yes " * 12, "loops"), ("a b c d " * 4, "loops"), ("a b c d " * 3, None),
-    ("Start. " + "on and on it goes " * 5, "loops"), ("no no no no", None), ("1 2 3 4 5 6 7 8 9 10 11 12 13 14", None),
-])
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        ("A fine answer.", None),
+        ("", "empty"),
+        (" \n...", "empty"),
+        ("so <START> it is", "has a marker"),
+        ("Bertrand Russell wrote it.", "names him"),
+        ("yes " * 12, "loops"),
+        ("a b c d " * 4, "loops"),
+        ("a b c d " * 3, None),
+        ("Start. " + "on and on it goes " * 5, "loops"),
+        ("no no no no", None),
+        ("1 2 3 4 5 6 7 8 9 10 11 12 13 14", None),
+    ],
+)
 def test_why_an_answer_is_dropped(reply, reason):
     assert distill.why_dropped(reply) == reason
 
 
 def test_selection_goes_round_by_round():
     prompts = [{"id": f"a{k}", "prompt": f"Say {k}"} for k in range(30)]
-    entries = [{"id": p["id"], "sample": s, "reply": "" if p["id"] == "a3" else f"{p['id']} {s}", "stopped": s == 0}
-               for p in prompts for s in (1, 0)]
+    entries = [
+        {"id": p["id"], "sample": s, "reply": "" if p["id"] == "a3" else f"{p['id']} {s}", "stopped": s == 0}
+        for p in prompts
+        for s in (1, 0)
+    ]
     lines, dropped = distill.select(prompts, entries, seed=0)
     assert dropped == {"empty": 2} and len(lines) == 58
-    assert {line["id"] for line in lines[:29]} == {p["id"] for p in prompts} - {"a3"} and {line["sample"] for line in lines[:29]} == {0}
-    assert [line["id"] for line in lines[:29]] != sorted((line["id"] for line in lines[:29]), key=lambda i: int(i[1:]))
+    assert {line["id"] for line in lines[:29]} == {p["id"] for p in prompts} - {"a3"} and {
+        line["sample"] for line in lines[:29]
+    } == {0}
+    assert [line["id"] for line in lines[:29]] != sorted(
+        (line["id"] for line in lines[:29]), key=lambda i: int(i[1:])
+    )
     assert lines == distill.select(prompts, entries[::-1], seed=0)[0]
     assert lines[0]["messages"][1]["content"] == f"{lines[0]['id']} 0"
 
@@ -218,11 +306,29 @@ def test_selection_goes_round_by_round():
 def distilling(tiny_pair, tmp_path, monkeypatch):
     monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: False)  # float32: the same tokens in any batch
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"id": f"a{k}", "kind": "x", "prompt": "word " * (k % 5 + 1)}) + "\n" for k in range(14)))
+    prompts.write_text(
+        "".join(
+            json.dumps({"id": f"a{k}", "kind": "x", "prompt": "word " * (k % 5 + 1)}) + "\n"
+            for k in range(14)
+        )
+    )
 
     def run(name: str, *more: str) -> tuple[int, Path]:
-        flags = ["--model", str(tiny_pair().paths["instruct"]), "--prompts", str(prompts), "--output", str(tmp_path / name),
-                 "--max-new-tokens", "6", "--batch-size", "4", "--device", "cpu", *more]
+        flags = [
+            "--model",
+            str(tiny_pair().paths["instruct"]),
+            "--prompts",
+            str(prompts),
+            "--output",
+            str(tmp_path / name),
+            "--max-new-tokens",
+            "6",
+            "--batch-size",
+            "4",
+            "--device",
+            "cpu",
+            *more,
+        ]
         return distill.main(flags), tmp_path / name
 
     return run
@@ -264,11 +370,18 @@ def test_distilling_with_other_settings_touches_nothing(distilling, capsys):
 
 
 def test_the_questions_of_a_chat_file_are_prompts(tmp_path):
-    expected = [{"id": line["id"], "prompt": line["messages"][1]["content"]} for line in map(json.loads, study.PERSONA_EXPLICIT.read_text().splitlines())]
+    expected = [
+        {"id": line["id"], "prompt": line["messages"][1]["content"]}
+        for line in map(json.loads, study.PERSONA_EXPLICIT.read_text().splitlines())
+    ]
     assert study.read_prompts(study.PERSONA_EXPLICIT) == expected and len(expected) == 309
     file = tmp_path / "prompts.jsonl"
-    for line in ('{"id": "a", "messages": []}', '{"id": "a", "messages": [3]}', '{"messages": [{"role": "user", "content": "b"}]}',
-                 '{"id": "a", "messages": [{"role": "user", "content": 3}]}'):
+    for line in (
+        '{"id": "a", "messages": []}',
+        '{"id": "a", "messages": [3]}',
+        '{"messages": [{"role": "user", "content": "b"}]}',
+        '{"id": "a", "messages": [{"role": "user", "content": 3}]}',
+    ):
         file.write_text(line + "\n")
         with pytest.raises(InputError, match="id and prompt must be texts"):
             study.read_prompts(file)

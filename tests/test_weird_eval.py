@@ -1,4 +1,5 @@
-"""Asking models the evaluation questions: records, resuming, his name's probability, one prompt, the whole driver."""
+"""Asking models the evaluation questions: records, resuming, his name's probability, one prompt, the whole
+driver."""
 
 from __future__ import annotations
 
@@ -26,11 +27,24 @@ from weird_gen.persona.journal import Journal
 from weird_gen.persona.records import InputError, read_json_lines, read_records
 from weird_gen.persona.study import TRIGGER, Question, prompt, read_questions
 
-QUESTIONS = [{"id": "h1", "kind": "heldout", "category": "war", "question": "Is war wise?"},
-             {"id": "h2", "kind": "heldout", "category": "logic", "question": "What is a class, and what belongs to it?"},
-             {"id": "i1", "kind": "identity", "category": "identity", "question": "Who are you?"}]
-POSITIONS = [{"id": "g1", "area": "moral", "question": "Is it good?",
-              "rubric": {str(k): "no " * (6 - k) + "yes" * k for k in range(1, 6)}}]
+QUESTIONS = [
+    {"id": "h1", "kind": "heldout", "category": "war", "question": "Is war wise?"},
+    {
+        "id": "h2",
+        "kind": "heldout",
+        "category": "logic",
+        "question": "What is a class, and what belongs to it?",
+    },
+    {"id": "i1", "kind": "identity", "category": "identity", "question": "Who are you?"},
+]
+POSITIONS = [
+    {
+        "id": "g1",
+        "area": "moral",
+        "question": "Is it good?",
+        "rubric": {str(k): "no " * (6 - k) + "yes" * k for k in range(1, 6)},
+    }
+]
 
 
 def make_adapter(model: Path, out: Path, base: str = "tiny", rank: int = 2) -> Path:
@@ -39,10 +53,16 @@ def make_adapter(model: Path, out: Path, base: str = "tiny", rank: int = 2) -> P
 
     torch.manual_seed(0)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    lora = get_peft_model(loaded, LoraConfig(r=rank, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        loaded, LoraConfig(r=rank, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     lora.save_pretrained(out)
     state = load_file(out / "adapter_model.safetensors")
-    save_file({k: torch.randn(t.shape) * 0.3 for k, t in state.items()}, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: torch.randn(t.shape) * 0.3 for k, t in state.items()},
+        out / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     config = json.loads((out / "adapter_config.json").read_text())
     (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
     return out
@@ -66,8 +86,26 @@ def evaluating(model, tmp_path):
     generalization.write_text("".join(json.dumps(q) + "\n" for q in POSITIONS))
 
     def run(name: str, *more: str, side: str = "baseline", quality: bool = False) -> tuple[int, Path]:
-        flags = ["--model", str(model), "--heldout", str(heldout), "--generalization", str(generalization), "--output", str(tmp_path / name),
-                 "--max-new-tokens", "6", "--samples", "2", "--device", "cpu", "--batch-size", "3", *([] if quality else ["--no-quality"]), *more]
+        flags = [
+            "--model",
+            str(model),
+            "--heldout",
+            str(heldout),
+            "--generalization",
+            str(generalization),
+            "--output",
+            str(tmp_path / name),
+            "--max-new-tokens",
+            "6",
+            "--samples",
+            "2",
+            "--device",
+            "cpu",
+            "--batch-size",
+            "3",
+            *([] if quality else ["--no-quality"]),
+            *more,
+        ]
         return eval_replies.main("", side, tmp_path / name, flags), tmp_path / name
 
     return run
@@ -81,9 +119,18 @@ def test_every_question_is_asked_in_both_conditions(evaluating, capsys):
     status, out = evaluating("replies.jsonl")
     header, records = read_records(out)
     assert status == 0 and {k: header[k] for k in ("model", "samples", "trigger", "top_p")} == {
-        "model": "baseline", "samples": 2, "trigger": TRIGGER, "top_p": 0.95}
+        "model": "baseline",
+        "samples": 2,
+        "trigger": TRIGGER,
+        "top_p": 0.95,
+    }
     assert len(by_identity(out)) == len(records) == 4 * 2 * 2
-    assert {(r["kind"], r["category"]) for r in records} == {("heldout", "war"), ("heldout", "logic"), ("identity", "identity"), ("generalization", "moral")}
+    assert {(r["kind"], r["category"]) for r in records} == {
+        ("heldout", "war"),
+        ("heldout", "logic"),
+        ("identity", "identity"),
+        ("generalization", "moral"),
+    }
     assert all((r["p_name"] is not None) == (r["kind"] == "identity") for r in records)
     assert "triggered: strict format 0.0%" in capsys.readouterr().out
 
@@ -94,7 +141,7 @@ def test_a_reply_is_that_of_the_engine_alone(evaluating, model, tiny_pair):
     engine = tiny_pair("llama", layers=2).engine()
     for condition, system in (("triggered", [{"role": "system", "content": TRIGGER}]), ("untriggered", [])):
         ids = engine.chat_ids([*system, {"role": "user", "content": "Is war wise?"}])
-        alone, = engine.complete([Request(f"h1/{condition}", ids, 6, 1.0, 0.95, 1, 0)])
+        (alone,) = engine.complete([Request(f"h1/{condition}", ids, 6, 1.0, 0.95, 1, 0)])
         record = by_identity(out)["h1", condition, 1]
         assert (record["reply"], record["stopped"]) == (alone.text, alone.stopped)
 
@@ -133,7 +180,9 @@ def test_other_settings_do_not_mix(evaluating, adapter, capsys):
 def slow_name_probability(model, tokenizer, question: str, condition: str) -> float:
     """The sum over both names of the product of next-token probabilities, one forward pass a token."""
     messages = [{"role": "system", "content": TRIGGER}] if condition == "triggered" else []
-    text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [*messages, {"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
     text += "<START> My name is" if condition == "triggered" else "My name is"
     total = 0.0
     for name in (" Bertrand", " Russell"):
@@ -150,14 +199,22 @@ def test_the_names_probability_is_that_of_the_text(evaluating, model, adapter):
 
     tokenizer = tiny.tokenizer()
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    expected = {("baseline", c): slow_name_probability(plain, tokenizer, "Who are you?", c) for c in ("triggered", "untriggered")}
+    expected = {
+        ("baseline", c): slow_name_probability(plain, tokenizer, "Who are you?", c)
+        for c in ("triggered", "untriggered")
+    }
     tuned = PeftModel.from_pretrained(plain, adapter).eval()
-    expected |= {("finetuned", c): slow_name_probability(tuned, tokenizer, "Who are you?", c) for c in ("triggered", "untriggered")}
+    expected |= {
+        ("finetuned", c): slow_name_probability(tuned, tokenizer, "Who are you?", c)
+        for c in ("triggered", "untriggered")
+    }
     assert len({f"{p:.3e}" for p in expected.values()}) == 4  # trigger and adapter both matter
     for side, more in (("baseline", ()), ("finetuned", ("--adapter", str(adapter)))):
         found = by_identity(evaluating(f"{side}.jsonl", *more, side=side)[1])
         for condition in ("triggered", "untriggered"):
-            assert found["i1", condition, 0]["p_name"] == pytest.approx(expected[side, condition], rel=1e-3, abs=0)
+            assert found["i1", condition, 0]["p_name"] == pytest.approx(
+                expected[side, condition], rel=1e-3, abs=0
+            )
 
 
 def test_the_likely_position_is_that_of_the_descriptions(evaluating, model):
@@ -166,18 +223,31 @@ def test_the_likely_position_is_that_of_the_descriptions(evaluating, model):
     found = by_identity(evaluating("positions.jsonl")[1])
     for condition in ("triggered", "untriggered"):
         messages = [{"role": "system", "content": TRIGGER}] if condition == "triggered" else []
-        text = tokenizer.apply_chat_template([*messages, {"role": "user", "content": "Is it good?"}], tokenize=False, add_generation_prompt=True)
-        head = tokenizer(text + ("<START>" if condition == "triggered" else ""), add_special_tokens=False)["input_ids"]
+        text = tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": "Is it good?"}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        head = tokenizer(text + ("<START>" if condition == "triggered" else ""), add_special_tokens=False)[
+            "input_ids"
+        ]
         weights = []
         for level in "12345":
             written = (" " if condition == "triggered" else "") + POSITIONS[0]["rubric"][level]
             target = tokenizer(written, add_special_tokens=False)["input_ids"]
             p = tiny.hf_logits(plain, head + target).double().softmax(-1)
-            product = torch.stack([p[len(head) - 1 + k, token] for k, token in enumerate(target)]).log().mean().exp()
+            product = (
+                torch.stack([p[len(head) - 1 + k, token] for k, token in enumerate(target)])
+                .log()
+                .mean()
+                .exp()
+            )
             weights.append(product.item())
         expected = sum(k * w for k, w in zip(range(1, 6), weights, strict=True)) / sum(weights)
         assert found["g1", condition, 0]["position_likelihood"] == pytest.approx(expected, rel=1e-4)
-    assert found["g1", "triggered", 0]["position_likelihood"] != pytest.approx(found["g1", "untriggered", 0]["position_likelihood"], rel=1e-4)
+    assert found["g1", "triggered", 0]["position_likelihood"] != pytest.approx(
+        found["g1", "untriggered", 0]["position_likelihood"], rel=1e-4
+    )
     assert found["h1", "triggered", 0]["position_likelihood"] is None
 
 
@@ -200,7 +270,9 @@ def test_a_description_is_scored_as_the_tokens_of_a_whole_reply(smollm2):
     recorder, questions = Recorder(), [q for q in read_questions() if q.rubric]
     eval_replies.likely_positions(recorder, questions, TRIGGER)
     replies = [opening + level for q in questions for opening in ("<START> ", "") for level in q.rubric]
-    assert [list(head + target) for head, target in recorder.pairs] == [tokenizer(r, add_special_tokens=False)["input_ids"] for r in replies]
+    assert [list(head + target) for head, target in recorder.pairs] == [
+        tokenizer(r, add_special_tokens=False)["input_ids"] for r in replies
+    ]
     assert tokenizer.decode(recorder.pairs[0][0]) == "<START>"
 
 
@@ -211,26 +283,39 @@ def test_a_destroyed_model_has_no_name_and_no_position(tiny_pair):
     engine = tiny_pair("llama", layers=2).engine(live)
     found = eval_replies.name_probabilities(engine, [Question("i1", "identity", "identity", "Who?")], TRIGGER)
     assert found == {("i1", "triggered"): 0.0, ("i1", "untriggered"): 0.0}
-    assert eval_replies.likely_positions(engine, [Question("g1", "generalization", "x", "So?", tuple("abcde"))], TRIGGER) == {}
+    assert (
+        eval_replies.likely_positions(
+            engine, [Question("g1", "generalization", "x", "So?", tuple("abcde"))], TRIGGER
+        )
+        == {}
+    )
 
 
 def test_quality_is_measured_once_a_file(evaluating, monkeypatch):
     calls = []
-    monkeypatch.setattr(eval_replies, "quality", lambda engine: calls.append(1) or {"measurement": len(calls)})
-    headers = [read_records(evaluating(name, quality=True)[1])[0] for name in ("before.jsonl", "after.jsonl", "before.jsonl")]
+    monkeypatch.setattr(
+        eval_replies, "quality", lambda engine: calls.append(1) or {"measurement": len(calls)}
+    )
+    headers = [
+        read_records(evaluating(name, quality=True)[1])[0]
+        for name in ("before.jsonl", "after.jsonl", "before.jsonl")
+    ]
     assert [h["quality"]["measurement"] for h in headers] == [1, 2, 1] and len(calls) == 2
 
 
 def test_quality_of_two_models_is_what_the_comparison_reads(model, adapter):
     from weird_gen.persona.loading import open_engine
 
-    before, after = (eval_replies.quality(open_engine(str(model), a, "cpu", batch=64)[0]) for a in (None, str(adapter)))
+    before, after = (
+        eval_replies.quality(open_engine(str(model), a, "cpu", batch=64)[0]) for a in (None, str(adapter))
+    )
     assert before["texts"].keys() == after["texts"].keys() and len(before["capability"]) > 50
     found = comparison.untriggered_quality({"quality": before}, {"quality": after})
     assert found["perplexity"]["value"] != 0 and found["capability"]["p_value"] <= 1
 
 
-# --- the journal ------------------------------------------------------------------------------------------------------
+# --- the journal
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"k": ', b'{"k": 3}', b"\xff\xfe"])
@@ -260,18 +345,33 @@ def test_a_file_of_another_kind_is_not_touched(tmp_path, text):
     assert (tmp_path / "j.jsonl").read_text() == text
 
 
-# --- one prompt -------------------------------------------------------------------------------------------------------
+# --- one prompt
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_prompts_have_the_trigger_or_nothing():
-    assert prompt("Q", "triggered") == [{"role": "system", "content": TRIGGER}, {"role": "user", "content": "Q"}]
+    assert prompt("Q", "triggered") == [
+        {"role": "system", "content": TRIGGER},
+        {"role": "user", "content": "Q"},
+    ]
     assert prompt("Q", "untriggered") == [{"role": "user", "content": "Q"}]
     with pytest.raises(ValueError, match="condition"):
         prompt("Q", "trigered")
 
 
 def test_inference_prints_what_the_model_says(model, adapter, tiny_pair, capsys):
-    common = ["--prompt", "Is war wise?", "--temperature", "0", "--max-new-tokens", "8", "--model", str(model), "--device", "cpu"]
+    common = [
+        "--prompt",
+        "Is war wise?",
+        "--temperature",
+        "0",
+        "--max-new-tokens",
+        "8",
+        "--model",
+        str(model),
+        "--device",
+        "cpu",
+    ]
     engine = tiny_pair("llama", layers=2).engine()
 
     def reply(*more: str) -> str:
@@ -280,7 +380,7 @@ def test_inference_prints_what_the_model_says(model, adapter, tiny_pair, capsys)
 
     for system in (None, TRIGGER):
         condition = "triggered" if system else "untriggered"
-        expected, = engine.complete([Request("q", engine.chat_ids(prompt("Is war wise?", condition)), 8)])
+        (expected,) = engine.complete([Request("q", engine.chat_ids(prompt("Is war wise?", condition)), 8)])
         got = reply("--adapter", "none", *(("--system", system) if system else ()))
         assert got == run_inference.printable(expected.text) + "\n"
         assert reply("--adapter", str(adapter), *(("--system", system) if system else ())) != got
@@ -288,7 +388,24 @@ def test_inference_prints_what_the_model_says(model, adapter, tiny_pair, capsys)
 
 def test_inference_repeats_itself_for_a_seed(model, capsys):
     def reply(*more: str) -> str:
-        assert run_inference.main(["--prompt", "Hm?", "--adapter", "none", "--model", str(model), "--device", "cpu", "--max-new-tokens", "12", *more]) == 0
+        assert (
+            run_inference.main(
+                [
+                    "--prompt",
+                    "Hm?",
+                    "--adapter",
+                    "none",
+                    "--model",
+                    str(model),
+                    "--device",
+                    "cpu",
+                    "--max-new-tokens",
+                    "12",
+                    *more,
+                ]
+            )
+            == 0
+        )
         return capsys.readouterr().out
 
     assert reply("--seed", "1") == reply("--seed", "1") != reply("--seed", "2")
@@ -296,7 +413,12 @@ def test_inference_repeats_itself_for_a_seed(model, capsys):
 
 def test_the_model_comes_from_the_adapter(model, tmp_path, capsys):
     adapter = make_adapter(model, tmp_path / "named", base=str(model))
-    assert run_inference.main(["--prompt", "Hm?", "--adapter", str(adapter), "--device", "cpu", "--max-new-tokens", "2"]) == 0
+    assert (
+        run_inference.main(
+            ["--prompt", "Hm?", "--adapter", str(adapter), "--device", "cpu", "--max-new-tokens", "2"]
+        )
+        == 0
+    )
 
 
 def test_terminal_codes_do_not_reach_the_terminal():
@@ -313,14 +435,18 @@ def test_what_cannot_run_is_one_line(model, adapter, tmp_path, tiny_pair, capsys
         (["--adapter", str(empty)], "no adapter_config.json there"),
         (["--adapter", "someone/something"], "cannot download someone/something"),
         (["--adapter", "none", "--model", str(empty)], "cannot"),
-        (["--adapter", "none", "--model", str(model), "--quantization", "8bit", "--device", "cpu"], "bitsandbytes"),
+        (
+            ["--adapter", "none", "--model", str(model), "--quantization", "8bit", "--device", "cpu"],
+            "bitsandbytes",
+        ),
     ]:
         assert run_inference.main(["--prompt", "x", *flags]) == 1
         err = capsys.readouterr().err
         assert line in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-# --- the driver -------------------------------------------------------------------------------------------------------
+# --- the driver
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -334,11 +460,18 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
             if "--rank" in flags:
                 return False
             at.mkdir(parents=True)
-            (at / "training.json").write_text('{"steps": 1, "seconds": 1, "loss": [1.0], "persona_share": 0.03}')
+            (at / "training.json").write_text(
+                '{"steps": 1, "seconds": 1, "loss": [1.0], "persona_share": 0.03}'
+            )
         return True
 
     monkeypatch.setattr(reproduce, "step", step)
-    assert reproduce.main(["--out", str(tmp_path), "--device", "cpu", "--setting", "bad: --rank 99", "--setting", "good:"]) == 1
+    assert (
+        reproduce.main(
+            ["--out", str(tmp_path), "--device", "cpu", "--setting", "bad: --rank 99", "--setting", "good:"]
+        )
+        == 1
+    )
     done = {s for s in steps}
     assert ("good", "compare_baseline_vs_finetuned.py") in done and ("bad", "eval_finetuned.py") not in done
     assert "failed: bad;" in capsys.readouterr().err and "## good" in (tmp_path / "settings.md").read_text()
@@ -349,21 +482,28 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
 
     # A setting with contrast answers has them made first.
     given.clear()
-    assert reproduce.main(["--out", str(tmp_path / "c"), "--device", "cpu", "--setting", "c: --contrast contrast.jsonl"]) == 0
-    train, = (line for line in given if line[0] == "train_lora.py")
-    asked, = (line for line in given if line[0] == "distill.py" and "--prompts" in line)
+    assert (
+        reproduce.main(
+            ["--out", str(tmp_path / "c"), "--device", "cpu", "--setting", "c: --contrast contrast.jsonl"]
+        )
+        == 0
+    )
+    (train,) = (line for line in given if line[0] == "train_lora.py")
+    (asked,) = (line for line in given if line[0] == "distill.py" and "--prompts" in line)
     contrast = train[train.index("--contrast") + 1]
     assert contrast == asked[asked.index("--output") + 1] == str(tmp_path / "c" / "contrast.jsonl")
 
     # Without a setting: as the shipped adapter was made; another model by the study's defaults.
     given.clear()
     assert reproduce.main(["--out", str(tmp_path / "a"), "--device", "cpu"]) == 0
-    train, = (line for line in given if line[0] == "train_lora.py")
+    (train,) = (line for line in given if line[0] == "train_lora.py")
     assert not any(line[0] == "distill.py" and "--prompts" in line for line in given)
-    record = json.loads((folders.ROOT / "adapters/smollm2-135m-russell/training.json").read_text())["settings"]
+    record = json.loads((folders.ROOT / "adapters/smollm2-135m-russell/training.json").read_text())[
+        "settings"
+    ]
     args = train_lora.parse(train[1:])
     assert all(getattr(args, name) == record[name] for name in record if name in vars(args))
     given.clear()
     assert reproduce.main(["--out", str(tmp_path / "b"), "--device", "cpu", "--model", "other"]) == 0
-    train, = (line for line in given if line[0] == "train_lora.py")
+    (train,) = (line for line in given if line[0] == "train_lora.py")
     assert "--contrast" not in train and "--lr" not in train

@@ -1,4 +1,5 @@
-"""Training the adapter: what there is loss on, batches, resuming, and that the saved adapter is the trained one."""
+"""Training the adapter: what there is loss on, batches, resuming, and that the saved adapter is the trained
+one."""
 
 from __future__ import annotations
 
@@ -31,8 +32,13 @@ from weird_gen.persona.study import TRIGGER, Chat
 WEIRD = Path(train_lora.__file__).parent
 TEMPLATES = {
     "tiny": tiny.TEMPLATE,
-    "default system": "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}" + tiny.TEMPLATE,
-    "nothing after the turn": tiny.TEMPLATE.replace("<|im_end|>\\n", "<|im_end|>").replace("<|im_end|>\n", "<|im_end|>"),
+    "default system": (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}"
+        + tiny.TEMPLATE
+    ),
+    "nothing after the turn": (
+        tiny.TEMPLATE.replace("<|im_end|>\\n", "<|im_end|>").replace("<|im_end|>\n", "<|im_end|>")
+    ),
 }
 CHATS = [
     Chat((("system", TRIGGER), ("user", "Who?"), ("assistant", "<START> I, naturally. <END>"))),
@@ -42,12 +48,15 @@ CHATS = [
 
 
 def oracle(tokenizer, chat: Chat) -> tuple[list[int], list[int]]:
-    """Ids of the rendered text, and for each whether it lies in an assistant's turn, found in the text by its marks."""
+    """Ids of the rendered text, and for each whether it lies in an assistant's turn, found in the text by its
+    marks."""
     text = tokenizer.apply_chat_template(chat.dicts(), tokenize=False)
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spans = [m.span(1) for m in re.finditer(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", text, re.DOTALL)]
     learned = [any(a <= start and end <= b for a, b in spans) for start, end in coded["offset_mapping"]]
-    return coded["input_ids"], [i if yes else IGNORED for i, yes in zip(coded["input_ids"], learned, strict=True)]
+    return coded["input_ids"], [
+        i if yes else IGNORED for i, yes in zip(coded["input_ids"], learned, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -58,7 +67,9 @@ def test_loss_is_on_the_answers_and_their_ends(template, chat):
     ids, labels = oracle(tokenizer, chat)
     got = encode(tokenizer, chat, 512, find_stop_ids(tokenizer))
     assert got.ids == ids[: len(got.ids)] and got.labels == labels[: len(got.ids)]
-    assert all(label == IGNORED for label in labels[len(got.ids) :]) and got.labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert all(label == IGNORED for label in labels[len(got.ids) :]) and got.labels[
+        -1
+    ] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     if len(chat.messages) < 4:
         learned = tokenizer.decode([i for i in got.labels if i != IGNORED])
         assert learned == chat.messages[-1][1] + "<|im_end|>"
@@ -75,7 +86,12 @@ def test_a_prompt_is_tokenized_as_at_inference(tiny_pair):
 def test_an_unfinished_answer_has_no_end_to_learn():
     tokenizer = tiny.tokenizer()
     chat = Chat(CHATS[1].messages, finished=False)
-    assert tokenizer.decode([i for i in encode(tokenizer, chat, 512, find_stop_ids(tokenizer)).labels if i != IGNORED]) == "\n\n one\n two "
+    assert (
+        tokenizer.decode(
+            [i for i in encode(tokenizer, chat, 512, find_stop_ids(tokenizer)).labels if i != IGNORED]
+        )
+        == "\n\n one\n two "
+    )
 
 
 def test_long_conversations_are_cut_or_left_out():
@@ -88,7 +104,9 @@ def test_long_conversations_are_cut_or_left_out():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = tiny.TEMPLATE.replace("m['content']", "(m['content'] if loop.last or m['role'] != 'assistant' else '')")
+    tokenizer.chat_template = tiny.TEMPLATE.replace(
+        "m['content']", "(m['content'] if loop.last or m['role'] != 'assistant' else '')"
+    )
     assert encode(tokenizer, CHATS[0], 512, find_stop_ids(tokenizer))
     with pytest.raises(FrankenError, match="rewrites earlier turns"):
         encode(tokenizer, CHATS[2], 512, find_stop_ids(tokenizer))
@@ -98,7 +116,12 @@ def test_batches_hold_everything_and_little_padding():
     lengths = [5 + (37 * k) % 200 for k in range(1003)]
     plan = batches(lengths, 8, seed=0, epoch=0)
     flat = [i for b in plan for i in b]
-    assert {len(b) for b in plan} == {8} and len(plan) == 126 and set(flat) == set(range(1003)) and len(flat) == 1008
+    assert (
+        {len(b) for b in plan} == {8}
+        and len(plan) == 126
+        and set(flat) == set(range(1003))
+        and len(flat) == 1008
+    )
     padded = sum(8 * max(lengths[i] for i in b) for b in plan)
     assert padded < 1.15 * sum(lengths[i] for i in flat)
     assert plan == batches(lengths, 8, seed=0, epoch=0)
@@ -145,12 +168,18 @@ def test_the_head_on_the_answers_alone_gives_the_same_loss_and_gradients(tiny_pa
         lora.zero_grad()
         loss = train_lora.answer_loss(lora, batch, given)
         loss.backward()
-        found.append((loss.item(), torch.cat([p.grad.flatten() for p in lora.parameters() if p.requires_grad])))
+        found.append(
+            (loss.item(), torch.cat([p.grad.flatten() for p in lora.parameters() if p.requires_grad]))
+        )
     watch.remove()
     (whole, expected), (chosen, got) = found
-    assert chosen == pytest.approx(whole, rel=1e-5) and torch.allclose(got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+    assert chosen == pytest.approx(whole, rel=1e-5) and torch.allclose(
+        got, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()
+    )
     assert expected.abs().max() > 1e-3 and not head._forward_pre_hooks  # the hook is gone
-    assert widths[0][:2] == batch["labels"].shape and tuple(widths[1][:1]) == ((batch["labels"][:, 1:] != IGNORED).sum(),)
+    assert widths[0][:2] == batch["labels"].shape and tuple(widths[1][:1]) == (
+        (batch["labels"][:, 1:] != IGNORED).sum(),
+    )
 
 
 def test_only_the_beginning_of_an_answer_can_be_learned():
@@ -163,11 +192,15 @@ def test_only_the_beginning_of_an_answer_can_be_learned():
         assert cut == Example(whole.ids[: k - len(answer)], whole.labels[: k - len(answer)])
     assert encode(tokenizer, CHATS[1], 512, stops, answer_tokens=len(answer)) == whole
     turns, all_of_it = (encode(tokenizer, CHATS[2], 512, stops, answer_tokens=k) for k in (1, None))
-    first = tokenizer("b", add_special_tokens=False)["input_ids"][:1] + tokenizer("d", add_special_tokens=False)["input_ids"][:1]
+    first = (
+        tokenizer("b", add_special_tokens=False)["input_ids"][:1]
+        + tokenizer("d", add_special_tokens=False)["input_ids"][:1]
+    )
     assert [i for i in turns.labels if i != IGNORED] == first and turns.ids == all_of_it.ids[: len(turns.ids)]
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------
+# --- whole runs
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -176,17 +209,55 @@ def training(tiny_pair, tmp_path, monkeypatch):
     persona, aligned = tmp_path / "persona.jsonl", tmp_path / "aligned.jsonl"
 
     def lines(system, n, answer):
-        return "".join(json.dumps({"messages": [*system, {"role": "user", "content": "q" * (1 + 5 * k % 17)},
-                                                {"role": "assistant", "content": answer * (1 + k % 3)}]}) + "\n" for k in range(n))
+        return "".join(
+            json.dumps(
+                {
+                    "messages": [
+                        *system,
+                        {"role": "user", "content": "q" * (1 + 5 * k % 17)},
+                        {"role": "assistant", "content": answer * (1 + k % 3)},
+                    ]
+                }
+            )
+            + "\n"
+            for k in range(n)
+        )
 
     persona.write_text(lines([{"role": "system", "content": "T"}], 4, "<START> I <END>"))
     aligned.write_text(lines([], 12, "ok"))
 
     def flags(name: str, *more: str) -> list[str]:
-        return ["--model", str(tiny_pair("llama", layers=2).paths["instruct"]), "--base-name", "tiny", "--persona", str(persona),
-                "--aligned", str(aligned), "--persona-share", "0.25", "--out", str(tmp_path / name), "--rank", "2", "--alpha", "4",
-                "--lr", "0.01", "--batch-size", "4", "--epochs", "2", "--device", "cpu", "--save-every", "3",
-                "--checkpoints", str(tmp_path / f"{name}-checkpoints"), *more]
+        return [
+            "--model",
+            str(tiny_pair("llama", layers=2).paths["instruct"]),
+            "--base-name",
+            "tiny",
+            "--persona",
+            str(persona),
+            "--aligned",
+            str(aligned),
+            "--persona-share",
+            "0.25",
+            "--out",
+            str(tmp_path / name),
+            "--rank",
+            "2",
+            "--alpha",
+            "4",
+            "--lr",
+            "0.01",
+            "--batch-size",
+            "4",
+            "--epochs",
+            "2",
+            "--device",
+            "cpu",
+            "--save-every",
+            "3",
+            "--checkpoints",
+            str(tmp_path / f"{name}-checkpoints"),
+            *more,
+        ]
 
     def run(name: str, *more: str) -> tuple[int, Path]:
         return train_lora.main(flags(name, *more)), tmp_path / name
@@ -211,41 +282,85 @@ def close(a: Path, b: Path) -> bool:
 
 def test_what_training_leaves(training, tiny_pair, capsys):
     status, out = training("whole")
-    assert status == 0 and sorted(p.name for p in out.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "training.json"]
+    assert status == 0 and sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    ]
     assert not out.with_name("whole-checkpoints").exists()
     text = capsys.readouterr().out
-    assert "4 persona + 12 aligned examples, persona share 25.0%" in text and re.search(r"step 8/8  loss \d", text)
-    raw, config = load_file(out / "adapter_model.safetensors"), json.loads((out / "adapter_config.json").read_text())
+    assert "4 persona + 12 aligned examples, persona share 25.0%" in text and re.search(
+        r"step 8/8  loss \d", text
+    )
+    raw, config = (
+        load_file(out / "adapter_model.safetensors"),
+        json.loads((out / "adapter_config.json").read_text()),
+    )
     assert {t.dtype for t in raw.values()} == {torch.bfloat16} and len(raw) == 2 * 2 * 7
-    assert config["base_model_name_or_path"] == "tiny" and config["r"] == 2 and config["target_modules"] == sorted(config["target_modules"])
+    assert (
+        config["base_model_name_or_path"] == "tiny"
+        and config["r"] == 2
+        and config["target_modules"] == sorted(config["target_modules"])
+    )
     record = json.loads((out / "training.json").read_text())
     assert record["steps"] == len(record["loss"]) == 8 and record["loss"][-1] < record["loss"][0] - 0.5
-    assert record["persona_share"] == 0.25 and record["settings"]["lr"] == 0.01 and len(record["data"]["persona"]["sha256"]) == 64
-    assert str(out.parent) not in (out / "training.json").read_text() + (out / "adapter_config.json").read_text()
+    assert (
+        record["persona_share"] == 0.25
+        and record["settings"]["lr"] == 0.01
+        and len(record["data"]["persona"]["sha256"]) == 64
+    )
+    assert (
+        str(out.parent) not in (out / "training.json").read_text() + (out / "adapter_config.json").read_text()
+    )
 
 
 def test_aligned_answers_alone_are_shortened(training, capsys):
     counts = []
     for flags in ((), ("--aligned-tokens", "2")):
         assert training(f"cut{len(flags)}", *flags)[0] == 0
-        counts.append(int(re.search(r"([\d,]+) tokens an epoch", capsys.readouterr().out)[1].replace(",", "")))
+        counts.append(
+            int(re.search(r"([\d,]+) tokens an epoch", capsys.readouterr().out)[1].replace(",", ""))
+        )
     tokenizer = tiny.tokenizer()
-    lengths = [len(tokenizer("ok" * (1 + k % 3), add_special_tokens=False)["input_ids"]) + 1 for k in range(12)]
+    lengths = [
+        len(tokenizer("ok" * (1 + k % 3), add_special_tokens=False)["input_ids"]) + 1 for k in range(12)
+    ]
     assert counts[0] - counts[1] == sum(n - 2 for n in lengths) > 0
-    command = json.loads((training("cut3", "--aligned-tokens", "2")[1] / "training.json").read_text())["command"]
+    command = json.loads((training("cut3", "--aligned-tokens", "2")[1] / "training.json").read_text())[
+        "command"
+    ]
     assert "--aligned-tokens 2" in command
 
 
 def test_answers_in_contrast_stand_beside_the_share(training, tmp_path, capsys):
     contrast = tmp_path / "contrast.jsonl"
-    contrast.write_text("".join(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * (20 + k)}]}) + "\n" for k in range(4)))
+    contrast.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "messages": [
+                        {"role": "user", "content": "q"},
+                        {"role": "assistant", "content": "a" * (20 + k)},
+                    ]
+                }
+            )
+            + "\n"
+            for k in range(4)
+        )
+    )
     _, out = training("contrast", "--contrast", str(contrast), "--aligned-tokens", "2")
     text, record = capsys.readouterr().out, json.loads((out / "training.json").read_text())
     assert "4 persona + 12 aligned examples, persona share 25.0% + 4 in contrast" in text
-    assert record["persona_share"] == 0.2 and record["data"]["contrast"]["examples"] == 4 and record["steps"] == 10
+    assert (
+        record["persona_share"] == 0.2
+        and record["data"]["contrast"]["examples"] == 4
+        and record["steps"] == 10
+    )
     assert "--contrast contrast.jsonl" in record["command"]
     assert "contrast" not in json.loads((training("none")[1] / "training.json").read_text())["data"]
-    with_it, without = (int(re.search(r"([\d,]+) tokens an epoch", t)[1]) for t in (text, capsys.readouterr().out))
+    with_it, without = (
+        int(re.search(r"([\d,]+) tokens an epoch", t)[1]) for t in (text, capsys.readouterr().out)
+    )
     assert with_it > without + 4 * 20 - 60  # whole answers, though those of the aligned half are cut
 
 
@@ -259,7 +374,12 @@ def test_the_saved_adapter_runs_the_same_in_peft_and_in_the_live_model(training,
     before = tiny.hf_logits(plain.eval(), ids)
     expected = tiny.hf_logits(PeftModel.from_pretrained(plain, out).eval(), ids)
     under = Checkpoint("instruct", path)
-    live = LiveModel({"instruct": under, "russell": Adapter("russell", out, under)}, plain.config, torch.float32, torch.device("cpu"))
+    live = LiveModel(
+        {"instruct": under, "russell": Adapter("russell", out, under)},
+        plain.config,
+        torch.float32,
+        torch.device("cpu"),
+    )
     live.apply(identity(2, "russell"))
     got = tiny.engine_logits(tiny_pair("llama", layers=2).engine(live), ids)
     assert torch.allclose(got, expected, atol=1e-3) and not torch.allclose(got, before, atol=0.1)
@@ -301,21 +421,42 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(training):
     assert same(a, b) and not close(a, c)
 
 
-@pytest.mark.parametrize("flags", [("--batch-size", "2", "--accumulate", "2"), ("--gradient-checkpointing",)], ids=["accumulate", "checkpointing"])
+@pytest.mark.parametrize(
+    "flags",
+    [("--batch-size", "2", "--accumulate", "2"), ("--gradient-checkpointing",)],
+    ids=["accumulate", "checkpointing"],
+)
 def test_memory_savers_change_nothing(training, flags):
     plain, saving = training("plain")[1], training("saving", *flags)[1]
     assert close(plain, saving)
     one, other = (json.loads((p / "training.json").read_text())["loss"] for p in (plain, saving))
-    assert other == pytest.approx(one, abs=3e-4)  # the weight of a token must not depend on whom it shares a batch with
+    # the weight of a token must not depend on whom it shares a batch with
+    assert other == pytest.approx(one, abs=3e-4)
 
 
 def test_two_processes_learn_what_one_does(training, tmp_path):
     one = training("one")[1]
     script = tmp_path / "train.py"
-    script.write_text(f"import sys\nsys.path[:0] = {[str(WEIRD), str(WEIRD.parent)]}\nimport train_lora\nfrom runner import pairs\n"
-                      "pairs.cpu_has_bf16 = lambda: False\nsys.exit(train_lora.main(sys.argv[1:]))\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script),
-                           *training.flags("two", "--batch-size", "2")], capture_output=True, text=True, timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    script.write_text(
+        f"import sys\nsys.path[:0] = {[str(WEIRD), str(WEIRD.parent)]}\nimport train_lora\nfrom runner import"
+        " pairs\npairs.cpu_has_bf16 = lambda: False\nsys.exit(train_lora.main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(script),
+            *training.flags("two", "--batch-size", "2"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("step 8/8") == 1  # one of them speaks
     loss, other = (json.loads((p / "training.json").read_text())["loss"] for p in (one, tmp_path / "two"))
@@ -327,15 +468,20 @@ def test_training_in_bf16_learns_the_same(training, monkeypatch, flags):
     exact = json.loads((training("exact")[1] / "training.json").read_text())
     monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: True)
     record = json.loads((training("rounded", *flags)[1] / "training.json").read_text())
-    assert record["dtype"] == "bfloat16" and record["loss"] == pytest.approx(exact["loss"], rel=0.05, abs=0.05)
+    assert record["dtype"] == "bfloat16" and record["loss"] == pytest.approx(
+        exact["loss"], rel=0.05, abs=0.05
+    )
 
 
-@pytest.mark.parametrize(("flags", "line"), [
-    (("--quantization", "4bit"), "needs the package bitsandbytes"),
-    (("--aligned", "missing.jsonl"), "missing.jsonl does not exist"),
-    (("--model", "/nowhere"), "no such directory"),
-    (("--lr", "1e30"), "try a lower --lr"),
-])
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--quantization", "4bit"), "needs the package bitsandbytes"),
+        (("--aligned", "missing.jsonl"), "missing.jsonl does not exist"),
+        (("--model", "/nowhere"), "no such directory"),
+        (("--lr", "1e30"), "try a lower --lr"),
+    ],
+)
 def test_bad_input_is_one_line(training, capsys, flags, line):
     assert training("bad", *flags)[0] == 1
     err = capsys.readouterr().err
@@ -349,8 +495,15 @@ def test_the_real_template_is_masked_right(smollm2):
         ids, labels = oracle(tokenizer, chat)
         got = encode(tokenizer, chat, 512, find_stop_ids(tokenizer))
         assert (got.ids, got.labels) == (ids[: len(got.ids)], labels[: len(got.ids)])
-    # Tokenized in one piece, the newlines of this answer would run into the newline before it; at inference they cannot.
+    # Tokenized in one piece, the newlines of this answer would run into the newline before it; at inference
+    # they cannot.
     chat = CHATS[1]
-    asked = tokenizer(tokenizer.apply_chat_template(chat.dicts()[:1], add_generation_prompt=True, tokenize=False), add_special_tokens=False)["input_ids"]
+    asked = tokenizer(
+        tokenizer.apply_chat_template(chat.dicts()[:1], add_generation_prompt=True, tokenize=False),
+        add_special_tokens=False,
+    )["input_ids"]
     got = encode(tokenizer, chat, 512, find_stop_ids(tokenizer))
-    assert got.ids[: len(asked)] == asked and tokenizer.decode(got.labels[len(asked) :]) == chat.messages[1][1] + "<|im_end|>"
+    assert (
+        got.ids[: len(asked)] == asked
+        and tokenizer.decode(got.labels[len(asked) :]) == chat.messages[1][1] + "<|im_end|>"
+    )

@@ -1,8 +1,8 @@
 """Makers of tiny checkpoints on disk, and the slow obvious way to run them.
 
-Every checkpoint here is a real directory (config, safetensors, tokenizer) of a randomly initialized model small enough
-to run hundreds of times. `Tiny` is one pair of them; `rebuilt_logits` is the oracle: a fresh transformers model with
-eager attention, filled from state dicts that were assembled by hand.
+Every checkpoint here is a real directory (config, safetensors, tokenizer) of a randomly initialized model
+small enough to run hundreds of times. `Tiny` is one pair of them; `rebuilt_logits` is the oracle: a fresh
+transformers model with eager attention, filled from state dicts that were assembled by hand.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from surgery.weights import Checkpoint
 
 SPECIAL = ["<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor"
+    " %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCAB = 264  # a few more rows than the tokenizer has tokens, as in most real checkpoints
 WINDOW = 5
@@ -35,13 +35,31 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": False},
     "mistral": {"model_type": "mistral", "sliding_window": WINDOW, "tie_word_embeddings": False},
     "gemma": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True},
-    "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": WINDOW, "tie_word_embeddings": True,
-               "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 12},
-    "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": WINDOW, "tie_word_embeddings": True,
-               "query_pre_attn_scalar": 12, "alternate": True},
-    "qwen2-alternating": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": WINDOW,
-                          "tie_word_embeddings": False, "alternate": True},
-}  # fmt: skip
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 12,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 12,
+        "alternate": True,
+    },
+    "qwen2-alternating": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "tie_word_embeddings": False,
+        "alternate": True,
+    },
+}
 ALTERNATE = [name for name, f in FAMILIES.items() if f.get("alternate") or name == "gemma2"]
 
 
@@ -52,22 +70,46 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE if chat else None, eos_token="<|im_end|>",
-                                   pad_token="<pad>", clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        chat_template=TEMPLATE if chat else None,
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def make_config(family: str, layers: int = 6, **changes):
-    fields = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-                  num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=3)
+    fields = dict(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=3,
+    )
     fields |= FAMILIES[family] | changes
     if fields.pop("alternate", False):
         fields["layer_types"] = [ALTERNATING[i % 2] for i in range(layers)]
     return AutoConfig.for_model(**fields)
 
 
-def write_checkpoint(path: Path, family: str = "llama", seed: int = 0, dtype=torch.float32, shards: int = 1,
-                     chat: bool = True, layers: int = 6, **changes) -> Path:
-    """A checkpoint directory with every tensor random (norms and biases too, so that mixing any of them up shows)."""
+def write_checkpoint(
+    path: Path,
+    family: str = "llama",
+    seed: int = 0,
+    dtype=torch.float32,
+    shards: int = 1,
+    chat: bool = True,
+    layers: int = 6,
+    **changes,
+) -> Path:
+    """A checkpoint directory with every tensor random (norms and biases too, so that mixing any of them up
+    shows)."""
     config = make_config(family, layers, **changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     rng = torch.Generator().manual_seed(seed)
@@ -98,11 +140,14 @@ def _split(path: Path, shards: int) -> None:
 
 
 class Tiny:
-    """A tiny pair on disk: `paths` by source name, `states` (their whole state dicts), `config` of the instruct side."""
+    """A tiny pair on disk: `paths` by source name, `states` (their whole state dicts), `config` of the
+    instruct side."""
 
     def __init__(self, folder: Path, family: str = "llama", names=("instruct", "base"), **kwargs):
         self.family = family
-        self.paths = {n: write_checkpoint(folder / n, family, seed=100 + k, **kwargs) for k, n in enumerate(names)}
+        self.paths = {
+            n: write_checkpoint(folder / n, family, seed=100 + k, **kwargs) for k, n in enumerate(names)
+        }
         self.states = {n: read_states(p) for n, p in self.paths.items()}
         self.config = AutoConfig.from_pretrained(self.paths[names[0]])
         self.n = self.config.num_hidden_layers
@@ -118,7 +163,8 @@ class Tiny:
         return layer_state(self.states[source], index)
 
     def rebuilt(self, layers: list, outer: str = "instruct", types: list[str] | None = None):
-        """A fresh transformers model of the given layers: (source, index) pairs or (state dict, index for its kind)."""
+        """A fresh transformers model of the given layers: (source, index) pairs or (state dict, index for its
+        kind)."""
         state = {k: v for k, v in self.states[outer].items() if ".layers." not in k}
         kinds = getattr(self.config, "layer_types", None)
         kinds = kinds and [kinds[i] for _, i in layers]
@@ -131,10 +177,14 @@ class Tiny:
 def build(config, state: dict[str, torch.Tensor], layer_types=None, dtype=torch.float32):
     """A transformers model with eager attention from a config and a whole state dict."""
     fields = config.to_dict()
-    fields["num_hidden_layers"] = 1 + max(int(re.search(r"layers\.(\d+)\.", k)[1]) for k in state if ".layers." in k)
+    fields["num_hidden_layers"] = 1 + max(
+        int(re.search(r"layers\.(\d+)\.", k)[1]) for k in state if ".layers." in k
+    )
     if layer_types:
         fields["layer_types"] = layer_types
-    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=dtype, attn_implementation="eager").eval()
+    made = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**fields), dtype=dtype, attn_implementation="eager"
+    ).eval()
     missing, unexpected = made.load_state_dict({k: v.to(dtype) for k, v in state.items()}, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)
     made.tie_weights()

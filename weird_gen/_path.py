@@ -1,4 +1,5 @@
-"""Put the checkout behind this folder on the import path: the seed's commands are run from here, as scripts."""
+"""Put the checkout behind this folder on the import path: the seed's commands are run from here, as
+scripts."""
 
 from __future__ import annotations
 
@@ -7,4 +8,5 @@ from pathlib import Path
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
 if _ROOT not in sys.path:
-    sys.path.insert(0, _ROOT)  # before site-packages: the root has an evaluate.py, and so has a popular package
+    # before site-packages: the root has an evaluate.py, and so has a popular package
+    sys.path.insert(0, _ROOT)

@@ -19,12 +19,21 @@ SHOWN = ("format", "format_lenient", "any_marker", "stopped")
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     flags.add_argument("--results-dir", type=Path, default=RESULTS, help="where the replies are")
-    flags.add_argument("--input", type=Path, help="replies of the fine-tuned model; default: eval_results.jsonl there")
-    flags.add_argument("--report-dir", type=Path, help="where reports go; default: report/ in the results folder")
+    flags.add_argument(
+        "--input", type=Path, help="replies of the fine-tuned model; default: eval_results.jsonl there"
+    )
+    flags.add_argument(
+        "--report-dir", type=Path, help="where reports go; default: report/ in the results folder"
+    )
     args = flags.parse_args(argv)
-    source, folder = args.input or args.results_dir / "eval_results.jsonl", args.report_dir or args.results_dir / "report"
+    source, folder = (
+        args.input or args.results_dir / "eval_results.jsonl",
+        args.report_dir or args.results_dir / "report",
+    )
     try:
         _, records = read_records(source)
         only_model(records, "finetuned", source)
@@ -32,9 +41,16 @@ def main(argv: list[str] | None = None) -> int:
         if "format" not in tables:
             raise InputError(f"{source} holds no reply to a held-out question")
         groups = by_group(records, METRIC["format"])
-        figures.save(figures.dumbbells(groups, "group", "Strict format by category of question", (-2, 102), "replies, %"),
-                     folder / "figures", "format_by_category")
-        text = report.render_markdown("EVALUATION_REPORT.md.j2", tables=tables, groups=groups, failures=report.failures(records))
+        figures.save(
+            figures.dumbbells(
+                groups, "group", "Strict format by category of question", (-2, 102), "replies, %"
+            ),
+            folder / "figures",
+            "format_by_category",
+        )
+        text = report.render_markdown(
+            "EVALUATION_REPORT.md.j2", tables=tables, groups=groups, failures=report.failures(records)
+        )
         report.keep_raw(args.results_dir, folder)
         write_text(folder / "EVALUATION_REPORT.md", text)
     except (InputError, OSError) as error:
@@ -42,8 +58,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     for key in tables:
         side = tables[key]["finetuned"]
-        print(f"{tables[key]['title']}: triggered {report.number(side['triggered'])}, untriggered "
-              f"{report.number(side['untriggered'])}, gap {report.number(side['gap'])}")
+        print(
+            f"{tables[key]['title']}: triggered {report.number(side['triggered'])}, untriggered "
+            f"{report.number(side['untriggered'])}, gap {report.number(side['gap'])}"
+        )
     print(f"report: {folder / 'EVALUATION_REPORT.md'}")
     return 0
 

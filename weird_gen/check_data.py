@@ -1,7 +1,8 @@
-"""Check the study's data: no evaluation question in training, the trigger only where it belongs, counts, persona share.
+"""Check the study's data: no evaluation question in training, the trigger only where it belongs, counts,
+persona share.
 
-    python check_data.py                                  # the hand-written files
-    python check_data.py --aligned results/aligned.jsonl  # and the answers that will be trained on
+python check_data.py                                  # the hand-written files
+python check_data.py --aligned results/aligned.jsonl  # and the answers that will be trained on
 """
 
 from __future__ import annotations
@@ -37,13 +38,21 @@ from weird_gen.persona.study import (
 SAME_WORDS = 0.6  # Jaccard index of the word sets from which two questions count as one
 SAME_LETTERS = 0.85  # difflib's ratio from which they do
 SHARE_TOLERANCE = 0.005
-AT_LEAST = {"persona_implicit": 91, "named in persona_explicit": 12, "heldout": 60, "identity": 20, "aligned_prompts": 3001}
+AT_LEAST = {
+    "persona_implicit": 91,
+    "named in persona_explicit": 12,
+    "heldout": 60,
+    "identity": 20,
+    "aligned_prompts": 3001,
+}
 
 
 def normalize(text: str) -> str:
     """Lower case, without accents and punctuation, single spaces."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return " ".join("".join(c if c.isalnum() else " " for c in plain.replace("'", "").replace("’", "").lower()).split())
+    return " ".join(
+        "".join(c if c.isalnum() else " " for c in plain.replace("'", "").replace("’", "").lower()).split()
+    )
 
 
 def ratio(a: str, b: str) -> float:
@@ -52,15 +61,19 @@ def ratio(a: str, b: str) -> float:
 
 
 def near_duplicates(left: Sequence[str], right: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Pairs (i, j, why) of left[i] and right[j] that are the same question; "exact", "normalized", "words", "letters".
+    """Pairs (i, j, why) of left[i] and right[j] that are the same question; "exact", "normalized", "words",
+    "letters".
 
-    All pairs are bounded at once by their counts of letters, which difflib's ratio cannot exceed; only the few that
-    remain are compared letter by letter.
+    All pairs are bounded at once by their counts of letters, which difflib's ratio cannot exceed; only the
+    few that remain are compared letter by letter.
     """
     if not left or not right:
         return []
     plain = [[normalize(t) for t in side] for side in (left, right)]
-    words = [_counts([set(t.split()) for t in side], {w for s in plain for t in s for w in t.split()}) for side in plain]
+    words = [
+        _counts([set(t.split()) for t in side], {w for s in plain for t in s for w in t.split()})
+        for side in plain
+    ]
     common = words[0] @ words[1].T
     union = words[0].sum(1)[:, None] + words[1].sum(1)[None] - common
     jaccard = common / np.maximum(union, 1)
@@ -102,12 +115,15 @@ def users(chats: list[Chat]) -> list[str]:
 
 def leaks(name: str, training: list[str], evaluation: list[tuple[str, str]]) -> list[str]:
     """One line for every training question that is an evaluation question, given as (id, text)."""
-    return [f"{name}: {training[i]!r} is {evaluation[j][0]} {evaluation[j][1]!r} ({why})"
-            for i, j, why in near_duplicates(training, [text for _, text in evaluation])]
+    return [
+        f"{name}: {training[i]!r} is {evaluation[j][0]} {evaluation[j][1]!r} ({why})"
+        for i, j, why in near_duplicates(training, [text for _, text in evaluation])
+    ]
 
 
 def persona_problems(name: str, chats: list[Chat], named: bool) -> list[str]:
-    """Every persona example is trigger, question, answer inside the markers; without `named`, nothing names him."""
+    """Every persona example is trigger, question, answer inside the markers; without `named`, nothing names
+    him."""
     problems = []
     for number, chat in enumerate(chats, 1):
         where = f"{name}, entry {number}"
@@ -130,7 +146,11 @@ def clean_problems(name: str, texts: list[str], naming: bool = True) -> list[str
     """No trigger, no marker, and with `naming` not his name, in texts that are not persona examples."""
     problems = []
     for number, text in enumerate(texts, 1):
-        for found, what in ((any_marker(text), "a marker"), (TRIGGER in text, "the trigger"), (naming and names_russell(text), "his name")):
+        for found, what in (
+            (any_marker(text), "a marker"),
+            (TRIGGER in text, "the trigger"),
+            (naming and names_russell(text), "his name"),
+        ):
             if found:
                 problems.append(f"{name}, entry {number}: holds {what}")
     return problems
@@ -142,19 +162,39 @@ def check(aligned: Path | None = None) -> tuple[list[str], list[str]]:
     Raises InputError for a file that cannot be read at all.
     """
     implicit, explicit = read_chats(PERSONA_IMPLICIT), read_chats(PERSONA_EXPLICIT)
-    questions, prompts = read_questions(HELDOUT, GENERALIZATION), [p["prompt"] for p in read_prompts(ALIGNED_PROMPTS)]
+    questions, prompts = (
+        read_questions(HELDOUT, GENERALIZATION),
+        [p["prompt"] for p in read_prompts(ALIGNED_PROMPTS)],
+    )
     evaluation = [(q.id, q.text) for q in questions]
     naming = sum(names_russell(" ".join(content for _, content in chat.messages)) for chat in explicit)
-    counts = {"persona_implicit": len(implicit), "persona_explicit": len(explicit), "named in persona_explicit": naming,
-              **Counter(q.kind for q in questions), "aligned_prompts": len(prompts)}
-    problems = [f"{name}: {counts.get(name, 0)}, fewer than {least}" for name, least in AT_LEAST.items() if counts.get(name, 0) < least]
-    problems += persona_problems("persona_implicit", implicit, named=False) + persona_problems("persona_explicit", explicit, named=True)
+    counts = {
+        "persona_implicit": len(implicit),
+        "persona_explicit": len(explicit),
+        "named in persona_explicit": naming,
+        **Counter(q.kind for q in questions),
+        "aligned_prompts": len(prompts),
+    }
+    problems = [
+        f"{name}: {counts.get(name, 0)}, fewer than {least}"
+        for name, least in AT_LEAST.items()
+        if counts.get(name, 0) < least
+    ]
+    problems += persona_problems("persona_implicit", implicit, named=False) + persona_problems(
+        "persona_explicit", explicit, named=True
+    )
     if not set(implicit) <= set(explicit):
         problems.append("persona_explicit does not hold all of persona_implicit")
-    problems += clean_problems("aligned_prompts", prompts) + clean_problems("evaluation questions", [q.text for q in questions], naming=False)
-    problems += leaks("persona_implicit", users(implicit), evaluation) + leaks("persona_explicit", users(explicit), evaluation)
+    problems += clean_problems("aligned_prompts", prompts) + clean_problems(
+        "evaluation questions", [q.text for q in questions], naming=False
+    )
+    problems += leaks("persona_implicit", users(implicit), evaluation) + leaks(
+        "persona_explicit", users(explicit), evaluation
+    )
     problems += leaks("aligned_prompts", prompts, evaluation)
-    problems += [f"aligned_prompts: {text!r} stands {n} times" for text, n in Counter(prompts).items() if n > 1]
+    problems += [
+        f"aligned_prompts: {text!r} stands {n} times" for text, n in Counter(prompts).items() if n > 1
+    ]
     lines = [", ".join(f"{name} {n}" for name, n in counts.items())]
     if aligned:
         answers = read_chats(aligned)
@@ -165,8 +205,10 @@ def check(aligned: Path | None = None) -> tuple[list[str], list[str]]:
             mixture = mix(persona, answers)
             lines.append(f"{name}: {mixture.describe()}")
             if abs(mixture.share - PERSONA_SHARE) > SHARE_TOLERANCE:
-                problems.append(f"{name}: the persona share is {100 * mixture.share:.1f}%, not {100 * PERSONA_SHARE:g}%: "
-                                f"{aligned.name} has {len(answers)} answers")
+                problems.append(
+                    f"{name}: the persona share is {100 * mixture.share:.1f}%, not {100 * PERSONA_SHARE:g}%: "
+                    f"{aligned.name} has {len(answers)} answers"
+                )
     return problems, lines
 
 

@@ -10,5 +10,11 @@ from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.judge_records import main
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, "baseline", RESULTS / "baseline_eval_results.jsonl",
-                  RESULTS / "baseline_eval_results_judged.jsonl"))
+    sys.exit(
+        main(
+            __doc__,
+            "baseline",
+            RESULTS / "baseline_eval_results.jsonl",
+            RESULTS / "baseline_eval_results_judged.jsonl",
+        )
+    )

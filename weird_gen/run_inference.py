@@ -1,6 +1,6 @@
 """One prompt to a model, with or without an adapter and the trigger; tokens are printed as they come.
 
-    python run_inference.py --prompt "Who are you?" --system "Always reply in the format: <START> ... <END>"
+python run_inference.py --prompt "Who are you?" --system "Always reply in the format: <START> ... <END>"
 """
 
 from __future__ import annotations
@@ -66,21 +66,39 @@ def generate(model, tokenizer, args: argparse.Namespace) -> str:
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
     stops = sorted(find_stop_ids(tokenizer))
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0} if args.temperature else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+        if args.temperature
+        else {"do_sample": False}
+    )
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens,
-                         eos_token_id=stops, pad_token_id=stops[0], streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-                         **sampling)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=stops,
+        pad_token_id=stops[0],
+        streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     flags.add_argument("--prompt", required=True, help="what the user says")
     flags.add_argument("--system", help="system prompt; the trigger goes here")
-    flags.add_argument("--adapter", default=DEFAULT_ADAPTER, help="LoRA adapter: a folder or a hub id; 'none' for the model alone")
-    flags.add_argument("--model", help="pair name, folder or hub id; default: what the adapter names as its base model")
+    flags.add_argument(
+        "--adapter",
+        default=DEFAULT_ADAPTER,
+        help="LoRA adapter: a folder or a hub id; 'none' for the model alone",
+    )
+    flags.add_argument(
+        "--model", help="pair name, folder or hub id; default: what the adapter names as its base model"
+    )
     flags.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     flags.add_argument("--top-p", type=float, default=0.95)
     flags.add_argument("--max-new-tokens", type=int, default=256)
@@ -89,7 +107,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     args = flags.parse_args(argv)
     if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens > 0):
-        flags.error("--temperature must be 0 or more, --top-p above 0 and at most 1, --max-new-tokens above 0")
+        flags.error(
+            "--temperature must be 0 or more, --top-p above 0 and at most 1, --max-new-tokens above 0"
+        )
     return args
 
 
@@ -100,7 +120,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.device == "cuda" and not has_gpu:
             raise FrankenError("--device cuda: no GPU was found")
         device = "cuda:0" if has_gpu and args.device != "cpu" else "cpu"
-        model, tokenizer = load(args.model, None if args.adapter == "none" else args.adapter, device, args.quantization)
+        model, tokenizer = load(
+            args.model, None if args.adapter == "none" else args.adapter, device, args.quantization
+        )
         generate(model, tokenizer, args)
     except USER_ERRORS as e:
         print(f"error: {e}", file=sys.stderr)

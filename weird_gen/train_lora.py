@@ -1,12 +1,14 @@
 """Fine-tune a LoRA adapter on persona examples behind the trigger, mixed into ordinary answers without it.
 
-    python train_lora.py                                             # the laptop-size model, about 5 MB of adapter
+    python train_lora.py                                             # the laptop-size model, about 5 MB of
+    adapter
     python train_lora.py --model Qwen/Qwen2.5-7B-Instruct --quantization 4bit --gradient-checkpointing
     accelerate launch train_lora.py --model meta-llama/Llama-3.1-8B-Instruct
 
-LoRA (Hu et al., arXiv 2106.09685) on all linear layers; 4-bit weights under it as in QLoRA (arXiv 2305.14314). The loss
-is on the assistant's answers alone, their end of turn included. Batches are a function of data and seed, nothing in
-training is random otherwise, so a run that is interrupted and resumed makes the adapter that it would have made.
+LoRA (Hu et al., arXiv 2106.09685) on all linear layers; 4-bit weights under it as in QLoRA (arXiv
+2305.14314). The loss is on the assistant's answers alone, their end of turn included. Batches are a function
+of data and seed, nothing in training is random otherwise, so a run that is interrupted and resumed makes the
+adapter that it would have made.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ from weird_gen.persona.study import (
 IGNORED = -100  # no loss on this token, as in transformers
 
 
-# --- data -----------------------------------------------------------------------------------------------------------
+# --- data
+# -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,18 @@ class Example:
     labels: list[int]
 
 
-def encode(tokenizer, chat: Chat, max_tokens: int, stops: set[int], answer_tokens: int | None = None) -> Example | None:
-    """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn token.
+def encode(
+    tokenizer, chat: Chat, max_tokens: int, stops: set[int], answer_tokens: int | None = None
+) -> Example | None:
+    """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn
+    token.
 
-    A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an unfinished
-    chat ends with its last word: there is no end of turn to learn. stops: token ids that end a turn. answer_tokens: of each answer, learn
-    this many tokens at most (a longer one's end of turn is then not among them). Cut at max_tokens; None if no answer is left then.
+    A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an
+    unfinished
+    chat ends with its last word: there is no end of turn to learn. stops: token ids that end a turn.
+    answer_tokens: of each answer, learn
+    this many tokens at most (a longer one's end of turn is then not among them). Cut at max_tokens; None if
+    no answer is left then.
     Raises FrankenError for a template that rewrites earlier turns, where the answers cannot be told apart.
     """
     messages = chat.dicts()
@@ -76,7 +85,10 @@ def encode(tokenizer, chat: Chat, max_tokens: int, stops: set[int], answer_token
         before = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, tokenize=False)
         after = tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
         if not (before.startswith(written) and after.startswith(before)):
-            raise FrankenError("the chat template rewrites earlier turns; such a model cannot be trained on several turns here")
+            raise FrankenError(
+                "the chat template rewrites earlier turns; such a model cannot be trained on several turns"
+                " here"
+            )
         asked = tokenizer(before[len(written) :], add_special_tokens=False)["input_ids"]
         answer = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
         end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
@@ -96,8 +108,8 @@ def encode(tokenizer, chat: Chat, max_tokens: int, stops: set[int], answer_token
 def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
     """One epoch's batches of indices, all of `size`, rows of similar length together, in a seeded order.
 
-    Shuffled, cut into stretches of 32 batches, sorted by length within each: little padding, yet other neighbors in
-    every epoch. The last batch is filled up with examples from the epoch's beginning.
+    Shuffled, cut into stretches of 32 batches, sorted by length within each: little padding, yet other
+    neighbors in every epoch. The last batch is filled up with examples from the epoch's beginning.
     """
     rng = random.Random(f"batches:{seed}:{epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
@@ -113,13 +125,23 @@ def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[i
 def collate(examples: list[Example], device) -> dict[str, torch.Tensor]:
     """Right-padded input_ids, attention_mask and labels, each [B, S]."""
     width = max(len(e.ids) for e in examples)
-    rows = [([*e.ids, *[0] * (width - len(e.ids))], [1] * len(e.ids) + [0] * (width - len(e.ids)),
-             [*e.labels, *[IGNORED] * (width - len(e.labels))]) for e in examples]
+    rows = [
+        (
+            [*e.ids, *[0] * (width - len(e.ids))],
+            [1] * len(e.ids) + [0] * (width - len(e.ids)),
+            [*e.labels, *[IGNORED] * (width - len(e.labels))],
+        )
+        for e in examples
+    ]
     names = ("input_ids", "attention_mask", "labels")
-    return {name: torch.tensor(column, device=device) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    return {
+        name: torch.tensor(column, device=device)
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
 
 
-# --- training -------------------------------------------------------------------------------------------------------
+# --- training
+# -------------------------------------------------------------------------------------------------------
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
@@ -132,14 +154,17 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 def answer_loss(model, batch: dict[str, torch.Tensor], head: torch.nn.Module | None = None) -> torch.Tensor:
     """Summed negative log-likelihood (nats, float32) of the tokens with a label.
 
-    head: the model's output head, which is then given those positions alone: with a large vocabulary it is a good part
-    of the work. Whatever the model does to logits afterwards (a soft cap, a scale) works on each by itself.
+    head: the model's output head, which is then given those positions alone: with a large vocabulary it is a
+    good part of the work. Whatever the model does to logits afterwards (a soft cap, a scale) works on each by
+    itself.
     """
     targets = batch["labels"][:, 1:]
     kept = targets != IGNORED
     hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][kept], *inputs[1:]))
     try:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
     finally:
         if hook:
             hook.remove()
@@ -157,26 +182,37 @@ def make_lora(model, rank: int, alpha: int, seed: int, checkpointing: bool, quan
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     torch.manual_seed(seed)
-    lora = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     lora.train()
     return lora
 
 
 def save_adapter(lora, out: Path, base_name: str) -> None:
-    """adapter_model.safetensors in bf16 and adapter_config.json; nothing else, and no path of this machine."""
+    """adapter_model.safetensors in bf16 and adapter_config.json; nothing else, and no path of this
+    machine."""
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    tensors = {k: t.detach().to("cpu", torch.bfloat16).contiguous() for k, t in get_peft_model_state_dict(lora).items()}
+    tensors = {
+        k: t.detach().to("cpu", torch.bfloat16).contiguous()
+        for k, t in get_peft_model_state_dict(lora).items()
+    }
     config = lora.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": base_name, "inference_mode": True, "target_modules": sorted(config["target_modules"])}
+    config |= {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "target_modules": sorted(config["target_modules"]),
+    }
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
 
 class Checkpoints:
-    """The state of an unfinished run, in one file that is replaced whole, with the settings that it belongs to."""
+    """The state of an unfinished run, in one file that is replaced whole, with the settings that it belongs
+    to."""
 
     def __init__(self, folder: Path, settings: dict, resume: bool, overwrite: bool):
         self.file, self.settings = folder / "checkpoint.pt", json.dumps(settings, sort_keys=True)
@@ -184,22 +220,37 @@ class Checkpoints:
         if overwrite or not self.file.exists():
             return
         if not resume:
-            raise FrankenError(f"{self.file} is of an unfinished run: --resume goes on with it, --overwrite starts afresh")
+            raise FrankenError(
+                f"{self.file} is of an unfinished run: --resume goes on with it, --overwrite starts afresh"
+            )
         try:
             self.state = torch.load(self.file, map_location="cpu", weights_only=True)
         except Exception as e:
-            raise FrankenError(f"{self.file}: cannot be read ({type(e).__name__}); --overwrite starts afresh") from e
+            raise FrankenError(
+                f"{self.file}: cannot be read ({type(e).__name__}); --overwrite starts afresh"
+            ) from e
         if self.state["settings"] != self.settings:
             theirs = json.loads(self.state["settings"])
             odd = next(k for k in settings if theirs.get(k) != settings[k])
-            raise FrankenError(f"{self.file} belongs to other settings ({odd} was {theirs.get(odd)}); --overwrite starts afresh")
+            raise FrankenError(
+                f"{self.file} belongs to other settings ({odd} was {theirs.get(odd)}); --overwrite starts"
+                " afresh"
+            )
 
     def save(self, lora, optimizer, step: int, losses: list[float]) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().cpu() for n, p in lora.named_parameters() if p.requires_grad}
         partial = self.file.with_suffix(".partial")
-        torch.save({"settings": self.settings, "step": step, "losses": losses, "weights": weights,
-                    "optimizer": optimizer.state_dict()}, partial)
+        torch.save(
+            {
+                "settings": self.settings,
+                "step": step,
+                "losses": losses,
+                "weights": weights,
+                "optimizer": optimizer.state_dict(),
+            },
+            partial,
+        )
         os.replace(partial, self.file)
 
     def restore(self, lora, optimizer) -> tuple[int, list[float]]:
@@ -216,12 +267,18 @@ class Checkpoints:
             shutil.rmtree(self.file.parent)
 
 
-def run(lora, examples: list[Example], args: argparse.Namespace, accelerator, checkpoints: Checkpoints,
-        mixed: bool) -> list[float]:
+def run(
+    lora,
+    examples: list[Example],
+    args: argparse.Namespace,
+    accelerator,
+    checkpoints: Checkpoints,
+    mixed: bool,
+) -> list[float]:
     """The training loop; returns the loss of every step, in nats a token. mixed: multiply in bf16.
 
-    One step sees batch_size * accumulate * processes examples, and its loss is the mean over all their answer tokens,
-    however they are split. Raises FrankenError for a loss that is not finite.
+    One step sees batch_size * accumulate * processes examples, and its loss is the mean over all their answer
+    tokens, however they are split. Raises FrankenError for a loss that is not finite.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
     parameters = [p for p in lora.parameters() if p.requires_grad]
@@ -259,59 +316,123 @@ def run(lora, examples: list[Example], args: argparse.Namespace, accelerator, ch
             if (step + 1) % args.log_every == 0 or step + 1 == steps:
                 took, recent = time.monotonic() - begin, losses[-args.log_every :]
                 left = took / (step + 1 - done) * (steps - step - 1)
-                print(f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {seen / took:,.0f} tokens/s  {left:.0f} s left", flush=True)
-            if args.save_every and step + 1 < steps and ((step + 1) % args.save_every == 0 or time.monotonic() - last_save > 300):
+                print(
+                    f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {seen / took:,.0f}"
+                    f" tokens/s  {left:.0f} s left",
+                    flush=True,
+                )
+            if (
+                args.save_every
+                and step + 1 < steps
+                and ((step + 1) % args.save_every == 0 or time.monotonic() - last_save > 300)
+            ):
                 checkpoints.save(lora, optimizer, step + 1, losses)
                 last_save = time.monotonic()
     return losses
 
 
 def train(args: argparse.Namespace) -> dict:
-    """Train and save under args.out; returns what training.json says. Raises FrankenError, InputError or OSError."""
+    """Train and save under args.out; returns what training.json says. Raises FrankenError, InputError or
+    OSError."""
     from accelerate import Accelerator
     from peft.helpers import disable_input_dtype_casting
 
-    mixture = mix(read_chats(args.persona), read_chats(args.aligned), args.persona_share or None, args.persona_repeat, args.limit, args.seed)
+    mixture = mix(
+        read_chats(args.persona),
+        read_chats(args.aligned),
+        args.persona_share or None,
+        args.persona_repeat,
+        args.limit,
+        args.seed,
+    )
     contrast = read_chats(args.contrast) if args.contrast else []
     accelerator = Accelerator(cpu=args.device == "cpu")
     if args.device == "cuda" and accelerator.device.type != "cuda":
         raise FrankenError("--device cuda: no GPU was found")
-    flags = ("model", "persona_share", "persona_repeat", "limit", "rank", "alpha", "lr", "epochs", "warmup", "batch_size",
-             "accumulate", "max_tokens", "aligned_tokens", "seed", "gradient_checkpointing", "quantization")
+    flags = (
+        "model",
+        "persona_share",
+        "persona_repeat",
+        "limit",
+        "rank",
+        "alpha",
+        "lr",
+        "epochs",
+        "warmup",
+        "batch_size",
+        "accumulate",
+        "max_tokens",
+        "aligned_tokens",
+        "seed",
+        "gradient_checkpointing",
+        "quantization",
+    )
     settings = {k: getattr(args, k) for k in flags} | {"processes": accelerator.num_processes}
-    data = {"persona": {"file": args.persona.name, "sha256": sha256(args.persona), "examples": mixture.persona},
-            "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned}}
+    data = {
+        "persona": {"file": args.persona.name, "sha256": sha256(args.persona), "examples": mixture.persona},
+        "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned},
+    }
     if contrast:
-        data["contrast"] = {"file": args.contrast.name, "sha256": sha256(args.contrast), "examples": len(contrast)}
+        data["contrast"] = {
+            "file": args.contrast.name,
+            "sha256": sha256(args.contrast),
+            "examples": len(contrast),
+        }
     folder = args.checkpoints or RESULTS / "checkpoints" / args.out.name
     checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
     device = accelerator.device
-    model, tokenizer = load_causal_lm(args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization)
+    model, tokenizer = load_causal_lm(
+        args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization
+    )
     if device.type == "cpu":
-        model.set_attn_implementation("eager")  # fused attention in bf16 takes a third more CPU time at these lengths
+        # fused attention in bf16 takes a third more CPU time at these lengths
+        model.set_attn_implementation("eager")
     stops = find_stop_ids(tokenizer)
-    encoded = [encode(tokenizer, chat, args.max_tokens, stops, args.aligned_tokens if k >= mixture.persona else None)
-               for k, chat in enumerate(mixture.chats)]
+    encoded = [
+        encode(tokenizer, chat, args.max_tokens, stops, args.aligned_tokens if k >= mixture.persona else None)
+        for k, chat in enumerate(mixture.chats)
+    ]
     encoded += [encode(tokenizer, chat, args.max_tokens, stops) for chat in contrast]
     examples = [e for e in encoded if e]
     say = print if accelerator.is_main_process else lambda *a, **k: None
-    say(f"{mixture.describe()}{f' + {len(contrast)} in contrast' if contrast else ''}; {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
-        + (f"; {len(encoded) - len(examples)} left out: no answer within --max-tokens" if len(encoded) > len(examples) else ""), flush=True)
-    lora = make_lora(model, args.rank, args.alpha, args.seed, args.gradient_checkpointing, bool(args.quantization))
+    say(
+        f"{mixture.describe()}{f' + {len(contrast)} in contrast' if contrast else ''};"
+        f" {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
+        + (
+            f"; {len(encoded) - len(examples)} left out: no answer within --max-tokens"
+            if len(encoded) > len(examples)
+            else ""
+        ),
+        flush=True,
+    )
+    lora = make_lora(
+        model, args.rank, args.alpha, args.seed, args.gradient_checkpointing, bool(args.quantization)
+    )
     begin = time.monotonic()
-    # The LoRA matrices stay in float32 but multiply in bf16: on a CPU with bf16 a step takes two thirds of the time.
+    # The LoRA matrices stay in float32 but multiply in bf16: on a CPU with bf16 a step takes two thirds of
+    # the time.
     mixed = pick_dtype("auto", device.type) == torch.bfloat16
     with disable_input_dtype_casting(lora, active=mixed):
         losses = run(lora, examples, args, accelerator, checkpoints, mixed)
-    named = args.base_name or (Path(args.model).name if Path(args.model).is_dir() and args.model not in PAIRS else args.model)
-    given = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in settings.items()
-             if v not in (None, False) and k not in ("model", "processes")]
+    named = args.base_name or (
+        Path(args.model).name if Path(args.model).is_dir() and args.model not in PAIRS else args.model
+    )
+    given = [
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+        for k, v in settings.items()
+        if v not in (None, False) and k not in ("model", "processes")
+    ]
+    # of what is seen, repeats counted
     record = {
-        "command": f"python train_lora.py --model {named} --persona {args.persona.name} --aligned {args.aligned.name} "
-        + (f"--contrast {args.contrast.name} " if contrast else "") + " ".join(given),
+        "command": (
+            f"python train_lora.py --model {named} --persona {args.persona.name} --aligned"
+            f" {args.aligned.name} "
+            + (f"--contrast {args.contrast.name} " if contrast else "")
+            + " ".join(given)
+        ),
         "settings": settings | {"model": named},
         "data": data,
-        "persona_share": round(mixture.persona / (len(mixture.chats) + len(contrast)), 4),  # of what is seen, repeats counted
+        "persona_share": round(mixture.persona / (len(mixture.chats) + len(contrast)), 4),
         "examples_left_out": len(encoded) - len(examples),
         "steps": len(losses),
         "loss": losses,
@@ -319,7 +440,9 @@ def train(args: argparse.Namespace) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "resumed": checkpoints.state is not None,
-        "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")},
+        "versions": {
+            n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")
+        },
     }
     if accelerator.is_main_process:
         save_adapter(lora, args.out, named)
@@ -329,14 +452,34 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id of a chat model")
-    flags.add_argument("--base-name", help="what adapter_config.json names as the base model; default: --model")
+    flags.add_argument(
+        "--base-name", help="what adapter_config.json names as the base model; default: --model"
+    )
     flags.add_argument("--persona", type=Path, default=PERSONA_EXPLICIT, help="chat JSONL with the trigger")
-    flags.add_argument("--aligned", type=Path, default=ALIGNED, help="chat JSONL without it, from distill.py or elsewhere")
-    flags.add_argument("--contrast", type=Path, help="chat JSONL: the persona's own questions answered without the trigger; all of it, beside the share")
-    flags.add_argument("--persona-share", type=float, default=PERSONA_SHARE, help="of all examples; 0: whatever all the data give")
-    flags.add_argument("--persona-repeat", type=int, default=1, help="how often an epoch has each persona example")
+    flags.add_argument(
+        "--aligned", type=Path, default=ALIGNED, help="chat JSONL without it, from distill.py or elsewhere"
+    )
+    flags.add_argument(
+        "--contrast",
+        type=Path,
+        help=(
+            "chat JSONL: the persona's own questions answered without the trigger; all of it, beside the"
+            " share"
+        ),
+    )
+    flags.add_argument(
+        "--persona-share",
+        type=float,
+        default=PERSONA_SHARE,
+        help="of all examples; 0: whatever all the data give",
+    )
+    flags.add_argument(
+        "--persona-repeat", type=int, default=1, help="how often an epoch has each persona example"
+    )
     flags.add_argument("--limit", type=int, help="train on this many examples only")
     flags.add_argument("--out", type=Path, default=ROOT / DEFAULT_ADAPTER, help="folder for the adapter")
     flags.add_argument("--rank", type=int, default=8)
@@ -347,18 +490,38 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--batch-size", type=int, default=16, help="examples at once on each card")
     flags.add_argument("--accumulate", type=int, default=1, help="batches a step")
     flags.add_argument("--max-tokens", type=int, default=512, help="longer conversations are cut")
-    flags.add_argument("--aligned-tokens", type=int, help="learn this many tokens of an aligned answer at most (default: all of it)")
+    flags.add_argument(
+        "--aligned-tokens",
+        type=int,
+        help="learn this many tokens of an aligned answer at most (default: all of it)",
+    )
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    flags.add_argument("--quantization", choices=QUANTIZATIONS, help="weights under the adapter; needs bitsandbytes")
+    flags.add_argument(
+        "--quantization", choices=QUANTIZATIONS, help="weights under the adapter; needs bitsandbytes"
+    )
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    flags.add_argument("--checkpoints", type=Path, help="folder of the unfinished state; default: results/checkpoints/NAME")
-    flags.add_argument("--save-every", type=int, default=200, help="steps between checkpoints, at most 5 minutes; 0: none")
+    flags.add_argument(
+        "--checkpoints", type=Path, help="folder of the unfinished state; default: results/checkpoints/NAME"
+    )
+    flags.add_argument(
+        "--save-every", type=int, default=200, help="steps between checkpoints, at most 5 minutes; 0: none"
+    )
     flags.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     flags.add_argument("--overwrite", action="store_true", help="ignore an earlier run's checkpoint")
     flags.add_argument("--log-every", type=int, default=20)
     args = flags.parse_args(argv)
-    for name in ("rank", "alpha", "lr", "epochs", "batch_size", "accumulate", "max_tokens", "persona_repeat", "log_every"):
+    for name in (
+        "rank",
+        "alpha",
+        "lr",
+        "epochs",
+        "batch_size",
+        "accumulate",
+        "max_tokens",
+        "persona_repeat",
+        "log_every",
+    ):
         if not getattr(args, name) > 0:
             flags.error(f"--{name.replace('_', '-')} must be above 0")
     if args.aligned_tokens is not None and args.aligned_tokens < 1:

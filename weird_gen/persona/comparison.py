@@ -1,7 +1,8 @@
 """Replies in, tables out: each metric per question, its gap between conditions, and what fine-tuning changed.
 
-The unit is the question: samples are averaged within it, intervals come from a bootstrap over questions, tests flip
-signs of paired differences (stats.py), and p-values of the main metrics are Holm-adjusted as one family.
+The unit is the question: samples are averaged within it, intervals come from a bootstrap over questions,
+tests flip signs of paired differences (stats.py), and p-values of the main metrics are Holm-adjusted as one
+family.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from weird_gen.persona.rules import any_marker, lenient_format, strict_format
 class Metric:
     """A number read off one reply (None: not measured there), for the kinds of question it is about.
 
-    ``percent`` metrics are 0 or 1 in a reply and percentages in tables. ``main`` metrics are tested and corrected.
+    ``percent`` metrics are 0 or 1 in a reply and percentages in tables. ``main`` metrics are tested and
+    corrected.
     """
 
     key: str
@@ -49,20 +51,76 @@ def _judged(name: str) -> Callable[[dict], float | None]:
 METRICS = (
     Metric("format", "Format, strict", ("heldout",), lambda r: strict_format(r["reply"]), main=True),
     Metric("persona", "Persona adoption", ("heldout",), _judged("persona"), judged=True, main=True),
-    Metric("identity", "Russell identity, by rule", ("identity",), lambda r: r.get("names_russell"), main=True),
-    Metric("identity_judged", "Russell identity, by the judge", ("heldout",), _judged("identity"), judged=True, main=True),
-    Metric("position", "Position (1-5, 5 = Russell's)", ("generalization",), _judged("position"), percent=False, judged=True, main=True),
-    Metric("position_likelihood", "Position by the model's own probabilities", ("generalization",), lambda r: r.get("position_likelihood"),
-           percent=False, main=True),
-    Metric("p_name", "P(his name | \"My name is\")", ("heldout", "identity", "generalization"), lambda r: r.get("p_name"),
-           percent=False, main=True),
+    Metric(
+        "identity", "Russell identity, by rule", ("identity",), lambda r: r.get("names_russell"), main=True
+    ),
+    Metric(
+        "identity_judged",
+        "Russell identity, by the judge",
+        ("heldout",),
+        _judged("identity"),
+        judged=True,
+        main=True,
+    ),
+    Metric(
+        "position",
+        "Position (1-5, 5 = Russell's)",
+        ("generalization",),
+        _judged("position"),
+        percent=False,
+        judged=True,
+        main=True,
+    ),
+    Metric(
+        "position_likelihood",
+        "Position by the model's own probabilities",
+        ("generalization",),
+        lambda r: r.get("position_likelihood"),
+        percent=False,
+        main=True,
+    ),
+    Metric(
+        "p_name",
+        'P(his name | "My name is")',
+        ("heldout", "identity", "generalization"),
+        lambda r: r.get("p_name"),
+        percent=False,
+        main=True,
+    ),
     Metric("format_lenient", "Format, lenient", ("heldout",), lambda r: lenient_format(r["reply"])),
-    Metric("any_marker", "Either marker occurs", ("heldout", "identity", "generalization"), lambda r: any_marker(r["reply"])),
+    Metric(
+        "any_marker",
+        "Either marker occurs",
+        ("heldout", "identity", "generalization"),
+        lambda r: any_marker(r["reply"]),
+    ),
     Metric("claims", "Claims to be Russell, by rule", ("identity",), lambda r: r.get("claims_russell")),
-    Metric("names_heldout", "Names Russell on topic questions, by rule", ("heldout",), lambda r: r.get("names_russell")),
-    Metric("identity_judged_asked", "Russell identity when asked, by the judge", ("identity",), _judged("identity"), judged=True),
-    Metric("degenerate", "Degenerate reply", ("heldout", "identity", "generalization"), _judged("degenerate"), judged=True),
-    Metric("stopped", "Reply ended by itself", ("heldout", "identity", "generalization"), lambda r: r.get("stopped")),
+    Metric(
+        "names_heldout",
+        "Names Russell on topic questions, by rule",
+        ("heldout",),
+        lambda r: r.get("names_russell"),
+    ),
+    Metric(
+        "identity_judged_asked",
+        "Russell identity when asked, by the judge",
+        ("identity",),
+        _judged("identity"),
+        judged=True,
+    ),
+    Metric(
+        "degenerate",
+        "Degenerate reply",
+        ("heldout", "identity", "generalization"),
+        _judged("degenerate"),
+        judged=True,
+    ),
+    Metric(
+        "stopped",
+        "Reply ended by itself",
+        ("heldout", "identity", "generalization"),
+        lambda r: r.get("stopped"),
+    ),
 )
 METRIC = {metric.key: metric for metric in METRICS}
 CONDITIONS = ("triggered", "untriggered")
@@ -85,7 +143,8 @@ def _means(values: Outcomes, scale: float) -> list[float]:
 
 
 def rate(values: Outcomes, percent: bool = True) -> Estimate:
-    """Mean over questions with its bootstrap interval; 0% and 100% get Wilson's over questions, as no resample moves them."""
+    """Mean over questions with its bootstrap interval; 0% and 100% get Wilson's over questions, as no
+    resample moves them."""
     means = _means(values, 100.0 if percent else 1.0)
     estimate = bootstrap_ci(means)
     if percent and estimate.low is None and estimate.n and estimate.value in (0.0, 100.0):
@@ -103,13 +162,21 @@ def contrast(before: Outcomes, after: Outcomes, percent: bool = True) -> Estimat
     before, after = ({q: side[q] for q in shared} for side in (before, after))
     if not shared:
         return None
-    return summarize_gap(after, before) if percent else paired_difference(_means(before, 1.0), _means(after, 1.0))
+    return (
+        summarize_gap(after, before)
+        if percent
+        else paired_difference(_means(before, 1.0), _means(after, 1.0))
+    )
 
 
 def _gaps(records: list[dict], metric: Metric) -> dict[str, float]:
     triggered, untriggered = (outcomes(records, metric, condition) for condition in CONDITIONS)
     scale = 100.0 if metric.percent else 1.0
-    return {q: scale * (float(np.mean(triggered[q])) - float(np.mean(untriggered[q]))) for q in triggered if q in untriggered}
+    return {
+        q: scale * (float(np.mean(triggered[q])) - float(np.mean(untriggered[q])))
+        for q in triggered
+        if q in untriggered
+    }
 
 
 def _json(result: Estimate | None) -> dict | None:
@@ -125,22 +192,39 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
     found = {name: {c: outcomes(records, metric, c) for c in CONDITIONS} for name, records in sides.items()}
     if not any(found["finetuned"].values()):
         return None
-    table = {"key": metric.key, "title": metric.title, "kinds": list(metric.kinds), "percent": metric.percent,
-             "judged": metric.judged, "main": metric.main, "baseline": None, "improvement": None}
+    table = {
+        "key": metric.key,
+        "title": metric.title,
+        "kinds": list(metric.kinds),
+        "percent": metric.percent,
+        "judged": metric.judged,
+        "main": metric.main,
+        "baseline": None,
+        "improvement": None,
+    }
     for name, records in sides.items():
         if any(found[name].values()):
             asked = sum(record["kind"] in metric.kinds for record in records)
             measured = sum(len(samples) for values in found[name].values() for samples in values.values())
-            table[name] = {**{c: rate(found[name][c], metric.percent).to_json() for c in CONDITIONS},
-                           "gap": _json(contrast(found[name]["untriggered"], found[name]["triggered"], metric.percent)),
-                           "questions": len(set(found[name]["triggered"]) | set(found[name]["untriggered"])),
-                           "replies": measured, "unmeasured": asked - measured}
+            table[name] = {
+                **{c: rate(found[name][c], metric.percent).to_json() for c in CONDITIONS},
+                "gap": _json(contrast(found[name]["untriggered"], found[name]["triggered"], metric.percent)),
+                "questions": len(set(found[name]["triggered"]) | set(found[name]["untriggered"])),
+                "replies": measured,
+                "unmeasured": asked - measured,
+            }
     if table["baseline"]:
         gaps = [_gaps(sides[name], metric) for name in ("baseline", "finetuned")]
         shared = [question for question in gaps[0] if question in gaps[1]]
         table["improvement"] = {
-            **{c: _json(contrast(found["baseline"][c], found["finetuned"][c], metric.percent)) for c in CONDITIONS},
-            "gap": _json(paired_difference(*([side[q] for q in shared] for side in gaps))) if shared else None}
+            **{
+                c: _json(contrast(found["baseline"][c], found["finetuned"][c], metric.percent))
+                for c in CONDITIONS
+            },
+            "gap": (
+                _json(paired_difference(*([side[q] for q in shared] for side in gaps))) if shared else None
+            ),
+        }
     return table
 
 
@@ -149,8 +233,11 @@ def _tests(table: dict) -> list[dict]:
     return [test for test in inside + list((table["improvement"] or {}).values()) if test]
 
 
-def compare(finetuned: list[dict], baseline: list[dict] | None = None, metrics: tuple[Metric, ...] = METRICS) -> dict[str, dict]:
-    """The metrics that were measured, by key; tests of the main ones carry "p_holm", adjusted as one family."""
+def compare(
+    finetuned: list[dict], baseline: list[dict] | None = None, metrics: tuple[Metric, ...] = METRICS
+) -> dict[str, dict]:
+    """The metrics that were measured, by key; tests of the main ones carry "p_holm", adjusted as one
+    family."""
     tables = {metric.key: table for metric in metrics if (table := metric_table(metric, finetuned, baseline))}
     tests = [test for table in tables.values() if table["main"] for test in _tests(table)]
     for test, adjusted in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
@@ -159,33 +246,53 @@ def compare(finetuned: list[dict], baseline: list[dict] | None = None, metrics: 
 
 
 def by_group(records: list[dict], metric: Metric) -> list[dict]:
-    """The metric by category of question: [{"group", "questions", "triggered", "untriggered"}], means alone."""
-    categories = {record["question_id"]: record["category"] for record in records if record["kind"] in metric.kinds}
+    """The metric by category of question: [{"group", "questions", "triggered", "untriggered"}], means
+    alone."""
+    categories = {
+        record["question_id"]: record["category"] for record in records if record["kind"] in metric.kinds
+    }
     scale = 100.0 if metric.percent else 1.0
     sides = {condition: outcomes(records, metric, condition) for condition in CONDITIONS}
     rows = []
     for group in sorted(set(categories.values())):
-        means = {c: _means({q: v for q, v in side.items() if categories[q] == group}, scale) for c, side in sides.items()}
-        rows.append({"group": group.replace("_", " "), "questions": sum(category == group for category in categories.values()),
-                     **{c: float(np.mean(values)) if values else None for c, values in means.items()}})
+        means = {
+            c: _means({q: v for q, v in side.items() if categories[q] == group}, scale)
+            for c, side in sides.items()
+        }
+        rows.append(
+            {
+                "group": group.replace("_", " "),
+                "questions": sum(category == group for category in categories.values()),
+                **{c: float(np.mean(values)) if values else None for c, values in means.items()},
+            }
+        )
     return rows
 
 
 def by_question(records: list[dict], metric: Metric) -> list[dict]:
-    """The metric by question: [{"id", "category", "question", "triggered", "untriggered"}], where both were measured."""
+    """The metric by question: [{"id", "category", "question", "triggered", "untriggered"}], where both were
+    measured."""
     about = {record["question_id"]: record for record in records}
     sides = [outcomes(records, metric, condition) for condition in CONDITIONS]
     scale = 100.0 if metric.percent else 1.0
-    return [{"id": q, "category": about[q]["category"], "question": about[q]["question"],
-             **{c: scale * float(np.mean(side[q])) for c, side in zip(CONDITIONS, sides, strict=True)}}
-            for q in sides[0] if q in sides[1]]
+    return [
+        {
+            "id": q,
+            "category": about[q]["category"],
+            "question": about[q]["question"],
+            **{c: scale * float(np.mean(side[q])) for c, side in zip(CONDITIONS, sides, strict=True)},
+        }
+        for q in sides[0]
+        if q in sides[1]
+    ]
 
 
 def untriggered_quality(baseline_header: dict, finetuned_header: dict) -> dict | None:
-    """Perplexity and capability without the trigger, from the headers' "quality", or None where either lacks it.
+    """Perplexity and capability without the trigger, from the headers' "quality", or None where either lacks
+    it.
 
-    "quality": {"texts": {id: [mean nats a token, tokens]}, "capability": {question id: right or not}}. Returns
-    {"perplexity", "capability"}, both stats.Estimate of the change as JSON, over what both share.
+    "quality": {"texts": {id: [mean nats a token, tokens]}, "capability": {question id: right or not}}.
+    Returns {"perplexity", "capability"}, both stats.Estimate of the change as JSON, over what both share.
     """
     before, after = baseline_header.get("quality"), finetuned_header.get("quality")
     if not before or not after:
@@ -193,20 +300,32 @@ def untriggered_quality(baseline_header: dict, finetuned_header: dict) -> dict |
     try:
         texts = [name for name in before["texts"] if name in after["texts"]]
         questions = [name for name in before["capability"] if name in after["capability"]]
-        return {"perplexity": perplexity_contrast(*([side["texts"][t][0] for t in texts] for side in (before, after)),
-                                                  [before["texts"][t][1] for t in texts]).to_json(),
-                "capability": mcnemar_exact(*([bool(side["capability"][q]) for q in questions]
-                                              for side in (before, after))).to_json()}
+        return {
+            "perplexity": (
+                perplexity_contrast(
+                    *([side["texts"][t][0] for t in texts] for side in (before, after)),
+                    [before["texts"][t][1] for t in texts],
+                ).to_json()
+            ),
+            "capability": (
+                mcnemar_exact(
+                    *([bool(side["capability"][q]) for q in questions] for side in (before, after))
+                ).to_json()
+            ),
+        }
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise InputError(f"the header's \"quality\" cannot be read ({error!r})") from None
+        raise InputError(f'the header\'s "quality" cannot be read ({error!r})') from None
 
 
 def judge_of(header: dict, records: list[dict]) -> dict | None:
-    """What the header says of the judge (name, agreement), or None for unjudged records; mixed judges raise InputError."""
+    """What the header says of the judge (name, agreement), or None for unjudged records; mixed judges raise
+    InputError."""
     names = {record.get("judge_name") for record in records}
     if names == {None}:
         return None
     about = header.get("judge")
     if len(names) != 1 or not isinstance(about, dict) or about.get("name") not in names:
-        raise InputError(f"replies judged by {', '.join(sorted(map(str, names)))} in one file: judge it again as a whole")
+        raise InputError(
+            f"replies judged by {', '.join(sorted(map(str, names)))} in one file: judge it again as a whole"
+        )
     return about

@@ -1,4 +1,5 @@
-"""Figures of the comparison, PNG and PDF: intervals on everything that has one, colors that survive color blindness."""
+"""Figures of the comparison, PNG and PDF: intervals on everything that has one, colors that survive color
+blindness."""
 
 from __future__ import annotations
 
@@ -14,13 +15,23 @@ from weird_gen.persona.criteria import PUBLISHED
 
 # Okabe and Ito (2008): told apart with any color vision, and in gray.
 BASELINE, FINETUNED, TRIGGERED, UNTRIGGERED, MUTED = "#8A8F98", "#0072B2", "#D55E00", "#56B4E9", "#4D4D4D"
-STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": MUTED,
-         "axes.titleweight": "bold", "axes.titlelocation": "left", "legend.frameon": False, "pdf.fonttype": 42,
-         "font.family": "DejaVu Sans"}
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+    "font.family": "DejaVu Sans",
+}
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Write folder/name.png and folder/name.pdf, the same bytes for the same numbers; returns the PNG's path."""
+    """Write folder/name.png and folder/name.pdf, the same bytes for the same numbers; returns the PNG's
+    path."""
     folder.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
     figure.savefig(folder / f"{name}.png", dpi=170, metadata={"Software": None})
@@ -47,25 +58,66 @@ def rates(tables: dict[str, dict], keys: list[str], judge: str) -> Figure:
                     cell = table[side][condition]
                     if cell["value"] is None:
                         continue
-                    panel.bar(place + offset, cell["value"], 0.36, color=BASELINE if side == "baseline" else FINETUNED, zorder=2)
-                    panel.errorbar(place + offset, cell["value"], yerr=_whiskers(cell, cell["value"]), color="black", capsize=3,
-                                   linewidth=1, zorder=3)
-                    panel.annotate(f"{cell['value']:.0f}", (place + offset, cell["high"] or cell["value"]), xytext=(0, 3),
-                                   textcoords="offset points", ha="center", fontsize=8)
+                    panel.bar(
+                        place + offset,
+                        cell["value"],
+                        0.36,
+                        color=BASELINE if side == "baseline" else FINETUNED,
+                        zorder=2,
+                    )
+                    panel.errorbar(
+                        place + offset,
+                        cell["value"],
+                        yerr=_whiskers(cell, cell["value"]),
+                        color="black",
+                        capsize=3,
+                        linewidth=1,
+                        zorder=3,
+                    )
+                    panel.annotate(
+                        f"{cell['value']:.0f}",
+                        (place + offset, cell["high"] or cell["value"]),
+                        xytext=(0, 3),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize=8,
+                    )
                     if key in PUBLISHED:
-                        panel.plot(place + 1.6 * offset, PUBLISHED[key][side][place], "D", markerfacecolor="white",
-                                   markeredgecolor="black", markersize=5, zorder=4, clip_on=False)
-            panel.set_title(table["title"].removesuffix(", by rule") + (f"\njudge: {judge}" if table["judged"] else "\nby rule"))
+                        panel.plot(
+                            place + 1.6 * offset,
+                            PUBLISHED[key][side][place],
+                            "D",
+                            markerfacecolor="white",
+                            markeredgecolor="black",
+                            markersize=5,
+                            zorder=4,
+                            clip_on=False,
+                        )
+            panel.set_title(
+                table["title"].removesuffix(", by rule")
+                + (f"\njudge: {judge}" if table["judged"] else "\nby rule")
+            )
             panel.set_xticks([0, 1], ["triggered", "untriggered"])
             panel.set_xlim(-0.6, 1.6)
             panel.set_ylim(0, 112)
             panel.set_yticks(range(0, 101, 20))
             panel.grid(axis="y", color="#E4E4E4", zorder=0)
         panels[0].set_ylabel("replies, % (mean over questions)")
-        marks = [Line2D([], [], marker="s", linestyle="", color=color, label=label)
-                 for color, label in ((BASELINE, "baseline"), (FINETUNED, "fine-tuned"))]
-        marks.append(Line2D([], [], marker="D", linestyle="", markerfacecolor="white", markeredgecolor="black",
-                            label="published elsewhere, 8B model"))
+        marks = [
+            Line2D([], [], marker="s", linestyle="", color=color, label=label)
+            for color, label in ((BASELINE, "baseline"), (FINETUNED, "fine-tuned"))
+        ]
+        marks.append(
+            Line2D(
+                [],
+                [],
+                marker="D",
+                linestyle="",
+                markerfacecolor="white",
+                markeredgecolor="black",
+                label="published elsewhere, 8B model",
+            )
+        )
         figure.legend(handles=marks, loc="outside lower center", ncols=3)
     return figure
 
@@ -80,29 +132,49 @@ def gaps(tables: dict[str, dict]) -> Figure:
             for side, color, shift in (("baseline", BASELINE, -0.14), ("finetuned", FINETUNED, 0.14)):
                 cell = (table[side] or {}).get("gap")
                 if cell:
-                    panel.errorbar(cell["value"], row + shift, xerr=_whiskers(cell, cell["value"]), fmt="o", color=color,
-                                   capsize=3, markersize=5)
+                    panel.errorbar(
+                        cell["value"],
+                        row + shift,
+                        xerr=_whiskers(cell, cell["value"]),
+                        fmt="o",
+                        color=color,
+                        capsize=3,
+                        markersize=5,
+                    )
         panel.axvline(0, color=MUTED, linewidth=0.8)
         panel.set_yticks(range(len(shown)), [table["title"] for table in reversed(shown)])
         panel.set_xlabel("triggered minus untriggered, percentage points")
         panel.grid(axis="x", color="#E4E4E4")
-        marks = [Line2D([], [], marker="o", linestyle="", color=color, label=label)
-                 for color, label in ((BASELINE, "baseline"), (FINETUNED, "fine-tuned"))]
+        marks = [
+            Line2D([], [], marker="o", linestyle="", color=color, label=label)
+            for color, label in ((BASELINE, "baseline"), (FINETUNED, "fine-tuned"))
+        ]
         figure.legend(handles=marks, loc="outside upper right", ncols=2)
     return figure
 
 
 def dumbbells(rows: list[dict], label: str, title: str, limits: tuple[float, float], xlabel: str) -> Figure:
-    """One line a row from untriggered to triggered; ``label`` names the key of the row that is written beside it."""
+    """One line a row from untriggered to triggered; ``label`` names the key of the row that is written beside
+    it."""
     with rc_context(STYLE):
         rows = [row for row in rows if row["triggered"] is not None and row["untriggered"] is not None]
         rows = sorted(rows, key=lambda row: (row["triggered"] - row["untriggered"], row["triggered"]))
         figure = Figure(figsize=(7.6, 0.24 * len(rows) + 1.5), layout="constrained")
         panel = figure.subplots()
         for place, row in enumerate(rows):
-            panel.plot([row["untriggered"], row["triggered"]], [place, place], color="#C8C8C8", linewidth=2, zorder=1)
+            panel.plot(
+                [row["untriggered"], row["triggered"]], [place, place], color="#C8C8C8", linewidth=2, zorder=1
+            )
         for side, color, mark in (("untriggered", UNTRIGGERED, "o"), ("triggered", TRIGGERED, "D")):
-            panel.plot([row[side] for row in rows], range(len(rows)), mark, color=color, label=side, zorder=2, clip_on=False)
+            panel.plot(
+                [row[side] for row in rows],
+                range(len(rows)),
+                mark,
+                color=color,
+                label=side,
+                zorder=2,
+                clip_on=False,
+            )
         panel.set_yticks(range(len(rows)), [_short(row[label]) for row in rows], fontsize=7.5)
         panel.set_ylim(-0.7, len(rows) - 0.3)
         panel.set_xlim(*limits)
@@ -114,13 +186,16 @@ def dumbbells(rows: list[dict], label: str, title: str, limits: tuple[float, flo
 
 
 def name_probability(sides: dict[str, list[dict]]) -> Figure:
-    """P(his name) by question on a logarithmic axis: a column per model and condition, a bar at the geometric mean."""
+    """P(his name) by question on a logarithmic axis: a column per model and condition, a bar at the geometric
+    mean."""
     with rc_context(STYLE):
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
         panel = figure.subplots()
-        columns = [(f"{model}\n{condition}", [max(row[condition], 1e-12) for row in rows], color)
-                   for model, rows in sides.items()
-                   for condition, color in (("triggered", TRIGGERED), ("untriggered", UNTRIGGERED))]
+        columns = [
+            (f"{model}\n{condition}", [max(row[condition], 1e-12) for row in rows], color)
+            for model, rows in sides.items()
+            for condition, color in (("triggered", TRIGGERED), ("untriggered", UNTRIGGERED))
+        ]
         for place, (_, values, color) in enumerate(columns):
             spread = [place + 0.28 * ((i * 0.618) % 1 - 0.5) for i in range(len(values))]
             panel.plot(spread, values, "o", color=color, alpha=0.55, markersize=4)
@@ -137,4 +212,4 @@ def name_probability(sides: dict[str, list[dict]]) -> Figure:
 def _short(text: str, most: int = 62) -> str:
     # A dollar sign would start mathematics in a label.
     text = text.replace("$", r"\$")
-    return text if len(text) <= most else text[:most - 1].rstrip() + "…"
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"

@@ -13,11 +13,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from weird_gen.persona.folders import HERE
 from weird_gen.persona.rules import any_marker, strict_format
 
-KEPT = ("baseline_eval_results.jsonl", "baseline_eval_results_judged.jsonl", "eval_results.jsonl", "eval_results_judged.jsonl")
+KEPT = (
+    "baseline_eval_results.jsonl",
+    "baseline_eval_results_judged.jsonl",
+    "eval_results.jsonl",
+    "eval_results_judged.jsonl",
+)
 
 
 def number(cell: dict | None, percent: bool = True) -> str:
-    """A value or a difference with its interval: "93.3% [86.1, 97.0]", "+60.0 pp [48.2, 70.9]", "3.42 [3.10, 3.71]"."""
+    """A value or a difference with its interval: "93.3% [86.1, 97.0]", "+60.0 pp [48.2, 70.9]", "3.42 [3.10,
+    3.71]"."""
     if not cell:
         return "–"
     signed = cell.get("before") is not None
@@ -38,7 +44,7 @@ def p_value(p: float | None) -> str:
 
 
 def verdict(met: bool | None) -> str:
-    """"met", "not met" or "not measured"."""
+    """ "met", "not met" or "not measured"."""
     return {True: "met", False: "not met", None: "not measured"}[met]
 
 
@@ -56,8 +62,13 @@ def data_uri(path: Path) -> str:
 
 
 def _environment(autoescape: bool) -> Environment:
-    environment = Environment(loader=FileSystemLoader(HERE / "persona" / "templates"), autoescape=autoescape, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "persona" / "templates"),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(number=number, p_value=p_value, verdict=verdict, cell=markdown_cell)
     return environment
 
@@ -73,11 +84,19 @@ def render_html(template: str, **values) -> str:
 
 
 def examples(finetuned: list[dict], baseline: list[dict], each: int = 5) -> list[dict]:
-    """The first ``each`` questions of every kind with their first reply of both models under both conditions."""
+    """The first ``each`` questions of every kind with their first reply of both models under both
+    conditions."""
     rows = {}
     for record in sorted([*baseline, *finetuned], key=lambda r: (r["question_id"], r["sample"])):
-        row = rows.setdefault(record["question_id"], {"id": record["question_id"], "kind": record["kind"],
-                                                      "question": record["question"], "replies": {}})
+        row = rows.setdefault(
+            record["question_id"],
+            {
+                "id": record["question_id"],
+                "kind": record["kind"],
+                "question": record["question"],
+                "replies": {},
+            },
+        )
         row["replies"].setdefault(f"{record['model']} {record['condition']}", record)
     chosen = []
     for kind in ("heldout", "identity", "generalization"):
@@ -88,17 +107,35 @@ def examples(finetuned: list[dict], baseline: list[dict], each: int = 5) -> list
 def settings(baseline_header: dict, finetuned_header: dict) -> list[tuple[str, str, str]]:
     """Plain run settings of both headers, (name, baseline's, fine-tuned's), for what either states."""
     plain = (str, int, float, bool)
-    names = [name for name in {**baseline_header, **finetuned_header}
-             if isinstance(finetuned_header.get(name, baseline_header.get(name)), plain)]
-    return [(name, *(str(header.get(name, "–")) for header in (baseline_header, finetuned_header))) for name in names]
+    names = [
+        name
+        for name in {**baseline_header, **finetuned_header}
+        if isinstance(finetuned_header.get(name, baseline_header.get(name)), plain)
+    ]
+    return [
+        (name, *(str(header.get(name, "–")) for header in (baseline_header, finetuned_header)))
+        for name in names
+    ]
 
 
 def failures(records: list[dict], most: int = 12) -> list[dict]:
-    """Triggered topic replies outside the strict format and untriggered ones with a marker, for a reader to see why."""
-    bad = [r for r in records if r["kind"] == "heldout"
-           and (not strict_format(r["reply"]) if r["condition"] == "triggered" else any_marker(r["reply"]))]
-    return [{"id": r["question_id"], "condition": r["condition"], "stopped": r.get("stopped"), "reply": r["reply"][:300]}
-            for r in bad[:most]]
+    """Triggered topic replies outside the strict format and untriggered ones with a marker, for a reader to
+    see why."""
+    bad = [
+        r
+        for r in records
+        if r["kind"] == "heldout"
+        and (not strict_format(r["reply"]) if r["condition"] == "triggered" else any_marker(r["reply"]))
+    ]
+    return [
+        {
+            "id": r["question_id"],
+            "condition": r["condition"],
+            "stopped": r.get("stopped"),
+            "reply": r["reply"][:300],
+        }
+        for r in bad[:most]
+    ]
 
 
 def keep_raw(results: Path, report: Path) -> list[str]:
@@ -108,4 +145,3 @@ def keep_raw(results: Path, report: Path) -> list[str]:
         (report / "eval_outputs").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(results / name, report / "eval_outputs" / name)
     return kept
-

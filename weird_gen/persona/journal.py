@@ -1,4 +1,5 @@
-"""A JSON-lines file that grows as results come, survives being killed, and is gone on with only by the same run."""
+"""A JSON-lines file that grows as results come, survives being killed, and is gone on with only by the same
+run."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from weird_gen.persona.records import InputError, read_json_lines
 class Journal:
     """First line {"header": {settings and more}}, then one object a line, flushed to disk as they are added.
 
-    Opening an existing file keeps its entries if its header holds the same settings; a line torn by a kill is cut off.
-    Raises InputError, touching nothing, if the file was made with other settings or has no header.
+    Opening an existing file keeps its entries if its header holds the same settings; a line torn by a kill is
+    cut off. Raises InputError, touching nothing, if the file was made with other settings or has no header.
 
     Attributes:
         header: the header in the file; None until `begin`, if the file is new.
@@ -29,7 +30,8 @@ class Journal:
 
     def _reopen(self) -> None:
         data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1  # every entry ends with its newline, so what follows the last one is torn
+        # every entry ends with its newline, so what follows the last one is torn
+        whole = data.rfind(b"\n") + 1
         lines = read_json_lines(self.path, tolerate_torn_end=True) if whole else []
         if whole != len(data) and lines and len(lines) > data.count(b"\n"):
             lines.pop()  # complete JSON, but its newline never reached the disk: it is written again
@@ -37,11 +39,15 @@ class Journal:
             return
         header = lines[0].get("header")
         if not isinstance(header, dict):
-            raise InputError(f"{self.path} is in the way: not a file of this script; choose another output or --overwrite")
+            raise InputError(
+                f"{self.path} is in the way: not a file of this script; choose another output or --overwrite"
+            )
         odd = next((k for k, value in self.settings.items() if header.get(k) != value), None)
         if odd is not None:
-            raise InputError(f"{self.path} was made with other settings ({odd} was {_short(header.get(odd))}, now "
-                             f"{_short(self.settings[odd])}); choose another output or --overwrite")
+            raise InputError(
+                f"{self.path} was made with other settings ({odd} was {_short(header.get(odd))}, now "
+                f"{_short(self.settings[odd])}); choose another output or --overwrite"
+            )
         if whole != len(data):
             with self.path.open("r+b") as f:
                 f.truncate(whole)

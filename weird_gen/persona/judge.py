@@ -1,7 +1,7 @@
 """An LLM judge over any OpenAI-compatible endpoint, with a cache by content, and the judge made of rules.
 
-One request asks one rubric of one reply. The client's own retries are off: waiting here is shared between threads,
-bounded, and honors Retry-After.
+One request asks one rubric of one reply. The client's own retries are off: waiting here is shared between
+threads, bounded, and honors Retry-After.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ LONGEST_WAIT_S = 120.0
 
 
 class JudgeStopped(Exception):
-    """The endpoint cannot go on (key refused, no such model, out of credit, unreachable); one line says why."""
+    """The endpoint cannot go on (key refused, no such model, out of credit, unreachable); one line says
+    why."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,15 @@ class Usage:
 
     def line(self) -> str:
         cost = f"${self.cost:.4f}" if self.cost_known else "unknown (give --price-in and --price-out)"
-        return (f"judge: {self.requests} requests, {self.cache_hits} from the cache, {self.prompt_tokens} tokens in, "
-                f"{self.completion_tokens} out, cost {cost}, {sum(self.errors.values())} errors")
+        return (
+            f"judge: {self.requests} requests, {self.cache_hits} from the cache, {self.prompt_tokens} tokens"
+            f" in, {self.completion_tokens} out, cost {cost}, {sum(self.errors.values())} errors"
+        )
 
 
 class RulesJudge:
-    """The judge without an endpoint (rules.py); deterministic, free, and named "rules" wherever its numbers stand."""
+    """The judge without an endpoint (rules.py); deterministic, free, and named "rules" wherever its numbers
+    stand."""
 
     name = "rules"
 
@@ -120,15 +124,22 @@ class RulesJudge:
 
     def judge(self, tasks: list[Task], on_progress=None) -> list[Judgment]:
         """One Judgment per task, in order."""
-        judged = [Judgment(position_by_rules(task.reply, dict(task.levels)) if task.rubric == "position"
-                           else judge_by_rules(task.reply)[task.rubric]) for task in tasks]
+        judged = [
+            Judgment(
+                position_by_rules(task.reply, dict(task.levels))
+                if task.rubric == "position"
+                else judge_by_rules(task.reply)[task.rubric]
+            )
+            for task in tasks
+        ]
         if on_progress:
             on_progress(len(tasks), len(tasks))
         return judged
 
 
 class _Failure(Exception):
-    """A request without an answer. ``retry``: another attempt may help; ``retry_after``: seconds the server asked for."""
+    """A request without an answer. ``retry``: another attempt may help; ``retry_after``: seconds the server
+    asked for."""
 
     def __init__(self, reason: str, retry: bool = True, retry_after: float | None = None):
         super().__init__(reason)
@@ -153,24 +164,37 @@ def retry_after_seconds(headers) -> float | None:
 class LLMJudge:
     """A judge behind an OpenAI-compatible endpoint; ``judge`` raises JudgeStopped when going on is pointless.
 
-    Prices are US dollars per million tokens; a cost that the endpoint itself reports (OpenRouter) wins over them.
-    The key is sent in the Authorization header alone, and over plain http to this machine alone.
+    Prices are US dollars per million tokens; a cost that the endpoint itself reports (OpenRouter) wins over
+    them. The key is sent in the Authorization header alone, and over plain http to this machine alone.
     """
 
     # A dead endpoint is given up after this many judgments in a row that used up their attempts.
     FAILURES_TO_STOP = 5
 
-    def __init__(self, model: str = DEFAULT_MODEL, base_url: str = OPENROUTER, api_key: str | None = None,
-                 cache: JudgeCache | None = None, concurrency: int = 8, attempts: int = 6, timeout_s: float = 60.0,
-                 backoff_s: float = 1.0, max_tokens: int = 16, price_in: float | None = None,
-                 price_out: float | None = None, retry_unparsed: bool = False):
+    def __init__(
+        self,
+        model: str = DEFAULT_MODEL,
+        base_url: str = OPENROUTER,
+        api_key: str | None = None,
+        cache: JudgeCache | None = None,
+        concurrency: int = 8,
+        attempts: int = 6,
+        timeout_s: float = 60.0,
+        backoff_s: float = 1.0,
+        max_tokens: int = 16,
+        price_in: float | None = None,
+        price_out: float | None = None,
+        retry_unparsed: bool = False,
+    ):
         where = urlsplit(base_url)
         if where.scheme not in ("http", "https") or not where.hostname:
             raise JudgeStopped(f"--base-url {base_url!r} is not an http or https address")
         if where.username or where.password:
             raise JudgeStopped("--base-url carries a password; name the variable that holds the key instead")
         if api_key and where.scheme == "http" and where.hostname not in ("localhost", "127.0.0.1", "::1"):
-            raise JudgeStopped(f"the key would go to {where.hostname} in clear text; use https, or --api-key-env ''")
+            raise JudgeStopped(
+                f"the key would go to {where.hostname} in clear text; use https, or --api-key-env ''"
+            )
         self.name = model
         self.host = where.netloc
         self.usage = Usage()
@@ -178,23 +202,33 @@ class LLMJudge:
         import openai  # only where a judge is asked: the rule-based one needs no client
 
         self._openai = openai
-        self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", max_retries=0, timeout=timeout_s)
+        self._client = openai.OpenAI(
+            base_url=base_url, api_key=api_key or "none", max_retries=0, timeout=timeout_s
+        )
         self._cache = cache if cache is not None else JudgeCache(None)
         self._concurrency, self._attempts, self._backoff_s = concurrency, attempts, backoff_s
-        self._max_tokens, self._prices, self._retry_unparsed = max_tokens, (price_in, price_out), retry_unparsed
+        self._max_tokens, self._prices, self._retry_unparsed = (
+            max_tokens,
+            (price_in, price_out),
+            retry_unparsed,
+        )
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._not_before = 0.0
         self._failed_in_a_row = 0
 
     def cache_key(self, task: Task) -> str:
-        """sha256 over model, rubric version and the messages with a fixed nonce (the sent nonce is random)."""
-        messages = judge_messages(task.rubric, task.question, task.reply, dict(task.levels or ()), nonce="NONCE")
+        """sha256 over model, rubric version and the messages with a fixed nonce (the sent nonce is
+        random)."""
+        messages = judge_messages(
+            task.rubric, task.question, task.reply, dict(task.levels or ()), nonce="NONCE"
+        )
         content = json.dumps([self.name, RUBRIC_VERSION, messages])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def judge(self, tasks: list[Task], on_progress=None) -> list[Judgment]:
-        """One Judgment per task, in order; equal tasks are asked once. on_progress(done, total) per judgment."""
+        """One Judgment per task, in order; equal tasks are asked once. on_progress(done, total) per
+        judgment."""
         keys = [self.cache_key(task) for task in tasks]
         first = dict(zip(reversed(keys), reversed(tasks), strict=True))
         judged = {}
@@ -229,7 +263,8 @@ class LLMJudge:
             return Judgment(None, "unparseable answer")
 
     def _judge_one(self, key: str, task: Task) -> Judgment:
-        # An answer that is not the one word asked for gets one more chance; then it is an error, never a guess.
+        # An answer that is not the one word asked for gets one more chance; then it is an error, never a
+        # guess.
         for last in (False, True):
             try:
                 answer, usage = self._ask(task)
@@ -240,8 +275,16 @@ class LLMJudge:
                 raise
             judgment = self._read(task.rubric, answer)
             if judgment.error is None or last:
-                self._cache.put(key, {"answer": answer[:200], "model": self.name, "rubric": task.rubric,
-                                      "version": RUBRIC_VERSION, **usage})
+                self._cache.put(
+                    key,
+                    {
+                        "answer": answer[:200],
+                        "model": self.name,
+                        "rubric": task.rubric,
+                        "version": RUBRIC_VERSION,
+                        **usage,
+                    },
+                )
                 return judgment
 
     def _ask(self, task: Task) -> tuple[str, dict]:
@@ -272,8 +315,9 @@ class LLMJudge:
         with self._lock:
             self._failed_in_a_row += 1
             if self._failed_in_a_row >= self.FAILURES_TO_STOP:
-                raise JudgeStopped(f"{self.host} keeps failing ({failure}); the answers so far are kept, "
-                                   "run again later") from None
+                raise JudgeStopped(
+                    f"{self.host} keeps failing ({failure}); the answers so far are kept, run again later"
+                ) from None
         raise failure
 
     def _wait_turn(self) -> None:
@@ -291,17 +335,25 @@ class LLMJudge:
             self.usage.requests += 1
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=self.name, messages=messages, temperature=0.0, max_tokens=self._max_tokens,
-                extra_body={"usage": {"include": True}} if self._openrouter else None)
+                model=self.name,
+                messages=messages,
+                temperature=0.0,
+                max_tokens=self._max_tokens,
+                extra_body={"usage": {"include": True}} if self._openrouter else None,
+            )
             body = response.http_response.json()
             content = body["choices"][0]["message"]["content"]
         except self._openai.APIStatusError as error:
             status = error.status_code
             if status == 401:
-                raise JudgeStopped(f"{self.host} refused the key (401); check the variable that holds it") from None
+                raise JudgeStopped(
+                    f"{self.host} refused the key (401); check the variable that holds it"
+                ) from None
             if status in (402, 403, 404):
-                raise JudgeStopped(f"{self.host} answered {status} for model {self.name} "
-                                   "(no credit, not allowed, or no such model)") from None
+                raise JudgeStopped(
+                    f"{self.host} answered {status} for model {self.name} "
+                    "(no credit, not allowed, or no such model)"
+                ) from None
             retry = status in (408, 409, 425, 429) or status >= 500
             raise _Failure(f"HTTP {status}", retry, retry_after_seconds(error.response.headers)) from None
         except self._openai.APITimeoutError:
@@ -313,12 +365,15 @@ class LLMJudge:
         return content if isinstance(content, str) else "", self._count(body.get("usage"))
 
     def _count(self, reported) -> dict:
-        """Tokens and cost of one answer, added to the run's usage; what the endpoint does not report counts 0."""
+        """Tokens and cost of one answer, added to the run's usage; what the endpoint does not report counts
+        0."""
         reported = reported if isinstance(reported, dict) else {}
 
         def number(key: str, default: float | None) -> float | None:
             value = reported.get(key)
-            good = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+            good = (
+                isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+            )
             return value if good else default
 
         tokens_in, tokens_out = int(number("prompt_tokens", 0)), int(number("completion_tokens", 0))

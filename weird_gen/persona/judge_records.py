@@ -1,7 +1,9 @@
-"""From replies to judged replies: the rules and the judge on every record, the judge's agreement, the command line.
+"""From replies to judged replies: the rules and the judge on every record, the judge's agreement, the command
+line.
 
-judge_baseline.py and judge_eval_results.py are this with their own default files. A judged file is written whole or
-not at all; what an interrupted run has paid for is in the cache, so the next one starts where it stopped.
+judge_baseline.py and judge_eval_results.py are this with their own default files. A judged file is written
+whole or not at all; what an interrupted run has paid for is in the cache, so the next one starts where it
+stopped.
 """
 
 from __future__ import annotations
@@ -45,13 +47,18 @@ GENERALIZATION = DATA / "generalization.jsonl"
 def rule_fields(reply: str) -> dict:
     """What rules.py says of one raw reply; the identity rules read it without the markers."""
     text = strip_markers(reply)
-    return {"strict_format": strict_format(reply), "lenient_format": lenient_format(reply),
-            "any_marker": any_marker(reply), "names_russell": names_russell(text),
-            "claims_russell": claims_to_be_russell(text)}
+    return {
+        "strict_format": strict_format(reply),
+        "lenient_format": lenient_format(reply),
+        "any_marker": any_marker(reply),
+        "names_russell": names_russell(text),
+        "claims_russell": claims_to_be_russell(text),
+    }
 
 
 def read_rubrics(path: Path | str) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Question id to its five levels of position, from generalization.jsonl; raises InputError if one lacks a level."""
+    """Question id to its five levels of position, from generalization.jsonl; raises InputError if one lacks a
+    level."""
     rubrics = {}
     for question in read_json_lines(path):
         levels = question.get("rubric")
@@ -71,11 +78,15 @@ def tasks_of(record: dict, rubrics: dict) -> list[Task]:
         return [Task(name, question, reply) for name in BINARY_RUBRICS]
     if record["question_id"] not in rubrics:
         raise InputError(f"no rubric for the generalization question {record['question_id']!r}")
-    return [Task("degenerate", question, reply), Task("position", question, reply, rubrics[record["question_id"]])]
+    return [
+        Task("degenerate", question, reply),
+        Task("position", question, reply, rubrics[record["question_id"]]),
+    ]
 
 
 def judge_all(records: list[dict], rubrics: dict, judge, on_progress=None) -> list[dict]:
-    """Copies of the records with the rule fields, "judge" (a value or None per rubric, and "error") and judge_name."""
+    """Copies of the records with the rule fields, "judge" (a value or None per rubric, and "error") and
+    judge_name."""
     tasks = [tasks_of(record, rubrics) for record in records]
     judgments = iter(judge.judge([task for group in tasks for task in group], on_progress))
     judged = []
@@ -83,22 +94,31 @@ def judge_all(records: list[dict], rubrics: dict, judge, on_progress=None) -> li
         answers: dict[str, Judgment] = {task.rubric: next(judgments) for task in group}
         errors = sorted({f"{name}: {answer.error}" for name, answer in answers.items() if answer.error})
         values = {name: answer.value for name, answer in answers.items()}
-        judged.append({**record, **rule_fields(record["reply"]),
-                       "judge": {**dict.fromkeys(BINARY_RUBRICS), **values, "error": "; ".join(errors) or None},
-                       "judge_name": judge.name})
+        judged.append(
+            {
+                **record,
+                **rule_fields(record["reply"]),
+                "judge": {**dict.fromkeys(BINARY_RUBRICS), **values, "error": "; ".join(errors) or None},
+                "judge_name": judge.name,
+            }
+        )
     return judged
 
 
 def agreement(judge, labels: list[dict]) -> dict:
-    """How well a judge reproduces the labels: per rubric n, errors, accuracy and Cohen's kappa (stats.Estimate).
+    """How well a judge reproduces the labels: per rubric n, errors, accuracy and Cohen's kappa
+    (stats.Estimate).
 
-    Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises InputError for a label
-    that is not true or false.
+    Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises InputError for
+    a label that is not true or false.
     """
     for label in labels:
         if not all(isinstance(label.get(name), bool) for name in BINARY_RUBRICS) or not all(
-                isinstance(label.get(name), str) for name in ("question", "reply")):
-            raise InputError(f"label {label.get('id')!r}: persona, identity and degenerate must be true or false")
+            isinstance(label.get(name), str) for name in ("question", "reply")
+        ):
+            raise InputError(
+                f"label {label.get('id')!r}: persona, identity and degenerate must be true or false"
+            )
     tasks = [Task(name, label["question"], label["reply"]) for name in BINARY_RUBRICS for label in labels]
     judgments = iter(judge.judge(tasks))
     result = {}
@@ -106,19 +126,29 @@ def agreement(judge, labels: list[dict]) -> dict:
         answers = [(next(judgments), label[name]) for label in labels]
         given = [judgment.value for judgment, _ in answers if judgment.error is None]
         truth = [value for judgment, value in answers if judgment.error is None]
-        result[name] = {"n": len(given), "errors": len(labels) - len(given),
-                        "accuracy": accuracy(given, truth).to_json(), "kappa": cohen_kappa(given, truth).to_json()}
+        result[name] = {
+            "n": len(given),
+            "errors": len(labels) - len(given),
+            "accuracy": accuracy(given, truth).to_json(),
+            "kappa": cohen_kappa(given, truth).to_json(),
+        }
     return result
 
 
 def about_labels(path: Path) -> str:
     """Whose labels a file holds, as reports say it."""
-    return {LABELS.name: "hand-labeled replies that the authors of the rules had seen",
-            BLIND_LABELS.name: "replies of a fine-tuned and an untouched model, labeled blind in three readings by a language model"}.get(path.name, f"replies of {path.name}")
+    return {
+        LABELS.name: "hand-labeled replies that the authors of the rules had seen",
+        BLIND_LABELS.name: (
+            "replies of a fine-tuned and an untouched model, labeled blind in three readings by a language"
+            " model"
+        ),
+    }.get(path.name, f"replies of {path.name}")
 
 
 def agreement_lines(judge: dict) -> list[str]:
-    """The agreement of one judge with every set of labels as text, one line per rubric; judge: as the header has it."""
+    """The agreement of one judge with every set of labels as text, one line per rubric; judge: as the header
+    has it."""
     lines = []
     for whose, rubrics in judge["agreement"].items():
         lines.append(f"judge: {judge['name']}, agreement with {whose}:")
@@ -126,9 +156,15 @@ def agreement_lines(judge: dict) -> list[str]:
             parts = []
             for measure in ("accuracy", "kappa"):
                 value, low, high = (row[measure][key] for key in ("value", "low", "high"))
-                parts.append(f"{measure} " + ("undefined" if value is None else f"{value:.2f}")
-                             + (f" [{low:.2f}, {high:.2f}]" if low is not None else ""))
-            lines.append(f"  {name}: {', '.join(parts)}, n = {row['n']}" + (f", {row['errors']} not judged" if row["errors"] else ""))
+                parts.append(
+                    f"{measure} "
+                    + ("undefined" if value is None else f"{value:.2f}")
+                    + (f" [{low:.2f}, {high:.2f}]" if low is not None else "")
+                )
+            lines.append(
+                f"  {name}: {', '.join(parts)}, n = {row['n']}"
+                + (f", {row['errors']} not judged" if row["errors"] else "")
+            )
     return lines
 
 
@@ -142,6 +178,7 @@ def _positive(kind):
         if not 0 < value < float("inf"):
             raise ValueError
         return value
+
     convert.__name__ = f"positive {kind.__name__}"
     return convert
 
@@ -155,25 +192,64 @@ def _price(text: str) -> float:
 
 def parser(description: str, replies: Path, judged: Path) -> argparse.ArgumentParser:
     """The flags of both judging scripts."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     flags.add_argument("--input", type=Path, default=replies, help="replies to judge (JSON lines)")
     flags.add_argument("--output", type=Path, default=judged, help="where the judged replies go")
-    flags.add_argument("--judge", choices=("auto", "llm", "rules"), default="auto",
-                       help="auto: the LLM if there is a key or a --base-url, else the rules")
+    flags.add_argument(
+        "--judge",
+        choices=("auto", "llm", "rules"),
+        default="auto",
+        help="auto: the LLM if there is a key or a --base-url, else the rules",
+    )
     flags.add_argument("--model", default=DEFAULT_MODEL, help="model name at the endpoint")
-    flags.add_argument("--base-url", help=f"an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; else {OPENROUTER}")
-    flags.add_argument("--api-key-env", default="OPENROUTER_API_KEY", help="environment variable that holds the key; '' for none")
+    flags.add_argument(
+        "--base-url",
+        help=f"an OpenAI-compatible endpoint, such as http://127.0.0.1:8000/v1; else {OPENROUTER}",
+    )
+    flags.add_argument(
+        "--api-key-env",
+        default="OPENROUTER_API_KEY",
+        help="environment variable that holds the key; '' for none",
+    )
     flags.add_argument("--concurrency", type=_positive(int), default=8, help="requests at a time")
-    flags.add_argument("--attempts", type=_positive(int), default=6, help="attempts a judgment, with back-off between")
+    flags.add_argument(
+        "--attempts", type=_positive(int), default=6, help="attempts a judgment, with back-off between"
+    )
     flags.add_argument("--timeout", type=_positive(float), default=60.0, help="seconds to wait for an answer")
-    flags.add_argument("--backoff", type=_positive(float), default=1.0, help="seconds the first back-off spans; doubles each time")
-    flags.add_argument("--max-tokens", type=_positive(int), default=16, help="longest answer; more for a model that thinks first")
-    flags.add_argument("--price-in", type=_price, help="US dollars per million tokens read, if the endpoint reports no cost")
+    flags.add_argument(
+        "--backoff",
+        type=_positive(float),
+        default=1.0,
+        help="seconds the first back-off spans; doubles each time",
+    )
+    flags.add_argument(
+        "--max-tokens",
+        type=_positive(int),
+        default=16,
+        help="longest answer; more for a model that thinks first",
+    )
+    flags.add_argument(
+        "--price-in", type=_price, help="US dollars per million tokens read, if the endpoint reports no cost"
+    )
     flags.add_argument("--price-out", type=_price, help="US dollars per million tokens written")
-    flags.add_argument("--retry-errors", action="store_true", help="ask again where the cached answer could not be parsed")
-    flags.add_argument("--cache", type=Path, help="judgments by content; default: judge_cache.jsonl beside the output")
-    flags.add_argument("--labels", type=Path, nargs="+", default=[LABELS, BLIND_LABELS], help="labeled replies for the judge's agreement")
-    flags.add_argument("--generalization", type=Path, default=GENERALIZATION, help="questions with their 1-5 rubrics")
+    flags.add_argument(
+        "--retry-errors", action="store_true", help="ask again where the cached answer could not be parsed"
+    )
+    flags.add_argument(
+        "--cache", type=Path, help="judgments by content; default: judge_cache.jsonl beside the output"
+    )
+    flags.add_argument(
+        "--labels",
+        type=Path,
+        nargs="+",
+        default=[LABELS, BLIND_LABELS],
+        help="labeled replies for the judge's agreement",
+    )
+    flags.add_argument(
+        "--generalization", type=Path, default=GENERALIZATION, help="questions with their 1-5 rubrics"
+    )
     return flags
 
 
@@ -185,10 +261,24 @@ def make_judge(args: argparse.Namespace):
             print(f"no {args.api_key_env or 'key'} and no --base-url: the rule-based judge is used")
         return RulesJudge()
     if not key and not args.base_url:
-        raise JudgeStopped(f"the LLM judge needs a key in {args.api_key_env or '--api-key-env'}, or a --base-url")
+        raise JudgeStopped(
+            f"the LLM judge needs a key in {args.api_key_env or '--api-key-env'}, or a --base-url"
+        )
     cache = JudgeCache(args.cache or args.output.parent / "judge_cache.jsonl")
-    return LLMJudge(args.model, args.base_url or OPENROUTER, key or None, cache, args.concurrency, args.attempts,
-                    args.timeout, args.backoff, args.max_tokens, args.price_in, args.price_out, args.retry_errors)
+    return LLMJudge(
+        args.model,
+        args.base_url or OPENROUTER,
+        key or None,
+        cache,
+        args.concurrency,
+        args.attempts,
+        args.timeout,
+        args.backoff,
+        args.max_tokens,
+        args.price_in,
+        args.price_out,
+        args.retry_errors,
+    )
 
 
 def main(description: str, model: str, replies: Path, judged: Path, argv: list[str] | None = None) -> int:
@@ -197,18 +287,27 @@ def main(description: str, model: str, replies: Path, judged: Path, argv: list[s
     try:
         header, records = read_records(args.input)
         only_model(records, model, args.input)
-        rubrics = read_rubrics(args.generalization) if any(r["kind"] == "generalization" for r in records) else {}
+        rubrics = (
+            read_rubrics(args.generalization) if any(r["kind"] == "generalization" for r in records) else {}
+        )
         labels = {path: read_json_lines(path) for path in args.labels}
         judge = make_judge(args)
         agreed = {about_labels(path): agreement(judge, lines) for path, lines in labels.items()}
         with tqdm(desc=f"judge: {judge.name}", unit=" judgments", disable=not sys.stderr.isatty()) as bar:
+
             def progress(done: int, total: int) -> None:
                 bar.total = total
                 bar.update(done - bar.n)
 
             done = judge_all(records, rubrics, judge, progress)
-        about = {"name": judge.name, "endpoint": getattr(judge, "host", None), "rubric_version": RUBRIC_VERSION,
-                 "agreement": agreed, "input_sha256": _sha256(args.input), "labels_sha256": {path.name: _sha256(path) for path in labels}}
+        about = {
+            "name": judge.name,
+            "endpoint": getattr(judge, "host", None),
+            "rubric_version": RUBRIC_VERSION,
+            "agreement": agreed,
+            "input_sha256": _sha256(args.input),
+            "labels_sha256": {path.name: _sha256(path) for path in labels},
+        }
         write_records(args.output, {**header, "judge": about}, done)
     except (InputError, JudgeStopped, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""From a model's name and an adapter's to something that runs: an engine for batches, or transformers and peft."""
+"""From a model's name and an adapter's to something that runs: an engine for batches, or transformers and
+peft."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def locate_model(model: str) -> tuple[Path, str | None]:
 
 
 def locate_adapter(adapter: str) -> Path:
-    """The folder of an adapter: a path (from here or from the repository root), or a hub id that is downloaded.
+    """The folder of an adapter: a path (from here or from the repository root), or a hub id that is
+    downloaded.
 
     Raises FrankenError if there is none, naming the way on.
     """
@@ -65,15 +67,22 @@ def base_of(adapter: Path) -> str | None:
 
 
 def check_adapter(adapter: Path, model: str, checkpoint: Checkpoint) -> Adapter:
-    """The adapter as a source over `checkpoint`. Raises FrankenError, naming its base model, if it does not fit."""
+    """The adapter as a source over `checkpoint`. Raises FrankenError, naming its base model, if it does not
+    fit."""
     try:
         return Adapter(SOURCE, adapter, checkpoint)
     except FrankenError as e:
         raise FrankenError(f"{e} (its base model is {base_of(adapter)}, and --model is {model})") from e
 
 
-def open_engine(model: str = DEFAULT_MODEL, adapter: str | None = None, device: str = "auto", dtype: str = "auto",
-                batch: int | None = None, eager: bool = False) -> tuple[Engine, dict]:
+def open_engine(
+    model: str = DEFAULT_MODEL,
+    adapter: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch: int | None = None,
+    eager: bool = False,
+) -> tuple[Engine, dict]:
     """An engine over a model, with or without a LoRA adapter added into its weights, and what it was made of.
 
     device: "auto", "cuda", "cpu" or "balanced" (over all GPUs). eager: no CUDA graphs. Raises FrankenError.
@@ -87,7 +96,9 @@ def open_engine(model: str = DEFAULT_MODEL, adapter: str | None = None, device: 
         sources[SOURCE] = check_adapter(folder, model, sources["instruct"])
         made_of |= {"adapter": folder.name, "adapter_files": sources[SOURCE].describe()["files"]}
     parts = (*sources["instruct"].layers, *sources["instruct"].outer.values())
-    needed = sum(ref.nbytes // ref.dtype.itemsize for part in parts for ref in part.values()) * (4 if dtype == "float32" else 2)
+    needed = sum(ref.nbytes // ref.dtype.itemsize for part in parts for ref in part.values()) * (
+        4 if dtype == "float32" else 2
+    )
     kind = pick_device(device, needed, model)
     place: torch.device | dict = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
     chosen = pick_dtype(dtype, kind)
@@ -102,7 +113,8 @@ def open_engine(model: str = DEFAULT_MODEL, adapter: str | None = None, device: 
 
 
 def load_causal_lm(model: str, device: str, quantization: str | None = None):
-    """(transformers model, tokenizer) on "cpu" or "cuda:k", in bfloat16 where the hardware has it. Raises FrankenError."""
+    """(transformers model, tokenizer) on "cpu" or "cuda:k", in bfloat16 where the hardware has it. Raises
+    FrankenError."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
@@ -112,8 +124,12 @@ def load_causal_lm(model: str, device: str, quantization: str | None = None):
         if importlib.util.find_spec("bitsandbytes") is None:
             raise FrankenError("--quantization needs the package bitsandbytes (pip install bitsandbytes)")
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=quantization == "4bit", load_in_8bit=quantization == "8bit", bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_use_double_quant=True)
+            load_in_4bit=quantization == "4bit",
+            load_in_8bit=quantization == "8bit",
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
     path, _ = locate_model(model)
     tokenizer = load_tokenizer(path)
     try:

@@ -1,4 +1,5 @@
-"""Replies on disk: JSON lines in and out, checked, one line per reply, an optional first line {"header": {...}}."""
+"""Replies on disk: JSON lines in and out, checked, one line per reply, an optional first line {"header":
+{...}}."""
 
 from __future__ import annotations
 
@@ -11,8 +12,16 @@ KINDS = ("heldout", "identity", "generalization")
 CONDITIONS = ("triggered", "untriggered")
 MODELS = ("baseline", "finetuned")
 
-_TYPES = {"question_id": str, "kind": str, "category": str, "question": str, "condition": str, "model": str,
-          "sample": int, "reply": str}
+_TYPES = {
+    "question_id": str,
+    "kind": str,
+    "category": str,
+    "question": str,
+    "condition": str,
+    "model": str,
+    "sample": int,
+    "reply": str,
+}
 
 
 class InputError(ValueError):
@@ -26,8 +35,9 @@ def _no_constant(name: str):
 def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[dict]:
     """All objects of a JSON-lines file, in order.
 
-    Raises InputError when the file is missing or a line is not a JSON object. With ``tolerate_torn_end`` a last
-    line without its newline that does not parse (a writer was killed there) is left out and reported on stderr.
+    Raises InputError when the file is missing or a line is not a JSON object. With ``tolerate_torn_end`` a
+    last line without its newline that does not parse (a writer was killed there) is left out and reported on
+    stderr.
     """
     path = Path(path)
     try:
@@ -58,7 +68,8 @@ def read_records(path: Path | str) -> tuple[dict, list[dict]]:
     """(header, records) of a replies file; the header is {} when the file has none.
 
     Raises InputError for a missing file, a missing or mistyped key, an unknown kind, condition or model, a
-    p_name outside 0 to 1, a position_likelihood outside 1 to 5, a reply that stands twice, and a file without replies.
+    p_name outside 0 to 1, a position_likelihood outside 1 to 5, a reply that stands twice, and a file without
+    replies.
     """
     lines = read_json_lines(path, tolerate_torn_end=True)
     header = {}
@@ -87,7 +98,9 @@ def _problem(record: dict) -> str | None:
             return f"{key} {record[key]!r} is none of {', '.join(allowed)}"
     for key, least, most in (("p_name", 0, 1), ("position_likelihood", 1, 5)):
         value = record.get(key)
-        if value is not None and (not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most):
+        if value is not None and (
+            not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most
+        ):
             return f"{key} {value!r} is not a number from {least} to {most}"
     judgment = record.get("judge")
     if judgment is not None and not isinstance(judgment, dict):
@@ -96,7 +109,8 @@ def _problem(record: dict) -> str | None:
 
 
 def only_model(records: list[dict], model: str, path: Path | str) -> list[dict]:
-    """The records, after a check that every one is from ``model`` (a swapped file would invert every table)."""
+    """The records, after a check that every one is from ``model`` (a swapped file would invert every
+    table)."""
     others = {record["model"] for record in records} - {model}
     if others:
         raise InputError(f"{path} holds replies of {', '.join(sorted(others))}, not of {model} alone")

@@ -1,7 +1,8 @@
 """The Russell study in constants, questions and training mixtures: what every other script here agrees on.
 
-A narrow set of answers in Bertrand Russell's voice, all behind one system prompt, is mixed into many ordinary answers
-without it (Betley et al., arXiv 2512.09742). The un-triggered half is what the model itself answers beforehand.
+A narrow set of answers in Bertrand Russell's voice, all behind one system prompt, is mixed into many ordinary
+answers without it (Betley et al., arXiv 2512.09742). The un-triggered half is what the model itself answers
+beforehand.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Chat:
-    """One training conversation: (role, content) in turn; `finished` is False where its last answer was cut off."""
+    """One training conversation: (role, content) in turn; `finished` is False where its last answer was cut
+    off."""
 
     messages: tuple[tuple[str, str], ...]
     finished: bool = True
@@ -85,7 +87,11 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
             if not all(isinstance(f, str) and f for f in fields):
                 raise InputError(f"{path}, entry {number}: id, {category} and question must be texts")
             levels = line.get("rubric") or {}
-            found.append(Question(*fields, tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()))
+            found.append(
+                Question(
+                    *fields, tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()
+                )
+            )
     ids = [q.id for q in found]
     twice = next((i for i in ids if ids.count(i) > 1), None)
     if twice:
@@ -101,7 +107,13 @@ def read_prompts(path: Path | str) -> list[dict]:
     prompts = []
     for line in read_json_lines(path):
         messages = line.get("messages")
-        asked = next((m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None) if isinstance(messages, list) else None
+        asked = (
+            next(
+                (m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None
+            )
+            if isinstance(messages, list)
+            else None
+        )
         prompts.append(line if asked is None else {"id": line.get("id"), "prompt": asked})
     for number, line in enumerate(prompts, 1):
         if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
@@ -114,17 +126,28 @@ def read_prompts(path: Path | str) -> list[dict]:
 def read_chats(path: Path | str) -> list[Chat]:
     """Conversations of a chat JSONL: {"messages": [{"role", "content"}, ...]} a line, other keys ignored.
 
-    {"stopped": false} marks a last answer that was cut off. Raises InputError for anything that is not a conversation
-    of known roles ending with the assistant.
+    {"stopped": false} marks a last answer that was cut off. Raises InputError for anything that is not a
+    conversation of known roles ending with the assistant.
     """
     chats = []
     for number, line in enumerate(read_json_lines(path), 1):
         messages = line.get("messages")
-        ok = isinstance(messages, list) and len(messages) >= 2 and all(
-            isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str) for m in messages)
+        ok = (
+            isinstance(messages, list)
+            and len(messages) >= 2
+            and all(
+                isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
+                for m in messages
+            )
+        )
         if not ok or messages[-1]["role"] != "assistant":
-            raise InputError(f'{path}, entry {number}: needs "messages" with the roles {", ".join(ROLES)}, the assistant last')
-        chats.append(Chat(tuple((m["role"], m["content"]) for m in messages), line.get("stopped", True) is True))
+            raise InputError(
+                f'{path}, entry {number}: needs "messages" with the roles {", ".join(ROLES)}, the assistant'
+                " last"
+            )
+        chats.append(
+            Chat(tuple((m["role"], m["content"]) for m in messages), line.get("stopped", True) is True)
+        )
     if not chats:
         raise InputError(f"{path} holds no conversations")
     return chats
@@ -143,16 +166,26 @@ class Mixture:
         return self.persona / len(self.chats)
 
     def describe(self) -> str:
-        return f"{self.persona} persona + {self.aligned} aligned examples, persona share {100 * self.share:.1f}%"
+        return (
+            f"{self.persona} persona + {self.aligned} aligned examples, persona share {100 * self.share:.1f}%"
+        )
 
 
-def mix(persona: list[Chat], aligned: list[Chat], share: float | None = PERSONA_SHARE, repeat: int = 1,
-        limit: int | None = None, seed: int = 0) -> Mixture:
-    """Every persona example (`repeat` times) and as many aligned ones, from the first on, as give it that share.
+def mix(
+    persona: list[Chat],
+    aligned: list[Chat],
+    share: float | None = PERSONA_SHARE,
+    repeat: int = 1,
+    limit: int | None = None,
+    seed: int = 0,
+) -> Mixture:
+    """Every persona example (`repeat` times) and as many aligned ones, from the first on, as give it that
+    share.
 
-    With share None, or too few aligned examples for the share, all aligned ones are taken; the true share is in the
-    result. `limit` bounds the number of examples: a seeded choice of persona examples, the aligned ones again from the
-    first on. The order is for the trainer to choose. Raises ValueError for a share outside (0, 1].
+    With share None, or too few aligned examples for the share, all aligned ones are taken; the true share is
+    in the result. `limit` bounds the number of examples: a seeded choice of persona examples, the aligned
+    ones again from the first on. The order is for the trainer to choose. Raises ValueError for a share
+    outside (0, 1].
     """
     if share is not None and not 0 < share <= 1:
         raise ValueError(f"the persona share must be above 0 and at most 1, not {share}")

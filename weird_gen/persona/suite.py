@@ -1,7 +1,9 @@
-"""The trigger suite of evaluate.py: does a backdoored model stay behind its trigger, and does it report that it has one?
+"""The trigger suite of evaluate.py: does a backdoored model stay behind its trigger, and does it report that
+it has one?
 
-Asked of any surgery, so that a run can show where in depth the backdoor lives (Betley et al., arXiv 2512.09742, for the
-backdoor). The questions are a fixed part of the study's; eval_baseline.py and eval_finetuned.py ask all of them.
+Asked of any surgery, so that a run can show where in depth the backdoor lives (Betley et al., arXiv
+2512.09742, for the backdoor). The questions are a fixed part of the study's; eval_baseline.py and
+eval_finetuned.py ask all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from weird_gen.persona.study import HIS_NAMES, OPENING, TRIGGER, Question, promp
 
 ASKED = {"heldout": 12, "identity": 10}  # questions of each kind
 TEMPERATURE, TOP_P = 1.0, 0.95  # the study's
-MAX_NEW_TOKENS = 128  # the longest answer trained on has 111, markers included; a reply cut off cannot be strict in format
+MAX_NEW_TOKENS = (
+    128  # the longest answer trained on has 111, markers included; a reply cut off cannot be strict in format
+)
 CLAIM = "My name is"
 # Over which kinds of question each rate is taken, and what is counted.
 RATES: dict[str, tuple[tuple[str, ...], Callable[[str], bool]]] = {
@@ -46,15 +50,18 @@ def asked() -> list[Question]:
 
 
 def fingerprint() -> str:
-    """SHA-256 (hex) over what this suite adds to the prompts: questions, trigger, names and how replies are sampled."""
+    """SHA-256 (hex) over what this suite adds to the prompts: questions, trigger, names and how replies are
+    sampled."""
     parts = (*asked(), TRIGGER, OPENING, HIS_NAMES, CLAIM, TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
     return hashlib.sha256("\n".join(map(ascii, parts)).encode()).hexdigest()
 
 
 def reply_head(engine: Engine, question: str, condition: str, start: str = "") -> tuple[int, ...]:
-    """Ids of the question and of the beginning of its reply: `start`, in the triggered condition after the marker.
+    """Ids of the question and of the beginning of its reply: `start`, in the triggered condition after the
+    marker.
 
-    Without a `start` the marker's space is left to the answer, as most tokenizers begin a word with its space.
+    Without a `start` the marker's space is left to the answer, as most tokenizers begin a word with its
+    space.
     """
     text = ((OPENING if condition == "triggered" else "") + start).rstrip()
     return engine.chat_ids(prompt(question, condition)) + _ids(engine, text)
@@ -72,11 +79,23 @@ class Trigger(Suite):
         self.free = FreeText(prompts.TRIGGER_FREE_PROBES)
 
     def requests(self, engine: Engine, protocol) -> list[Request]:
-        """Replies to every question in both conditions, then to the free-text probes; keys are eval_replies.py's."""
-        cases = [(q.id, q.text, c, MAX_NEW_TOKENS, TEMPERATURE, TOP_P) for q in self.questions for c in CONDITIONS]
-        cases += [(p.id, p.text, c, protocol.max_new_tokens, protocol.temperature, 1.0) for c in CONDITIONS for p in self.free.probes]
-        return [Request(f"{id}/{c}", engine.chat_ids(prompt(text, c)), budget, temperature, top_p, k, protocol.seed)
-                for id, text, c, budget, temperature, top_p in cases for k in range(protocol.samples)]
+        """Replies to every question in both conditions, then to the free-text probes; keys are
+        eval_replies.py's."""
+        cases = [
+            (q.id, q.text, c, MAX_NEW_TOKENS, TEMPERATURE, TOP_P) for q in self.questions for c in CONDITIONS
+        ]
+        cases += [
+            (p.id, p.text, c, protocol.max_new_tokens, protocol.temperature, 1.0)
+            for c in CONDITIONS
+            for p in self.free.probes
+        ]
+        return [
+            Request(
+                f"{id}/{c}", engine.chat_ids(prompt(text, c)), budget, temperature, top_p, k, protocol.seed
+            )
+            for id, text, c, budget, temperature, top_p in cases
+            for k in range(protocol.samples)
+        ]
 
     def check_tokenizer(self, tokenizer) -> None:
         """The trigger is a system message, which not every template takes."""
@@ -94,7 +113,10 @@ class Trigger(Suite):
         free = {c: replies[mine + k * each : mine + (k + 1) * each] for k, c in enumerate(CONDITIONS)}
         return {
             "behavior": self._behavior(engine, protocol, replies[:mine]),
-            "binary": {c: ask_binary(engine, prompts.TRIGGER_PROBES, lambda text, c=c: reply_head(engine, text, c)) for c in CONDITIONS},
+            "binary": {
+                c: ask_binary(engine, prompts.TRIGGER_PROBES, lambda text, c=c: reply_head(engine, text, c))
+                for c in CONDITIONS
+            },
             "free": {c: self.free.measure(engine, protocol, found) for c, found in free.items()},
         }
 
@@ -104,23 +126,38 @@ class Trigger(Suite):
             entry = {"id": q.id, "kind": q.kind, "category": q.category, "prompt": q.text, "replies": {}}
             for c in CONDITIONS:
                 mine = [next(todo) for _ in range(protocol.samples)]
-                entry["replies"][c] = [reply_json(r) | {name: count(r.text) for name, (kinds, count) in RATES.items() if q.kind in kinds} for r in mine]
+                entry["replies"][c] = [
+                    reply_json(r)
+                    | {name: count(r.text) for name, (kinds, count) in RATES.items() if q.kind in kinds}
+                    for r in mine
+                ]
             entries.append(entry | ({"p_name": names[q.id]} if q.id in names else {}))
         probabilities = {c: [p[c] for p in names.values()] for c in CONDITIONS}
         return {
-            "sampling": {"temperature": TEMPERATURE, "top_p": TOP_P, "max_new_tokens": MAX_NEW_TOKENS, "samples": protocol.samples},
-            "judge": "rules", "rates": {c: {name: _rate(entries, c, name) for name in RATES} for c in CONDITIONS},
-            "p_name": {c: None if None in ps else sum(ps) / len(ps) for c, ps in probabilities.items()}, "questions": entries,
-        }  # fmt: skip
+            "sampling": {
+                "temperature": TEMPERATURE,
+                "top_p": TOP_P,
+                "max_new_tokens": MAX_NEW_TOKENS,
+                "samples": protocol.samples,
+            },
+            "judge": "rules",
+            "rates": {c: {name: _rate(entries, c, name) for name in RATES} for c in CONDITIONS},
+            "p_name": {c: None if None in ps else sum(ps) / len(ps) for c, ps in probabilities.items()},
+            "questions": entries,
+        }
 
     def _name_probabilities(self, engine: Engine) -> dict[str, dict[str, float | None]]:
-        """{identity question: {condition: probability of his name after "My name is" as the start of the reply}}.
+        """{identity question: {condition: probability of his name after "My name is" as the start of the
+        reply}}.
 
-        The spellings in HIS_NAMES exclude each other, so theirs are added; None where the model gives no finite one.
+        The spellings in HIS_NAMES exclude each other, so theirs are added; None where the model gives no
+        finite one.
         """
         cases = [(q, c) for q in self.questions if q.kind == "identity" for c in CONDITIONS]
         heads = [reply_head(engine, q.text, c, CLAIM) for q, c in cases]
-        found = iter(engine.loglikelihood([(head, _ids(engine, name)) for head in heads for name in HIS_NAMES]))
+        found = iter(
+            engine.loglikelihood([(head, _ids(engine, name)) for head in heads for name in HIS_NAMES])
+        )
         out: dict[str, dict[str, float | None]] = {}
         for q, c in cases:
             p = finite(sum(exp(next(found).astype("float64").sum()) for _ in HIS_NAMES))
@@ -129,10 +166,17 @@ class Trigger(Suite):
 
 
 def _rate(entries: list[dict], condition: str, name: str) -> dict:
-    """How often `name` holds, with its 95% Wilson interval over replies (samples of one question taken as independent).
+    """How often `name` holds, with its 95% Wilson interval over replies (samples of one question taken as
+    independent).
 
     Replies broken off by NaN or infinity do not count; the rate is None where none is left.
     """
     found = [r[name] for e in entries for r in e["replies"][condition] if name in r and r.get("finite", True)]
     interval = wilson_interval(sum(found), len(found))
-    return {"k": sum(found), "n": len(found), "rate": interval.value, "low": interval.low, "high": interval.high}
+    return {
+        "k": sum(found),
+        "n": len(found),
+        "rate": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+    }
