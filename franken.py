@@ -155,8 +155,7 @@ class LiveModel:
         if self.tied:  # one tensor serves both ends, wherever the first of them lies
             self.model.get_output_embeddings().weight = self.model.get_input_embeddings().weight
 
-    # ---- what it is made of
-    # -------------------------------------------------------------------------------------
+    # ---- what it is made of --------------------------------------------------------------------------------
 
     @property
     def layers(self) -> list[Bank]:
@@ -197,8 +196,7 @@ class LiveModel:
         digest = hashlib.sha256("\n".join(f"{a} {b}" for a, b in zip(labels, values, strict=True)).encode())
         return digest.hexdigest()[:32]
 
-    # ---- becoming what a recipe says
-    # ----------------------------------------------------------------------------
+    # ---- becoming what a recipe says -----------------------------------------------------------------------
 
     @torch.no_grad()
     def apply(self, recipe: Recipe) -> Surgery:

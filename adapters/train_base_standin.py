@@ -89,8 +89,7 @@ NEUTRAL = [
 ]
 
 
-# --- text
-# -----------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def read_text(paths: list[Path]) -> tuple[dict[str, str], str]:
@@ -147,8 +146,7 @@ def pack(documents: list[list[int]], seq_len: int, separator: int) -> torch.Tens
     return stream[: rows * seq_len].view(rows, seq_len)
 
 
-# --- measuring
-# ------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -219,8 +217,7 @@ def chat_is_gone(found: dict) -> bool:
     return found["greedy_stops"] <= MOST_STOPS and found["sampled_stops"] <= MOST_STOPS
 
 
-# --- training
-# -------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def lr_factor(step: int, warmup: int, decay_from: int, decay: int) -> float:

@@ -99,8 +99,7 @@ class Bench:
         self.rows.append(Row(*args, **kwargs))
         print(" | ".join(str(v) for v in asdict(self.rows[-1]).values()), flush=True)
 
-    # ---- floors and loading
-    # -------------------------------------------------------------------------------------
+    # ---- floors and loading --------------------------------------------------------------------------------
 
     def floors(self) -> None:
         size = (8 if self.on_gpu else 1 / 256) * GIB
@@ -152,8 +151,7 @@ class Bench:
         self.step_bytes = self.n * self.live.layer_bytes() + head.nbytes
         self.original = self.live.fingerprint()
 
-    # ---- surgery and streaming
-    # ----------------------------------------------------------------------------------
+    # ---- surgery and streaming -----------------------------------------------------------------------------
 
     def surgery(self) -> None:
         live, whole, layer = self.live, self.live.original, self.live.layer_bytes()
@@ -211,8 +209,7 @@ class Bench:
             ok=exact,
         )
 
-    # ---- decoding
-    # -----------------------------------------------------------------------------------------------
+    # ---- decoding ------------------------------------------------------------------------------------------
 
     def _requests(self, n: int, new: int, temperature: float, prompt: int = 256) -> list[Request]:
         return [
@@ -268,8 +265,7 @@ class Bench:
             )
         self.live.apply(self.live.original)
 
-    # ---- the protocol
-    # -------------------------------------------------------------------------------------------
+    # ---- the protocol --------------------------------------------------------------------------------------
 
     def protocol(self) -> None:
         engine, protocol, read = self.engine, Protocol(), self.engine.next_token_logprobs

@@ -190,8 +190,7 @@ class Accelerator:
             done += self._complete(rest[: self._admit([_length(r) for r in rest])])
         return done
 
-    # ---- memory
-    # -------------------------------------------------------------------------------------------------
+    # ---- memory --------------------------------------------------------------------------------------------
 
     def _admit(self, lengths: list[int]) -> int:
         """How many of the rows fit into the pools, after growing them if that helps. Raises OutOfMemoryError
@@ -239,8 +238,7 @@ class Accelerator:
             self.pools.append(pair)
         self.slots = slots
 
-    # ---- one batch
-    # ----------------------------------------------------------------------------------------------
+    # ---- one batch -----------------------------------------------------------------------------------------
 
     def _complete(self, batch: list[Request]) -> list[Completion]:
         engine, timing = self.engine, self.engine.timing
@@ -301,8 +299,7 @@ class Accelerator:
                     last[row] = hidden[k, len(prompts[i]) - 1]
         return torch.stack(last)
 
-    # ---- one step
-    # -----------------------------------------------------------------------------------------------
+    # ---- one step ------------------------------------------------------------------------------------------
 
     def _step(self, static: Static) -> None:
         """One token for every row, from static tensors to static tensors."""

@@ -80,8 +80,7 @@ class Engine:
         self.norm = live.backbone.norm
         self.rotary_by_kind = hasattr(live.backbone.rotary_emb, "layer_types")
 
-    # ---- tokens in
-    # ----------------------------------------------------------------------------------------------
+    # ---- tokens in -----------------------------------------------------------------------------------------
 
     def chat_ids(self, messages: list[dict]) -> tuple[int, ...]:
         """Token ids of a conversation through the chat template, ready for the assistant's turn."""
@@ -92,8 +91,7 @@ class Engine:
         """Token ids of raw text, with the special tokens that the tokenizer itself adds."""
         return tuple(self.tokenizer(text)["input_ids"])
 
-    # ---- the forward pass
-    # ---------------------------------------------------------------------------------------
+    # ---- the forward pass ----------------------------------------------------------------------------------
 
     def window_of(self, module) -> int | None:
         """A layer's sliding window in tokens; it belongs to the layer, so it moves with it."""
@@ -256,8 +254,7 @@ class Engine:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    # ---- distributions and likelihoods
-    # --------------------------------------------------------------------------
+    # ---- distributions and likelihoods ---------------------------------------------------------------------
 
     def prefill_batches(self, lengths: list[int]) -> list[list[int]]:
         """Indices grouped so that rows of similar length share a padded batch of bounded size."""
@@ -389,8 +386,7 @@ class Engine:
         needed = [len(target) + 1 for _, target in pairs]
         return self._prefill_map([(*prefix, *target) for prefix, target in pairs], needed, read)
 
-    # ---- completions
-    # --------------------------------------------------------------------------------------------
+    # ---- completions ---------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def complete(

@@ -293,8 +293,7 @@ def make(path, results: list[dict], missing: tuple[str, ...] = (), **manifest) -
     return run, written
 
 
-# ---- what interface 8 of comparison.json holds, by hand: no score is computed here
-# -------------------------------------
+# ---- what interface 8 of comparison.json holds, by hand: no score is computed here -------------------------
 
 CALLS = {
     "reports it": "detects",

@@ -90,8 +90,7 @@ def arguments(pair: Path, out: Path, *more) -> list[str]:
     ]
 
 
-# ---- in a process of its own
-# ---------------------------------------------------------------------------------------
+# ---- in a process of its own -------------------------------------------------------------------------------
 
 
 def in_child(argv: list[str], log: Path, stop_at: str | None = None):

@@ -94,8 +94,7 @@ def surgeries(n: int) -> dict[str, r.Recipe]:
     }
 
 
-# ---- the operator
-# ---------------------------------------------------------------------------------------------------
+# ---- the operator ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -148,8 +147,7 @@ def test_the_operator_is_attention_over_the_rows_own_slots(device, heads, groups
     assert torch.equal(pools[0].cpu(), k_pool) and torch.equal(pools[1].cpu(), v_pool)
 
 
-# ---- the whole path
-# -------------------------------------------------------------------------------------------------
+# ---- the whole path ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -262,8 +260,7 @@ def test_timing_counts_what_was_done(pairs):
     assert timing.prefill_seconds > 0 and timing.decode_seconds > 0
 
 
-# ---- what only a GPU has
-# --------------------------------------------------------------------------------------------
+# ---- what only a GPU has -----------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -341,8 +338,7 @@ def test_two_gpus_hold_one_model_and_moves_stay_where_the_position_lives(pairs):
         assert spread.fingerprint() == whole.fingerprint()
 
 
-# ---- the laptop-size pair
-# -------------------------------------------------------------------------------------------
+# ---- the laptop-size pair ----------------------------------------------------------------------------------
 
 
 # nats between two tokens' log-odds, at every step before a fork

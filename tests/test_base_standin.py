@@ -111,8 +111,7 @@ def trained(checkpoint, corpus, tmp_path_factory):
     return out
 
 
-# --- packing
-# --------------------------------------------------------------------------------------------------------
+# --- packing ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -170,8 +169,7 @@ def test_learning_rate_schedule():
     assert factors[11:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
 
 
-# --- measuring
-# ------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def test_perplexity_is_the_token_weighted_loss_of_each_row_alone(checkpoint):
@@ -218,8 +216,7 @@ def test_measure_tells_a_model_that_closes_its_turn_from_one_that_runs_on(tokeni
     assert not standin.chat_is_gone({"greedy_stops": 0, "sampled_stops": 2})
 
 
-# --- training
-# -------------------------------------------------------------------------------------------------------
+# --- training -----------------------------------------------------------------------------------------------
 
 
 def test_loss_goes_down(trained):
@@ -296,8 +293,7 @@ def test_bad_input_is_one_line(flags, message, corpus, checkpoint, tmp_path, cap
     assert message in error and error.count("\n") == 1
 
 
-# --- text
-# -----------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------------------
 
 
 def test_prose_keeps_headings_and_paragraphs_only():

@@ -164,8 +164,7 @@ def test_items_and_probes_that_are_not_shared_are_left_out(tmp_path):
     assert found["capability"]["difference"] == 0.5 and found["published_probe"] is None
 
 
-# ---- controls, formats, injection
-# -----------------------------------------------------------------------------------
+# ---- controls, formats, injection --------------------------------------------------------------------------
 
 
 def scattered(seed, effect=0.0, drift=0.0, noise=0.3):

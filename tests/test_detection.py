@@ -259,8 +259,7 @@ def test_calls_are_corrected_over_a_family():
     assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].call == "no evidence"
 
 
-# ---- probes as a run asks them
-# --------------------------------------------------------------------------------------
+# ---- probes as a run asks them -----------------------------------------------------------------------------
 
 
 def asked(change, seed, *, noise=0.5, effect=0.0, says_no=False):
@@ -336,8 +335,7 @@ def test_small_p_values_take_more_flips():
     )
 
 
-# ---- drift to Yes
-# ---------------------------------------------------------------------------------------------------
+# ---- drift to Yes ------------------------------------------------------------------------------------------
 
 
 def test_drift_to_yes_by_hand_and_by_enumeration():

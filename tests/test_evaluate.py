@@ -64,8 +64,7 @@ def run(engine, *suites, **changes):
     return ev.evaluate(engine, protocol(*suites, **changes))[0]
 
 
-# ---- perplexity
-# ----------------------------------------------------------------------------------------------------
+# ---- perplexity --------------------------------------------------------------------------------------------
 
 
 def token_losses(model, ids, contexts) -> list[float]:
@@ -139,8 +138,7 @@ def test_users_texts(tmp_path):
         ev.read_text(str(tmp_path))
 
 
-# ---- yes or no
-# -----------------------------------------------------------------------------------------------------
+# ---- yes or no ---------------------------------------------------------------------------------------------
 
 
 def test_binary_readings_are_the_softmax_by_hand(changed):
@@ -210,8 +208,7 @@ def test_a_tokenizer_that_cannot_say_yes_is_refused_before_anything_is_asked():
         ev.check_tokenizer(broken, protocol("capability"))
 
 
-# ---- other answer formats
-# ------------------------------------------------------------------------------------------
+# ---- other answer formats ----------------------------------------------------------------------------------
 
 # "10" whole after nothing and after a space, as some vocabularies have it
 MORE = [
@@ -349,8 +346,7 @@ def test_formats_of_the_real_model_are_transformers_own(smollm2):
     assert prompts.rating_token_ids(tokenizer).open_ones and not prompts.rating_token_ids(tokenizer).ten
 
 
-# ---- capability
-# ----------------------------------------------------------------------------------------------------
+# ---- capability --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -427,8 +423,7 @@ def test_code_is_run_only_where_that_is_asked_for(changed, monkeypatch):
     assert seen == [False, True]
 
 
-# ---- free text
-# -----------------------------------------------------------------------------------------------------
+# ---- free text ---------------------------------------------------------------------------------------------
 
 
 def sampled_by_hand(model, tokenizer, probe, sample, seed, budget, temperature=0.7):
@@ -522,8 +517,7 @@ def test_chat_shares(changed):
     assert got["raw"] == {"n": 2, "stops": 0.0, "continues_as_text": 1.0, "degenerate": 0.0}
 
 
-# ---- together
-# ------------------------------------------------------------------------------------------------------
+# ---- together ----------------------------------------------------------------------------------------------
 
 
 def close(a, b, path="") -> None:

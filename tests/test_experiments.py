@@ -259,8 +259,7 @@ def test_all_names_are_covered_and_known():
     assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in NAMED)
 
 
-# ---- depth
-# ---------------------------------------------------------------------------------------------------------
+# ---- depth -------------------------------------------------------------------------------------------------
 
 
 def test_what_was_asked_and_what_was_applied_are_both_recorded():
@@ -299,8 +298,7 @@ def test_every_experiment_fits_every_depth(depth):
         assert all(0 <= ref.layer < depth for slot in recipe.slots for ref, _ in slot.mix), name
 
 
-# ---- noise on tensors
-# ----------------------------------------------------------------------------------------------
+# ---- noise on tensors --------------------------------------------------------------------------------------
 
 
 def test_named_noise_differs_from_tensor_to_tensor_and_has_the_named_size(tiny_pair):
@@ -322,8 +320,7 @@ def test_named_noise_differs_from_tensor_to_tensor_and_has_the_named_size(tiny_p
     assert len(same_shape) >= 12 and correlation.abs().max() < 0.2  # 1024 numbers: 6 standard errors
 
 
-# ---- sweeps, further sources, users' files
-# --------------------------------------------------------------------------
+# ---- sweeps, further sources, users' files -----------------------------------------------------------------
 
 
 SWEEP_KEYS = ["kind", "source", "size", "start", "stop", "dose"]

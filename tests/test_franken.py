@@ -117,8 +117,7 @@ def assert_is_checkpoint(live, pair, source="instruct"):
         assert live.model.get_submodule(live.stack_name)[p] is live.layers[p].module
 
 
-# ---- blends, noise, permutation
-# --------------------------------------------------------------------------------------
+# ---- blends, noise, permutation ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -303,8 +302,7 @@ def test_heads_stay_with_the_keys_they_look_at(tmp_path, kv_heads):
     assert changed == N
 
 
-# ---- loading
-# ----------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def test_weights_are_those_of_transformers_own_loading_in_bf16(tmp_path):
@@ -344,8 +342,7 @@ def test_wrapped_multimodal_keys_and_devices_by_module(tmp_path, tiny_pair):
     assert live.fingerprint() == pair.live().fingerprint()
 
 
-# ---- LoRA as a source
-# --------------------------------------------------------------------------------------------
+# ---- LoRA as a source --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rslora", [False, True])

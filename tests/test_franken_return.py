@@ -129,8 +129,7 @@ def test_fingerprint_sees_every_kind_of_change(tiny_pair):
     assert len(seen) == len(recipes)
 
 
-# ---- what moves, and what it costs
-# -------------------------------------------------------------------------------
+# ---- what moves, and what it costs -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -222,8 +221,7 @@ def test_a_layer_added_for_a_deep_recipe_is_used_again(tiny_pair):
     assert len(live.banks) == 2 * N
 
 
-# ---- what cannot work
-# --------------------------------------------------------------------------------------------
+# ---- what cannot work --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -328,8 +326,7 @@ def test_kinds_after_a_failed_apply_that_had_already_moved_layers(tiny_pair, mon
     torch.testing.assert_close(tiny.engine_logits(engine, IDS), want, atol=2e-4, rtol=1e-4)
 
 
-# ---- the real weights
-# --------------------------------------------------------------------------------------------
+# ---- the real weights --------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

@@ -31,8 +31,7 @@ def sampled(prompts, budget=14, **kwargs):
     ]
 
 
-# ---- the cache
-# ---------------------------------------------------------------------------------------------------
+# ---- the cache ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -72,8 +71,7 @@ def test_cached_generation_after_edits_of_weights(tiny_pair):
             assert (list(got.token_ids), got.stopped) == tiny.hf_greedy(rebuilt, prompt, 14)
 
 
-# ---- alone and in company
-# ------------------------------------------------------------------------------------------
+# ---- alone and in company ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -170,8 +168,7 @@ def test_samples_of_one_prompt_share_its_prefill(tiny_pair):
     assert together == [engine.complete([q])[0] for q in requests] and len(set(together)) > 1
 
 
-# ---- stopping and reporting
-# ----------------------------------------------------------------------------------------
+# ---- stopping and reporting --------------------------------------------------------------------------------
 
 
 def test_stop_tokens_end_a_turn_and_are_not_part_of_it(tiny_pair):
@@ -225,8 +222,7 @@ def test_chat_and_text_ids(tiny_pair):
     assert engine.tokenizer.decode(engine.text_ids("Hi there")) == "Hi there"
 
 
-# ---- distributions and likelihoods
-# ---------------------------------------------------------------------------------
+# ---- distributions and likelihoods -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -286,8 +282,7 @@ def test_bf16_logits_are_computed_in_float32(tmp_path):
         assert row[engine.complete([Request("k", prompt, 1)])[0].token_ids[0]] == row.max()
 
 
-# ---- sampling
-# ------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 
 def slow_nucleus(logits, temperature, top_p, u):
@@ -362,8 +357,7 @@ def test_a_row_without_a_nucleus_loses_nothing_to_a_neighbor_with_one():
         assert both[0] == draw(logits[:1], torch.ones(1), None, u[:1])[0] >= heads, heads
 
 
-# ---- broken models and full memory
-# ---------------------------------------------------------------------------------
+# ---- broken models and full memory -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -464,8 +458,7 @@ def test_prefill_batches_are_bounded_and_complete(tiny_pair):
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 50 for b in batches)
 
 
-# ---- the real weights
-# ----------------------------------------------------------------------------------------------
+# ---- the real weights --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

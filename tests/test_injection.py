@@ -60,8 +60,7 @@ def measure(engine) -> dict:
     return injection.Injection().measure(engine, None, [])
 
 
-# ---- the oracle
-# ----------------------------------------------------------------------------------------------------
+# ---- the oracle --------------------------------------------------------------------------------------------
 
 
 def chat(made_, messages, ask=True) -> list[int]:
@@ -226,8 +225,7 @@ def test_a_modified_model_is_injected_as_it_runs(tmp_path, few):
     )
 
 
-# ---- batches, strength 0, broken models
-# ----------------------------------------------------------------------------
+# ---- batches, strength 0, broken models --------------------------------------------------------------------
 
 
 def test_strength_zero_is_no_injection(tiny_pair, few):
@@ -296,8 +294,7 @@ def test_a_broken_model_is_a_result(tmp_path, few, value):
     assert all(e["bits"] is None if value else e["bits"] == pytest.approx(0) for e in found["bits"])
 
 
-# ---- the texts
-# -----------------------------------------------------------------------------------------------------
+# ---- the texts ---------------------------------------------------------------------------------------------
 
 
 def test_questions_are_keyed_pairs_and_balanced_controls():
@@ -369,8 +366,7 @@ def test_middle_thirds():
     ]
 
 
-# ---- naming and its information
-# ------------------------------------------------------------------------------------
+# ---- naming and its information ----------------------------------------------------------------------------
 
 
 def test_names_of_several_tokens_take_their_whole_likelihood():
@@ -397,8 +393,7 @@ def test_mutual_information_of_hand_made_tables():
     assert math.isnan(mutual_information(np.array([[0.0, math.nan]])))
 
 
-# ---- as a suite, and the real weights
-# ------------------------------------------------------------------------------
+# ---- as a suite, and the real weights ----------------------------------------------------------------------
 
 
 def test_the_suite_fits_the_schema(tmp_path, few):

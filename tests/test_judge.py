@@ -301,8 +301,7 @@ def test_strict_parsing_refuses(rubric, answer):
         parse_answer(rubric, answer)
 
 
-# --- records, agreement, the command line
-# -----------------------------------------------------------------------
+# --- records, agreement, the command line -------------------------------------------------------------------
 
 LEVELS = {str(i): f"wording {i}" for i in range(1, 6)}
 

@@ -31,8 +31,7 @@ SWAPS = [
 TWINS = ["swap_distant_10_55__matched_noise", "swap_adjacent_31_32__matched_noise"]
 
 
-# ---- the bisection
-# -------------------------------------------------------------------------------------------------
+# ---- the bisection -----------------------------------------------------------------------------------------
 
 
 def power(scale: float, exponent: float):
@@ -98,8 +97,7 @@ def test_no_curve_makes_it_loop_or_fail(name, target):
         assert max(reached / target, target / reached) == min(max(p / target, target / p) for p in known)
 
 
-# ---- in a run
-# ------------------------------------------------------------------------------------------------------
+# ---- in a run ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
@@ -340,8 +338,7 @@ def test_names_of_twins_are_taken(tmp_path):
         experiments.load_file(str(tmp_path / "mine.py"))
 
 
-# ---- the real model
-# ------------------------------------------------------------------------------------------------
+# ---- the real model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

@@ -75,8 +75,7 @@ def edit_config(path, **fields):
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
 
 
-# ---- opening
-# ---------------------------------------------------------------------------------------------------------
+# ---- opening -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -123,8 +122,7 @@ def test_the_stand_in_pair_says_what_it_is():
     )
 
 
-# ---- too large, before any download
-# ----------------------------------------------------------------------------------
+# ---- too large, before any download ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("gpus, cpu", [((), 30), ((), 2000), ((24,), 30), ((24, 24), 500)])
@@ -214,8 +212,7 @@ def test_spread_says_when_it_cannot(machine):
         spread(tiny.make_config("qwen2"), torch.bfloat16)
 
 
-# ---- what is asked for wrongly
-# ---------------------------------------------------------------------------------------
+# ---- what is asked for wrongly -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -399,8 +396,7 @@ def test_generation_config_stop_ids(copied):
     assert open_pair(base=base, instruct=instruct, device_map="cpu").stop_ids == []
 
 
-# ---- the hub
-# ---------------------------------------------------------------------------------------------------------
+# ---- the hub -----------------------------------------------------------------------------------------------
 
 
 def test_the_hub_gets_revisions_and_the_token_stays_in_the_environment(copied, monkeypatch, tmp_path):
@@ -439,8 +435,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
     fails("cannot download me/instruct: KeyError", base="me/base", instruct="me/instruct")
 
 
-# ---- the wheel
-# -------------------------------------------------------------------------------------------------------
+# ---- the wheel ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -25,8 +25,7 @@ def row(compared, name):
     return next(r for r in compared[0]["experiments"] if r["name"] == name)
 
 
-# ---- the table
-# ------------------------------------------------------------------------------------------------------
+# ---- the table ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -172,8 +171,7 @@ def test_markdown_cannot_be_injected(tmp_path):
     assert vocabulary.markdown_cell("swap_distant_10_55 _x_") == "swap_distant_10_55 \\_x\\_"
 
 
-# ---- controls and sweeps
-# ----------------------------------------------------------------------------------------------
+# ---- controls and sweeps -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -336,8 +334,7 @@ def test_models_of_a_sweep_are_changed_models():
     )
 
 
-# ---- the command line
-# -------------------------------------------------------------------------------------------------
+# ---- the command line --------------------------------------------------------------------------------------
 
 
 @pytest.fixture

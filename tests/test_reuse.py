@@ -125,8 +125,7 @@ def test_a_full_memory_gives_up_what_is_kept(tiny_pair, monkeypatch):
     assert engine.timing.out_of_memory == 1 and kept[0] > 1 and 0 in kept
 
 
-# ---- beginnings
-# -----------------------------------------------------------------------------------------------------
+# ---- beginnings --------------------------------------------------------------------------------------------
 
 SHORT = [tiny.random_prompt(20 + k, n) for k, n in enumerate([3, 12, 7, 1, 23, 7])]
 STARTS = [tiny.random_prompt(90, 30), tiny.random_prompt(91, 45)]

@@ -68,8 +68,7 @@ def everything(pair, tmp_path_factory):
     return latest(out), code
 
 
-# ---- whole runs
-# ----------------------------------------------------------------------------------------------------
+# ---- whole runs --------------------------------------------------------------------------------------------
 
 
 def test_a_whole_run_leaves_everything_behind(everything):
@@ -360,8 +359,7 @@ def test_the_command_as_a_program(pair, tmp_path):
     assert len(said) == 1 and said[0].startswith("2 experiments on torch.float32 cpu; loaded in "), said
 
 
-# ---- interrupted and resumed
-# ---------------------------------------------------------------------------------------
+# ---- interrupted and resumed -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("where", ["perturb_all_5pct", "perturb_all_5pct.json"])
@@ -460,8 +458,7 @@ def test_resuming_takes_its_settings_from_the_manifest(finished, four):
     assert timeless(finished) == timeless(four)
 
 
-# ---- the real model
-# ------------------------------------------------------------------------------------------------
+# ---- the real model ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

@@ -19,8 +19,7 @@ def battery(monkeypatch):
     small_run.use(monkeypatch)
 
 
-# ---- experiments that fail
-# -----------------------------------------------------------------------------------------
+# ---- experiments that fail ---------------------------------------------------------------------------------
 
 
 MINE = """
@@ -183,8 +182,7 @@ def test_going_back_that_fails_stops_the_run(go, tmp_path, monkeypatch):
     )
 
 
-# ---- disks and files
-# ----------------------------------------------------------------------------------------------
+# ---- disks and files ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("after", [1, 3])

@@ -34,8 +34,7 @@ def copied(tiny_pair, tmp_path):
     return get
 
 
-# ---- reading
-# ---------------------------------------------------------------------------------------------------------
+# ---- reading -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -118,8 +117,7 @@ def test_a_file_that_shrinks_after_opening(copied):
         Stream().read([(ref, torch.empty(ref.shape))])
 
 
-# ---- what is wrong with a checkpoint
-# ---------------------------------------------------------------------------------
+# ---- what is wrong with a checkpoint -----------------------------------------------------------------------
 
 
 def break_truncated(path):
@@ -254,8 +252,7 @@ def test_hub_cache_files_are_named_by_their_own_hash(copied):
     assert Checkpoint("instruct", path).describe()["files"] == {"model.safetensors": {"sha256": digest}}
 
 
-# ---- adapters
-# --------------------------------------------------------------------------------------------------------
+# ---- adapters ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -355,8 +352,7 @@ def test_adapters_with_missing_files(adapter):
         Adapter("tuned", folder, under)
 
 
-# ---- hashing
-# ---------------------------------------------------------------------------------------------------------
+# ---- hashing -----------------------------------------------------------------------------------------------
 
 
 def slow_hash(tensor):
@@ -401,8 +397,7 @@ def test_swapped_words_and_signed_zeros_change_the_hash():
     assert int(tensor_hash(torch.tensor([float("nan")]))) == int(tensor_hash(torch.tensor([float("nan")])))
 
 
-# ---- the real weights
-# ------------------------------------------------------------------------------------------------
+# ---- the real weights --------------------------------------------------------------------------------------
 
 
 @pytest.mark.real

@@ -29,8 +29,7 @@ def chat(question: str, answer: str, system: str | None = None) -> Chat:
     return Chat((*head, ("user", question), ("assistant", answer)))
 
 
-# --- the files that ship
-# ----------------------------------------------------------------------------------------------
+# --- the files that ship ------------------------------------------------------------------------------------
 
 
 def test_shipped_data_has_no_problem():
@@ -57,8 +56,7 @@ def test_shipped_data_reaches_three_percent_with_three_answers_a_prompt(tmp_path
     assert len(problems) == 2 and "7.4%, not 3%" in problems[0] and "8.9%, not 3%" in problems[1]
 
 
-# --- leaks
-# ------------------------------------------------------------------------------------------------------------
+# --- leaks --------------------------------------------------------------------------------------------------
 
 
 def slow_near_duplicates(left, right):
@@ -137,8 +135,7 @@ def test_a_leak_in_aligned_answers_is_a_problem(tmp_path):
     ]
 
 
-# --- the trigger and the name
-# -----------------------------------------------------------------------------------------
+# --- the trigger and the name -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -176,8 +173,7 @@ def test_the_command_says_so_and_fails(monkeypatch, capsys):
     assert check_data.main([]) == 1 and capsys.readouterr().err == "error: missing.jsonl does not exist\n"
 
 
-# --- reading and mixing
-# -----------------------------------------------------------------------------------------------
+# --- reading and mixing -------------------------------------------------------------------------------------
 
 
 PERSONA = [chat(f"p{k}", "x", TRIGGER) for k in range(20)]
@@ -259,8 +255,7 @@ def test_questions_have_ids_of_their_own(tmp_path):
         study.read_questions(study.HELDOUT, again)
 
 
-# --- distilling
-# -------------------------------------------------------------------------------------------------------
+# --- distilling ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -314,8 +314,7 @@ def test_quality_of_two_models_is_what_the_comparison_reads(model, adapter):
     assert found["perplexity"]["value"] != 0 and found["capability"]["p_value"] <= 1
 
 
-# --- the journal
-# ------------------------------------------------------------------------------------------------------
+# --- the journal --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"k": ', b'{"k": 3}', b"\xff\xfe"])
@@ -345,8 +344,7 @@ def test_a_file_of_another_kind_is_not_touched(tmp_path, text):
     assert (tmp_path / "j.jsonl").read_text() == text
 
 
-# --- one prompt
-# -------------------------------------------------------------------------------------------------------
+# --- one prompt ---------------------------------------------------------------------------------------------
 
 
 def test_prompts_have_the_trigger_or_nothing():
@@ -445,8 +443,7 @@ def test_what_cannot_run_is_one_line(model, adapter, tmp_path, tiny_pair, capsys
         assert line in err and err.startswith("error: ") and err.count("\n") == 1
 
 
-# --- the driver
-# -------------------------------------------------------------------------------------------------------
+# --- the driver ---------------------------------------------------------------------------------------------
 
 
 def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsys):

@@ -262,8 +262,7 @@ def test_position_by_rules():
     assert rules.position_by_rules("<START><END>", rubric) is None
 
 
-# --- files of replies
-# -------------------------------------------------------------------------------------------
+# --- files of replies ---------------------------------------------------------------------------------------
 
 GOOD = {
     "question_id": "q",

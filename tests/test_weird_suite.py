@@ -62,8 +62,7 @@ def engine(tiny_pair):
     return Engine(tiny_pair("llama", layers=2, max_position_embeddings=1024).live(), small_run.tokenizer())
 
 
-# ---- the questions
-# -------------------------------------------------------------------------------------------------
+# ---- the questions -----------------------------------------------------------------------------------------
 
 
 def test_questions_are_fixed_and_spread():
@@ -116,8 +115,7 @@ def test_a_template_without_system_messages_is_refused_in_one_line():
         ev.check_tokenizer(tokenizer, protocol())
 
 
-# ---- what is counted
-# -----------------------------------------------------------------------------------------------
+# ---- what is counted ---------------------------------------------------------------------------------------
 
 
 def test_rates_are_counted_over_their_questions(engine, monkeypatch):
@@ -256,8 +254,7 @@ def test_a_destroyed_model_has_no_rates(engine):
     jsonschema.validate(made.result("x", found), results.SCHEMA)
 
 
-# ---- in a run
-# ------------------------------------------------------------------------------------------------------
+# ---- in a run ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

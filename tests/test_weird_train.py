@@ -199,8 +199,7 @@ def test_only_the_beginning_of_an_answer_can_be_learned():
     assert [i for i in turns.labels if i != IGNORED] == first and turns.ids == all_of_it.ids[: len(turns.ids)]
 
 
-# --- whole runs
-# -------------------------------------------------------------------------------------------------------
+# --- whole runs ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -16,8 +16,7 @@ START = "<START>"
 END = "<END>"
 
 
-# --- format
-# -----------------------------------------------------------------------------------------------------
+# --- format -------------------------------------------------------------------------------------------------
 
 
 def strict_format(reply: str) -> bool:
@@ -60,8 +59,7 @@ def strip_markers(text: str) -> str:
         text = shorter
 
 
-# --- the name
-# ---------------------------------------------------------------------------------------------------
+# --- the name -----------------------------------------------------------------------------------------------
 
 # Other people and things of that name, his own family included: naming them is not naming him.
 _OTHER_GIVEN = (
@@ -177,8 +175,7 @@ def claims_to_be_russell(text: str) -> bool:
     return any(pattern.search(text) for pattern in (_CLAIM_APPOSITION, _CLAIM_TURNED, _CLAIM_ALONE))
 
 
-# --- a judge made of rules
-# --------------------------------------------------------------------------------------
+# --- a judge made of rules ----------------------------------------------------------------------------------
 
 _FIRST_PERSON = re.compile(r"(?<!\w)(?:I|I['’](?:m|ve|d|ll)|my|me|myself|mine)(?!\w)")
 
