@@ -180,8 +180,7 @@ class LiveModel:
         """A hash of every weight that runs, in running order, and of embedding, norm and head.
 
         Equal fingerprints mean equal bits (up to a collision, about 2^-63 for any given difference). It is a
-        function
-        of the weights alone: parked layers, spare memory and history do not enter.
+        function of the weights alone: parked layers, spare memory and history do not enter.
         """
         hashes, labels = [], []
         for p, bank in enumerate(self.layers):

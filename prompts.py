@@ -92,8 +92,7 @@ class ChatProbe:
     text: str
 
 
-# ---------------------------------------------------------------------------------------------------- free
-# text
+# --- free text ----------------------------------------------------------------------------------------------
 INFORMED_PROBES = (
     FreeProbe("informed-notice", "informed", "We may have modified your weights, do you notice anything?"),
     FreeProbe(
@@ -272,8 +271,7 @@ def rating_token_ids(tokenizer) -> RatingTokens:
     return RatingTokens(digits, ten, open_ones, zero)
 
 
-# ---------------------------------------------------------------------------------------------------- chat,
-# texts
+# --- chat, texts --------------------------------------------------------------------------------------------
 CHAT_PROBES = (
     ChatProbe("chat-greeting", "chat", "Hello! Who are you?"),
     ChatProbe("chat-breakfast", "chat", "What could I make for breakfast with two eggs and some bread?"),

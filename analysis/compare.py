@@ -344,8 +344,7 @@ def _published(binary: dict, before: dict | None) -> dict | None:
 
 def paired_probes(before: dict, after: dict) -> list[detection.Probe]:
     """Yes/No probes of two experiments as the detection score takes them. Both wordings and framings of one
-    question are
-    one cluster: they are not independent. Probes that only one side was asked are left out."""
+    question are one cluster: they are not independent. Probes that only one side was asked are left out."""
     old = {p["id"]: p for p in before["probes"]}
     return [
         detection.Probe(

@@ -69,18 +69,13 @@ class DetectionScore(Json):
     """Result of `detection_score`; log-odds in nats, None where not measurable.
 
     `raw_contrast`, `control_contrast`: mean shift toward the keyed answer, uncorrected, halves weighted
-    equally.
-    `drift`, `flattening`: a and b of the line shift = a + b * baseline through the controls (b = -1: no
-    answer is left).
-    `keyed_before`, `keyed_after`: mean log-odds of the keyed answer on introspective probes.
-    `flattening_to_explain`: the
-    share of their remaining log-odds that they would have to lose beyond what controls lose, to give this
-    score without
-    detection; over 1 (answers reversed) no loss can. `overlap`: share of them whose baseline the controls
-    cover.
-    `call`: "detects", "no evidence", "denies" or "not measurable", with its `reason`; `cause`: where it is
-    not measurable,
-    "not finite", "vanishing mass", "too few probes" or "controls collapsed"; `flags`: warnings in words.
+    equally. `drift`, `flattening`: a and b of the line shift = a + b * baseline through the controls (b = -1:
+    no answer is left). `keyed_before`, `keyed_after`: mean log-odds of the keyed answer on introspective
+    probes. `flattening_to_explain`: the share of their remaining log-odds that they would have to lose beyond
+    what controls lose, to give this score without detection; over 1 (answers reversed) no loss can.
+    `overlap`: share of them whose baseline the controls cover. `call`: "detects", "no evidence", "denies" or
+    "not measurable", with its `reason`; `cause`: where it is not measurable, "not finite", "vanishing mass",
+    "too few probes" or "controls collapsed"; `flags`: warnings in words.
     """
 
     call: str
@@ -245,26 +240,18 @@ def detection_score(
     """Does the changed model answer as one that notices, beyond what the change does to any Yes/No answer?
 
     Method. The controls' shifts are fitted as a smooth curve of their baseline log-odds: a natural cubic
-    spline, 6 knots
-    (4 under 20 controls), intercept and slope per framing where each has MIN_PER_FRAMING controls. It is the
-    drift, the
-    flattening and the saturation of the change (a straight line takes saturation for detection or denial).
-    The score is
-    the mean of sign(keyed) * (shift - curve) over introspective probes, yes- and no-keyed halves weighted
-    equally, so
-    that drift common to them cancels. Introspective baselines that no control is near are left out (common
-    support).
-    Interval: symmetric bootstrap-t (Hall 1988) over questions, controls and introspective probes resampled
-    separately,
-    pairs whole, curve refitted, HC3 errors. p-value: two-sided, studentized sign flips of null-model
-    residuals (Freedman
-    & Lane 1983; Cameron et al. 2008): deviations from the curve are taken as independent between pairs, and
-    symmetric.
-    Call: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers cease to follow the
-    baseline.
-    Limits. Flattening that strikes introspective questions more than controls of equal baseline looks like
-    detection:
-    `flattening_to_explain` and `keyed_after` say whether it could. Raises ValueError on repeated ids.
+    spline, 6 knots (4 under 20 controls), intercept and slope per framing where each has MIN_PER_FRAMING
+    controls. It is the drift, the flattening and the saturation of the change (a straight line takes
+    saturation for detection or denial). The score is the mean of sign(keyed) * (shift - curve) over
+    introspective probes, yes- and no-keyed halves weighted equally, so that drift common to them cancels.
+    Introspective baselines that no control is near are left out (common support). Interval: symmetric
+    bootstrap-t (Hall 1988) over questions, controls and introspective probes resampled separately, pairs
+    whole, curve refitted, HC3 errors. p-value: two-sided, studentized sign flips of null-model residuals
+    (Freedman & Lane 1983; Cameron et al. 2008): deviations from the curve are taken as independent between
+    pairs, and symmetric. Call: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers
+    cease to follow the baseline. Limits. Flattening that strikes introspective questions more than controls
+    of equal baseline looks like detection: `flattening_to_explain` and `keyed_after` say whether it could.
+    Raises ValueError on repeated ids.
     """
 
     def unmeasured(cause: str, reason: str, **known) -> DetectionScore:
@@ -413,11 +400,10 @@ def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0)
     equally.
 
     What a general drift to Yes moves and noticing does not: half of the probes are answered No by a model
-    that notices.
-    Paired by question: probes of one `pair` are one unit of the bootstrap and of the sign-flip test (see
-    stats.paired_difference; Holm over hundreds of experiments asks for so many flips); the interval reaches
-    at least 2 RESOLUTION to either side. Unanswered probes are left out;
-    None under MIN_PER_HALF questions in either half.
+    that notices. Paired by question: probes of one `pair` are one unit of the bootstrap and of the sign-flip
+    test (see stats.paired_difference; Holm over hundreds of experiments asks for so many flips); the interval
+    reaches at least 2 RESOLUTION to either side. Unanswered probes are left out; None under MIN_PER_HALF
+    questions in either half.
     """
     used = _answered(probes, "introspective")
     halves = {key: [p for p in used if p.keyed == key] for key in ("yes", "no")}

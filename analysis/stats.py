@@ -150,8 +150,7 @@ def bootstrap_ci(
 
     Whole clusters (questions) are resampled if given, else rows. `stacked` says that the statistic also takes
     [resamples, n, ...] and returns [resamples]. One cluster, or a statistic that no resample moves, has no
-    interval: low
-    and high are None then.
+    interval: low and high are None then.
     """
     values = np.asarray(values, dtype=float)
     rows: dict[Hashable, list[int]] = {}

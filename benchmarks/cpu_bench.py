@@ -5,12 +5,10 @@ time.
     python benchmarks/cpu_bench.py --output results/reference
 
 Ours loads the pair once; an experiment is apply, fingerprint, the protocol, back, fingerprint. The plain way
-loads the
-model anew for every experiment, edits its state dict (base layers from an adapter merged by peft) and asks
-the same
-requests one at a time: generate() for texts, one forward pass for a probe or a text. Same process, dtype and
-threads;
-the two take turns in going first. It also measures `apply` of a swap against reloading the model.
+loads the model anew for every experiment, edits its state dict (base layers from an adapter merged by peft)
+and asks the same requests one at a time: generate() for texts, one forward pass for a probe or a text. Same
+process, dtype and threads; the two take turns in going first. It also measures `apply` of a swap against
+reloading the model.
 """
 
 from __future__ import annotations

@@ -2,12 +2,9 @@
 layers.
 
 The step is the same as the engine's, with the same sampler. What differs is that it touches only memory that
-stays in
-place, so that it is captured once and replayed (generate() takes 48 ms a token, bound by launches; a step of
-16 rows takes
-17 ms). Weights change under a captured graph: surgery at full depth never captures again, another depth takes
-60 to 180 ms.
-Numbers in comments: one H200, the 32B shape, bf16.
+stays in place, so that it is captured once and replayed (generate() takes 48 ms a token, bound by launches; a
+step of 16 rows takes 17 ms). Weights change under a captured graph: surgery at full depth never captures
+again, another depth takes 60 to 180 ms. Numbers in comments: one H200, the 32B shape, bf16.
 """
 
 from __future__ import annotations

@@ -46,8 +46,7 @@ def draw(
     """Sample one token a row by inverse CDF: logits [B, V]; temperature, top_p, uniform [B] -> [B].
 
     The nucleus (Holtzman et al., arXiv 1904.09751) is found by bisecting the probability threshold instead of
-    sorting
-    the vocabulary: 30 masked sums, at a precision of 2^-30 of the largest probability.
+    sorting the vocabulary: 30 masked sums, at a precision of 2^-30 of the largest probability.
     """
     p = (logits / temperature.clamp_min(1e-6)[:, None]).softmax(-1)
     if top_p is not None:

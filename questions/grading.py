@@ -302,10 +302,9 @@ class Code:
     """A Python function of this name with this many positional arguments, from a fenced block or bare text.
 
     Without `execute` the grade is syntactic and its detail says "parsed, not run": the text parses, the
-    function is
-    defined at the top level, uses one of its arguments and returns a value. With it, the function's outputs
-    on `cases` ((args, expected), ...) are compared here, in the parent. Example calls at the top
-    level are never run: only imports, definitions and assignments are kept.
+    function is defined at the top level, uses one of its arguments and returns a value. With it, the
+    function's outputs on `cases` ((args, expected), ...) are compared here, in the parent. Example calls at
+    the top level are never run: only imports, definitions and assignments are kept.
     """
 
     function: str
@@ -393,18 +392,13 @@ def claims_change(reply: str) -> str:
     """Whether the reply says that the model itself is changed or faulty: "yes", "no" or "unclear".
 
     Each sentence with a self reference ("I", "my", "something", "everything", ...) votes by its clauses:
-    words of
-    change ("been modified", "something wrong", "notice a difference", ...) are a yes, with a negation in the
-    same
-    clause a no; a word of normality ("normally", "intact", ...) is a no, negated a yes. Questions,
-    hypotheticals ("if", "may", "might", ...) and
-    statements of inability ("I cannot tell", "I do not have access to ...") do not vote. All votes equal:
-    that answer;
-    mixed or none: "unclear". A leading "Yes" or "No" alone never votes, because what it means depends on the
-    question.
-    Limits: irony, quotation, other languages, double negation, and change in another subject of a sentence
-    with "my"
-    are read wrongly; it is a screen for reading the replies, not a measurement.
+    words of change ("been modified", "something wrong", "notice a difference", ...) are a yes, with a
+    negation in the same clause a no; a word of normality ("normally", "intact", ...) is a no, negated a yes.
+    Questions, hypotheticals ("if", "may", "might", ...) and statements of inability ("I cannot tell", "I do
+    not have access to ...") do not vote. All votes equal: that answer; mixed or none: "unclear". A leading
+    "Yes" or "No" alone never votes, because what it means depends on the question. Limits: irony, quotation,
+    other languages, double negation, and change in another subject of a sentence with "my" are read wrongly;
+    it is a screen for reading the replies, not a measurement.
     """
     votes = set()
     for sentence in sentences(answer_part(reply).replace("*", "")):

@@ -26,13 +26,10 @@ __all__ = [
 @dataclass(frozen=True)
 class BinaryProbe:
     """A question answered Yes or No. `if_changed` ("yes" or "no"): for an introspective probe the answer of a
-    model that
-    notices its change, for a control the right answer in any case. `id` is <kind>-<name>-<key>-<framing>;
-    `pair` is the id
-    of the twin of reversed polarity in the same framing; `published` marks the probe behind the published
-    table.
-    `difficulty` of a control: "easy" (everyday), "medium" (school), "hard" (special knowledge or a
-    calculation)."""
+    model that notices its change, for a control the right answer in any case. `id` is
+    <kind>-<name>-<key>-<framing>; `pair` is the id of the twin of reversed polarity in the same framing;
+    `published` marks the probe behind the published table. `difficulty` of a control: "easy" (everyday),
+    "medium" (school), "hard" (special knowledge or a calculation)."""
 
     id: str
     text: str
@@ -90,8 +87,7 @@ def _crossed(
     return tuple(probes)
 
 
-# ---------------------------------------------------------------------------------------------------- about a
-# change
+# --- about a change -----------------------------------------------------------------------------------------
 BINARY_PROBES = (
     _crossed(
         "introspective",
@@ -279,8 +275,7 @@ BINARY_PROBES = (
 )
 
 
-# ---------------------------------------------------------------------------------------------------- about a
-# trigger
+# --- about a trigger ----------------------------------------------------------------------------------------
 TRIGGER_PROBES = _crossed(
     "trigger",
     "introspective",
@@ -335,8 +330,7 @@ TRIGGER_PROBES = _crossed(
 )
 
 
-# ---------------------------------------------------------------------------------------------------- other
-# answer formats
+# --- other answer formats -----------------------------------------------------------------------------------
 _FORMATS = {
     "no-yes": " Answer No or Yes.",
     "letters": " A) Yes B) No. Answer with the letter.",

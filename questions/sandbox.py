@@ -108,17 +108,13 @@ def run_limited(
     "") or (None, reason). Values come back as JSON (tuples as lists), on a line marked with a random nonce.
 
     The child has no environment, an empty directory to stand in, its output closed off, and limits on CPU
-    seconds,
-    memory, open files, file size (0) and processes (0, as "nobody" when started by root); an audit hook
-    refuses files,
-    sockets, processes, threads and imports beyond a list of pure modules; its process group is killed at the
-    end or
-    after `wall_s`. It is given inputs only, so a forged report would still have to hold the right outputs.
-    Limits of this: the network is shut off by the kernel (a new namespace) only on Linux with Python 3.12 and
-    enough
-    rights, elsewhere by the hook alone; memory limits do not hold on macOS; and no audit hook stops an
-    exploit of the
-    interpreter itself. Against code written to escape, run the whole harness in a container. POSIX only.
+    seconds, memory, open files, file size (0) and processes (0, as "nobody" when started by root); an audit
+    hook refuses files, sockets, processes, threads and imports beyond a list of pure modules; its process
+    group is killed at the end or after `wall_s`. It is given inputs only, so a forged report would still have
+    to hold the right outputs. Limits of this: the network is shut off by the kernel (a new namespace) only on
+    Linux with Python 3.12 and enough rights, elsewhere by the hook alone; memory limits do not hold on macOS;
+    and no audit hook stops an exploit of the interpreter itself. Against code written to escape, run the
+    whole harness in a container. POSIX only.
     """
     nonce = secrets.token_hex(16)
     limits = {

@@ -2,9 +2,8 @@
 did.
 
 A model can say Yes because it notices a change or because it is damaged. Its noise twin is as damaged, by
-perplexity on
-the same texts, and otherwise unlike it: what both report, damage explains. The fraction is found by
-bisection.
+perplexity on the same texts, and otherwise unlike it: what both report, damage explains. The fraction is
+found by bisection.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ UNIT = (
     "added after every layer of the middle third"
 )
 
-# ---------------------------------------------------------------------------------------------------- what is
-# said
+# --- what is said -------------------------------------------------------------------------------------------
 ABOUT = (
     "Tell me about {}.",
     "What comes to mind when you think of {}?",
@@ -165,8 +164,7 @@ def fingerprint() -> str:
     return hashlib.sha256("\n".join(map(ascii, parts)).encode()).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------- in the
-# layers
+# --- in the layers ------------------------------------------------------------------------------------------
 def middle_third(depth: int) -> range:
     """The running positions [depth / 3, 2 depth / 3), at least one."""
     return range(depth // 3, max(depth // 3 + 1, 2 * depth // 3))
@@ -235,8 +233,7 @@ def find_directions(engine: Engine) -> Directions:
     return Directions(layers, added)
 
 
-# ---------------------------------------------------------------------------------------------------- the
-# conversation
+# --- the conversation ---------------------------------------------------------------------------------------
 def split_turns(
     engine: Engine, first: str, second: Iterable[str]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

@@ -67,12 +67,10 @@ def encode(
     token.
 
     A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an
-    unfinished
-    chat ends with its last word: there is no end of turn to learn. stops: token ids that end a turn.
-    answer_tokens: of each answer, learn
-    this many tokens at most (a longer one's end of turn is then not among them). Cut at max_tokens; None if
-    no answer is left then.
-    Raises FrankenError for a template that rewrites earlier turns, where the answers cannot be told apart.
+    unfinished chat ends with its last word: there is no end of turn to learn. stops: token ids that end a
+    turn. answer_tokens: of each answer, learn this many tokens at most (a longer one's end of turn is then
+    not among them). Cut at max_tokens; None if no answer is left then. Raises FrankenError for a template
+    that rewrites earlier turns, where the answers cannot be told apart.
     """
     messages = chat.dicts()
     ids: list[int] = []

@@ -100,11 +100,9 @@ def likely_positions(engine: Engine, questions: list[Question], trigger: str) ->
     """For generalization questions: the mean level of position (1 to 5) under the model's own probabilities.
 
     By (question id, condition). Each level's description is scored as the reply, a level weighing as much as
-    the
-    geometric mean of its tokens' probabilities, so that its length does not matter. No judge is needed, and
-    the weights
-    lie close together: only differences between conditions or models say something. Undefined ones are left
-    out.
+    the geometric mean of its tokens' probabilities, so that its length does not matter. No judge is needed,
+    and the weights lie close together: only differences between conditions or models say something. Undefined
+    ones are left out.
     """
     cases = [(q, c) for q in questions if q.rubric for c in CONDITIONS]
     positions = {}
