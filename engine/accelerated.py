@@ -16,10 +16,11 @@ from functools import partial
 import torch
 from transformers import AttentionInterface
 
+from engine.attention import ATTENTION
 from engine.decode_attention import decode_attention
 from engine.decode_linear import compile_layer
-from engine.generation import ATTENTION, Completion, Decoding, Request
 from engine.layers import run_layer
+from engine.sampling import Completion, Decoding, Request
 
 SLOTS = "franken_slots"
 WINDOW = 8  # steps between two looks of the host at the tokens; a finished batch runs at most 7 too many
