@@ -394,12 +394,17 @@ class Engine:
         requests: Sequence[Request],
         on_progress: Callable[[int], None] | None = None,
         on_done: Callable[[int, Completion], None] | None = None,
+        layer: Callable[[list[int]], Callable] | None = None,
     ) -> list[Completion]:
         """Generate a completion for every request; results are in the order of the requests.
 
         Requests with equal budgets and similar lengths share a batch, and samples of one prompt share its
         prefill. on_progress(n) is called as n requests finish; on_done(i, completion) when the batch of
-        request i is done. Raises FrankenError for an empty prompt or budget.
+        request i is done. layer(rows) makes what runs each layer (see `prefill`) in one pass over the
+        requests of these indices, for the prompts and for every step; a batch then takes the plain path,
+        without CUDA graphs, and equal prompts are read once for each request, which may change them
+        differently.
+        Raises FrankenError for an empty prompt or budget.
         """
         if any(not r.prompt_ids or r.max_new_tokens < 1 for r in requests):
             raise FrankenError(
@@ -412,7 +417,10 @@ class Engine:
         while queue:
             batch = queue[: self.max_batch]
             try:
-                done = self._complete_batch([requests[i] for i in batch])
+                done = self._complete_batch(
+                    [requests[i] for i in batch],
+                    layer and (lambda rows, batch=batch: layer([batch[row] for row in rows])),
+                )
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -430,8 +438,10 @@ class Engine:
                 on_progress(len(batch))
         return results
 
-    def _complete_batch(self, batch: list[Request]) -> list[Completion]:
-        if self.fast:
+    def _complete_batch(
+        self, batch: list[Request], layer: Callable[[list[int]], Callable] | None = None
+    ) -> list[Completion]:
+        if self.fast and layer is None:
             if self._accelerator is None:
                 # imports torch.compile's machinery, which a CPU never needs
                 from engine.accelerated import (
@@ -440,12 +450,13 @@ class Engine:
 
                 self._accelerator = Accelerator(self)
             return self._accelerator.complete(batch)
-        unique = list(dict.fromkeys(r.prompt_ids for r in batch))
+        every = [r.prompt_ids for r in batch]
+        unique = every if layer else list(dict.fromkeys(every))
         capacity = max(len(r.prompt_ids) + r.max_new_tokens for r in batch)
         caches = self.empty_caches(len(unique), capacity)
-        hidden = self.prefill(unique, caches)
+        hidden = self.prefill(unique, caches, layer=layer and layer(list(range(len(batch)))))
         begin = time.perf_counter()
-        first = torch.tensor([unique.index(r.prompt_ids) for r in batch])
+        first = torch.tensor(range(len(batch)) if layer else [unique.index(ids) for ids in every])
         state = Decoding(batch, self.stop_ids, self.live.device)
         last = hidden[first, [len(r.prompt_ids) - 1 for r in batch]]
         for cache in caches:
@@ -457,7 +468,8 @@ class Engine:
             if keep is not None:
                 for cache in caches:
                     cache.k, cache.v = (t[keep.to(t.device)] for t in (cache.k, cache.v))
-            state.take(self.choose(self._decode_step(state, caches), state))
+            hidden = self._decode_step(state, caches, layer and layer(state.rows))
+            state.take(self.choose(hidden, state))
         self.synchronize()
         self.timing.decode_seconds += time.perf_counter() - begin
         self.timing.decode_tokens += sum(map(len, state.tokens))
@@ -468,7 +480,7 @@ class Engine:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         return Completion(text, tuple(ids), stopped, finite)
 
-    def _decode_step(self, state: Decoding, caches: list[KV]) -> torch.Tensor:
+    def _decode_step(self, state: Decoding, caches: list[KV], layer=None) -> torch.Tensor:
         """One token for every row: hidden states [B, hidden] before the final norm."""
         at, used, made = {}, int(state.positions.max()) + 1, {}
 
@@ -485,7 +497,7 @@ class Engine:
                 rows = torch.arange(len(state.positions), device=bank.device)
                 at[bank.device] = rows, state.positions.to(bank.device)
             views.append(KV(cache.k[:, :, :used], cache.v[:, :, :used], at[bank.device]))
-        return self.forward(state.last[:, None], state.positions[:, None], views, mask)[:, 0]
+        return self.forward(state.last[:, None], state.positions[:, None], views, mask, layer)[:, 0]
 
     def choose(self, hidden: torch.Tensor, state: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
         """Next tokens [B] and whether all logits were finite [B], from hidden states [B, hidden]."""

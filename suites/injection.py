@@ -27,6 +27,7 @@ from engine.layers import run_layer
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES, BinaryProbe
 from suites.base import Protocol, Suite, Work
+from suites.steering import answers_after
 
 CONCEPTS = ("bread", "ocean", "wolf", "music", "winter", "castle", "doctor", "war", "gold")
 # Chosen on the 135M model: the lowest moves log-odds by little more than bf16 rounds them (sd 0.2 nats, 0.006
@@ -180,10 +181,11 @@ def changing(change: Callable[[int, torch.Tensor], torch.Tensor]):
 @dataclass(frozen=True)
 class Directions:
     """What strength 1 of each concept adds after each of the `layers`: float32 on the CPU, {position:
-    [concepts, hidden]}."""
+    [concepts, hidden]}. `contrast` [concepts]: the length of the contrast itself, in units of that."""
 
-    layers: range
+    layers: Sequence[int]
     added: dict[int, torch.Tensor]
+    contrast: dict[int, torch.Tensor]
 
     def change(self, concepts: Sequence[int], strength: float):
         """For `changing`: row b of the batch gets `strength` times the direction of concept concepts[b], at
@@ -198,13 +200,14 @@ class Directions:
 
 
 @torch.inference_mode()
-def find_directions(engine: Engine) -> Directions:
-    """Directions of the CONCEPTS in the engine's model as it is now, after the layers of its middle third.
+def find_directions(engine: Engine, layers: Sequence[int] | None = None) -> Directions:
+    """Directions of the CONCEPTS in the engine's model as it is now, after these layers, by default those of
+    its middle third.
 
     The mean residual stream at the last token of the prompts ABOUT a concept, less that of the same prompts
     about NEUTRAL things, scaled to the neutral prompts' mean norm: both read after the same layer.
     """
-    layers = middle_third(len(engine.live.order))
+    layers = middle_third(len(engine.live.order)) if layers is None else layers
     words = [*CONCEPTS, *NEUTRAL]
     asked = [
         engine.chat_ids([{"role": "user", "content": about.format(word)}])
@@ -224,13 +227,15 @@ def find_directions(engine: Engine) -> Directions:
         engine.prefill([asked[i] for i in batch], layer=changing(keep))
 
     engine.in_batches([len(ids) for ids in asked], run)
-    added = {}
+    added, lengths = {}, {}
     for p, found in states.items():
         mean = found.view(len(words), len(ABOUT), -1).mean(1)
         neutral = found[len(CONCEPTS) * len(ABOUT) :]
         contrast = mean[: len(CONCEPTS)] - neutral.mean(0)
-        added[p] = torch.nn.functional.normalize(contrast, dim=-1) * neutral.norm(dim=-1).mean()
-    return Directions(layers, added)
+        unit = neutral.norm(dim=-1).mean()
+        added[p] = torch.nn.functional.normalize(contrast, dim=-1) * unit
+        lengths[p] = contrast.norm(dim=-1) / unit.clamp_min(1e-12)
+    return Directions(layers, added, lengths)
 
 
 # --- the conversation ---------------------------------------------------------------------------------------
@@ -290,7 +295,6 @@ def mutual_information(logprobs: np.ndarray) -> float:
     return float(special.rel_entr(p, p.mean(0)).sum(-1).mean() / math.log(2))
 
 
-@torch.inference_mode()
 def answers(
     engine: Engine, first: tuple[int, ...], follows: list[tuple[int, ...]], rows: int, change=None
 ) -> np.ndarray:
@@ -299,19 +303,8 @@ def answers(
 
     change(rows of a batch) is what `changing` takes while their first turn is read; None leaves it alone.
     """
-    found: list = [None] * rows
-
-    def run(batch: list[int]) -> None:
-        caches = engine.empty_caches(len(batch), len(first))
-        engine.prefill([first] * len(batch), caches, layer=change and changing(change(batch)))
-        asked = engine.next_token_logprobs(
-            follows * len(batch), caches, [row for row in range(len(batch)) for _ in follows]
-        )
-        for row, i in enumerate(batch):
-            found[i] = asked[row * len(follows) : (row + 1) * len(follows)].numpy()
-
-    engine.in_batches([len(first)] * rows, run)
-    return np.stack(found)
+    layer = change and (lambda batch: changing(change(batch)))
+    return np.stack(answers_after(engine, first, follows, rows, lambda _, logprobs: logprobs, layer))
 
 
 class Injection(Suite):
@@ -356,7 +349,7 @@ class Injection(Suite):
                         "bits": plain(mutual_information(np.stack(named))),
                     }
                 )
-        layers = directions.layers
+        layers = middle_third(len(engine.live.order))
         texts = {
             "first_turn": {framing: [opening, REPLY] for framing, opening in FRAMINGS.items()},
             "naming": NAMING,

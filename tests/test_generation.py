@@ -146,9 +146,9 @@ def test_rows_leave_the_batch_as_they_finish(tiny_pair, monkeypatch):
     sizes = []
     real = Engine._decode_step
 
-    def step(self, state, caches):
+    def step(self, state, caches, layer=None):
         sizes.append(len(state.rows))
-        return real(self, state, caches)
+        return real(self, state, caches, layer)
 
     monkeypatch.setattr(Engine, "_decode_step", step)
     assert engine.complete(requests) == want
