@@ -3,6 +3,10 @@
 **`LiveModel.apply(recipe)` changes the weights in place.** There is no undo: going back is `apply(identity)`,
 and it is exact to the bit; `fingerprint()` proves it. Only what differs from the present state is moved:
 permutations along their cycles through one spare layer, everything else read from disk a tensor at a time.
+
+`engine.generation.Engine` runs what the recipe says. The transformers module `live.model` holds the weights
+and runs them as the checkpoint's config says: at full depth, each layer once, as it is. Where a recipe says
+more, calling or saving that module raises FrankenError.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from surgery.recipes import (  # noqa: F401  the operations are offered here too
     Recipe,
     Ref,
     Slot,
+    attenuate,
     blend,
     delete,
     describe_change,
@@ -32,6 +37,7 @@ from surgery.recipes import (  # noqa: F401  the operations are offered here too
     identity,
     keep_every,
     linear,
+    parallel,
     permute_units,
     perturb,
     plain,
@@ -122,12 +128,15 @@ class LiveModel:
             )
         self.original = identity(len(stack), self.home)
         self.order = list(range(len(stack)))
+        self.scales: tuple[float, ...] = (1.0,) * len(stack)  # of each running position's contribution
+        self.parallel: tuple[tuple[int, int], ...] = ()  # blocks of running positions that run side by side
         self.outer_held = dict.fromkeys(OUTER_PARTS)
         self._spare: dict[torch.device, Layer] = {}
         self.recipe: Recipe | None = None
         self.last_surgery = self.apply(self.original)
         for name in resident:
             self._park(name)
+        self._guard_model()
 
     def _materialize_outer(self, places: dict, stack_name: str) -> None:
         for name, module in self.model.named_modules():
@@ -180,7 +189,8 @@ class LiveModel:
         """A hash of every weight that runs, in running order, and of embedding, norm and head.
 
         Equal fingerprints mean equal bits (up to a collision, about 2^-63 for any given difference). It is a
-        function of the weights alone: parked layers, spare memory and history do not enter.
+        function of the weights and of how they run (scales, positions side by side): parked layers, spare
+        memory and history do not enter.
         """
         hashes, labels = [], []
         for p, bank in enumerate(self.layers):
@@ -192,8 +202,43 @@ class LiveModel:
                 labels.append(f"{part}.{name}")
                 hashes.append(tensor_hash(tensor))
         values = torch.stack([h.to(self.device) for h in hashes]).tolist()
-        digest = hashlib.sha256("\n".join(f"{a} {b}" for a, b in zip(labels, values, strict=True)).encode())
-        return digest.hexdigest()[:32]
+        lines = [f"{a} {b}" for a, b in zip(labels, values, strict=True)]
+        lines += [f"{p}.scale {scale!r}" for p, scale in enumerate(self.scales) if scale != 1]
+        lines += [f"parallel {start} {stop}" for start, stop in self.parallel]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+    # ---- the module that transformers knows ----------------------------------------------------------------
+
+    def beyond_module(self) -> str | None:
+        """Why the transformers module `model` would not compute what the recipe says; None where it would."""
+        if self.recipe is None:
+            return "the last surgery did not finish"
+        if len(self.recipe) != len(self.original):
+            return f"{len(self.recipe)} positions run, and the module has {len(self.original)} layers"
+        if any(scale != 1 for scale in self.scales):
+            return "layers' contributions are scaled"
+        if self.parallel:
+            return "layers run side by side"
+        kinds = [self._kind_of(p) for p in range(len(self.original))]
+        if any(self.attributes[k] != self.attributes[p] for p, k in enumerate(kinds)):
+            return "layers of different attention kinds have changed places, which the config does not say"
+        return None
+
+    def _guard_model(self) -> None:
+        """Let transformers' own forward pass and saving refuse where they would silently be of another
+        model."""
+        save = self.model.save_pretrained
+
+        def check(doing: str) -> None:
+            if reason := self.beyond_module():
+                raise FrankenError(f"{doing} through transformers would be another model's: {reason}")
+
+        def save_pretrained(*args, **kwargs):
+            check("saving this model")
+            return save(*args, **kwargs)
+
+        self.model.save_pretrained = save_pretrained
+        self.model.register_forward_pre_hook(lambda *_: check("running this model"))
 
     # ---- becoming what a recipe says -----------------------------------------------------------------------
 
@@ -211,8 +256,9 @@ class LiveModel:
         begin, report = time.perf_counter(), Surgery()
         streamed_before = self.stream.bytes_read
         self.recipe = None
-        order = self._assign(recipe)
-        want = {j: slot for j, slot in zip(order, recipe.slots, strict=True) if self.banks[j].held != slot}
+        held = [slot.weights for slot in recipe.slots]
+        order = self._assign(held)
+        want = {j: slot for j, slot in zip(order, held, strict=True) if self.banks[j].held != slot}
         report.positions = [p for p, j in enumerate(order) if j in want]
         self._place_plain(want, report)
         for j, slot in want.items():
@@ -226,6 +272,7 @@ class LiveModel:
                 self.banks[j].kind = kind
         self._read_outer({part: getattr(recipe, part) for part in OUTER_PARTS})
         self.order, self.recipe = order, recipe
+        self.scales, self.parallel = tuple(slot.scale for slot in recipe.slots), recipe.parallel
         for device in {bank.device for bank in self.banks if bank.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         report.bytes_streamed = self.stream.bytes_read - streamed_before
@@ -254,14 +301,14 @@ class LiveModel:
             if len({self.kinds[ref.layer] for ref, _ in slot.mix}) > 1:
                 raise FrankenError(f"position {p} mixes layers of different attention kinds")
 
-    def _assign(self, recipe: Recipe) -> list[int]:
+    def _assign(self, slots: list[Slot]) -> list[int]:
         """Which bank serves each position. At full depth bank p is position p, so that captured graphs stay
         valid."""
         n = len(self.original)
-        if len(recipe) == n:
+        if len(slots) == n:
             return list(range(n))
         running = [j for j, bank in enumerate(self.banks) if bank.module is not None]
-        needed = dict.fromkeys(recipe.slots)
+        needed = dict.fromkeys(slots)
         serves: dict[Slot, int] = {}
         for j in running:
             if self.banks[j].held in needed:
@@ -270,7 +317,7 @@ class LiveModel:
         for slot in needed:
             if slot not in serves:
                 serves[slot] = free.pop(0) if free else self._add_bank()
-        return [serves[slot] for slot in recipe.slots]
+        return [serves[slot] for slot in slots]
 
     def _add_bank(self) -> int:
         """One more running layer, for recipes with more different layers than the model has."""

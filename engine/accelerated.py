@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from engine.attention import ATTENTION
 from engine.decode_attention import decode_attention
 from engine.decode_linear import compile_layer
-from engine.layers import run_layer
+from engine.layers import compiled_for_modules, run_layer
 from engine.sampling import Completion, Decoding, Request
 
 SLOTS = "franken_slots"
@@ -163,7 +163,7 @@ class Accelerator:
             # positions share one compiled layer for each number of rows: 5 to 8 s for the first, 1 to 2 s for
             # the next.
             torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-            self.run = torch.compile(run_layer, dynamic=False, backend=compile_layer)
+            self.run = compiled_for_modules(torch.compile(run_layer, dynamic=False, backend=compile_layer))
         # one for all captures: cuBLAS keeps 32 MiB for each
         self.side = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.release()
@@ -332,6 +332,8 @@ class Accelerator:
             tuple(self.live.order),
             tuple(self.live.attention_kinds()),
             windows,
+            self.live.scales,
+            self.live.parallel,
         )
         if key not in self.graphs:
             self.graphs[key] = self._as_slots(self._capture, static)

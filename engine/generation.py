@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention import ATTENTION, KV, Continued
-from engine.layers import run_layer
+from engine.layers import Attenuated, mean_of, run_layer
 from engine.sampling import Completion, Decoding, Request, draw
 from errors import FrankenError
 from franken import LiveModel
@@ -125,6 +125,9 @@ class Engine:
         window. `asked` identifies all that the states depend on besides weights: where an earlier model was
         asked the same, the layers that both have in common with the unmodified model are not computed again
         (a window sweep saves half its work).
+
+        Positions that the recipe runs side by side all read what enters their block. `layer`, which runs each
+        position in order instead of `run_layer`, gives back what that position alone makes of it.
         """
         unchanged = self._unchanged() if asked else 0
         first, hidden = self._entered.get(asked, (0, None))
@@ -132,6 +135,8 @@ class Engine:
             first, hidden = 0, self.live.backbone.embed_tokens(ids)
         kinds = self.live.attention_kinds()
         rotary, here = self._rotary(hidden, positions, dict.fromkeys(kinds)), {}
+        ends = {p: stop for start, stop in self.live.parallel for p in range(start, stop)}
+        run, side_by_side = layer or run_layer, []
         for p, (bank, kind, cache) in enumerate(zip(self.live.layers, kinds, caches, strict=True)):
             if p < first:
                 continue
@@ -144,22 +149,26 @@ class Engine:
                 )
             cos_sin, at = here[kind, bank.device]
             hidden = hidden.to(bank.device)
-            run = layer or run_layer
-            hidden = run(
-                bank.module, hidden, mask(self.window_of(bank.module), bank.device), cos_sin, at, cache
-            )
+            scale = self.live.scales[p]
+            module = bank.module if scale == 1 else Attenuated(bank.module, scale)
+            out = run(module, hidden, mask(self.window_of(bank.module), bank.device), cos_sin, at, cache)
+            if p not in ends:
+                hidden = out
+                continue
+            side_by_side.append(out)
+            if p == ends[p] - 1:
+                hidden, side_by_side = mean_of(side_by_side), []
         return hidden.to(self.norm.weight.device)
 
     def _unchanged(self) -> int:
-        """How many leading positions hold what they hold in the unmodified model; 0 with another
-        embedding."""
+        """How many leading positions hold what they hold in the unmodified model, one after the other; 0 with
+        another embedding."""
         recipe, original = self.live.recipe, self.live.original
         if recipe is None or recipe.embed != original.embed:
             return 0
-        pairs = zip(recipe.slots, original.slots, strict=False)
-        return next(
-            (p for p, (now, before) in enumerate(pairs) if now != before), min(len(recipe), len(original))
-        )
+        serial = recipe.parallel[0][0] if recipe.parallel else len(recipe)
+        pairs = zip(recipe.slots[:serial], original.slots, strict=False)
+        return next((p for p, (now, before) in enumerate(pairs) if now != before), min(serial, len(original)))
 
     def _keep(self, asked: tuple, position: int, hidden: torch.Tensor) -> None:
         self._entered.pop(asked, None)

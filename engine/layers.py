@@ -1,6 +1,14 @@
-"""One decoder layer, as prefill and decode both run it."""
+"""One decoder layer, as prefill and decode both run it; and what a recipe does to its output.
+
+A scale, and a block of positions that run side by side, change no weight, so the engine carries them out.
+Both are computed in float32 and rounded once to the model's dtype.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
 
 
 def run_layer(module, hidden, mask, cos_sin, positions, cache):
@@ -14,3 +22,49 @@ def run_layer(module, hidden, mask, cos_sin, positions, cache):
         use_cache=cache is not None,
     )
     return out[0] if isinstance(out, tuple) else out
+
+
+class Attenuated:
+    """A decoder layer whose contribution is scaled: from h it makes h + scale * (layer(h) - h).
+
+    It stands where `run_layer` expects a module, so that a function run in place of `run_layer` sees the
+    hidden states that really go on.
+    """
+
+    def __init__(self, module, scale: float):
+        self.module, self.scale = module, scale
+
+    def forward(self, hidden, **kwargs):
+        out = self.module.forward(hidden, **kwargs)
+        return attenuated(hidden, out[0] if isinstance(out, tuple) else out, self.scale)
+
+
+def attenuated(hidden: torch.Tensor, out: torch.Tensor, scale: float) -> torch.Tensor:
+    """hidden + scale * (out - hidden) in float32, rounded to the dtype of `out`.
+
+    At scale 0 it is `hidden`, even where a broken layer gives NaN.
+    """
+    if scale == 0:
+        return hidden
+    before = hidden.float()
+    return (before + scale * (out.float() - before)).to(out.dtype)
+
+
+def compiled_for_modules(run: Callable) -> Callable:
+    """A compiled `run_layer` that never sees a scale: one compiled layer goes on serving all positions."""
+
+    def run_any(module, hidden, *args):
+        if isinstance(module, Attenuated):
+            return attenuated(hidden, run(module.module, hidden, *args), module.scale)
+        return run(module, hidden, *args)
+
+    return run_any
+
+
+def mean_of(outputs: list[torch.Tensor]) -> torch.Tensor:
+    """The mean of hidden states of equal shape, summed in float32 in order, on the device of the last."""
+    device = outputs[-1].device
+    total = outputs[0].to(device).float()
+    for out in outputs[1:]:
+        total = total + out.to(device).float()
+    return (total / len(outputs)).to(outputs[-1].dtype)

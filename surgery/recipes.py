@@ -58,12 +58,19 @@ class Permute:
 
 @dataclass(frozen=True)
 class Slot:
-    """What one position holds: a weighted mixture of layers (usually one), then edits in order."""
+    """What one position holds: a weighted mixture of layers (usually one), then edits in order.
+
+    `scale` says how much of the layer's contribution enters the residual stream: with hidden states h before
+    the position, h + scale * (layer(h) - h) come out. It changes no weight, and it moves with the layer.
+    """
 
     mix: tuple[tuple[Ref, float], ...]
     edits: tuple[Noise | Permute, ...] = ()
+    scale: float = 1.0
 
     def __post_init__(self):
+        if not isfinite(self.scale):
+            raise RecipeError(f"the scale of a layer's contribution must be finite, not {self.scale}")
         if (
             not self.mix
             or not all(isfinite(w) for _, w in self.mix)
@@ -76,8 +83,13 @@ class Slot:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the slot is one layer of one source, copied to the bit."""
-        return len(self.mix) == 1 and not self.edits
+        """Whether the slot is one layer of one source, copied to the bit and run as it is."""
+        return len(self.mix) == 1 and not self.edits and self.scale == 1
+
+    @property
+    def weights(self) -> Slot:
+        """What has to lie in memory for this position: the slot without its scale."""
+        return self if self.scale == 1 else replace(self, scale=1.0)
 
     def __str__(self) -> str:
         text = " + ".join(
@@ -89,7 +101,7 @@ class Slot:
                 if isinstance(edit, Noise)
                 else f" {PERMUTED[edit.what]} permuted"
             )
-        return text
+        return text if self.scale == 1 else f"{text} scaled by {self.scale:g}"
 
 
 def plain(source: str, layer: int) -> Slot:
@@ -99,12 +111,29 @@ def plain(source: str, layer: int) -> Slot:
 @dataclass(frozen=True)
 class Recipe:
     """For every position that will run, where its weights come from; and the same for what surrounds the
-    layers."""
+    layers.
+
+    `parallel` lists the blocks [start, stop) of positions that run side by side: all of a block read the
+    hidden states that enter it, and the mean of what they give back goes on. Blocks stand in order, are two
+    positions long or longer, and do not overlap. They belong to positions: what is swapped into one runs
+    there.
+    """
 
     slots: tuple[Slot, ...]
     embed: str
     norm: str
     head: str
+    parallel: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self):
+        end = 0
+        for start, stop in self.parallel:
+            if not end <= start < stop - 1 < len(self.slots):
+                raise RecipeError(
+                    f"positions [{start}:{stop}] cannot run side by side: such a block has two positions or"
+                    f" more of {len(self.slots)}, and shares none with another"
+                )
+            end = stop
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -113,18 +142,23 @@ class Recipe:
         runs, k = [], 0
         while k < len(self):
             stop, first = k + 1, self.slots[k]
-            if first.is_plain:
+            if first.weights.is_plain:
                 ((ref, _),) = first.mix
-                while stop < len(self) and self.slots[stop] == plain(ref.source, ref.layer + stop - k):
+                while stop < len(self) and self.slots[stop] == replace(
+                    plain(ref.source, ref.layer + stop - k), scale=first.scale
+                ):
                     stop += 1
+                ending = str(first).removeprefix(str(first.weights))
                 runs.append(
-                    f"{ref.source}[{ref.layer}:{ref.layer + stop - k}]" if stop > k + 1 else str(first)
+                    f"{ref.source}[{ref.layer}:{ref.layer + stop - k}]{ending}"
+                    if stop > k + 1
+                    else str(first)
                 )
             else:
                 runs.append(str(first))
             k = stop
         outer = {self.embed, self.norm, self.head}
-        return " ".join(runs) + (
+        return " ".join(runs + _parallel_text(self)) + (
             f" | {outer.pop()} outside"
             if len(outer) == 1
             else f" | embed {self.embed}, norm {self.norm}, head {self.head}"
@@ -139,9 +173,12 @@ class Recipe:
         for slot in self.slots:
             edits = [{"kind": type(e).__name__.lower(), **asdict(e)} for e in slot.edits]
             slots.append(
-                {"mix": [[r.source, r.layer, w] for r, w in slot.mix]} | ({"edits": edits} if edits else {})
+                {"mix": [[r.source, r.layer, w] for r, w in slot.mix]}
+                | ({"edits": edits} if edits else {})
+                | ({"scale": slot.scale} if slot.scale != 1 else {})
             )
-        return {"slots": slots, "embed": self.embed, "norm": self.norm, "head": self.head}
+        parallel = {"parallel": [list(block) for block in self.parallel]} if self.parallel else {}
+        return {"slots": slots, "embed": self.embed, "norm": self.norm, "head": self.head} | parallel
 
     @staticmethod
     def from_json(data: dict) -> Recipe:
@@ -154,8 +191,10 @@ class Recipe:
                     kinds[e["kind"]](**{k: v for k, v in e.items() if k != "kind"})
                     for e in entry.get("edits", ())
                 )
-                slots.append(Slot(tuple((Ref(s, int(i)), float(w)) for s, i, w in entry["mix"]), edits))
-            return Recipe(tuple(slots), data["embed"], data["norm"], data["head"])
+                mix = tuple((Ref(s, int(i)), float(w)) for s, i, w in entry["mix"])
+                slots.append(Slot(mix, edits, float(entry.get("scale", 1.0))))
+            parallel = tuple((int(a), int(b)) for a, b in data.get("parallel", ()))
+            return Recipe(tuple(slots), data["embed"], data["norm"], data["head"], parallel)
         except (KeyError, TypeError, ValueError) as e:
             raise RecipeError(f"not a recipe: {e!r}") from e
 
@@ -175,6 +214,14 @@ def _check_block(recipe: Recipe, start: int, stop: int) -> None:
     if not 0 <= start < stop <= len(recipe):
         raise RecipeError(
             f"layers [{start}:{stop}] are empty or out of range: the model has layers 0 to {len(recipe) - 1}"
+        )
+
+
+def _check_serial(recipe: Recipe) -> None:
+    if recipe.parallel:
+        raise RecipeError(
+            "positions that run side by side cannot be counted anew: change the depth first, use `parallel`"
+            " last"
         )
 
 
@@ -236,7 +283,7 @@ def blend(recipe: Recipe, source: str, share: Sequence[float] | Callable[[float]
         weights: dict[Ref, float] = {ref: w * (1 - s) for ref, w in recipe.slots[p].mix}
         weights[Ref(source, p)] = weights.get(Ref(source, p), 0.0) + s
         mix = tuple((ref, w) for ref, w in weights.items() if w != 0)
-        changed[p] = Slot(mix if len(mix) > 1 else ((mix[0][0], 1.0),))
+        changed[p] = replace(recipe.slots[p], mix=mix if len(mix) > 1 else ((mix[0][0], 1.0),))
     return _edit(recipe, changed)
 
 
@@ -276,26 +323,55 @@ def permute_units(recipe: Recipe, seed: int, what: str = "both") -> Recipe:
 def delete(recipe: Recipe, start: int, stop: int) -> Recipe:
     """Leave out positions [start, stop); at least one layer must remain."""
     _check_block(recipe, start, stop)
+    _check_serial(recipe)
     if stop - start == len(recipe):
         raise RecipeError("at least one layer must remain")
     return replace(recipe, slots=recipe.slots[:start] + recipe.slots[stop:])
 
 
-def repeat(recipe: Recipe, start: int, stop: int, times: int = 2) -> Recipe:
-    """Run the block [start, stop) `times` times in a row: a b -> a b a b."""
+def repeat(recipe: Recipe, start: int, stop: int, times: int = 2, scale: float = 1.0) -> Recipe:
+    """Run the block [start, stop) `times` times in a row: a b -> a b a b.
+
+    scale: of what the layers contribute in every run but the first; see `attenuate`.
+    """
     _check_block(recipe, start, stop)
+    _check_serial(recipe)
     if times < 1:
         raise RecipeError(f"a block can be repeated 1 or more times, not {times}")
-    return replace(
-        recipe, slots=recipe.slots[:start] + recipe.slots[start:stop] * times + recipe.slots[stop:]
-    )
+    again = attenuate(recipe, scale, start, stop).slots[start:stop]
+    return replace(recipe, slots=recipe.slots[:stop] + again * (times - 1) + recipe.slots[stop:])
 
 
-def double(recipe: Recipe, start: int, stop: int) -> Recipe:
-    """Run every layer of [start, stop) twice in place: a b -> a a b b."""
+def double(recipe: Recipe, start: int, stop: int, scale: float = 1.0) -> Recipe:
+    """Run every layer of [start, stop) twice in place: a b -> a a b b; `scale` as in `repeat`."""
     _check_block(recipe, start, stop)
-    twice = tuple(slot for slot in recipe.slots[start:stop] for _ in (0, 1))
+    _check_serial(recipe)
+    again = attenuate(recipe, scale, start, stop).slots
+    twice = tuple(slot for p in range(start, stop) for slot in (recipe.slots[p], again[p]))
     return replace(recipe, slots=recipe.slots[:start] + twice + recipe.slots[stop:])
+
+
+def attenuate(recipe: Recipe, scale: float, start: int, stop: int) -> Recipe:
+    """Multiply what the positions [start, stop) contribute to the residual stream by `scale`.
+
+    From hidden states h, such a position makes h + scale * (layer(h) - h): 0 is as if it were deleted, 1 as
+    it was, more than 1 amplifies. Weights stay as they are. Raises RecipeError for a scale that is not
+    finite.
+    """
+    _check_block(recipe, start, stop)
+    slots = recipe.slots
+    return _edit(recipe, {p: replace(slots[p], scale=slots[p].scale * scale) for p in range(start, stop)})
+
+
+def parallel(recipe: Recipe, start: int, stop: int) -> Recipe:
+    """Let the positions [start, stop) run side by side: all read what enters the block, the mean of what they
+    give back goes on.
+
+    After Sun et al., "Transformer Layers as Painters", arXiv 2407.09298. Raises RecipeError for less than two
+    positions and for positions that run side by side with others already.
+    """
+    _check_block(recipe, start, stop)
+    return replace(recipe, parallel=tuple(sorted((*recipe.parallel, (start, stop)))))
 
 
 def reverse(recipe: Recipe, start: int, stop: int) -> Recipe:
@@ -304,11 +380,14 @@ def reverse(recipe: Recipe, start: int, stop: int) -> Recipe:
     return replace(recipe, slots=recipe.slots[:start] + recipe.slots[start:stop][::-1] + recipe.slots[stop:])
 
 
-def keep_every(recipe: Recipe, n: int) -> Recipe:
-    """Keep positions 0, n, 2n, ..."""
+def keep_every(recipe: Recipe, n: int, first: int = 0) -> Recipe:
+    """Keep positions first, first + n, first + 2n, ..."""
     if n < 1:
         raise RecipeError(f"every n-th layer needs n >= 1, not {n}")
-    return replace(recipe, slots=recipe.slots[::n])
+    if not 0 <= first < len(recipe):
+        raise RecipeError(f"layer {first} is out of range: the model has layers 0 to {len(recipe) - 1}")
+    _check_serial(recipe)
+    return replace(recipe, slots=recipe.slots[first::n])
 
 
 def describe_change(recipe: Recipe, original: Recipe, limit: int = 8) -> str:
@@ -327,6 +406,8 @@ def describe_change(recipe: Recipe, original: Recipe, limit: int = 8) -> str:
                     runs.append([p, p + 1, how])
         parts = [_run_text(*run) for run in runs[:limit]]
         parts += [f"and {len(runs) - limit} more changes"] if len(runs) > limit else []
+    if len(recipe) == len(original) and recipe.parallel != original.parallel:
+        parts += _parallel_text(recipe)
     for part in ("embed", "norm", "head"):
         if getattr(recipe, part) != getattr(original, part):
             parts.append(f"{part} <- {getattr(recipe, part)}")
@@ -336,7 +417,7 @@ def describe_change(recipe: Recipe, original: Recipe, limit: int = 8) -> str:
 def _how(slot: Slot, before: Slot, p: int) -> tuple[str, int | None, str]:
     """(source, how many positions its layer moved, edits) of a changed position; no move for blends and mere
     edits."""
-    edits = str(slot)[len(str(replace(slot, edits=()))) :]
+    edits = str(slot)[len(str(replace(slot, edits=(), scale=1.0))) :]
     if len(slot.mix) > 1:
         return "blended of " + " and ".join(dict.fromkeys(r.source for r, _ in slot.mix)), None, edits
     ref = slot.mix[0][0]
@@ -355,3 +436,7 @@ def _run_text(start: int, stop: int, how: tuple[str, int | None, str]) -> str:
         if shift is not None
         else f"{where} {source}{edits}".replace("  ", " ")
     )
+
+
+def _parallel_text(recipe: Recipe) -> list[str]:
+    return [f"[{start}:{stop}] side by side" for start, stop in recipe.parallel]

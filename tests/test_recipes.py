@@ -173,6 +173,17 @@ def test_permutations_written_before_there_were_kinds_mean_both():
         (lambda: r.double(START, 8, 10), "out of range"),
         (lambda: r.reverse(START, -1, 3), "out of range"),
         (lambda: r.keep_every(START, 0), "n >= 1"),
+        (lambda: r.keep_every(START, 2, 9), "layer 9 is out of range"),
+        (lambda: r.attenuate(START, float("nan"), 0, 2), "must be finite"),
+        (lambda: r.repeat(START, 0, 2, 2, float("inf")), "must be finite"),
+        (lambda: r.attenuate(START, 0.5, 5, 10), "out of range"),
+        (lambda: r.parallel(START, 3, 4), "two positions or more"),
+        (lambda: r.parallel(START, 3, 10), "out of range"),
+        (lambda: r.parallel(r.parallel(START, 3, 6), 5, 8), "shares none with another"),
+        (lambda: r.delete(r.parallel(START, 3, 6), 0, 1), "use `parallel` last"),
+        (lambda: r.repeat(r.parallel(START, 3, 6), 0, 1), "use `parallel` last"),
+        (lambda: r.double(r.parallel(START, 3, 6), 0, 1), "use `parallel` last"),
+        (lambda: r.keep_every(r.parallel(START, 3, 6), 2), "use `parallel` last"),
         (lambda: r.perturb(START, float("nan"), 0), "noise fraction"),
         (lambda: r.perturb(START, -0.1, 0), "noise fraction"),
         (lambda: r.perturb(START, 0.1, 0, [9]), "layer 9 is out of range"),
@@ -234,7 +245,9 @@ operations = st.one_of(
     st.tuples(st.integers(0, 5), st.sampled_from(["mlp", "heads", "both"])).map(
         lambda t: lambda x: r.permute_units(x, *t)
     ),
-    st.just(lambda x: r.double(x, 0, 2)),
+    st.just(lambda x: x if x.parallel else r.double(x, 0, 2, 0.5)),
+    st.floats(-2, 2).map(lambda s: lambda x: r.attenuate(x, s, 1, 3)),
+    st.just(lambda x: x if x.parallel else r.parallel(x, 1, 3)),
     st.just(lambda x: r.with_outer(x, "base")),
 )
 
@@ -247,6 +260,61 @@ def test_json_both_ways(steps):
     text = json.dumps(recipe.to_json(), allow_nan=False)
     assert r.Recipe.from_json(json.loads(text)) == recipe
     assert "\n" not in str(recipe) and "\n" not in r.describe_change(recipe, r.identity(4))
+
+
+def test_scales_and_blocks_are_part_of_the_value():
+    half, beside = r.attenuate(START, 0.5, 2, 4), r.parallel(START, 2, 4)
+    assert len({START, half, r.attenuate(START, 0.25, 2, 4), beside, r.parallel(START, 2, 5)}) == 5
+    assert [slot.scale for slot in half.slots] == [1, 1, 0.5, 0.5, 1, 1, 1, 1, 1]
+    assert r.attenuate(half, 2.0, 2, 4) == START
+    assert [slot.scale for slot in r.blend(half, "base", [0.5] * N).slots] == [
+        slot.scale for slot in half.slots
+    ]
+    assert half.slots[2].weights == START.slots[2] and not half.slots[2].is_plain
+    assert r.repeat(START, 0, 2, 3, 0.5).slots[:6] == START.slots[:2] + 2 * tuple(
+        r.Slot(slot.mix, scale=0.5) for slot in START.slots[:2]
+    )
+    assert [(s.mix[0][0].layer, s.scale) for s in r.double(START, 7, 9, 0.5).slots[7:]] == [
+        (7, 1),
+        (7, 0.5),
+        (8, 1),
+        (8, 0.5),
+    ]
+    assert r.parallel(beside, 6, 9).parallel == r.parallel(r.parallel(START, 6, 9), 2, 4).parallel
+    assert r.reverse(beside, 0, 9).parallel == ((2, 4),)  # a block belongs to positions
+
+
+def test_json_without_scales_and_blocks_is_as_it_was():
+    assert START.to_json() == {
+        "slots": [{"mix": [["instruct", k, 1.0]]} for k in range(N)],
+        "embed": "instruct",
+        "norm": "instruct",
+        "head": "instruct",
+    }
+    data = r.parallel(r.attenuate(START, 0.5, 2, 3), 4, 6).to_json()
+    assert data["parallel"] == [[4, 6]] and data["slots"][2] == {"mix": [["instruct", 2, 1.0]], "scale": 0.5}
+    for wrong in ({"parallel": [[4, 10]]}, {"parallel": [3]}, {"parallel": [[2, 5], [4, 6]]}):
+        with pytest.raises(r.RecipeError, match="not a recipe"):
+            r.Recipe.from_json(data | wrong)
+    data["slots"][2]["scale"] = float("nan")
+    with pytest.raises(r.RecipeError, match="not a recipe: .*scale"):
+        r.Recipe.from_json(data)
+
+
+def test_scales_and_blocks_are_read_aloud():
+    half = r.attenuate(START, 0.5, 2, 4)
+    assert str(half) == "instruct[0:2] instruct[2:4] scaled by 0.5 instruct[4:9] | instruct outside"
+    assert r.describe_change(half, START) == "[2:4] scaled by 0.5"
+    assert r.describe_change(r.swap(half, 2, 7), START) == (
+        "[2] <- instruct[7]; [3] scaled by 0.5; [7] <- instruct[2] scaled by 0.5"
+    )
+    assert r.describe_change(r.repeat(START, 2, 4, 2, 0.5), START) == (
+        "9 -> 11 layers: instruct[0:4] instruct[2:4] scaled by 0.5 instruct[4:9]"
+    )
+    assert r.describe_change(r.parallel(START, 2, 5), START) == "[2:5] side by side"
+    assert r.describe_change(r.parallel(r.delete(START, 0, 1), 2, 5), START) == (
+        "9 -> 8 layers: instruct[1:9] [2:5] side by side"
+    )
 
 
 def test_reading_aloud():
