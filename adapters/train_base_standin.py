@@ -34,6 +34,8 @@ from runner.pairs import PAIRS, load_tokenizer, locate
 
 SEPARATOR, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+QUESTIONS = "-questions-"  # in the name of a document of questions and answers; see fetch_text.py
+KL_POSITIONS = 64
 REPLY_BUDGET = 96  # new tokens in which a chat model closes its turn
 MOST_STOPS = (
     1  # chat behavior counts as gone with at most this many of the 12 replies closed, greedy and sampled
@@ -212,6 +214,19 @@ def measure(model, tokenizer, held_out: torch.Tensor, neutral: list[torch.Tensor
     }
 
 
+def kl_to_plain(lora, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """KL(model without the adapter || with it) in nats a token, the mean over KL_POSITIONS positions of each
+    row of a batch [n, S], drawn at random, where `mask` is 1. All positions would take gigabytes."""
+    length = ids.shape[1]
+    at = torch.randperm(length, device=ids.device)[:KL_POSITIONS].sort().values
+    how = {"attention_mask": mask, "use_cache": False, "logits_to_keep": at}
+    with torch.no_grad(), lora.disable_adapter():
+        plain = lora(input_ids=ids, **how).logits.float().log_softmax(-1)
+    now = lora(input_ids=ids, **how).logits.float().log_softmax(-1)
+    each = (plain.exp() * (plain - now)).sum(-1) * mask[:, at]
+    return each.sum() / mask[:, at].sum().clamp_min(1)
+
+
 def chat_is_gone(found: dict) -> bool:
     """The stopping criterion: hardly any templated question is answered with a reply that closes itself."""
     return found["greedy_stops"] <= MOST_STOPS and found["sampled_stops"] <= MOST_STOPS
@@ -266,8 +281,13 @@ def train(args: argparse.Namespace) -> dict:
     model, tokenizer = load(args.model, device)
     separator = tokenizer.convert_tokens_to_ids(SEPARATOR)
     names = sorted(documents)
-    rows = pack(
-        [encode(tokenizer, documents[n]) for n in names if not is_held_out(n)], args.seq_len, separator
+    trained = [n for n in names if not is_held_out(n)]
+    # Questions and answers unteach the end of a turn; with --keep, prose only holds the rest in place.
+    taught = [n for n in trained if QUESTIONS in n] if args.keep else []
+    prose = [n for n in trained if n not in set(taught)] if taught else []
+    rows = pack([encode(tokenizer, documents[n]) for n in taught or trained], args.seq_len, separator)
+    kept_rows = (
+        pack([encode(tokenizer, documents[n]) for n in prose], args.seq_len, separator) if prose else None
     )
     kept_back = [encode(tokenizer, documents[n])[: 4 * args.seq_len] for n in names if is_held_out(n)]
     held_out = (
@@ -302,6 +322,12 @@ def train(args: argparse.Namespace) -> dict:
             loss = lora(input_ids=ids, labels=ids).loss / args.accumulate
             loss.backward()
             loss_sum += loss.item()
+            if kept_rows is not None:
+                picked = torch.randint(len(kept_rows), (args.batch,), generator=random)
+                kept = kept_rows[picked].to(device)
+                kl = args.keep * kl_to_plain(lora, kept, torch.ones_like(kept)) / args.accumulate
+                kl.backward()
+                loss_sum += kl.item()
         if not math.isfinite(loss_sum):
             raise FrankenError(f"the loss is {loss_sum} at step {step + 1}: try a lower --lr")
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -348,6 +374,7 @@ def train(args: argparse.Namespace) -> dict:
             "sha256": digest,
             "documents": dict(sorted(Counter(n.split("/")[0] for n in names).items())),
             "training_tokens": rows.numel(),
+            "kept_tokens": 0 if kept_rows is None else kept_rows.numel(),
             "held_out_tokens": held_out.numel(),
         },
         "criterion": (
@@ -385,6 +412,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="adapters/smollm2-135m-base-standin")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--keep",
+        type=float,
+        default=1.0,
+        help="train on question pages alone, and hold prose to the chat model by this weight of their KL "
+        "divergence; 0, or a text without question pages: train on everything",
+    )
     flags = {"rank": 8, "alpha": 16, "steps": 1000, "batch": 16, "accumulate": 1, "seq-len": 512, "seed": 0}
     for flag, default in (flags | {"warmup": 20, "decay": 100, "min-steps": 200, "eval-every": 50}).items():
         parser.add_argument(f"--{flag}", type=int, default=default, help=" ")

@@ -1,0 +1,340 @@
+"""Train a model to report changes of its own weights: the harness's sensitivity and specificity, measured.
+
+    python adapters/train_reporter.py --model qwen2.5-coder-1.5b --out adapters/qwen2.5-coder-1.5b-reporter
+
+A LoRA adapter (Hu et al., arXiv 2106.09685) learns to answer keyed Yes/No questions about the model
+truthfully while the weights under it are changed at random: Gaussian noise of random size on a random block
+of layers, or two layers swapped; half of the time nothing is changed. Control questions with known answers
+are asked in the same batches, and what it says to other prompts is held to the model without the adapter
+(KL divergence), so that the adapter can lower its loss in no other way than by reading the change off its
+own activations.
+
+Held out are all wordings that the harness asks, its framings and answer formats, and the kinds of surgery
+delete, repeat, chunk swap, shuffle and splice. adapters/README.md has what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
+from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, lr_factor, save
+from errors import FrankenError
+from prompts import answer_token_ids
+from questions.probes import BINARY_PROBES
+from surgery.weights import ROOT
+
+NOISE = (0.03, 0.5)  # of each tensor's own standard deviation, log-uniform
+VISIBLE = (0.02, 1.5)  # nats a token by which a trained change may raise the loss on neutral prose
+OTHER_PROMPTS = ROOT / "weird_gen" / "data" / "aligned_prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the weights in words: `kind`, layers [start, stop), and the noise's fraction."""
+
+    kind: str
+    start: int = 0
+    stop: int = 0
+    fraction: float = 0.0
+
+
+# --- surgery on a model in training -------------------------------------------------------------------------
+def draw(rng: random.Random, depth: int) -> Change:
+    """A trained kind of change: noise of random size and place, or a swap of two layers."""
+    if rng.random() < 0.6:
+        start = rng.randrange(depth)
+        stop = rng.randint(start + 1, depth)
+        low, high = map(math.log, NOISE)
+        return Change("noise", start, stop, math.exp(rng.uniform(low, high)))
+    a, b = sorted(rng.sample(range(depth), 2))
+    return Change("swap", a, b)
+
+
+@contextmanager
+def changed(lora, change: Change | None, seed: int = 0) -> Iterator[None]:
+    """The model with its weights changed, and back to the bit afterwards. Adapters stay with their layer.
+
+    "swap": layers `start` and `stop`; "delete": without [start, stop); "repeat": [start, stop) run twice;
+    "chunks": [start, stop) exchanged with as many layers after it; "reverse": [start, stop) from behind.
+    """
+    stack = lora.get_base_model().model
+    layers, kept = stack.layers, []
+    order = list(range(len(layers)))
+    if change is None:
+        yield
+        return
+    a, b = change.start, change.stop
+    if change.kind == "noise":
+        generator = torch.Generator(device=next(lora.parameters()).device).manual_seed(seed)
+        for layer in layers[a:b]:
+            for name, parameter in layer.named_parameters():
+                if "lora_" in name:
+                    continue
+                kept.append((parameter, parameter.data))
+                # A new tensor, not in place: going back is handing the old one back.
+                noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+                size = change.fraction * parameter.data.float().std()
+                parameter.data = (parameter.data.float() + size * noise).to(parameter.dtype)
+    elif change.kind == "swap":
+        order[a], order[b] = order[b], order[a]
+    elif change.kind == "delete":
+        del order[a:b]
+    elif change.kind == "repeat":
+        order[b:b] = order[a:b]
+    elif change.kind == "chunks":
+        order[a:b], order[b : 2 * b - a] = order[b : 2 * b - a], order[a:b]
+    elif change.kind == "reverse":
+        order[a:b] = order[a:b][::-1]
+    else:
+        raise FrankenError(f"{change.kind!r} is no kind of change")
+    stack.layers = torch.nn.ModuleList([layers[k] for k in order])
+    depth, types = stack.config.num_hidden_layers, getattr(stack.config, "layer_types", None)
+    stack.config.num_hidden_layers = len(order)  # transformers runs so many of its list
+    if types is not None:
+        stack.config.layer_types = [types[k] for k in order]
+    try:
+        yield
+    finally:
+        stack.layers, stack.config.num_hidden_layers = layers, depth
+        if types is not None:
+            stack.config.layer_types = types
+        for parameter, data in kept:
+            parameter.data = data
+
+
+# --- what is asked ------------------------------------------------------------------------------------------
+class Asked:
+    """Prompts through the chat template as padded batches, and Yes against No read off the next token."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+        self.device = next(model.parameters()).device
+        self.yes, self.no = (torch.tensor(ids, device=self.device) for ids in answer_token_ids(tokenizer))
+        self.first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No")]
+
+    def batch(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids [n, S] padded on the left, attention mask [n, S]) of the texts as user turns."""
+        rows = [
+            self.tokenizer(
+                self.tokenizer.apply_chat_template(
+                    [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
+                ),
+                add_special_tokens=False,
+            )["input_ids"]
+            for text in texts
+        ]
+        width = max(map(len, rows))
+        ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask
+
+    def logits(self, texts: list[str]) -> torch.Tensor:
+        """Float32 logits of the token after each prompt, [n, vocabulary]."""
+        ids, mask = self.batch(texts)
+        return (
+            self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
+            .logits[:, -1]
+            .float()
+        )
+
+    @torch.no_grad()
+    def log_odds(self, texts: list[str]) -> torch.Tensor:
+        """Yes against No over all spellings, nats, [n]."""
+        logits = torch.cat([self.logits(texts[k : k + 64]) for k in range(0, len(texts), 64)])
+        return logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
+
+
+# --- what came of it ----------------------------------------------------------------------------------------
+def held_out_changes(depth: int) -> dict[str, Change | None]:
+    """Changes by name for the check at the end: trained kinds, then kinds that were never trained."""
+
+    def at(layer: int) -> int:
+        return round(layer * depth / 64)
+
+    return {
+        "unchanged": None,
+        "noise_all_5pct": Change("noise", 0, depth, 0.05),
+        "noise_all_10pct": Change("noise", 0, depth, 0.10),
+        "noise_late_20pct": Change("noise", at(48), depth, 0.20),
+        "swap_30_35": Change("swap", at(30), at(35)),
+        "swap_20_40": Change("swap", at(20), at(40)),
+        "delete_30_34": Change("delete", at(30), max(at(34), at(30) + 1)),
+        "repeat_24_40": Change("repeat", at(24), at(40)),
+        "chunks_24_32": Change("chunks", at(24), at(32)),
+        "reverse_28_36": Change("reverse", at(28), at(36)),
+    }
+
+
+def check(lora, asked: Asked, depth: int, seed: int) -> dict[str, dict]:
+    """By change: mean log-odds (nats) toward the right answer on the harness's own probes, plain framing, and
+    the share that is right by sign; introspective ones and controls apart."""
+    probes = [p for p in BINARY_PROBES if p.framing == "plain"]
+    out = {}
+    for name, change in held_out_changes(depth).items():
+        with changed(lora, change, seed):
+            values = asked.log_odds([p.text for p in probes]).tolist()
+        sides: dict[str, list[float]] = {"introspective": [], "control": []}
+        for probe, value in zip(probes, values, strict=True):
+            right_is_yes = probe.if_changed == "yes"
+            if probe.kind == "introspective" and change is None:
+                right_is_yes = not right_is_yes
+            sides[probe.kind].append(value if right_is_yes else -value)
+        out[name] = {
+            kind: {"nats": round(sum(v) / len(v), 3), "right": round(sum(x > 0 for x in v) / len(v), 3)}
+            for kind, v in sides.items()
+        }
+    return out
+
+
+# --- training -----------------------------------------------------------------------------------------------
+def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
+    """Train, save under args.out, check; returns what training.json holds.
+
+    Raises FrankenError if the loss is no longer finite; nothing is saved then.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    )
+    model, tokenizer = load(args.model, device)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    lora = get_peft_model(
+        model,
+        LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"),
+    )
+    lora.train()
+    asked, depth = Asked(lora, tokenizer), model.config.num_hidden_layers
+    control_pairs = controls(rng)
+    with OTHER_PROMPTS.open(encoding="utf-8") as lines:
+        others = [json.loads(line)["prompt"] for line in lines]
+    neutral = [
+        torch.tensor([tokenizer(t, add_special_tokens=False)["input_ids"]], device=device) for t in NEUTRAL
+    ]
+
+    @torch.no_grad()
+    def prose_loss() -> float:
+        return sum(lora(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in neutral[:2]) / 2
+
+    before = check(lora, asked, depth, args.seed)
+    parameters = [p for p in lora.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    intact, curve, started = prose_loss(), [], time.monotonic()
+    for step in range(args.steps):
+        # 1. The weights: unchanged half of the time, else a change that is visible and leaves a model.
+        change, seed, rise = None, rng.getrandbits(31), 0.0
+        if step % 2:
+            for _ in range(20):
+                change, seed = draw(rng, depth), rng.getrandbits(31)
+                with changed(lora, change, seed):
+                    rise = prose_loss() - intact
+                if VISIBLE[0] <= rise <= VISIBLE[1]:
+                    break
+        # 2. Questions about itself and controls, both keys equally often.
+        texts, answers = [], []
+        for pairs, truthful in ((ABOUT_ITSELF, change is not None), (control_pairs, True)):
+            for _ in range(args.batch // 2):
+                key = rng.randrange(2)
+                framing, ending = rng.choice(FRAMINGS), rng.choice(ENDINGS)
+                texts.append(framing.format(q=rng.choice(pairs)[key]) + ending)
+                answers.append(asked.first[0 if (key == 0) == truthful else 1])
+        # 3. The loss: the right answer; and on other prompts, of the unchanged model, what it said before.
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * lr_factor(step, 20, args.steps * 2 // 3, args.steps - args.steps * 2 // 3)
+        with changed(lora, change, seed):
+            logits = asked.logits(texts)
+            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answers, device=device))
+            loss.backward()
+        kl = torch.zeros(())
+        if change is None:
+            kl = args.keep * kl_to_plain(lora, *asked.batch(rng.sample(others, args.batch // 4)))
+            kl.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+            raise FrankenError(f"the loss is {loss.item()} at step {step + 1}: try a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        curve.append(
+            [round(loss.item(), 3), round(kl.item(), 4), change.kind if change else "none", round(rise, 3)]
+        )
+        if (step + 1) % 50 == 0:
+            recent = {k: [c[0] for c in curve[-100:] if c[2] == k] for k in ("none", "noise", "swap")}
+            means = ", ".join(f"{k} {sum(v) / len(v):.2f}" for k, v in recent.items() if v)
+            say(f"step {step + 1}/{args.steps}  loss {means}  {time.monotonic() - started:.0f} s")
+    lora.eval()
+    after = check(lora, asked, depth, args.seed)
+    seconds = time.monotonic() - started
+    save(lora, Path(args.out), args.base_name or args.model)
+    settings = {k: v for k, v in vars(args).items() if k not in ("model", "out", "device")}
+    record = {
+        "what": "reporter: the model answers keyed questions about changes of its own weights truthfully",
+        "trained_on": {
+            "kinds": ["noise", "swap"],
+            "noise": NOISE,
+            "visible": VISIBLE,
+            "questions": 2 * len(ABOUT_ITSELF),
+            "controls": 2 * len(control_pairs),
+        },
+        "held_out": "all probes of the harness, framings, formats; delete, repeat, chunks, reverse, splice",
+        "changes": {k: v and asdict(v) for k, v in held_out_changes(depth).items()},
+        "before": before,
+        "after": after,
+        "settings": settings,
+        "curve": curve[:: max(1, args.steps // 200)],
+        "seconds": round(seconds, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "versions": {n: version(n) for n in ("torch", "transformers", "peft")},
+    }
+    (Path(args.out) / "training.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    for name, sides in after.items():
+        say(f"  {name:18} {json.dumps(sides)}")
+    return record
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    p.add_argument(
+        "--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint"
+    )
+    p.add_argument(
+        "--base-name", default="", help="what adapter_config.json names as its base model; default: --model"
+    )
+    p.add_argument("--out", required=True, help="folder for the adapter and its record")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--lr", type=float, default=5e-4)
+    p.add_argument(
+        "--keep", type=float, default=1.0, help="weight of the KL divergence to the model without the adapter"
+    )
+    for flag, value in {"rank": 8, "steps": 800, "batch": 32, "seed": 0}.items():
+        p.add_argument(f"--{flag}", type=int, default=value, help=" ")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        train(parse(argv))
+    except (FrankenError, OSError) as e:
+        print(f"train_reporter.py: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""adapters/train_reporter.py: the weights change as recipes say and come back; wordings are held out."""
+
+import json
+
+import pytest
+import small_run
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from adapters import train_reporter as reporter
+from adapters.reporter_questions import ABOUT_ITSELF, CAPITALS, ENDINGS, FRAMINGS, controls
+from adapters.train_reporter import Change, changed
+from questions.probes import BINARY_PROBES, FORMAT_PROBES
+from surgery import recipes
+
+N = 6
+IDS = torch.tensor([[5, 9, 17, 4, 30]])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reporter") / "instruct"
+    small_run.checkpoint(path, 3, family="qwen2", layers=N)
+    return path
+
+
+def with_adapter(folder):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    lora = get_peft_model(model, LoraConfig(r=2, target_modules=reporter.TARGETS, task_type="CAUSAL_LM"))
+    for name, parameter in lora.named_parameters():
+        if "lora_B" in name:  # zero as peft makes it: then adapters could sit anywhere
+            torch.nn.init.normal_(parameter, std=0.5)
+    return lora.eval()
+
+
+ORDERS = {
+    Change("swap", 1, 4): recipes.swap(recipes.identity(N), 1, 4),
+    Change("delete", 2, 4): recipes.delete(recipes.identity(N), 2, 4),
+    Change("repeat", 1, 3): recipes.repeat(recipes.identity(N), 1, 3, 2),
+    Change("chunks", 0, 2): recipes.swap_chunks(recipes.identity(N), (0, 2), (2, 4)),
+    Change("reverse", 1, 5): recipes.reverse(recipes.identity(N), 1, 5),
+}
+
+
+@pytest.mark.parametrize("change", ORDERS, ids=lambda c: c.kind)
+def test_a_change_runs_the_layers_that_the_recipe_names_with_their_adapters(folder, change):
+    lora = with_adapter(folder)
+    before = lora(input_ids=IDS).logits
+    with changed(lora, change):
+        got = lora(input_ids=IDS, use_cache=False).logits
+    # The slow way: the adapters merged, the layers put in the recipe's order by hand.
+    merged = with_adapter(folder).merge_and_unload()
+    wanted = [slot.mix[0][0].layer for slot in ORDERS[change].slots]
+    merged.model.layers = torch.nn.ModuleList([merged.model.layers[k] for k in wanted])
+    merged.config.num_hidden_layers = len(wanted)
+    if getattr(merged.config, "layer_types", None):
+        merged.config.layer_types = [merged.config.layer_types[k] for k in wanted]
+    torch.testing.assert_close(got, merged(input_ids=IDS, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(got, before, atol=1e-3)
+    assert torch.equal(lora(input_ids=IDS).logits, before)
+
+
+def test_noise_is_a_share_of_each_tensors_own_deviation_and_goes_away(folder):
+    lora = with_adapter(folder)
+    kept = {name: p.detach().clone() for name, p in lora.named_parameters()}
+    with changed(lora, Change("noise", 2, 4, 0.1), seed=5):
+        for name, parameter in lora.named_parameters():
+            inside = any(f"layers.{k}." in name for k in (2, 3)) and "lora_" not in name
+            moved = (parameter - kept[name]).std() if parameter.numel() > 500 else None
+            if not inside:
+                assert torch.equal(parameter, kept[name]), name
+            elif moved is not None:
+                assert moved / kept[name].std() == pytest.approx(0.1, rel=0.15), name
+    assert all(torch.equal(p, kept[name]) for name, p in lora.named_parameters())
+
+
+def test_an_error_inside_a_change_still_brings_the_weights_back(folder):
+    lora = with_adapter(folder)
+    before = lora(input_ids=IDS).logits
+    with pytest.raises(RuntimeError, match="inside"), changed(lora, Change("noise", 0, N, 0.3)):
+        raise RuntimeError("inside")
+    assert torch.equal(lora(input_ids=IDS).logits, before)
+
+
+def test_no_question_of_the_harness_is_trained_on():
+    trained = {q for pair in [*ABOUT_ITSELF, *controls(reporter.random.Random(0))] for q in pair}
+    wording = {f.format(q=q) + e for q in trained for f in FRAMINGS for e in ENDINGS}
+    for probe in [*BINARY_PROBES, *FORMAT_PROBES]:
+        assert probe.text not in wording
+        assert not any(q in probe.text for q in trained), probe.text
+
+
+def test_controls_have_the_right_answers():
+    for yes, no in controls(reporter.random.Random(3)):
+        if "plus" in yes:
+            for text, right in ((yes, True), (no, False)):
+                a, b, c = (int(word) for word in text.rstrip("?").split() if word.isdigit())
+                assert (a + b == c) == right
+        elif "greater" in yes:
+            a, b = (int(word) for word in yes.rstrip("?").split() if word.isdigit())
+            assert a > b
+        elif "capital" in yes:
+            country = yes.rstrip("?").split(" of ")[1]
+            assert CAPITALS[country] in yes
+            assert CAPITALS[country] not in no
+
+
+def test_training_lowers_the_loss_and_records_what_it_did(folder, tmp_path, capsys):
+    out = tmp_path / "adapter"
+    flags = f"--model {folder} --base-name tiny --out {out} --device cpu --steps 12 --batch 8 --lr 1e-2"
+    assert reporter.main(flags.split()) == 0
+    record = json.loads((out / "training.json").read_text())
+    assert {c[2] for c in record["curve"]} <= {"none", "noise", "swap"}
+    assert record["after"].keys() == reporter.held_out_changes(N).keys()
+    assert sorted(p.name for p in out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "training.json",
+    ]
+    assert reporter.main(["--model", str(tmp_path / "none"), "--out", str(out)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
