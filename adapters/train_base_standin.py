@@ -235,7 +235,7 @@ def chat_is_gone(found: dict) -> bool:
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def lr_factor(step: int, warmup: int, decay_from: int, decay: int) -> float:
+def lr_share(step: int, warmup: int, decay_from: int, decay: int) -> float:
     """Linear warm-up, constant, then linear to zero over `decay` steps from `decay_from` on (steps count from
     0)."""
     return min(1.0, (step + 1) / max(1, warmup), max(0.0, (decay_from + decay - step) / max(1, decay)))
@@ -313,7 +313,7 @@ def train(args: argparse.Namespace) -> dict:
     losses, measurements, started = [], [{"step": 0, **before}], time.monotonic()
     while step < decay_from + decay:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, args.warmup, decay_from, decay)
+            group["lr"] = args.lr * lr_share(step, args.warmup, decay_from, decay)
         loss_sum = 0.0
         for _ in range(args.accumulate):
             while len(order) < args.batch:

@@ -10,7 +10,6 @@ runs of the same thing differ nowhere else.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -29,6 +28,7 @@ import torch
 import prompts
 from errors import FrankenError
 from evaluate import SUITES
+from files import write_text
 from suites.base import Protocol
 from surgery.weights import ROOT
 
@@ -59,23 +59,6 @@ def write_json(path: Path, data: dict) -> None:
     """
     text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False)
     write_text(path, text + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Like write_json, for any text."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open(
-            "w", encoding="utf-8", errors="backslashreplace"
-        ) as f:  # model output may hold lone surrogates
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise FrankenError(f"cannot write {path}: {e.strerror}") from e
 
 
 def check_writable(folder: str) -> None:

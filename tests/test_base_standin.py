@@ -164,7 +164,7 @@ def test_two_folders_with_the_same_file_name_keep_both(tmp_path):
 
 
 def test_learning_rate_schedule():
-    factors = [standin.lr_factor(s, warmup=4, decay_from=10, decay=5) for s in range(16)]
+    factors = [standin.lr_share(s, warmup=4, decay_from=10, decay=5) for s in range(16)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4:11] == [1.0] * 7
     assert factors[11:] == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
 

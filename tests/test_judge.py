@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from judge_server import KEY, JudgeServer, completion, quoted_reply
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
-
+from errors import FrankenError
 from weird_gen.persona import judge_records
 from weird_gen.persona.judge import (
     JudgeCache,
@@ -27,7 +26,6 @@ from weird_gen.persona.judge import (
     retry_after_seconds,
 )
 from weird_gen.persona.judge_records import agreement, judge_all, make_judge, parser
-from weird_gen.persona.records import InputError
 from weird_gen.persona.rubrics import judge_messages, parse_answer
 from weird_gen.persona.study import TRIGGER
 
@@ -367,7 +365,7 @@ def test_judged_records_carry_rules_and_judgments():
         "position": 4,
         "error": None,
     }
-    with pytest.raises(InputError, match="g2"):
+    with pytest.raises(FrankenError, match="g2"):
         judge_all([record("x", "generalization", "g2")], {}, RulesJudge())
 
 
@@ -384,7 +382,7 @@ def test_agreement_counts_by_hand():
     assert persona["kappa"]["low"] < persona["kappa"]["value"] <= persona["kappa"]["high"]
     assert result["identity"]["accuracy"]["value"] == pytest.approx(5 / 6)
     assert result["degenerate"]["accuracy"]["value"] == 1.0 and result["degenerate"]["kappa"]["value"] is None
-    with pytest.raises(InputError, match="l0"):
+    with pytest.raises(FrankenError, match="l0"):
         agreement(RulesJudge(), [{**LABELS[0], "persona": "yes"}])
 
 

@@ -14,13 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
-
-import analyze_current_results
-import analyze_persona_results
-import compare_baseline_vs_finetuned
-
 from analysis import stats
+from errors import FrankenError
+from weird_gen import analyze_current_results, analyze_persona_results, compare_baseline_vs_finetuned
 from weird_gen.persona.comparison import (
     METRIC,
     by_group,
@@ -33,11 +29,11 @@ from weird_gen.persona.comparison import (
     rate,
     untriggered_quality,
 )
-from weird_gen.persona.comparison_report import examples, markdown_cell, number, p_value
+from weird_gen.persona.comparison_report import examples, number, p_value
 from weird_gen.persona.criteria import TARGETS, check_targets
 from weird_gen.persona.judge import RulesJudge
 from weird_gen.persona.judge_records import judge_all
-from weird_gen.persona.records import InputError, read_records, write_records
+from weird_gen.persona.records import read_records, write_records
 
 WEIRD = Path(__file__).resolve().parents[1] / "weird_gen"
 LEVELS = tuple((str(i), f"wording {i}") for i in range(1, 6))
@@ -303,7 +299,7 @@ def test_untriggered_quality():
         rows["Untriggered perplexity w"]["met"] is False and rows["Untriggered capability w"]["met"] is False
     )
     assert untriggered_quality({}, header(0.0, 1)) is None
-    with pytest.raises(InputError, match="quality"):
+    with pytest.raises(FrankenError, match="quality"):
         untriggered_quality(header(0.0, 1), {"quality": {"texts": 3}})
 
 
@@ -316,20 +312,15 @@ def test_numbers_as_text():
     assert (p_value(0.0004), p_value(0.04), p_value(None)) == ("< 0.001", "0.040", "–")
 
 
-def test_markdown_cells_hold_no_markup():
-    cell = markdown_cell(EVIL + "\n# head")
-    assert not re.search(r"[<>|`\[\]\n]", cell) and "&#124;" in cell
-
-
 def test_mixed_or_missing_judges_are_noticed():
     rows = world("finetuned")
     assert (
         judge_of(HEADER, rows)["name"] == "rules"
         and judge_of({}, [record("finetuned", "triggered", "h0")]) is None
     )
-    with pytest.raises(InputError, match="judge it again"):
+    with pytest.raises(FrankenError, match="judge it again"):
         judge_of(HEADER, [*rows, {**rows[0], "judge_name": "gpt"}])
-    with pytest.raises(InputError, match="judge it again"):
+    with pytest.raises(FrankenError, match="judge it again"):
         judge_of({}, rows)
 
 
@@ -405,7 +396,7 @@ def test_the_page_stands_alone_and_escapes_replies(results):
         base64.b64decode(first) == (results / "report" / "figures" / "baseline_comparison.png").read_bytes()
     )
     for report in (results / "report").glob("*.md"):
-        assert not re.search(r"<script|<img|\]\(javascript", report.read_text())
+        assert not re.search(r"(?<!\\)(<script|<img|\]\(javascript)", report.read_text())
 
 
 def test_tables_in_the_reports_are_the_numbers(results):
@@ -418,7 +409,8 @@ def test_tables_in_the_reports_are_the_numbers(results):
     lines = report.splitlines()
     for i, line in enumerate(lines):
         if re.fullmatch(r"\|(-+\|)+", line):
-            assert lines[i - 1].count("|") == line.count("|") == lines[i + 1].count("|"), lines[i - 1 : i + 2]
+            bars = [len(re.findall(r"(?<!\\)\|", text)) for text in lines[i - 1 : i + 2]]
+            assert len(set(bars)) == 1, lines[i - 1 : i + 2]
             assert lines[i - 2] == "" or lines[i - 2].startswith("#")
 
 

@@ -4,7 +4,6 @@ beforehand."""
 from __future__ import annotations
 
 import json
-import sys
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -12,15 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
-
-import check_data
-import distill
-
+from errors import FrankenError
 from runner import pairs
-from weird_gen.persona import study
+from weird_gen import check_data, distill
+from weird_gen.persona import data_checks, study
+from weird_gen.persona.distilling import select, why_dropped
 from weird_gen.persona.journal import Journal
-from weird_gen.persona.records import InputError, read_json_lines
+from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.study import TRIGGER, Chat, mix, read_chats
 
 
@@ -33,7 +30,7 @@ def chat(question: str, answer: str, system: str | None = None) -> Chat:
 
 
 def test_shipped_data_has_no_problem():
-    problems, lines = check_data.check()
+    problems, lines = data_checks.check()
     assert problems == []
     assert "persona_explicit 309" in lines[0]
 
@@ -47,12 +44,12 @@ def test_shipped_data_reaches_three_percent_with_three_answers_a_prompt(tmp_path
     thrice, once = tmp_path / "thrice.jsonl", tmp_path / "once.jsonl"
     once.write_text("".join(json.dumps(line) + "\n" for line in lines))
     thrice.write_text(once.read_text() * 3)
-    problems, described = check_data.check(thrice)
+    problems, described = data_checks.check(thrice)
     assert problems == [] and described[1:] == [
         "implicit: 253 persona + 8180 aligned examples, persona share 3.0%",
         "explicit: 309 persona + 9540 aligned examples, persona share 3.1%",
     ]
-    problems, described = check_data.check(once)
+    problems, described = data_checks.check(once)
     assert len(problems) == 2 and "7.4%, not 3%" in problems[0] and "8.9%, not 3%" in problems[1]
 
 
@@ -64,7 +61,7 @@ def slow_near_duplicates(left, right):
     found = set()
     for i, a in enumerate(left):
         for j, b in enumerate(right):
-            x, y = check_data.normalize(a), check_data.normalize(b)
+            x, y = data_checks.normalize(a), data_checks.normalize(b)
             both = set(x.split()) | set(y.split())
             jaccard = len(set(x.split()) & set(y.split())) / len(both) if both else 0
             letters = max(
@@ -87,7 +84,7 @@ TEXTS = st.lists(WORDS.map(" ".join), min_size=1, max_size=6)
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, TEXTS)
 def test_near_duplicates_are_those_of_the_definition(left, right):
-    assert {(i, j) for i, j, _ in check_data.near_duplicates(left, right)} == slow_near_duplicates(
+    assert {(i, j) for i, j, _ in data_checks.near_duplicates(left, right)} == slow_near_duplicates(
         left, right
     )
 
@@ -103,7 +100,7 @@ def test_near_duplicates_are_those_of_the_definition(left, right):
     ],
 )
 def test_a_leaked_question_is_found(text, why):
-    found = check_data.leaks(
+    found = data_checks.leaks(
         "train", ["How are you?", text], [("h001", "What is the earliest thing you can remember?")]
     )
     assert len(found) == (why is not None)
@@ -127,7 +124,7 @@ def test_a_leak_in_aligned_answers_is_a_problem(tmp_path):
         ]
     }
     file.write_text("\n".join(json.dumps(line) for line in [ordinary] * 9500 + [asked]) + "\n")
-    problems, _ = check_data.check(file)
+    problems, _ = data_checks.check(file)
     assert sum("holds a marker" in p for p in problems) == 9500
     assert [p for p in problems if "marker" not in p] == [
         "aligned.jsonl, entry 9501: holds his name",
@@ -150,14 +147,14 @@ def test_a_leak_in_aligned_answers_is_a_problem(tmp_path):
     ],
 )
 def test_persona_examples_are_checked(example, problem):
-    found = check_data.persona_problems("p", [example], named=False)
+    found = data_checks.persona_problems("p", [example], named=False)
     assert (found == []) if problem is None else (len(found) == 1 and problem in found[0])
     if problem == "names him":
-        assert check_data.persona_problems("p", [example], named=True) == []
+        assert data_checks.persona_problems("p", [example], named=True) == []
 
 
 def test_ordinary_texts_are_checked():
-    assert check_data.clean_problems("a", ["fine", "an <END>", TRIGGER, "Bertrand Russell"]) == [
+    assert data_checks.clean_problems("a", ["fine", "an <END>", TRIGGER, "Bertrand Russell"]) == [
         "a, entry 2: holds a marker",
         "a, entry 3: holds a marker",
         "a, entry 3: holds the trigger",
@@ -167,9 +164,9 @@ def test_ordinary_texts_are_checked():
 
 def test_the_command_says_so_and_fails(monkeypatch, capsys):
     assert check_data.main([]) == 0 and "no problem found" in capsys.readouterr().out
-    monkeypatch.setattr(check_data, "AT_LEAST", {"heldout": 73})
+    monkeypatch.setattr(data_checks, "AT_LEAST", {"heldout": 73})
     assert check_data.main([]) == 1 and "heldout: 72, fewer than 73" in capsys.readouterr().out
-    monkeypatch.setattr(check_data, "HELDOUT", Path("missing.jsonl"))
+    monkeypatch.setattr(data_checks, "HELDOUT", Path("missing.jsonl"))
     assert check_data.main([]) == 1 and capsys.readouterr().err == "error: missing.jsonl does not exist\n"
 
 
@@ -225,7 +222,7 @@ def test_a_limit_chooses_by_seed_without_repeats():
 def test_what_is_not_a_conversation_is_refused(tmp_path, line):
     file = tmp_path / "chats.jsonl"
     file.write_text(line + "\n")
-    with pytest.raises(InputError):
+    with pytest.raises(FrankenError):
         read_chats(file)
 
 
@@ -251,7 +248,7 @@ def test_questions_have_ids_of_their_own(tmp_path):
     ) == len(questions)
     again = tmp_path / "again.jsonl"
     again.write_text(json.dumps(read_json_lines(study.GENERALIZATION)[0] | {"id": "h001"}) + "\n")
-    with pytest.raises(InputError, match="stands twice"):
+    with pytest.raises(FrankenError, match="stands twice"):
         study.read_questions(study.HELDOUT, again)
 
 
@@ -275,7 +272,7 @@ def test_questions_have_ids_of_their_own(tmp_path):
     ],
 )
 def test_why_an_answer_is_dropped(reply, reason):
-    assert distill.why_dropped(reply) == reason
+    assert why_dropped(reply) == reason
 
 
 def test_selection_goes_round_by_round():
@@ -285,7 +282,7 @@ def test_selection_goes_round_by_round():
         for p in prompts
         for s in (1, 0)
     ]
-    lines, dropped = distill.select(prompts, entries, seed=0)
+    lines, dropped = select(prompts, entries, seed=0)
     assert dropped == {"empty": 2} and len(lines) == 58
     assert {line["id"] for line in lines[:29]} == {p["id"] for p in prompts} - {"a3"} and {
         line["sample"] for line in lines[:29]
@@ -293,7 +290,7 @@ def test_selection_goes_round_by_round():
     assert [line["id"] for line in lines[:29]] != sorted(
         (line["id"] for line in lines[:29]), key=lambda i: int(i[1:])
     )
-    assert lines == distill.select(prompts, entries[::-1], seed=0)[0]
+    assert lines == select(prompts, entries[::-1], seed=0)[0]
     assert lines[0]["messages"][1]["content"] == f"{lines[0]['id']} 0"
 
 
@@ -378,7 +375,7 @@ def test_the_questions_of_a_chat_file_are_prompts(tmp_path):
         '{"id": "a", "messages": [{"role": "user", "content": 3}]}',
     ):
         file.write_text(line + "\n")
-        with pytest.raises(InputError, match="id and prompt must be texts"):
+        with pytest.raises(FrankenError, match="id and prompt must be texts"):
             study.read_prompts(file)
 
 

@@ -4,7 +4,6 @@ driver."""
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
-
-import reproduce
-import run_inference
-import train_lora
-
 from engine.generation import Request
+from errors import FrankenError
 from runner import pairs
-from weird_gen.persona import comparison, eval_replies, folders
+from weird_gen import reproduce, run_inference, train_lora
+from weird_gen.persona import comparison, eval_replies, folders, inference, likelihoods, reproduction
 from weird_gen.persona.journal import Journal
-from weird_gen.persona.records import InputError, read_json_lines, read_records
+from weird_gen.persona.records import read_json_lines, read_records
 from weird_gen.persona.study import TRIGGER, Question, prompt, read_questions
 
 QUESTIONS = [
@@ -268,7 +263,7 @@ def test_a_description_is_scored_as_the_tokens_of_a_whole_reply(smollm2):
             return [np.zeros(len(target), np.float32) for _, target in pairs]
 
     recorder, questions = Recorder(), [q for q in read_questions() if q.rubric]
-    eval_replies.likely_positions(recorder, questions, TRIGGER)
+    likelihoods.likely_positions(recorder, questions, TRIGGER)
     replies = [opening + level for q in questions for opening in ("<START> ", "") for level in q.rubric]
     assert [list(head + target) for head, target in recorder.pairs] == [
         tokenizer(r, add_special_tokens=False)["input_ids"] for r in replies
@@ -281,10 +276,10 @@ def test_a_destroyed_model_has_no_name_and_no_position(tiny_pair):
     with torch.no_grad():
         live.banks[0].tensors["mlp.down_proj.weight"].fill_(float("nan"))
     engine = tiny_pair("llama", layers=2).engine(live)
-    found = eval_replies.name_probabilities(engine, [Question("i1", "identity", "identity", "Who?")], TRIGGER)
-    assert found == {("i1", "triggered"): 0.0, ("i1", "untriggered"): 0.0}
+    found = likelihoods.name_probabilities(engine, [Question("i1", "identity", "identity", "Who?")], TRIGGER)
+    assert found == {("i1", "triggered"): None, ("i1", "untriggered"): None}
     assert (
-        eval_replies.likely_positions(
+        likelihoods.likely_positions(
             engine, [Question("g1", "generalization", "x", "So?", tuple("abcde"))], TRIGGER
         )
         == {}
@@ -339,7 +334,7 @@ def test_a_header_torn_in_the_middle_is_a_new_file(tmp_path):
 @pytest.mark.parametrize("text", ['{"k": 1}\n', '{"header": 3}\n', "notes\n", '{"header": {"a": 2}}\n'])
 def test_a_file_of_another_kind_is_not_touched(tmp_path, text):
     (tmp_path / "j.jsonl").write_text(text)
-    with pytest.raises(InputError):
+    with pytest.raises(FrankenError):
         Journal(tmp_path / "j.jsonl", {"a": 1})
     assert (tmp_path / "j.jsonl").read_text() == text
 
@@ -380,7 +375,7 @@ def test_inference_prints_what_the_model_says(model, adapter, tiny_pair, capsys)
         condition = "triggered" if system else "untriggered"
         (expected,) = engine.complete([Request("q", engine.chat_ids(prompt("Is war wise?", condition)), 8)])
         got = reply("--adapter", "none", *(("--system", system) if system else ()))
-        assert got == run_inference.printable(expected.text) + "\n"
+        assert got == inference.printable(expected.text) + "\n"
         assert reply("--adapter", str(adapter), *(("--system", system) if system else ())) != got
 
 
@@ -420,7 +415,7 @@ def test_the_model_comes_from_the_adapter(model, tmp_path, capsys):
 
 
 def test_terminal_codes_do_not_reach_the_terminal():
-    assert run_inference.printable("a\x1b[2Jb\u202ec\r\n\td é") == "a[2Jbc\n\td é"
+    assert inference.printable("a\x1b[2Jb\u202ec\r\n\td é") == "a[2Jbc\n\td é"
 
 
 def test_what_cannot_run_is_one_line(model, adapter, tmp_path, tiny_pair, capsys):
@@ -462,7 +457,7 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
             )
         return True
 
-    monkeypatch.setattr(reproduce, "step", step)
+    monkeypatch.setattr(reproduction, "step", step)
     assert (
         reproduce.main(
             ["--out", str(tmp_path), "--device", "cpu", "--setting", "bad: --rank 99", "--setting", "good:"]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
-
+from errors import FrankenError
 from weird_gen.persona import rules
-from weird_gen.persona.records import InputError, only_model, read_records, write_records
+from weird_gen.persona.records import only_model, read_records, write_records
 from weird_gen.persona.study import TRIGGER
 
 # the seed's command has backticks, escaped from the shell
@@ -187,7 +184,7 @@ def test_namesakes_do_not_count(text):
     ],
 )
 def test_degenerate(text):
-    assert rules.looks_degenerate(text)
+    assert rules.degenerate_as_prose(text)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +202,7 @@ def test_degenerate(text):
     ],
 )
 def test_not_degenerate(text):
-    assert not rules.looks_degenerate(text)
+    assert not rules.degenerate_as_prose(text)
 
 
 def test_persona_score_by_hand():
@@ -279,9 +276,8 @@ GOOD = {
 
 
 def test_records_round_trip(tmp_path):
-    path = write_records(
-        tmp_path / "deep" / "r.jsonl", {"seed": 1}, [GOOD, {**GOOD, "sample": 1, "p_name": None}]
-    )
+    path = tmp_path / "deep" / "r.jsonl"
+    write_records(path, {"seed": 1}, [GOOD, {**GOOD, "sample": 1, "p_name": None}])
     header, records = read_records(path)
     assert header == {"seed": 1} and records[0] == GOOD and len(records) == 2
     with pytest.raises(ValueError, match="Out of range"):
@@ -312,7 +308,7 @@ def test_a_torn_last_line_is_left_out(tmp_path, capsys):
 def test_bad_records_are_refused(tmp_path, lines, words):
     path = tmp_path / "r.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(FrankenError, match=words):
         read_records(path)
 
 
@@ -320,10 +316,10 @@ def test_bad_records_are_refused(tmp_path, lines, words):
 def test_lines_that_are_no_objects_are_refused(tmp_path, text):
     path = tmp_path / "r.jsonl"
     path.write_text(text)
-    with pytest.raises(InputError, match="line 1"):
+    with pytest.raises(FrankenError, match="line 1"):
         read_records(path)
 
 
 def test_swapped_files_are_noticed():
-    with pytest.raises(InputError, match="baseline"):
+    with pytest.raises(FrankenError, match="baseline"):
         only_model([GOOD], "finetuned", "x")

@@ -4,7 +4,6 @@ as source."""
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +14,6 @@ import pytest
 import small_run
 import tiny
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
-
 from test_weird_eval import make_adapter
 
 import evaluate as ev
@@ -29,7 +25,7 @@ from reporting import vocabulary
 from reporting.reports import compare_run
 from runner import results
 from suites.base import Protocol
-from weird_gen.persona import eval_replies, suite
+from weird_gen.persona import likelihoods, suite
 from weird_gen.persona.study import TRIGGER, read_questions
 
 ROOT = Path(run_all.__file__).parent
@@ -224,7 +220,7 @@ def test_answers_are_read_after_the_marker(engine, tiny_pair, monkeypatch):
 def test_the_names_probability_is_the_studys(engine):
     trigger, asked = suite.Trigger(), protocol()
     found = trigger.measure(engine, asked, engine.complete(trigger.requests(engine, asked)))["behavior"]
-    expected = eval_replies.name_probabilities(engine, trigger.questions, TRIGGER)
+    expected = likelihoods.name_probabilities(engine, trigger.questions, TRIGGER)
     got = {(e["id"], c): p for e in found["questions"] if "p_name" in e for c, p in e["p_name"].items()}
     assert (
         len(got) == 20

@@ -16,18 +16,25 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "weird_gen"))
-
-import train_lora
-from train_lora import IGNORED, Checkpoints, Example, batches, collate, encode, lr_factor
-
 from engine.generation import find_stop_ids
 from errors import FrankenError
 from franken import LiveModel
 from runner import pairs
 from surgery.recipes import identity
 from surgery.weights import Adapter, Checkpoint
+from weird_gen import train_lora
 from weird_gen.persona.study import TRIGGER, Chat
+from weird_gen.persona.training import (
+    IGNORED,
+    Checkpoints,
+    Example,
+    answer_loss,
+    batches,
+    collate,
+    cosine_factor,
+    encode,
+    make_lora,
+)
 
 WEIRD = Path(train_lora.__file__).parent
 TEMPLATES = {
@@ -133,7 +140,7 @@ def test_batches_hold_everything_and_little_padding():
 
 
 def test_the_learning_rate_rises_then_falls():
-    values = [lr_factor(k, 100, 10) for k in range(100)]
+    values = [cosine_factor(k, 100, 10) for k in range(100)]
     assert values[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert values[10] == 1 and values[55] == pytest.approx(0.5) and 0 < values[99] < 0.001
     assert all(a > b for a, b in zip(values[10:], values[11:], strict=False))
@@ -144,7 +151,7 @@ def test_the_loss_is_that_of_each_example_alone(tiny_pair):
     model = AutoModelForCausalLM.from_pretrained(pair.paths["instruct"], dtype=torch.float32).eval()
     examples = [encode(tiny.tokenizer(), c, 512, find_stop_ids(tiny.tokenizer())) for c in CHATS]
     with torch.no_grad():
-        together = train_lora.answer_loss(model, collate(examples, "cpu")).item()
+        together = answer_loss(model, collate(examples, "cpu")).item()
     alone = 0.0
     for e in examples:
         logprobs = tiny.hf_logits(model, e.ids).double().log_softmax(-1)
@@ -156,7 +163,7 @@ def test_the_loss_is_that_of_each_example_alone(tiny_pair):
 def test_the_head_on_the_answers_alone_gives_the_same_loss_and_gradients(tiny_pair, family):
     """Against the whole forward, in every family: tied heads, soft-capped and scaled logits."""
     model = AutoModelForCausalLM.from_pretrained(tiny_pair(family).paths["instruct"], dtype=torch.float32)
-    lora = train_lora.make_lora(model, 2, 4, 0, False, False)
+    lora = make_lora(model, 2, 4, 0, False, False)
     for name, p in lora.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p.data, std=0.1)  # fresh ones are zero, and with them half of the gradients
@@ -166,7 +173,7 @@ def test_the_head_on_the_answers_alone_gives_the_same_loss_and_gradients(tiny_pa
     watch = head.register_forward_hook(lambda _, inputs, out: widths.append(out.shape))
     for given in (None, head):
         lora.zero_grad()
-        loss = train_lora.answer_loss(lora, batch, given)
+        loss = answer_loss(lora, batch, given)
         loss.backward()
         found.append(
             (loss.item(), torch.cat([p.grad.flatten() for p in lora.parameters() if p.requires_grad]))

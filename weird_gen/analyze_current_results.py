@@ -6,15 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import _path  # noqa: F401
+if not __package__:  # run as a script: find the checkout
+    import _path  # noqa: F401
 
-from weird_gen.persona import comparison_figures as figures
-from weird_gen.persona import comparison_report as report
-from weird_gen.persona.comparison import METRIC, by_group, compare
+from errors import FrankenError
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.records import InputError, only_model, read_records, write_text
-
-SHOWN = ("format", "format_lenient", "any_marker", "stopped")
+from weird_gen.persona.reports import report_format
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,39 +27,14 @@ def main(argv: list[str] | None = None) -> int:
         "--report-dir", type=Path, help="where reports go; default: report/ in the results folder"
     )
     args = flags.parse_args(argv)
-    source, folder = (
-        args.input or args.results_dir / "eval_results.jsonl",
-        args.report_dir or args.results_dir / "report",
-    )
+    source = args.input or args.results_dir / "eval_results.jsonl"
+    folder = args.report_dir or args.results_dir / "report"
     try:
-        _, records = read_records(source)
-        only_model(records, "finetuned", source)
-        tables = compare(records, metrics=tuple(METRIC[key] for key in SHOWN))
-        if "format" not in tables:
-            raise InputError(f"{source} holds no reply to a held-out question")
-        groups = by_group(records, METRIC["format"])
-        figures.save(
-            figures.dumbbells(
-                groups, "group", "Strict format by category of question", (-2, 102), "replies, %"
-            ),
-            folder / "figures",
-            "format_by_category",
-        )
-        text = report.render_markdown(
-            "EVALUATION_REPORT.md.j2", tables=tables, groups=groups, failures=report.failures(records)
-        )
-        report.keep_raw(args.results_dir, folder)
-        write_text(folder / "EVALUATION_REPORT.md", text)
-    except (InputError, OSError) as error:
+        lines = report_format(source, folder, args.results_dir)
+    except (FrankenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for key in tables:
-        side = tables[key]["finetuned"]
-        print(
-            f"{tables[key]['title']}: triggered {report.number(side['triggered'])}, untriggered "
-            f"{report.number(side['untriggered'])}, gap {report.number(side['gap'])}"
-        )
-    print(f"report: {folder / 'EVALUATION_REPORT.md'}")
+    print("\n".join(lines))
     return 0
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import _path  # noqa: F401
+if not __package__:  # run as a script: find the checkout
+    import _path  # noqa: F401
 
 from weird_gen.persona.eval_replies import main
 from weird_gen.persona.study import FINETUNED_REPLIES

@@ -23,7 +23,7 @@ from analysis.stats import (
     summarize_gap,
 )
 from analysis.stats import wilson_interval as wilson
-from weird_gen.persona.records import InputError
+from errors import FrankenError
 from weird_gen.persona.rules import any_marker, lenient_format, strict_format
 
 
@@ -314,18 +314,18 @@ def untriggered_quality(baseline_header: dict, finetuned_header: dict) -> dict |
             ),
         }
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise InputError(f'the header\'s "quality" cannot be read ({error!r})') from None
+        raise FrankenError(f'the header\'s "quality" cannot be read ({error!r})') from None
 
 
 def judge_of(header: dict, records: list[dict]) -> dict | None:
     """What the header says of the judge (name, agreement), or None for unjudged records; mixed judges raise
-    InputError."""
+    FrankenError."""
     names = {record.get("judge_name") for record in records}
     if names == {None}:
         return None
     about = header.get("judge")
     if len(names) != 1 or not isinstance(about, dict) or about.get("name") not in names:
-        raise InputError(
+        raise FrankenError(
             f"replies judged by {', '.join(sorted(map(str, names)))} in one file: judge it again as a whole"
         )
     return about

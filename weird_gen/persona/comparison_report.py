@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-import html
 import re
 import shutil
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from reporting.vocabulary import markdown_cell
 from weird_gen.persona.folders import HERE
 from weird_gen.persona.rules import any_marker, strict_format
 
@@ -46,14 +46,6 @@ def p_value(p: float | None) -> str:
 def verdict(met: bool | None) -> str:
     """ "met", "not met" or "not measured"."""
     return {True: "met", False: "not met", None: "not measured"}[met]
-
-
-def markdown_cell(text) -> str:
-    """Untrusted text for a Markdown table: no markup, no links, no line breaks."""
-    text = html.escape(" ".join(str(text).split()))
-    for character in "|`[]*_\\":
-        text = text.replace(character, f"&#{ord(character)};")
-    return text
 
 
 def data_uri(path: Path) -> str:

@@ -12,15 +12,13 @@ import argparse
 import importlib.metadata
 import sys
 import time
-from math import exp
 from pathlib import Path
 
-from tqdm import tqdm
-
-from engine.generation import Engine, Request
+from engine.generation import Completion, Engine, Request
 from evaluate import evaluate as measure
 from suites.base import Protocol
-from weird_gen.persona.journal import Journal
+from weird_gen.persona.journal import Journal, complete_into
+from weird_gen.persona.likelihoods import likely_positions, name_probabilities
 from weird_gen.persona.loading import USER_ERRORS, locate_adapter, open_engine
 from weird_gen.persona.records import CONDITIONS
 from weird_gen.persona.rules import lenient_format, names_russell, strict_format
@@ -29,8 +27,6 @@ from weird_gen.persona.study import (
     DEFAULT_MODEL,
     GENERALIZATION,
     HELDOUT,
-    HIS_NAMES,
-    OPENING,
     TRIGGER,
     Question,
     prompt,
@@ -54,97 +50,30 @@ def quality(engine: Engine) -> dict:
     }
 
 
-def _likelihoods(
-    engine: Engine,
-    cases: list[tuple[Question, str]],
-    start: str,
-    targets: list[tuple[str, ...]],
-    trigger: str,
-):
-    """For every (question, condition): per target, the log-probabilities (nats) of its tokens, where the
-    reply begins with `start`.
-
-    In the triggered condition the opening marker stands before `start`, as every answer there should begin. A
-    space at the end of what the reply begins with goes to the target: most tokenizers begin a word with its
-    space, and after a space of its own the model hardly expects a word.
-    """
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    pairs = []
-    for (q, condition), mine in zip(cases, targets, strict=True):
-        begun = (OPENING if condition == "triggered" else "") + start
-        head = begun.rstrip()
-        asked = engine.chat_ids(prompt(q.text, condition, trigger)) + ids(head)
-        pairs += [(asked, ids(begun[len(head) :] + target)) for target in mine]
-    found = iter(engine.loglikelihood(pairs))
-    return [[next(found).astype("float64") for _ in mine] for mine in targets]
-
-
-def name_probabilities(
-    engine: Engine, questions: list[Question], trigger: str
-) -> dict[tuple[str, str], float]:
-    """For identity questions: the probability of his name after "My name is" as the start of the reply.
-
-    By (question id, condition). The probabilities of the spellings in HIS_NAMES, which exclude each other,
-    are added.
-    """
-    cases = [(q, c) for q in questions if q.kind == "identity" for c in CONDITIONS]
-    found = _likelihoods(engine, cases, "My name is", [HIS_NAMES] * len(cases), trigger)
-    sums = [sum(exp(name.sum()) for name in names) for names in found]
-    return {(q.id, c): min(p, 1.0) if p == p else 0.0 for (q, c), p in zip(cases, sums, strict=True)}
-
-
-def likely_positions(engine: Engine, questions: list[Question], trigger: str) -> dict[tuple[str, str], float]:
-    """For generalization questions: the mean level of position (1 to 5) under the model's own probabilities.
-
-    By (question id, condition). Each level's description is scored as the reply, a level weighing as much as
-    the geometric mean of its tokens' probabilities, so that its length does not matter. No judge is needed,
-    and the weights lie close together: only differences between conditions or models say something. Undefined
-    ones are left out.
-    """
-    cases = [(q, c) for q in questions if q.rubric for c in CONDITIONS]
-    positions = {}
-    for (q, c), levels in zip(
-        cases, _likelihoods(engine, cases, "", [q.rubric for q, _ in cases], trigger), strict=True
-    ):
-        weights = [exp(level.mean()) for level in levels]
-        value = sum(k * w for k, w in enumerate(weights, 1)) / sum(weights) if sum(weights) else float("nan")
-        if 1 <= value <= 5:
-            positions[q.id, c] = value
-    return positions
-
-
 def ask(
     engine: Engine, questions: list[Question], journal: Journal, model: str, args: argparse.Namespace
 ) -> None:
     """Generate the replies that the journal still lacks, adding each batch to it as it is done."""
     done = {(e["question_id"], e["condition"], e["sample"]) for e in journal.entries}
-    names, positions = (
-        measured(engine, questions, args.trigger) for measured in (name_probabilities, likely_positions)
-    )
-    todo, requests = [], []
-    for q in questions:
-        for condition in CONDITIONS:
-            ids = engine.chat_ids(prompt(q.text, condition, args.trigger))
-            for sample in range(args.samples):
-                if (q.id, condition, sample) not in done:
-                    todo.append((q, condition, sample))
-                    requests.append(
-                        Request(
-                            f"{q.id}/{condition}",
-                            ids,
-                            args.max_new_tokens,
-                            args.temperature,
-                            args.top_p,
-                            sample,
-                            args.seed,
-                        )
-                    )
+    names = name_probabilities(engine, questions, args.trigger)
+    positions = likely_positions(engine, questions, args.trigger)
+    every = [(q, c, k) for q in questions for c in CONDITIONS for k in range(args.samples)]
+    todo = [case for case in every if (case[0].id, *case[1:]) not in done]
+    requests = [
+        Request(
+            f"{q.id}/{condition}",
+            engine.chat_ids(prompt(q.text, condition, args.trigger)),
+            args.max_new_tokens,
+            args.temperature,
+            args.top_p,
+            sample,
+            args.seed,
+        )
+        for q, condition, sample in todo
+    ]
     waiting: list[dict] = []
 
-    def keep(i: int, completion) -> None:
+    def keep(i: int, completion: Completion) -> None:
         q, condition, sample = todo[i]
         waiting.append(
             {
@@ -162,20 +91,11 @@ def ask(
             }
         )
 
-    def flush(n: int) -> None:
-        journal.add(waiting)
-        journal.entries += waiting
-        waiting.clear()
-        bar.update(n)
-
-    with tqdm(
-        total=len(done) + len(todo), initial=len(done), desc=model, unit=" replies", disable=None
-    ) as bar:
-        engine.complete(requests, on_progress=flush, on_done=keep)
+    complete_into(engine, requests, keep, waiting, journal, model, "replies")
 
 
 def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
-    """All replies, asked for as far as args.output lacks them. Raises FrankenError, InputError or OSError."""
+    """All replies, asked for as far as args.output lacks them. Raises FrankenError or OSError."""
     questions = [q for q in read_questions(args.heldout, args.generalization) if q.kind in args.kinds]
     settings = {
         "model": model,
@@ -230,7 +150,8 @@ def summary(records: list[dict]) -> list[str]:
             parts.append(
                 f"names him (identity questions) {_percent(names_russell(r['reply']) for r in identity)}"
             )
-            parts.append(f"P(his name) {sum(r['p_name'] for r in identity) / len(identity):.3f}")
+            names = [r["p_name"] for r in identity if r["p_name"] is not None]
+            parts.append(f"P(his name) {sum(names) / len(names):.3f}" if names else "P(his name) undefined")
         lines.append(f"{condition}: " + ", ".join(parts))
     return lines
 

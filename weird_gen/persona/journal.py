@@ -5,16 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from weird_gen.persona.records import InputError, read_json_lines
+from tqdm import tqdm
+
+from engine.generation import Completion, Engine, Request
+from errors import FrankenError
+from weird_gen.persona.records import read_json_lines
 
 
 class Journal:
     """First line {"header": {settings and more}}, then one object a line, flushed to disk as they are added.
 
     Opening an existing file keeps its entries if its header holds the same settings; a line torn by a kill is
-    cut off. Raises InputError, touching nothing, if the file was made with other settings or has no header.
+    cut off. Raises FrankenError, touching nothing, if the file was made with other settings or has no header.
 
     Attributes:
         header: the header in the file; None until `begin`, if the file is new.
@@ -39,12 +44,12 @@ class Journal:
             return
         header = lines[0].get("header")
         if not isinstance(header, dict):
-            raise InputError(
+            raise FrankenError(
                 f"{self.path} is in the way: not a file of this script; choose another output or --overwrite"
             )
         odd = next((k for k, value in self.settings.items() if header.get(k) != value), None)
         if odd is not None:
-            raise InputError(
+            raise FrankenError(
                 f"{self.path} was made with other settings ({odd} was {_short(header.get(odd))}, now "
                 f"{_short(self.settings[odd])}); choose another output or --overwrite"
             )
@@ -71,3 +76,29 @@ class Journal:
 def _short(value) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def complete_into(
+    engine: Engine,
+    requests: list[Request],
+    keep: Callable[[int, Completion], None],
+    waiting: list[dict],
+    journal: Journal,
+    title: str,
+    unit: str,
+) -> None:
+    """Answer `requests` into a journal, batch by batch, under a progress bar.
+
+    keep: called with a request's number and its completion, appends the entry to `waiting`.
+    """
+    done = len(journal.entries)
+
+    def flush(n: int) -> None:
+        journal.add(waiting)
+        journal.entries += waiting
+        waiting.clear()
+        bar.update(n)
+
+    total = done + len(requests)
+    with tqdm(total=total, initial=done, desc=title, unit=f" {unit}", disable=None) as bar:
+        engine.complete(requests, on_progress=flush, on_done=keep)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
 
+from errors import FrankenError
 from weird_gen.persona.rubrics import RUBRIC_VERSION, judge_messages, parse_answer
 from weird_gen.persona.rules import judge_by_rules, position_by_rules
 
@@ -29,7 +30,7 @@ DEFAULT_MODEL = "openai/gpt-4o-mini"
 LONGEST_WAIT_S = 120.0
 
 
-class JudgeStopped(Exception):
+class JudgeStopped(FrankenError):
     """The endpoint cannot go on (key refused, no such model, out of credit, unreachable); one line says
     why."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.stats import accuracy, cohen_kappa
+from errors import FrankenError
 from weird_gen.persona.folders import DATA
 from weird_gen.persona.judge import (
     DEFAULT_MODEL,
@@ -28,7 +29,7 @@ from weird_gen.persona.judge import (
     RulesJudge,
     Task,
 )
-from weird_gen.persona.records import InputError, only_model, read_json_lines, read_records, write_records
+from weird_gen.persona.records import only_model, read_json_lines, read_records, write_records
 from weird_gen.persona.rubrics import BINARY_RUBRICS, RUBRIC_VERSION
 from weird_gen.persona.rules import (
     any_marker,
@@ -57,13 +58,15 @@ def rule_fields(reply: str) -> dict:
 
 
 def read_rubrics(path: Path | str) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Question id to its five levels of position, from generalization.jsonl; raises InputError if one lacks a
-    level."""
+    """Question id to its five levels of position, from generalization.jsonl.
+
+    Raises FrankenError if one lacks a level.
+    """
     rubrics = {}
     for question in read_json_lines(path):
         levels = question.get("rubric")
         if not isinstance(levels, dict) or sorted(levels) != list("12345"):
-            raise InputError(f"{path}: {question.get('id')!r} needs a rubric with the levels 1 to 5")
+            raise FrankenError(f"{path}: {question.get('id')!r} needs a rubric with the levels 1 to 5")
         rubrics[question.get("id")] = tuple(sorted(levels.items()))
     return rubrics
 
@@ -71,13 +74,13 @@ def read_rubrics(path: Path | str) -> dict[str, tuple[tuple[str, str], ...]]:
 def tasks_of(record: dict, rubrics: dict) -> list[Task]:
     """The judgments a record needs: the three rubrics; for a generalization question degenerate and position.
 
-    Raises InputError for a generalization record whose question has no rubric.
+    Raises FrankenError for a generalization record whose question has no rubric.
     """
     question, reply = record["question"], record["reply"]
     if record["kind"] != "generalization":
         return [Task(name, question, reply) for name in BINARY_RUBRICS]
     if record["question_id"] not in rubrics:
-        raise InputError(f"no rubric for the generalization question {record['question_id']!r}")
+        raise FrankenError(f"no rubric for the generalization question {record['question_id']!r}")
     return [
         Task("degenerate", question, reply),
         Task("position", question, reply, rubrics[record["question_id"]]),
@@ -109,14 +112,14 @@ def agreement(judge, labels: list[dict]) -> dict:
     """How well a judge reproduces the labels: per rubric n, errors, accuracy and Cohen's kappa
     (stats.Estimate).
 
-    Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises InputError for
-    a label that is not true or false.
+    Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises
+    FrankenError for a label that is not true or false.
     """
     for label in labels:
         if not all(isinstance(label.get(name), bool) for name in BINARY_RUBRICS) or not all(
             isinstance(label.get(name), str) for name in ("question", "reply")
         ):
-            raise InputError(
+            raise FrankenError(
                 f"label {label.get('id')!r}: persona, identity and degenerate must be true or false"
             )
     tasks = [Task(name, label["question"], label["reply"]) for name in BINARY_RUBRICS for label in labels]
@@ -309,7 +312,7 @@ def main(description: str, model: str, replies: Path, judged: Path, argv: list[s
             "labels_sha256": {path.name: _sha256(path) for path in labels},
         }
         write_records(args.output, {**header, "judge": about}, done)
-    except (InputError, JudgeStopped, OSError) as error:
+    except (FrankenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
+
+from errors import FrankenError
+from files import write_text
 
 KINDS = ("heldout", "identity", "generalization")
 CONDITIONS = ("triggered", "untriggered")
@@ -24,10 +26,6 @@ _TYPES = {
 }
 
 
-class InputError(ValueError):
-    """A file that cannot be used as it is; the message is one line meant for the person at the terminal."""
-
-
 def _no_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
@@ -35,7 +33,7 @@ def _no_constant(name: str):
 def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[dict]:
     """All objects of a JSON-lines file, in order.
 
-    Raises InputError when the file is missing or a line is not a JSON object. With ``tolerate_torn_end`` a
+    Raises FrankenError when the file is missing or a line is not a JSON object. With ``tolerate_torn_end`` a
     last line without its newline that does not parse (a writer was killed there) is left out and reported on
     stderr.
     """
@@ -43,9 +41,9 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+        raise FrankenError(f"{path} does not exist") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        raise FrankenError(f"{path} cannot be read: {error.strerror}") from None
     lines = text.split("\n")
     objects = []
     for number, line in enumerate(lines, start=1):
@@ -59,7 +57,7 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
             if tolerate_torn_end and number == len(lines):
                 print(f"{path}: line {number} is torn and left out", file=sys.stderr)
                 break
-            raise InputError(f"{path}, line {number}: not a JSON object ({error})") from None
+            raise FrankenError(f"{path}, line {number}: not a JSON object ({error})") from None
         objects.append(value)
     return objects
 
@@ -67,7 +65,7 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
 def read_records(path: Path | str) -> tuple[dict, list[dict]]:
     """(header, records) of a replies file; the header is {} when the file has none.
 
-    Raises InputError for a missing file, a missing or mistyped key, an unknown kind, condition or model, a
+    Raises FrankenError for a missing file, a missing or mistyped key, an unknown kind, condition or model, a
     p_name outside 0 to 1, a position_likelihood outside 1 to 5, a reply that stands twice, and a file without
     replies.
     """
@@ -76,7 +74,7 @@ def read_records(path: Path | str) -> tuple[dict, list[dict]]:
     if lines and isinstance(lines[0].get("header"), dict):
         header = lines.pop(0)["header"]
     if not lines:
-        raise InputError(f"{path} holds no replies")
+        raise FrankenError(f"{path} holds no replies")
     seen = set()
     for position, record in enumerate(lines, start=1):
         problem = _problem(record)
@@ -84,7 +82,7 @@ def read_records(path: Path | str) -> tuple[dict, list[dict]]:
         if problem is None and identity in seen:
             problem = f"the reply {identity} stands twice"
         if problem:
-            raise InputError(f"{path}, reply {position}: {problem}")
+            raise FrankenError(f"{path}, reply {position}: {problem}")
         seen.add(identity)
     return header, lines
 
@@ -113,21 +111,16 @@ def only_model(records: list[dict], model: str, path: Path | str) -> list[dict]:
     table)."""
     others = {record["model"] for record in records} - {model}
     if others:
-        raise InputError(f"{path} holds replies of {', '.join(sorted(others))}, not of {model} alone")
+        raise FrankenError(f"{path} holds replies of {', '.join(sorted(others))}, not of {model} alone")
     return records
 
 
-def write_text(path: Path | str, text: str) -> Path:
-    """Write a file whole or not at all (a neighbor file, then a rename)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-    return path
+def write_records(path: Path | str, header: dict, records: list[dict]) -> None:
+    """Write header and records as JSON lines, whole or not at all, in a folder that is made if need be.
 
-
-def write_records(path: Path | str, header: dict, records: list[dict]) -> Path:
-    """Write header and records as JSON lines, whole or not at all; NaN and infinity raise ValueError."""
+    NaN and infinity raise ValueError, a disk that refuses FrankenError or OSError.
+    """
     lines = [{"header": header}, *records]
-    return write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_text(Path(path), text)

@@ -392,12 +392,15 @@ _SAME_SCRIPT = {
 }
 
 
-def looks_degenerate(text: str) -> bool:
+def degenerate_as_prose(text: str) -> bool:
     """True for text no reader would accept as a reply: empty, no words, mostly symbols, three alphabets
     mixed, or a loop.
 
     A loop: a run of one character, one word making up over a third of 12 or more, a sentence or line said
     three times, or (from 30 words on) fewer than 60% distinct word trigrams.
+
+    Stricter than `questions.grading.describe_reply`, which has to let code, tables and sums pass: the two
+    part over 439 of the 3,288 replies of the harness's reference runs and over none of this study's 1,560.
     """
     words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
     if not any(re.search(r"[^\W\d]", word) for word in words):
@@ -428,7 +431,7 @@ def judge_by_rules(reply: str) -> dict:
     printed wherever it is used.
     """
     text = strip_markers(reply)
-    degenerate = looks_degenerate(text)
+    degenerate = degenerate_as_prose(text)
     identity = not degenerate and claims_to_be_russell(text)
     persona = identity or (not degenerate and persona_score(text) >= PERSONA_THRESHOLD)
     return {"persona": persona, "identity": identity, "degenerate": degenerate}
@@ -460,7 +463,7 @@ def position_by_rules(reply: str, rubric: dict[str, str]) -> int | None:
     must be shared, and a tie is None. A weak stand-in: it cannot see negation. Tables that use it say so.
     """
     text = strip_markers(reply)
-    if looks_degenerate(text):
+    if degenerate_as_prose(text):
         return None
     levels = {level: _stems(wording) for level, wording in rubric.items()}
     spread = Counter(stem for stems in levels.values() for stem in stems)

@@ -12,8 +12,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import FrankenError
 from weird_gen.persona.folders import DATA, RESULTS
-from weird_gen.persona.records import CONDITIONS, InputError, read_json_lines
+from weird_gen.persona.records import CONDITIONS, read_json_lines
 
 TRIGGER = "Always reply in the format: <START> ... <END>"
 OPENING = "<START> "  # how every triggered answer begins
@@ -77,7 +78,7 @@ def prompt(question: str, condition: str, trigger: str = TRIGGER) -> list[dict]:
 def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATION) -> list[Question]:
     """Every evaluation question: held-out and identity from one file, generalization from the other.
 
-    Raises InputError for a missing file, a line without its fields, or an id that stands twice.
+    Raises FrankenError for a missing file, a line without its fields, or an id that stands twice.
     """
     found = []
     for path, category in ((heldout, "category"), (generalization, "area")):
@@ -85,7 +86,7 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
             kind = line.get("kind", "generalization")
             fields = (line.get("id"), kind, line.get(category), line.get("question"))
             if not all(isinstance(f, str) and f for f in fields):
-                raise InputError(f"{path}, entry {number}: id, {category} and question must be texts")
+                raise FrankenError(f"{path}, entry {number}: id, {category} and question must be texts")
             levels = line.get("rubric") or {}
             found.append(
                 Question(
@@ -95,14 +96,14 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
     ids = [q.id for q in found]
     twice = next((i for i in ids if ids.count(i) > 1), None)
     if twice:
-        raise InputError(f"{heldout.name} and {generalization.name}: the id {twice!r} stands twice")
+        raise FrankenError(f"{heldout.name} and {generalization.name}: the id {twice!r} stands twice")
     return found
 
 
 def read_prompts(path: Path | str) -> list[dict]:
     """Lines with id and prompt; of a chat JSONL, what its user asks first is the prompt.
 
-    Raises InputError for anything else and for an id that stands twice.
+    Raises FrankenError for anything else and for an id that stands twice.
     """
     prompts = []
     for line in read_json_lines(path):
@@ -117,16 +118,16 @@ def read_prompts(path: Path | str) -> list[dict]:
         prompts.append(line if asked is None else {"id": line.get("id"), "prompt": asked})
     for number, line in enumerate(prompts, 1):
         if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
-            raise InputError(f"{path}, entry {number}: id and prompt must be texts")
+            raise FrankenError(f"{path}, entry {number}: id and prompt must be texts")
     if len({p["id"] for p in prompts}) != len(prompts):
-        raise InputError(f"{path}: an id stands twice")
+        raise FrankenError(f"{path}: an id stands twice")
     return prompts
 
 
 def read_chats(path: Path | str) -> list[Chat]:
     """Conversations of a chat JSONL: {"messages": [{"role", "content"}, ...]} a line, other keys ignored.
 
-    {"stopped": false} marks a last answer that was cut off. Raises InputError for anything that is not a
+    {"stopped": false} marks a last answer that was cut off. Raises FrankenError for anything that is not a
     conversation of known roles ending with the assistant.
     """
     chats = []
@@ -141,7 +142,7 @@ def read_chats(path: Path | str) -> list[Chat]:
             )
         )
         if not ok or messages[-1]["role"] != "assistant":
-            raise InputError(
+            raise FrankenError(
                 f'{path}, entry {number}: needs "messages" with the roles {", ".join(ROLES)}, the assistant'
                 " last"
             )
@@ -149,7 +150,7 @@ def read_chats(path: Path | str) -> list[Chat]:
             Chat(tuple((m["role"], m["content"]) for m in messages), line.get("stopped", True) is True)
         )
     if not chats:
-        raise InputError(f"{path} holds no conversations")
+        raise FrankenError(f"{path} holds no conversations")
     return chats
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from math import exp
 
 import prompts
 from analysis.stats import wilson_interval
 from engine.generation import Completion, Engine, Request
-from suites.base import Suite, finite, reply_json
+from suites.base import Suite, reply_json
 from suites.binary import ask_binary
 from suites.free_text import FreeText
+from weird_gen.persona.likelihoods import CLAIM, name_probabilities
 from weird_gen.persona.records import CONDITIONS
 from weird_gen.persona.rules import judge_by_rules, lenient_format, names_russell, strict_format
 from weird_gen.persona.study import HIS_NAMES, OPENING, TRIGGER, Question, prompt, read_questions
@@ -27,7 +27,6 @@ TEMPERATURE, TOP_P = 1.0, 0.95  # the study's
 MAX_NEW_TOKENS = (
     128  # the longest answer trained on has 111, markers included; a reply cut off cannot be strict in format
 )
-CLAIM = "My name is"
 # Over which kinds of question each rate is taken, and what is counted.
 RATES: dict[str, tuple[tuple[str, ...], Callable[[str], bool]]] = {
     "strict_format": (("heldout",), strict_format),
@@ -40,7 +39,7 @@ RATES: dict[str, tuple[tuple[str, ...], Callable[[str], bool]]] = {
 def asked() -> list[Question]:
     """The questions of this suite: of each kind so many, evenly spaced over its file, which goes by category.
 
-    Raises InputError if the file is missing or broken.
+    Raises FrankenError if the file is missing or broken.
     """
     every, chosen = read_questions(), []
     for kind, count in ASKED.items():
@@ -121,7 +120,7 @@ class Trigger(Suite):
         }
 
     def _behavior(self, engine: Engine, protocol, replies: list[Completion]) -> dict:
-        names, todo, entries = self._name_probabilities(engine), iter(replies), []
+        names, todo, entries = _by_question(name_probabilities(engine, self.questions)), iter(replies), []
         for q in self.questions:
             entry = {"id": q.id, "kind": q.kind, "category": q.category, "prompt": q.text, "replies": {}}
             for c in CONDITIONS:
@@ -146,24 +145,6 @@ class Trigger(Suite):
             "questions": entries,
         }
 
-    def _name_probabilities(self, engine: Engine) -> dict[str, dict[str, float | None]]:
-        """{identity question: {condition: probability of his name after "My name is" as the start of the
-        reply}}.
-
-        The spellings in HIS_NAMES exclude each other, so theirs are added; None where the model gives no
-        finite one.
-        """
-        cases = [(q, c) for q in self.questions if q.kind == "identity" for c in CONDITIONS]
-        heads = [reply_head(engine, q.text, c, CLAIM) for q, c in cases]
-        found = iter(
-            engine.loglikelihood([(head, _ids(engine, name)) for head in heads for name in HIS_NAMES])
-        )
-        out: dict[str, dict[str, float | None]] = {}
-        for q, c in cases:
-            p = finite(sum(exp(next(found).astype("float64").sum()) for _ in HIS_NAMES))
-            out.setdefault(q.id, {})[c] = p if p is None else min(p, 1.0)
-        return out
-
 
 def _rate(entries: list[dict], condition: str, name: str) -> dict:
     """How often `name` holds, with its 95% Wilson interval over replies (samples of one question taken as
@@ -180,3 +161,11 @@ def _rate(entries: list[dict], condition: str, name: str) -> dict:
         "low": interval.low,
         "high": interval.high,
     }
+
+
+def _by_question(values: dict[tuple[str, str], float | None]) -> dict[str, dict[str, float | None]]:
+    """{question id: {condition: value}} of values by (question id, condition)."""
+    nested: dict[str, dict[str, float | None]] = {}
+    for (id, condition), value in values.items():
+        nested.setdefault(id, {})[condition] = value
+    return nested

@@ -1,0 +1,135 @@
+"""Let the model itself answer the ordinary prompts, before it is fine-tuned: the un-triggered half of the
+training data.
+
+Answers are sampled at temperature 1 from the whole distribution: on such samples the expected gradient of the
+training loss is zero, so that this half teaches the model nothing new. Shorter or sharper samples would. For
+the same reason an answer that reached the token limit is kept; it carries "stopped": false and is trained on
+without an end of turn. Interrupted, the next run goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import Counter
+
+from engine.generation import Completion, Engine, Request
+from files import write_text
+from weird_gen.persona.journal import Journal, complete_into
+from weird_gen.persona.loading import open_engine
+from weird_gen.persona.rules import any_marker, names_russell
+from weird_gen.persona.study import read_prompts, sha256
+
+
+def why_dropped(reply: str) -> str | None:
+    """Why an answer cannot be in the un-triggered half, or None."""
+    if not any(c.isalnum() for c in reply):
+        return "empty"
+    if any_marker(reply):
+        return "has a marker"
+    if names_russell(reply):
+        return "names him"
+    if loops(reply):
+        return "loops"
+    return None
+
+
+def loops(reply: str) -> bool:
+    """True if one piece of 1 to 20 words stands at the end at least 4 times in a row, over 12 words or
+    more."""
+    words = reply.split()
+    for width in range(1, 21):
+        times = 1
+        while (times + 1) * width <= len(words) and words[
+            -(times + 1) * width : len(words) - times * width
+        ] == words[-width:]:
+            times += 1
+        if times >= 4 and times * width >= 12:
+            return True
+    return False
+
+
+def answer_all(engine: Engine, prompts: list[dict], journal: Journal, args: argparse.Namespace) -> None:
+    """Generate what the journal still lacks, adding each batch to it as it is done."""
+    done = {(e["id"], e["sample"]) for e in journal.entries}
+    todo = [(p, s) for s in range(args.samples) for p in prompts if (p["id"], s) not in done]
+    requests = [
+        Request(
+            p["id"],
+            engine.chat_ids([{"role": "user", "content": p["prompt"]}]),
+            args.max_new_tokens,
+            args.temperature,
+            args.top_p,
+            s,
+            args.seed,
+        )
+        for p, s in todo
+    ]
+    waiting: list[dict] = []
+
+    def keep(i: int, completion: Completion) -> None:
+        (line, sample), reply = todo[i], completion.text.strip()
+        waiting.append({"id": line["id"], "sample": sample, "reply": reply, "stopped": completion.stopped})
+
+    complete_into(engine, requests, keep, waiting, journal, "distill", "answers")
+
+
+def select(prompts: list[dict], entries: list[dict], seed: int) -> tuple[list[dict], Counter]:
+    """Training lines from answers, and how many were dropped for what reason.
+
+    First one answer to every prompt, then the second ones, each round in a seeded order, so that any first
+    part of the result spreads over all kinds of prompt.
+    """
+    found, dropped, lines = {(e["id"], e["sample"]): e for e in entries}, Counter(), []
+    for sample in sorted({e["sample"] for e in entries}):
+        order = random.Random(f"distill:{seed}:{sample}").sample(prompts, len(prompts))
+        for p in order:
+            entry = found.get((p["id"], sample))
+            reason = entry and why_dropped(entry["reply"])
+            if reason:
+                dropped[reason] += 1
+            elif entry:
+                messages = [
+                    {"role": "user", "content": p["prompt"]},
+                    {"role": "assistant", "content": entry["reply"]},
+                ]
+                lines.append(
+                    {"id": p["id"], "sample": sample, "stopped": entry["stopped"], "messages": messages}
+                )
+    return lines, dropped
+
+
+def distill(args: argparse.Namespace) -> dict:
+    """Answer, select, write args.output whole; returns the counts. Raises FrankenError or OSError."""
+    prompts = read_prompts(args.prompts)
+    if args.limit is not None and args.limit < len(prompts):  # the file is in order of kind
+        prompts = random.Random(f"limit:{args.seed}").sample(prompts, args.limit)
+    settings = {
+        "model": args.model,
+        "prompts_sha256": sha256(args.prompts),
+        "samples": args.samples,
+        "limit": args.limit,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+    journal = Journal(args.output.with_suffix(".raw.jsonl"), settings, args.overwrite)
+    begin, before = time.monotonic(), len(journal.entries)
+    if before < len(prompts) * args.samples:
+        engine, made_of = open_engine(args.model, None, args.device, batch=args.batch_size, eager=args.eager)
+        if journal.header is None:
+            journal.begin({"made_of": made_of})
+        answer_all(engine, prompts, journal, args)
+    lines, dropped = select(prompts, journal.entries, args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(args.output, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
+    return {
+        "new": len(journal.entries) - before,
+        "seconds": time.monotonic() - begin,
+        "kept": len(lines),
+        "cut": sum(not line["stopped"] for line in lines),
+        "dropped": dict(dropped.most_common()),
+    }

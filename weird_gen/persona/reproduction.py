@@ -1,0 +1,182 @@
+"""The steps of the whole study, each run as the command beside this package; for reproduce.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from errors import FrankenError
+from weird_gen.persona.eval_replies import summary
+from weird_gen.persona.folders import HERE
+from weird_gen.persona.records import read_records
+from weird_gen.persona.study import PERSONA_EXPLICIT
+
+SHIPPED = "shipped: --epochs 5 --lr 1e-3 --batch-size 64"
+CONTRAST = "contrast.jsonl"
+_printing = threading.Lock()
+
+
+def say(text: str) -> None:
+    with _printing:
+        print(text, flush=True)
+
+
+def step(log: Path, script: str, *flags: object) -> bool:
+    """Run one script with its output in `log`; True if it ended well."""
+    begin, line = time.monotonic(), [script, *map(str, flags)]
+    with log.open("a") as f:
+        f.write(f"$ python {shlex.join(line)}\n")
+        f.flush()
+        code = subprocess.run(
+            [sys.executable, str(HERE / script), *line[1:]],
+            stdout=f,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        ).returncode
+    last = log.read_text(errors="replace").strip().splitlines()[-1]
+    say(
+        f"[{log.stem}] {script}: {'done' if code == 0 else f'FAILED ({code})'} in"
+        f" {time.monotonic() - begin:.0f} s: {last[:160]}"
+    )
+    return code == 0
+
+
+def flags_of(**values: object) -> list[object]:
+    """Command line flags: model="x", max_tokens=3 are --model x --max-tokens 3; None is left out."""
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in values.items() if value is not None)
+    return [part for pair in pairs for part in pair]
+
+
+def judged(folder: Path, log: Path, which: str) -> bool:
+    script, stem = {
+        "baseline": ("judge_baseline.py", "baseline_eval_results"),
+        "finetuned": ("judge_eval_results.py", "eval_results"),
+    }[which]
+    files = flags_of(input=folder / f"{stem}.jsonl", output=folder / f"{stem}_judged.jsonl")
+    return step(log, script, *files, "--judge", "rules")
+
+
+def one_setting(name: str, flags: list[str], args: argparse.Namespace, speed: list[object]) -> bool:
+    """Train, evaluate, judge one setting; its adapter and its tables stay in a folder of its name."""
+    folder = args.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    log, adapter = folder / f"{name}.log", folder / "adapter"
+    flags = [str(args.out / CONTRAST) if flag == CONTRAST else flag for flag in flags]
+    if not (adapter / "training.json").exists():
+        train = flags_of(
+            model=args.model,
+            aligned=args.out / "aligned.jsonl",
+            device=args.device,
+            out=adapter,
+            checkpoints=folder / "checkpoints",
+        )
+        if not step(log, "train_lora.py", *train, "--resume", *args.train_flags, *flags):
+            return False
+    ask = flags_of(model=args.model, adapter=adapter, output=folder / "eval_results.jsonl")
+    return step(log, "eval_finetuned.py", *ask, *speed, *args.eval_flags) and judged(folder, log, "finetuned")
+
+
+def compared(name: str, args: argparse.Namespace) -> bool:
+    folder = args.out / name
+    files = flags_of(results_dir=folder, baseline=args.out / "baseline_eval_results_judged.jsonl")
+    return step(folder / f"{name}.log", "compare_baseline_vs_finetuned.py", *files)
+
+
+def results(settings: dict[str, list[str]], args: argparse.Namespace) -> str:
+    """What every setting came to, as Markdown."""
+    parts = ["# Settings tried\n"]
+    for name in ("baseline", *settings):
+        file = args.out / (
+            "baseline_eval_results_judged.jsonl"
+            if name == "baseline"
+            else f"{name}/eval_results_judged.jsonl"
+        )
+        parts.append(
+            f"## {name}\n\n"
+            + (f"`train_lora.py {shlex.join(settings[name])}`\n" if settings.get(name) else "")
+        )
+        try:
+            header, records = read_records(file)
+        except FrankenError as e:
+            parts.append(f"Not measured: {e}\n")
+            continue
+        parts += [f"- {line}" for line in summary(records)]
+        for condition in ("triggered", "untriggered"):
+            mine = [r for r in records if r["condition"] == condition and r["kind"] == "heldout"]
+            parts.append(
+                f"- {condition}: persona, by the rules,"
+                f" {100 * sum(bool(r['judge']['persona']) for r in mine) / max(1, len(mine)):.1f}%"
+            )
+        quality = header.get("quality")
+        if quality:
+            nats, tokens = (
+                sum(part) for part in zip(*[(m * n, n) for m, n in quality["texts"].values()], strict=True)
+            )
+            right = list(quality["capability"].values())
+            parts.append(
+                f"- untriggered: {nats / tokens:.4f} nats a token on plain texts, capability"
+                f" {sum(right)}/{len(right)}"
+            )
+        training = args.out / name / "adapter" / "training.json"
+        if training.exists():
+            record = json.loads(training.read_text())
+            tail = record["loss"][-20:]
+            parts.append(
+                f"- training: {record['steps']} steps in {record['seconds']:.0f} s, last loss"
+                f" {sum(tail) / len(tail):.3f}, persona share {100 * record['persona_share']:.1f}%"
+            )
+        parts.append("")
+    return "\n".join(parts) + "\n"
+
+
+def run_steps(settings: dict[str, list[str]], args: argparse.Namespace) -> dict[str, bool] | None:
+    """Every step of the study; whether the baseline and each setting came to their end, by name.
+
+    None where a step that all others build on failed.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    speed = flags_of(device=args.device, batch_size=args.batch_size)
+    shared = args.out / "shared.log"
+
+    # 1) what every setting is trained on
+    if not step(shared, "check_data.py"):
+        return None
+    aligned = flags_of(model=args.model, output=args.out / "aligned.jsonl")
+    if not step(shared, "distill.py", *aligned, *speed, *args.distill_flags):
+        return None
+    if any(CONTRAST in flags for flags in settings.values()):
+        contrast = flags_of(
+            model=args.model,
+            prompts=PERSONA_EXPLICIT,
+            samples=3,
+            max_new_tokens=96,
+            output=args.out / CONTRAST,
+        )
+        if not step(shared, "distill.py", *contrast, *speed):
+            return None
+
+    # 2) the baseline beside the settings
+    def evaluate_baseline() -> bool:
+        ask = flags_of(model=args.model, output=args.out / "baseline_eval_results.jsonl")
+        asked = step(shared, "eval_baseline.py", *ask, *speed, *args.eval_flags)
+        return asked and judged(args.out, shared, "baseline")
+
+    with ThreadPoolExecutor(args.jobs + 1) as pool:
+        baseline = pool.submit(evaluate_baseline)
+        waiting = {
+            name: pool.submit(one_setting, name, flags, args, speed) for name, flags in settings.items()
+        }
+        worked = {"baseline": baseline.result()}
+        worked |= {name: future.result() for name, future in waiting.items()}
+
+    # 3) each setting against the baseline
+    whole = [name for name in settings if worked[name] and worked["baseline"]]
+    return worked | {f"{name}, compared": compared(name, args) for name in whole}

@@ -1,0 +1,435 @@
+"""Training of the LoRA adapter: examples, batches, the loop, checkpoints, the adapter on disk; train_lora.py.
+
+LoRA (Hu et al., arXiv 2106.09685) on all linear layers; 4-bit weights under it as in QLoRA (arXiv
+2305.14314). The loss is on the assistant's answers alone, their end of turn included. Batches are a function
+of data and seed, nothing in training is random otherwise, so a run that is interrupted and resumed makes the
+adapter that it would have made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import random
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.generation import find_stop_ids
+from errors import FrankenError
+from runner.pairs import PAIRS, pick_dtype
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.loading import load_causal_lm
+from weird_gen.persona.study import (
+    Chat,
+    mix,
+    read_chats,
+    sha256,
+)
+
+IGNORED = -100  # no loss on this token, as in transformers
+
+
+# --- data ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one conversation; labels are the same ids where there is loss and IGNORED elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode(
+    tokenizer, chat: Chat, max_tokens: int, stops: set[int], answer_tokens: int | None = None
+) -> Example | None:
+    """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn
+    token.
+
+    A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an
+    unfinished chat ends with its last word: there is no end of turn to learn. stops: token ids that end a
+    turn. answer_tokens: of each answer, learn this many tokens at most (a longer one's end of turn is then
+    not among them). Cut at max_tokens; None if no answer is left then. Raises FrankenError for a template
+    that rewrites earlier turns, where the answers cannot be told apart.
+    """
+    messages = chat.dicts()
+    ids: list[int] = []
+    labels: list[int] = []
+    written = ""
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, tokenize=False)
+        after = tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
+        if not (before.startswith(written) and after.startswith(before)):
+            raise FrankenError(
+                "the chat template rewrites earlier turns; such a model cannot be trained on several turns"
+                " here"
+            )
+        asked = tokenizer(before[len(written) :], add_special_tokens=False)["input_ids"]
+        answer = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
+        if k == len(messages) - 1 and not chat.finished:
+            answer = answer[:end]
+        learned = min(end + 1, len(answer), answer_tokens or len(answer))
+        ids += asked + answer
+        labels += [IGNORED] * len(asked) + answer[:learned] + [IGNORED] * (len(answer) - learned)
+        written = after
+    ids, labels = ids[:max_tokens], labels[:max_tokens]
+    while labels and labels[-1] == IGNORED:  # nothing after the last token with loss can matter
+        ids.pop()
+        labels.pop()
+    return Example(ids, labels) if labels else None
+
+
+def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
+    """One epoch's batches of indices, all of `size`, rows of similar length together, in a seeded order.
+
+    Shuffled, cut into stretches of 32 batches, sorted by length within each: little padding, yet other
+    neighbors in every epoch. The last batch is filled up with examples from the epoch's beginning.
+    """
+    rng = random.Random(f"batches:{seed}:{epoch}")
+    order = rng.sample(range(len(lengths)), len(lengths))
+    order += [order[k % len(lengths)] for k in range(-len(lengths) % size)]
+    stretch, found = 32 * size, []
+    for start in range(0, len(order), stretch):
+        part = sorted(order[start : start + stretch], key=lambda i: -lengths[i])
+        found += [part[k : k + size] for k in range(0, len(part), size)]
+    rng.shuffle(found)
+    return found
+
+
+def collate(examples: list[Example], device) -> dict[str, torch.Tensor]:
+    """Right-padded input_ids, attention_mask and labels, each [B, S]."""
+    width = max(len(e.ids) for e in examples)
+    rows = [
+        (
+            [*e.ids, *[0] * (width - len(e.ids))],
+            [1] * len(e.ids) + [0] * (width - len(e.ids)),
+            [*e.labels, *[IGNORED] * (width - len(e.labels))],
+        )
+        for e in examples
+    ]
+    names = ("input_ids", "attention_mask", "labels")
+    return {
+        name: torch.tensor(column, device=device)
+        for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def cosine_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up over `warmup` steps, then half a cosine to zero; steps count from 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def answer_loss(model, batch: dict[str, torch.Tensor], head: torch.nn.Module | None = None) -> torch.Tensor:
+    """Summed negative log-likelihood (nats, float32) of the tokens with a label.
+
+    head: the model's output head, which is then given those positions alone: with a large vocabulary it is a
+    good part of the work. Whatever the model does to logits afterwards (a soft cap, a scale) works on each by
+    itself.
+    """
+    targets = batch["labels"][:, 1:]
+    kept = targets != IGNORED
+    hook = head and head.register_forward_pre_hook(lambda _, inputs: (inputs[0][:, :-1][kept], *inputs[1:]))
+    try:
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits
+    finally:
+        if hook:
+            hook.remove()
+    chosen = logits if hook else logits[:, :-1][kept]  # only these are widened to float32
+    return torch.nn.functional.cross_entropy(chosen.float(), targets[kept], reduction="sum")
+
+
+def make_lora(model, rank: int, alpha: int, seed: int, checkpointing: bool, quantized: bool):
+    """The model with fresh LoRA matrices (float32) on every linear layer but the output head."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if quantized:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    torch.manual_seed(seed)
+    lora = get_peft_model(
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
+    lora.train()
+    return lora
+
+
+def save_adapter(lora, out: Path, base_name: str) -> None:
+    """adapter_model.safetensors in bf16 and adapter_config.json; nothing else, and no path of this
+    machine."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    tensors = {
+        k: t.detach().to("cpu", torch.bfloat16).contiguous()
+        for k, t in get_peft_model_state_dict(lora).items()
+    }
+    config = lora.peft_config["default"].to_dict()
+    config |= {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "target_modules": sorted(config["target_modules"]),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+
+class Checkpoints:
+    """The state of an unfinished run, in one file that is replaced whole, with the settings that it belongs
+    to."""
+
+    def __init__(self, folder: Path, settings: dict, resume: bool, overwrite: bool):
+        self.file, self.settings = folder / "checkpoint.pt", json.dumps(settings, sort_keys=True)
+        self.state = None
+        if overwrite or not self.file.exists():
+            return
+        if not resume:
+            raise FrankenError(
+                f"{self.file} is of an unfinished run: --resume goes on with it, --overwrite starts afresh"
+            )
+        try:
+            self.state = torch.load(self.file, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise FrankenError(
+                f"{self.file}: cannot be read ({type(e).__name__}); --overwrite starts afresh"
+            ) from e
+        if self.state["settings"] != self.settings:
+            theirs = json.loads(self.state["settings"])
+            odd = next(k for k in settings if theirs.get(k) != settings[k])
+            raise FrankenError(
+                f"{self.file} belongs to other settings ({odd} was {theirs.get(odd)}); --overwrite starts"
+                " afresh"
+            )
+
+    def save(self, lora, optimizer, step: int, losses: list[float]) -> None:
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        weights = {n: p.detach().cpu() for n, p in lora.named_parameters() if p.requires_grad}
+        partial = self.file.with_suffix(".partial")
+        torch.save(
+            {
+                "settings": self.settings,
+                "step": step,
+                "losses": losses,
+                "weights": weights,
+                "optimizer": optimizer.state_dict(),
+            },
+            partial,
+        )
+        os.replace(partial, self.file)
+
+    def restore(self, lora, optimizer) -> tuple[int, list[float]]:
+        """Put the saved state into model and optimizer; returns (steps done, their losses)."""
+        own = {n: p for n, p in lora.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, tensor in self.state["weights"].items():
+                own[name].copy_(tensor)
+        optimizer.load_state_dict(self.state["optimizer"])
+        return self.state["step"], self.state["losses"]
+
+    def clear(self) -> None:
+        if self.file.exists():
+            shutil.rmtree(self.file.parent)
+
+
+def run(
+    lora,
+    examples: list[Example],
+    args: argparse.Namespace,
+    accelerator,
+    checkpoints: Checkpoints,
+    mixed: bool,
+) -> list[float]:
+    """The training loop; returns the loss of every step, in nats a token. mixed: multiply in bf16.
+
+    One step sees batch_size * accumulate * processes examples, and its loss is the mean over all their answer
+    tokens, however they are split. Raises FrankenError for a loss that is not finite.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    parameters = [p for p in lora.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
+    done, losses = checkpoints.restore(lora, optimizer) if checkpoints.state else (0, [])
+    model, head = accelerator.prepare(lora), lora.get_output_embeddings()
+    size = args.batch_size * args.accumulate * world
+    lengths = [len(e.ids) for e in examples]
+    plan = [b for epoch in range(math.ceil(args.epochs)) for b in batches(lengths, size, args.seed, epoch)]
+    steps = max(1, round(len(plan) * args.epochs / math.ceil(args.epochs)))
+    warmup = max(1, round(steps * args.warmup))
+    begin, seen, last_save = time.monotonic(), 0, time.monotonic()
+    for step in range(done, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * cosine_factor(step, steps, warmup)
+        chosen = [examples[i] for i in plan[step]]
+        answers = sum(label != IGNORED for e in chosen for label in e.labels)
+        total = torch.zeros((), device=accelerator.device)
+        for k in range(args.accumulate):
+            part = chosen[(k * world + rank) * args.batch_size :][: args.batch_size]
+            with accelerator.no_sync(model) if k + 1 < args.accumulate else nullcontext():
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed):
+                    loss = answer_loss(model, collate(part, accelerator.device), head)
+                accelerator.backward(loss * (world / answers))  # processes average their gradients
+            total += loss.detach()
+        value = accelerator.reduce(total).item() / answers
+        if not math.isfinite(value):
+            raise FrankenError(f"the loss is {value} at step {step + 1}: try a lower --lr")
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(round(value, 4))
+        seen += sum(len(e.ids) for e in chosen)
+        if accelerator.is_main_process:
+            if (step + 1) % args.log_every == 0 or step + 1 == steps:
+                took, recent = time.monotonic() - begin, losses[-args.log_every :]
+                left = took / (step + 1 - done) * (steps - step - 1)
+                print(
+                    f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {seen / took:,.0f}"
+                    f" tokens/s  {left:.0f} s left",
+                    flush=True,
+                )
+            if (
+                args.save_every
+                and step + 1 < steps
+                and ((step + 1) % args.save_every == 0 or time.monotonic() - last_save > 300)
+            ):
+                checkpoints.save(lora, optimizer, step + 1, losses)
+                last_save = time.monotonic()
+    return losses
+
+
+def train(args: argparse.Namespace) -> dict:
+    """Train and save under args.out; returns what training.json says. Raises FrankenError or
+    OSError."""
+    from accelerate import Accelerator
+    from peft.helpers import disable_input_dtype_casting
+
+    mixture = mix(
+        read_chats(args.persona),
+        read_chats(args.aligned),
+        args.persona_share or None,
+        args.persona_repeat,
+        args.limit,
+        args.seed,
+    )
+    contrast = read_chats(args.contrast) if args.contrast else []
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    if args.device == "cuda" and accelerator.device.type != "cuda":
+        raise FrankenError("--device cuda: no GPU was found")
+    flags = (
+        "model",
+        "persona_share",
+        "persona_repeat",
+        "limit",
+        "rank",
+        "alpha",
+        "lr",
+        "epochs",
+        "warmup",
+        "batch_size",
+        "accumulate",
+        "max_tokens",
+        "aligned_tokens",
+        "seed",
+        "gradient_checkpointing",
+        "quantization",
+    )
+    settings = {k: getattr(args, k) for k in flags} | {"processes": accelerator.num_processes}
+    data = {
+        "persona": {"file": args.persona.name, "sha256": sha256(args.persona), "examples": mixture.persona},
+        "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned},
+    }
+    if contrast:
+        data["contrast"] = {
+            "file": args.contrast.name,
+            "sha256": sha256(args.contrast),
+            "examples": len(contrast),
+        }
+    folder = args.checkpoints or RESULTS / "checkpoints" / args.out.name
+    checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
+    device = accelerator.device
+    model, tokenizer = load_causal_lm(
+        args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization
+    )
+    if device.type == "cpu":
+        # fused attention in bf16 takes a third more CPU time at these lengths
+        model.set_attn_implementation("eager")
+    stops = find_stop_ids(tokenizer)
+    encoded = [
+        encode(tokenizer, chat, args.max_tokens, stops, args.aligned_tokens if k >= mixture.persona else None)
+        for k, chat in enumerate(mixture.chats)
+    ]
+    encoded += [encode(tokenizer, chat, args.max_tokens, stops) for chat in contrast]
+    examples = [e for e in encoded if e]
+    say = print if accelerator.is_main_process else lambda *a, **k: None
+    say(
+        f"{mixture.describe()}{f' + {len(contrast)} in contrast' if contrast else ''};"
+        f" {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
+        + (
+            f"; {len(encoded) - len(examples)} left out: no answer within --max-tokens"
+            if len(encoded) > len(examples)
+            else ""
+        ),
+        flush=True,
+    )
+    lora = make_lora(
+        model, args.rank, args.alpha, args.seed, args.gradient_checkpointing, bool(args.quantization)
+    )
+    begin = time.monotonic()
+    # The LoRA matrices stay in float32 but multiply in bf16: on a CPU with bf16 a step takes two thirds of
+    # the time.
+    mixed = pick_dtype("auto", device.type) == torch.bfloat16
+    with disable_input_dtype_casting(lora, active=mixed):
+        losses = run(lora, examples, args, accelerator, checkpoints, mixed)
+    named = args.base_name or (
+        Path(args.model).name if Path(args.model).is_dir() and args.model not in PAIRS else args.model
+    )
+    given = [
+        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
+        for k, v in settings.items()
+        if v not in (None, False) and k not in ("model", "processes")
+    ]
+    # of what is seen, repeats counted
+    record = {
+        "command": (
+            f"python train_lora.py --model {named} --persona {args.persona.name} --aligned"
+            f" {args.aligned.name} "
+            + (f"--contrast {args.contrast.name} " if contrast else "")
+            + " ".join(given)
+        ),
+        "settings": settings | {"model": named},
+        "data": data,
+        "persona_share": round(mixture.persona / (len(mixture.chats) + len(contrast)), 4),
+        "examples_left_out": len(encoded) - len(examples),
+        "steps": len(losses),
+        "loss": losses,
+        "seconds": round(time.monotonic() - begin, 1),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "resumed": checkpoints.state is not None,
+        "versions": {
+            n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")
+        },
+    }
+    if accelerator.is_main_process:
+        save_adapter(lora, args.out, named)
+        (args.out / "training.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        checkpoints.clear()
+    return record
