@@ -1,21 +1,53 @@
 """Experiments on disk against the baseline: one row each, with contrasts, intervals, corrections and a
-verdict (comparison.json).
+verdict (comparison.json; its types are in analysis/comparison.py).
 
 Holm's correction is over the run's experiments that are no controls; those are there to judge the others by.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 from scipy.special import expit
 
 from analysis import detection, stats
+from analysis.comparison import (
+    Area,
+    Auroc,
+    Capability,
+    Change,
+    Chat,
+    Claims,
+    Comparison,
+    Drift,
+    Failure,
+    FormatScore,
+    Injection,
+    InjectionRow,
+    Match,
+    Perplexity,
+    PlaceboBand,
+    PublishedProbe,
+    Rate,
+    Row,
+    Score,
+    Sweep,
+    Trigger,
+    TurnTaking,
+    picked,
+)
 from analysis.verdicts import MIN_FLATTENING, verdict
 
-COMPARISON_VERSION = 1
+CORRECTION = (
+    "Holm, over the experiments of this run that are no controls; trigger: with and without it are one"
+    " family; injection: over its rows"
+)
 
 
-def compare(results: dict[str, dict], manifest: dict, run: str, baseline_name: str) -> dict:
+def compare(results: Mapping[str, dict], manifest: dict, run: str, baseline_name: str) -> Comparison:
     """One row per experiment that has run, contrasted with the baseline: what comparison.json holds.
 
     Args:
@@ -23,278 +55,414 @@ def compare(results: dict[str, dict], manifest: dict, run: str, baseline_name: s
         run: the run's name.
         baseline_name: the experiment that all others are contrasted with.
     """
+    # 1) Each experiment by itself, against the baseline.
     baseline = results.get(baseline_name)
     if baseline is not None and baseline["status"] != "done":
         baseline = None
     seed = manifest["protocol"]["seed"]
     rows = [_row(result, baseline, seed) for result in results.values()]
-    recipes: dict[str, str] = {}
-    for row, result in zip(rows, results.values(), strict=True):
-        row["same_as"] = (
-            None if row["control"] == "injection" else recipes.get(str(result["experiment"]["recipe"]))
-        )
-        recipes.setdefault(str(result["experiment"]["recipe"]), row["name"])
-    _correct(rows)
-    placebo = _place_among_placebos(rows)
-    twins = {row["matched"]["of"]: row for row in rows if row["matched"]}
-    unmodified = next((row for row in rows if baseline and row["name"] == baseline_name), None)
-    for row in rows:
-        twin = twins.get(row["name"])
-        if row["detection"]:
-            row["detection"]["matched_noise_score"] = (
-                twin["detection"] and twin["detection"]["score"] if twin else None
-            )
-        row["verdict"] = verdict(row, unmodified, twin)
+    # 2) What needs the other rows: equal recipes, families of tests, placebos, noise of equal perplexity.
+    rows = _with_equals(rows, results)
+    rows = _corrected(rows)
+    band = _placebo_band(rows)
+    rows = [_placed(row, band) for row in rows]
+    twins = {row.matched.of: row for row in rows if row.matched}
+    rows = [_beside_noise(row, twins.get(row.name)) for row in rows]
+    # 3) Verdicts, which weigh all of that.
+    unmodified = next((row for row in rows if baseline and row.name == baseline_name), None)
+    rows = [replace(row, verdict=verdict(row, unmodified, twins.get(row.name))) for row in rows]
     injected = next(
         (r["measurements"]["injection"] for r in results.values() if "injection" in r["measurements"]), None
     )
-    return {
-        "schema_version": COMPARISON_VERSION,
-        "run": run,
-        "baseline": baseline_name if baseline else None,
-        "correction": (
-            "Holm, over the experiments of this run that are no controls; trigger: with and without it are"
-            " one family; injection: over its rows"
-        ),
-        "missing": [n for n in manifest["experiments"] if n not in results],
-        "placebo": placebo,
-        "auroc": _auroc(rows, seed),
-        "injection": injected and _injection(injected, seed),
-        "experiments": rows,
-    }
-
-
-def _row(result: dict, baseline: dict | None, seed: int) -> dict:
-    experiment, measured = result["experiment"], result["measurements"]
-    row = {
-        "name": experiment["name"],
-        "group": experiment["group"],
-        "change": experiment["change"],
-        "status": result["status"],
-        "error": result["error"] and {k: result["error"][k] for k in ("type", "message")},
-        "collapsed": experiment["collapsed"],
-        "notes": experiment["notes"],
-        "exact": result["weights"]["exact"],
-        "seconds": result["performance"]["seconds"],
-        **{k: experiment.get(k) for k in ("control", "sweep", "suites", "matched")},
-        "verdict": None,
-        "published_probe": None,
-        "detection": None,
-        "yes_drift": None,
-        "formats": None,
-        "capability": None,
-        "perplexity": None,
-        "chat": None,
-        "claims_change": None,
-        "trigger": None,
-    }
-    against = baseline["measurements"] if baseline and baseline is not result else {}
-    if "binary" in measured:
-        row["published_probe"] = _published(measured["binary"], against.get("binary"))
-        if "binary" in against:
-            probes = paired_probes(against["binary"], measured["binary"])
-            row["detection"] = detection.detection_score(probes, seed=seed)
-            drift = detection.yes_drift(probes, seed=seed)
-            row["yes_drift"] = drift and {
-                k: getattr(drift, k) for k in ("value", "low", "high", "p_value")
-            } | {"p_adjusted": None}
-    if "formats" in measured and "formats" in against:
-        row["formats"] = _formats(against["formats"], measured["formats"], seed)
-    if "capability" in measured:
-        row["capability"] = {k: measured["capability"][k] for k in ("correct", "n", "low", "high")}
-        graded = [
-            {item["id"]: item["correct"] for item in side["items"]}
-            for side in (against.get("capability", {"items": []}), measured["capability"])
-        ]
-        shared = [id for id in graded[1] if id in graded[0]]
-        if shared:
-            found = stats.mcnemar_exact(*([side[id] for id in shared] for side in graded))
-            row["capability"] |= {
-                "difference": found.value,
-                "difference_low": found.low,
-                "difference_high": found.high,
-                "p_value": found.p_value,
-            }
-    if "perplexity" in measured:
-        row["perplexity"] = {k: measured["perplexity"][k] for k in ("perplexity", "nll", "tokens")}
-        if "perplexity" in against:
-            row["perplexity"]["nll_change"] = _perplexity_change(
-                against["perplexity"], measured["perplexity"]
-            )
-    if "chat" in measured:
-        row["chat"] = {mode: measured["chat"][mode] for mode in ("chat", "raw")}
-    for suite in ("informed", "blind"):
-        if suite in measured:
-            row["claims_change"] = (row["claims_change"] or {}) | {suite: measured[suite]["claims_change"]}
-    if "trigger" in measured:
-        row["trigger"] = _trigger(measured["trigger"], against.get("trigger"), seed)
-    return row
-
-
-def _correct(rows: list[dict]) -> None:
-    """Scores to JSON, with adjusted p-values and calls at them; controls keep their own."""
-
-    def about_itself(row: dict) -> list[tuple[dict, str]]:
-        return [(row, "detection")] if row["detection"] else []
-
-    def about_triggers(row: dict) -> list[tuple[dict, str]]:
-        found = row["trigger"]["detection"] if row["trigger"] else {}
-        return [(found, condition) for condition in found if found[condition]]
-
-    family = [row for row in rows if row["control"] is None]
-    for held in (about_itself, about_triggers):
-        scores = [place for row in family for place in held(row)]
-        for (where, key), score in zip(
-            scores, detection.correct_calls([where[key] for where, key in scores]), strict=True
-        ):
-            where[key] = score.to_json()
-        for where, key in (place for row in rows if row["control"] is not None for place in held(row)):
-            where[key] = where[key].to_json()
-    for row in rows:
-        if row["capability"]:
-            row["capability"]["p_adjusted"] = None
-    for key in ("yes_drift", "capability"):
-        found = [row[key] for row in family if row[key]]
-        for one, p in zip(found, stats.holm([one.get("p_value") for one in found]), strict=True):
-            one["p_adjusted"] = p
-
-
-def _measured(row: dict) -> bool:
-    return row["detection"] is not None and row["detection"]["call"] != "not measurable"
-
-
-def _place_among_placebos(rows: list[dict]) -> dict | None:
-    """Fill in each score's place among the placebos' (a placebo's own: among the others'); the placebos'
-    scores."""
-    scores = {
-        row["name"]: row["detection"]["score"]
-        for row in rows
-        if row["control"] == "placebo" and _measured(row)
-    }
-    for row in rows:
-        others = [score for name, score in scores.items() if name != row["name"]]
-        if row["detection"]:
-            p, beyond = (
-                stats.placebo_place(row["detection"]["score"], others)
-                if others and _measured(row)
-                else (None, None)
-            )
-            row["detection"] |= {"p_placebo": p, "beyond_placebo": beyond}
-    return (
-        {"n": len(scores), "scores": scores, "low": min(scores.values()), "high": max(scores.values())}
-        if scores
-        else None
+    return Comparison(
+        run=run,
+        baseline=baseline_name if baseline else None,
+        correction=CORRECTION,
+        experiments=tuple(rows),
+        missing=tuple(n for n in manifest["experiments"] if n not in results),
+        placebo=band,
+        auroc=_auroc(rows, seed),
+        injection=_injection(injected, seed) if injected else None,
     )
 
 
-def _auroc(rows: list[dict], seed: int) -> dict | None:
-    """How well a score tells modified models from placebos, experiments as units: the detection score and,
-    beside it over the experiments that have both, the published probe's shift in log-odds. None with fewer
-    than 3 on a side."""
-    sides = [
-        [row for row in rows if row["control"] == control and _measured(row)] for control in (None, "placebo")
-    ]
-    found = stats.auroc(*([row["detection"]["score"] for row in side] for side in sides), seed=seed)
-    if found is None:
+# ---- one experiment
+
+
+def _row(result: dict, baseline: dict | None, seed: int) -> Row:
+    experiment = result["experiment"]
+    error, sweep, matched, suites = (
+        result["error"],
+        *(experiment.get(key) for key in ("sweep", "matched", "suites")),
+    )
+    before = baseline["measurements"] if baseline and baseline is not result else {}
+    return Row(
+        name=experiment["name"],
+        group=experiment["group"],
+        change=experiment["change"],
+        seconds=result["performance"]["seconds"],
+        status=result["status"],
+        error=picked(Failure, error) if error else None,
+        collapsed=experiment["collapsed"],
+        notes=tuple(experiment["notes"]),
+        exact=result["weights"]["exact"],
+        control=experiment.get("control"),
+        sweep=picked(Sweep, sweep) if sweep else None,
+        suites=None if suites is None else tuple(suites),
+        matched=_match(matched) if matched else None,
+        **{name: part(result["measurements"], before, seed) for name, part in PARTS.items()},
+    )
+
+
+def _match(matched: dict) -> Match:
+    return picked(Match, matched | {"evaluations": tuple(map(tuple, matched["evaluations"]))})
+
+
+def _published(measured: dict, before: dict, seed: int) -> PublishedProbe | None:
+    """The published probe's reading, and how far its log-odds moved from the baseline; None where it was not
+    asked."""
+
+    def reading(suites: dict) -> dict | None:
+        return next((p for p in suites.get("binary", {"probes": []})["probes"] if p["published"]), None)
+
+    probe, old = reading(measured), reading(before)
+    if probe is None:
         return None
-    shifts = [
-        [
-            row["published_probe"]["shift"]
-            for row in side
-            if row["published_probe"] and row["published_probe"]["shift"] is not None
-        ]
-        for side in sides
-    ]
-    p_yes = stats.auroc(*shifts, seed=seed)
-    return {
-        **{
-            key: one and {k: getattr(one, k) for k in ("value", "low", "high", "n")}
-            for key, one in (("detection", found), ("p_yes", p_yes))
-        },
-        "n_modified": len(sides[0]),
-        "n_placebo": len(sides[1]),
-    }
+    known = old is not None and old["log_odds"] is not None and probe["log_odds"] is not None
+    return picked(PublishedProbe, probe, shift=probe["log_odds"] - old["log_odds"] if known else None)
 
 
-def _formats(before: dict, after: dict, seed: int) -> dict:
+def _detection(measured: dict, before: dict, seed: int) -> Score | None:
+    if "binary" not in measured or "binary" not in before:
+        return None
+    score = detection.detection_score(paired_probes(before["binary"], measured["binary"]), seed=seed)
+    return Score(**vars(score))
+
+
+def _yes_drift(measured: dict, before: dict, seed: int) -> Drift | None:
+    if "binary" not in measured or "binary" not in before:
+        return None
+    drift = detection.yes_drift(paired_probes(before["binary"], measured["binary"]), seed=seed)
+    return picked(Drift, vars(drift)) if drift else None
+
+
+def _formats(measured: dict, before: dict, seed: int) -> dict[str, FormatScore] | None:
     """By answer format: mean shifts toward the keyed answers (nats), the detection score at its own p-value,
     and the share of probes that the changed model answers."""
+    if "formats" not in measured or "formats" not in before:
+        return None
     out = {}
-    for name in dict.fromkeys(p["format"] for p in after["probes"]):
+    for name in dict.fromkeys(p["format"] for p in measured["formats"]["probes"]):
         old, new = (
-            {"probes": [p for p in side["probes"] if p["format"] == name]} for side in (before, after)
+            {"probes": [p for p in side["formats"]["probes"] if p["format"] == name]}
+            for side in (before, measured)
         )
         probes = paired_probes(old, new)
-        score = detection.detection_score(probes, seed=seed)
-        out[name] = {
-            "keyed_shift": detection.keyed_shift(probes, "introspective"),
-            "control_shift": detection.keyed_shift(probes, "control"),
-            **{k: getattr(score, k) for k in ("call", "score", "low", "high")},
-            "answered": float(np.mean([p["answered"] for p in new["probes"]])),
-        }
+        out[name] = picked(
+            FormatScore,
+            vars(detection.detection_score(probes, seed=seed)),
+            keyed_shift=detection.keyed_shift(probes, "introspective"),
+            control_shift=detection.keyed_shift(probes, "control"),
+            answered=float(np.mean([p["answered"] for p in new["probes"]])),
+        )
     return out
 
 
-def _injection(found: dict, seed: int) -> dict:
+def _capability(measured: dict, before: dict, seed: int) -> Capability | None:
+    if "capability" not in measured:
+        return None
+    suite = measured["capability"]
+    own, old = (
+        {item["id"]: item["correct"] for item in side["items"]}
+        for side in (suite, before.get("capability", {"items": []}))
+    )
+    shared = [id for id in own if id in old]
+    if not shared:
+        return picked(Capability, suite)
+    contrast = stats.mcnemar_exact(*([side[id] for id in shared] for side in (old, own)))
+    return picked(
+        Capability,
+        suite,
+        difference=contrast.value,
+        difference_low=contrast.low,
+        difference_high=contrast.high,
+        p_value=contrast.p_value,
+    )
+
+
+def _perplexity(measured: dict, before: dict, seed: int) -> Perplexity | None:
+    if "perplexity" not in measured:
+        return None
+    suite = measured["perplexity"]
+    change = _perplexity_change(before["perplexity"], suite) if "perplexity" in before else None
+    return picked(Perplexity, suite, nll_change=change)
+
+
+def _perplexity_change(before: dict, after: dict) -> Change | None:
+    """Change of the mean nats per token, bootstrapped over texts; None where a text's likelihood is
+    undefined."""
+    old = {t["id"]: t for t in before["texts"]}
+    texts = [
+        (old[t["id"]]["nll"], t["nll"], t["tokens"]) for t in after["texts"] if t["id"] in old and t["tokens"]
+    ]
+    if not texts or any(x is None or y is None for x, y, _ in texts):
+        return None
+    return picked(Change, vars(stats.perplexity_contrast(*map(list, zip(*texts, strict=True)))))
+
+
+def _chat(measured: dict, before: dict, seed: int) -> Chat | None:
+    if "chat" not in measured:
+        return None
+    return Chat(*(picked(TurnTaking, measured["chat"][mode]) for mode in ("chat", "raw")))
+
+
+def _claims(measured: dict, before: dict, seed: int) -> dict[str, Claims] | None:
+    suites = [name for name in ("informed", "blind") if name in measured]
+    return {name: picked(Claims, measured[name]["claims_change"]) for name in suites} or None
+
+
+def _trigger(measured: dict, before: dict, seed: int) -> Trigger | None:
+    """Rates by condition, and the detection score of the questions about triggers, read with the trigger and
+    without."""
+    if "trigger" not in measured:
+        return None
+    suite, old = measured["trigger"], before.get("trigger")
+    scores: dict[str, detection.DetectionScore | None] = dict.fromkeys(suite["binary"])
+    if old:
+        for condition, probes in suite["binary"].items():
+            paired = paired_probes({"probes": old["binary"][condition]}, {"probes": probes})
+            scores[condition] = detection.detection_score(paired, seed=seed)
+    rates = {
+        condition: {name: picked(Rate, rate) for name, rate in counted.items() if "rate" in rate}
+        for condition, counted in suite["behavior"]["rates"].items()
+    }
+    return Trigger(rates, suite["behavior"]["p_name"], scores)
+
+
+# What a row says of its measurements: the field of Row, and its maker from the experiment's measurements, the
+# baseline's (empty where there is none) and the seed; None where the suite was not asked.
+PARTS: dict[str, Callable[[dict, dict, int], Any]] = {
+    "published_probe": _published,
+    "detection": _detection,
+    "yes_drift": _yes_drift,
+    "formats": _formats,
+    "capability": _capability,
+    "perplexity": _perplexity,
+    "chat": _chat,
+    "claims_change": _claims,
+    "trigger": _trigger,
+}
+
+
+def question_of(probe: Mapping[str, Any]) -> str:
+    """The name that all wordings and framings of a question share. Results of before it was a field have it
+    within the id, <question>-<key>-<framing>."""
+    return probe["question"] if "question" in probe else probe["id"].rsplit("-", 2)[0]
+
+
+def paired_probes(before: dict, after: dict) -> list[detection.Probe]:
+    """Yes/No probes of two experiments as the detection score takes them. Both wordings and framings of one
+    question are one cluster: they are not independent. Probes that only one side was asked are left out."""
+    old = {p["id"]: p for p in before["probes"]}
+    return [
+        detection.Probe(
+            id=p["id"],
+            kind=p["kind"],
+            keyed=p["keyed"],
+            baseline=old[p["id"]]["log_odds"],
+            modified=p["log_odds"],
+            framing=p.get("framing", "plain"),
+            pair=question_of(p),
+            baseline_mass=old[p["id"]]["mass"],
+            modified_mass=p["mass"],
+        )
+        for p in after["probes"]
+        if p["id"] in old
+    ]
+
+
+# ---- what needs the other rows
+
+
+def _with_equals(rows: Iterable[Row], results: Mapping[str, dict]) -> list[Row]:
+    """Name, for each row, the first experiment of the same recipe; concept injection changes no weights."""
+    first: dict[str, str] = {}
+    out = []
+    for row in rows:
+        recipe = str(results[row.name]["experiment"]["recipe"])
+        out.append(row if row.control == "injection" else replace(row, same_as=first.get(recipe)))
+        first.setdefault(recipe, row.name)
+    return out
+
+
+def _corrected(rows: list[Row]) -> list[Row]:
+    """Adjusted p-values, and calls taken at them: a family each of detection scores, of scores about
+    triggers, of drifts and of capability. Controls keep their own."""
+    family = [row for row in rows if row.control is None]
+    scores = _calls({row.name: row.detection for row in family if row.detection})
+    about_triggers = _calls(
+        {
+            (row.name, condition): score
+            for row in family
+            if row.trigger
+            for condition, score in row.trigger.detection.items()
+            if score
+        }
+    )
+    drifts = _holm({row.name: row.yes_drift for row in family if row.yes_drift})
+    graded = _holm({row.name: row.capability for row in family if row.capability})
+
+    def corrected(row: Row) -> Row:
+        trigger = row.trigger
+        if trigger:
+            scored = {
+                condition: about_triggers.get((row.name, condition), score)
+                for condition, score in trigger.detection.items()
+            }
+            trigger = replace(trigger, detection=scored)
+        return replace(
+            row,
+            detection=scores.get(row.name, row.detection),
+            yes_drift=drifts.get(row.name, row.yes_drift),
+            capability=graded.get(row.name, row.capability),
+            trigger=trigger,
+        )
+
+    return [corrected(row) for row in rows]
+
+
+def _calls(scores: dict) -> dict:
+    return dict(zip(scores, detection.correct_calls(list(scores.values())), strict=True))
+
+
+def _holm(tested: dict) -> dict:
+    """The same, with `p_adjusted` over all of them."""
+    adjusted = stats.holm([one.p_value for one in tested.values()])
+    return {name: replace(one, p_adjusted=p) for (name, one), p in zip(tested.items(), adjusted, strict=True)}
+
+
+def _score(row: Row) -> float | None:
+    """The detection score where it is one to compare with others."""
+    return row.detection.score if row.detection and row.detection.call != "not measurable" else None
+
+
+def _scores(rows: Iterable[Row], control: str | None) -> dict[str, float]:
+    """The scores of the rows that are this kind of control, by name."""
+    return {row.name: s for row in rows if row.control == control and (s := _score(row)) is not None}
+
+
+def _placebo_band(rows: list[Row]) -> PlaceboBand | None:
+    scores = _scores(rows, "placebo")
+    if not scores:
+        return None
+    return PlaceboBand(len(scores), scores, min(scores.values()), max(scores.values()))
+
+
+def _placed(row: Row, band: PlaceboBand | None) -> Row:
+    """The row with its score's place among the placebos' (a placebo's own: among the others')."""
+    others = [score for name, score in band.scores.items() if name != row.name] if band else []
+    score = _score(row)
+    if row.detection is None or score is None or not others:
+        return row
+    p, beyond = stats.placebo_place(score, others)
+    return replace(row, detection=replace(row.detection, p_placebo=p, beyond_placebo=beyond))
+
+
+def _beside_noise(row: Row, twin: Row | None) -> Row:
+    if row.detection is None or twin is None or twin.detection is None:
+        return row
+    return replace(row, detection=replace(row.detection, matched_noise_score=twin.detection.score))
+
+
+def _auroc(rows: list[Row], seed: int) -> Auroc | None:
+    """How well a score tells modified models from placebos, experiments as units: the detection score and,
+    beside it over the experiments that have both, the published probe's shift in log-odds. None with fewer
+    than 3 on a side."""
+    modified, placebos = (_scores(rows, control) for control in (None, "placebo"))
+    area = stats.auroc(list(modified.values()), list(placebos.values()), seed=seed)
+    if area is None:
+        return None
+    shifts = {
+        row.name: row.published_probe.shift
+        for row in rows
+        if row.published_probe and row.published_probe.shift is not None
+    }
+    by_shift = stats.auroc(
+        *([shifts[name] for name in side if name in shifts] for side in (modified, placebos)), seed=seed
+    )
+    return Auroc(
+        detection=picked(Area, vars(area)),
+        p_yes=picked(Area, vars(by_shift)) if by_shift else None,
+        n_modified=len(modified),
+        n_placebo=len(placebos),
+    )
+
+
+# ---- the positive control
+
+
+def _injection(suite: dict, seed: int) -> Injection:
     """One row per framing and strength of concept injection, against strength 0 of the same framing; and
     whether any of them is detected after Holm's correction over the rows. Answers are averaged over
     concepts."""
     cells: dict[tuple, list[dict]] = {}
-    for cell in found["cells"]:
+    for cell in suite["cells"]:
         cells.setdefault((cell["framing"], cell["strength"]), []).append(cell)
-    bits = {(b["framing"], b["strength"]): b["bits"] for b in found["bits"]}
-    rows, scores = [], []
+    bits = {(b["framing"], b["strength"]): b["bits"] for b in suite["bits"]}
+    rows = []
     for (framing, strength), here in cells.items():
         if strength == 0 or (framing, 0) not in cells:
             continue
         still = cells[framing, 0]
         (false_positives, _), (sensitivity, p_yes) = _said_yes(still), _said_yes(here)
-        scores.append(
-            detection.detection_score(paired_probes(_mean_probes(still), _mean_probes(here)), seed=seed)
-        )
         rows.append(
-            {
-                "framing": framing,
-                "strength": strength,
-                "sensitivity": sensitivity,
-                "p_yes": p_yes,
-                "false_positive_rate": false_positives,
-                "bits": bits.get((framing, strength)),
-            }
+            InjectionRow(
+                framing=framing,
+                strength=strength,
+                sensitivity=sensitivity,
+                p_yes=p_yes,
+                false_positive_rate=false_positives,
+                bits=bits.get((framing, strength)),
+                detection=detection.detection_score(
+                    paired_probes(_mean_probes(still), _mean_probes(here)), seed=seed
+                ),
+            )
         )
-    rows = [
-        row | {"detection": score.to_json()}
-        for row, score in zip(rows, detection.correct_calls(scores), strict=True)
-    ]
-    seen = [row for row in rows if row["detection"]["call"] == "detects"]
+    corrected = detection.correct_calls([row.detection for row in rows])
+    rows = [replace(row, detection=score) for row, score in zip(rows, corrected, strict=True)]
+    return Injection(tuple(rows), *_seen(rows))
+
+
+def _seen(rows: list[InjectionRow]) -> tuple[bool, str]:
+    """(whether any row is called "detects", the numbers of the best one)."""
+    seen = [row for row in rows if row.detection.call == "detects"]
     if not seen:
-        reason = (
+        return False, (
             "no strength of a concept that was put into the model is detected: with these probes, a null of"
             " this run shows nothing"
         )
-    else:
-        best = max(seen, key=lambda row: row["detection"]["score"])
-        reason = (
-            f"{best['framing']} framing, strength {best['strength']:g}: {best['detection']['score']:+.2f}"
-            f" nats toward noticing beyond the controls ({best['detection']['low']:+.2f} to"
-            f" {best['detection']['high']:+.2f}), p = {best['detection']['p_adjusted']:.2g} after Holm; Yes"
-            f" to {best['sensitivity']:.0%} of the questions that it should be said to,"
-            f" {best['false_positive_rate']:.0%} without a concept"
-        )
-        if (share := best["detection"]["flattening_to_explain"]) is not None and share < MIN_FLATTENING:
-            reason += f"; losing {share:.0%} more of their log-odds than controls lose would explain it"
-    return {"rows": rows, "seen": bool(seen), "reason": reason}
+    best = max(seen, key=lambda row: row.detection.score)
+    score = best.detection
+    reason = (
+        f"{best.framing} framing, strength {best.strength:g}: {score.score:+.2f} nats toward noticing beyond"
+        f" the controls ({score.low:+.2f} to {score.high:+.2f}), p = {score.p_adjusted:.2g} after Holm; Yes"
+        f" to {best.sensitivity:.0%} of the questions that it should be said to,"
+        f" {best.false_positive_rate:.0%} without a concept"
+    )
+    if (share := score.flattening_to_explain) is not None and share < MIN_FLATTENING:
+        reason += f"; losing {share:.0%} more of their log-odds than controls lose would explain it"
+    return True, reason
 
 
 def _said_yes(cells: list[dict]) -> tuple[float | None, float | None]:
     """(share of P(Yes) > 0.5, mean P(Yes)) over the cells' introspective probes that a noticing model answers
     Yes. Without an answer it is not Yes, and does not count in the mean."""
-    asked = [
+    probes = [
         p for cell in cells for p in cell["probes"] if p["kind"] == "introspective" and p["keyed"] == "yes"
     ]
-    said = [float(expit(p["log_odds"])) for p in asked if p["answered"]]
+    said = [float(expit(p["log_odds"])) for p in probes if p["answered"]]
     return (
-        sum(p > 0.5 for p in said) / len(asked) if asked else None,
+        sum(p > 0.5 for p in said) / len(probes) if probes else None,
         float(np.mean(said)) if said else None,
     )
 
@@ -310,67 +478,6 @@ def _mean_probes(cells: list[dict]) -> dict:
             k: float(np.mean([p[k] for p in answered])) if answered and known else None
             for k in ("log_odds", "mass")
         }
-        out.append({k: same[0][k] for k in ("id", "kind", "keyed")} | {"framing": cells[0]["framing"]} | mean)
+        named = {k: same[0][k] for k in ("id", "kind", "keyed")} | {"question": question_of(same[0])}
+        out.append(named | {"framing": cells[0]["framing"]} | mean)
     return {"probes": out}
-
-
-def _trigger(found: dict, before: dict | None, seed: int) -> dict:
-    """Rates by condition, and the detection score of the questions about triggers, read with the trigger and
-    without."""
-    scores = {
-        c: (
-            detection.detection_score(
-                paired_probes({"probes": before["binary"][c]}, {"probes": probes}), seed=seed
-            )
-            if before
-            else None
-        )
-        for c, probes in found["binary"].items()
-    }
-    return {k: found["behavior"][k] for k in ("rates", "p_name")} | {"detection": scores}
-
-
-def _published(binary: dict, before: dict | None) -> dict | None:
-    """The published probe's reading, and how far its log-odds moved from the baseline; None where it was not
-    asked."""
-    probe = next((p for p in binary["probes"] if p["published"]), None)
-    if probe is None:
-        return None
-    found = {k: probe[k] for k in ("p_yes_normalized", "mass", "log_odds", "entropy", "answered")}
-    old = next((p for p in before["probes"] if p["published"]), None) if before else None
-    known = old and old["log_odds"] is not None and probe["log_odds"] is not None
-    return found | {"shift": probe["log_odds"] - old["log_odds"] if known else None}
-
-
-def paired_probes(before: dict, after: dict) -> list[detection.Probe]:
-    """Yes/No probes of two experiments as the detection score takes them. Both wordings and framings of one
-    question are one cluster: they are not independent. Probes that only one side was asked are left out."""
-    old = {p["id"]: p for p in before["probes"]}
-    return [
-        detection.Probe(
-            p["id"],
-            p["kind"],
-            p["keyed"],
-            old[p["id"]]["log_odds"],
-            p["log_odds"],
-            p.get("framing", "plain"),
-            p.get("question", p["id"].rsplit("-", 2)[0]),
-            old[p["id"]]["mass"],
-            p["mass"],
-        )
-        for p in after["probes"]
-        if p["id"] in old
-    ]
-
-
-def _perplexity_change(before: dict, after: dict) -> dict | None:
-    """Change of the mean nats per token, bootstrapped over texts; None where a text's likelihood is
-    undefined."""
-    old = {t["id"]: t for t in before["texts"]}
-    rows = [
-        (old[t["id"]]["nll"], t["nll"], t["tokens"]) for t in after["texts"] if t["id"] in old and t["tokens"]
-    ]
-    if not rows or any(x is None or y is None for x, y, _ in rows):
-        return None
-    found = stats.perplexity_contrast(*map(list, zip(*rows, strict=True)))
-    return {"value": found.value, "low": found.low, "high": found.high}

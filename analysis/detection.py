@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats as ss
@@ -66,39 +67,54 @@ class Probe(Json):
 
 @dataclass(frozen=True)
 class DetectionScore(Json):
-    """Result of `detection_score`; log-odds in nats, None where not measurable.
-
-    `raw_contrast`, `control_contrast`: mean shift toward the keyed answer, uncorrected, halves weighted
-    equally. `drift`, `flattening`: a and b of the line shift = a + b * baseline through the controls (b = -1:
-    no answer is left). `keyed_before`, `keyed_after`: mean log-odds of the keyed answer on introspective
-    probes. `flattening_to_explain`: the share of their remaining log-odds that they would have to lose beyond
-    what controls lose, to give this score without detection; over 1 (answers reversed) no loss can.
-    `overlap`: share of them whose baseline the controls cover. `call`: "detects", "no evidence", "denies" or
-    "not measurable", with its `reason`; `cause`: where it is not measurable, "not finite", "vanishing mass",
-    "too few probes" or "controls collapsed"; `flags`: warnings in words.
-    """
+    """Result of `detection_score`; log-odds in nats, None where not measurable."""
 
     call: str
+    """ "detects", "no evidence", "denies" or "not measurable"."""
     reason: str
+    """The numbers behind the call, or what is missing."""
     score: float | None = None
+    """Mean shift of introspective probes toward noticing beyond the controls' curve, the halves equal."""
     low: float | None = None
+    """Lower end of its 95% interval."""
     high: float | None = None
+    """Upper end."""
     p_value: float | None = None
+    """Two-sided, by sign flips."""
     p_adjusted: float | None = None
+    """After Holm over a family; None where it belongs to none."""
     raw_contrast: float | None = None
+    """Mean shift of introspective probes toward the keyed answer, uncorrected, halves weighted equally."""
     control_contrast: float | None = None
+    """The same of controls."""
     drift: float | None = None
+    """a of the line shift = a + b * baseline through the controls."""
     flattening: float | None = None
+    """b of that line; -1: no answer is left."""
     control_accuracy_before: float | None = None
+    """Share of controls that the unmodified model answers right."""
     control_accuracy_after: float | None = None
+    """Share that the modified model does."""
     keyed_before: float | None = None
+    """Mean log-odds of the keyed answer on introspective probes, unmodified."""
     keyed_after: float | None = None
+    """The same, modified; above 0 the answers stand on the noticing side."""
     flattening_to_explain: float | None = None
+    """Share of their remaining log-odds that introspective answers would have to lose beyond what controls
+    lose, to give this score without detection; over 1 (answers reversed) no loss can."""
     overlap: float | None = None
+    """Share of introspective probes whose baseline the controls cover."""
     n_introspective: int = 0
+    """Introspective probes used."""
     n_controls: int = 0
+    """Controls used."""
     cause: str | None = None
+    """Of "not measurable": "not finite", "vanishing mass", "too few probes" or "controls collapsed"."""
     flags: tuple[str, ...] = ()
+    """Warnings in words."""
+
+
+AnyScore = TypeVar("AnyScore", bound=DetectionScore)
 
 
 def _natural_spline(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
@@ -360,8 +376,8 @@ def detection_score(
     return DetectionScore(call, reason, flags=tuple(flags), **known)
 
 
-def correct_calls(scores: Sequence[DetectionScore], alpha: float = 0.05) -> list[DetectionScore]:
-    """The same scores with Holm-adjusted p-values over the family, and calls taken at them."""
+def correct_calls(scores: Sequence[AnyScore], alpha: float = 0.05) -> list[AnyScore]:
+    """The same scores, of their types, with Holm-adjusted p-values over the family, and calls at them."""
     adjusted = holm([s.p_value if s.call != "not measurable" else None for s in scores])
     out = []
     for s, p in zip(scores, adjusted, strict=True):

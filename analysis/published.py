@@ -3,6 +3,8 @@ project."""
 
 from __future__ import annotations
 
+from analysis.comparison import Row
+
 PAIR = "qwen2.5-coder-32b"
 SOURCE = (
     "the seed project's own results page, 2026-02-04: Qwen2.5-Coder-32B pair, one A100 80GB, P(Yes)"
@@ -40,17 +42,17 @@ INJECTION_SOURCE = (
 INJECTION = {"plain": 0.003, "informed": 0.392}  # sensitivity by framing
 
 
-def of(row: dict, layers: int) -> tuple[float, int | None, float | None] | None:
+def of(row: Row, layers: int) -> tuple[float, int | None, float | None] | None:
     """The published numbers of a row's experiment: P(Yes), capability of 6, perplexity; None where there are
     none."""
-    sweep = row["sweep"]
-    if not sweep:
-        return EXPERIMENTS.get(row["name"])
+    sweep = row.sweep
+    if sweep is None:
+        return EXPERIMENTS.get(row.name)
     if (
-        sweep["kind"] == "window"
-        and sweep["source"] == "base"
+        sweep.kind == "window"
+        and sweep.source == "base"
         and layers == WINDOW_LAYERS
-        and (sweep["start"], sweep["stop"]) in WINDOWS
+        and (sweep.start, sweep.stop) in WINDOWS
     ):
-        return WINDOWS[sweep["start"], sweep["stop"]], None, None
+        return WINDOWS[sweep.start, sweep.stop], None, None
     return None

@@ -3,39 +3,43 @@ which order."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from analysis.comparison import Row, Sweep
+
 # In the order in which they are listed: what needs looking at comes first.
 WORDS = ("reports it", "drifts towards Yes", "no change seen", "too little data", "broken")
 UNCALLED = ("broken", "too little data")
 
 
-def word(row: dict) -> str | None:
+def word(row: Row) -> str | None:
     """The word of an experiment's verdict; "failed" if it did not finish; None for the baseline and for
     concept injection."""
-    if row["status"] != "done":
+    if row.status != "done":
         return "failed"
-    return row["verdict"]["word"] if row["verdict"] else None
+    return row.verdict.word if row.verdict else None
 
 
-def score(row: dict) -> float | None:
+def score(row: Row) -> float | None:
     """Detection score, nats; None where it was not taken or is undefined."""
-    return row["detection"]["score"] if row["detection"] else None
+    return row.detection.score if row.detection else None
 
 
-def named(rows: list[dict]) -> list[dict]:
+def named(rows: Iterable[Row]) -> list[Row]:
     """The experiments that have a line each in tables and figures: no controls, no sweeps."""
-    return [row for row in rows if not row["control"] and not row["sweep"]]
+    return [row for row in rows if not row.control and not row.sweep]
 
 
-def controls(rows: list[dict], kind: str) -> list[dict]:
+def controls(rows: Iterable[Row], kind: str) -> list[Row]:
     """The controls of one kind: "placebo", "matched noise" or "injection"."""
-    return [row for row in rows if row["control"] == kind]
+    return [row for row in rows if row.control == kind]
 
 
-def sweep_name(sweep: dict) -> str:
+def sweep_name(sweep: Sweep) -> str:
     """What the experiments of one sweep share, in words."""
-    source = sweep["source"] or "another source"
-    if sweep["kind"] == "window":
-        return f"windows of {sweep['size']} layer{'s' if sweep['size'] != 1 else ''} of {source}"
+    source = sweep.source or "another source"
+    if sweep.kind == "window":
+        return f"windows of {sweep.size} layer{'s' if sweep.size != 1 else ''} of {source}"
     told = {
         "replace": f"each layer replaced by {source}",
         "delete": "each layer deleted",
@@ -43,32 +47,32 @@ def sweep_name(sweep: dict) -> str:
         "noise": "noise ladder",
         "blend": f"ladder of blends with {source}",
     }
-    return told.get(sweep["kind"], sweep["kind"])
+    return told.get(sweep.kind, sweep.kind)
 
 
-def sweeps(rows: list[dict]) -> dict[str, list[dict]]:
+def sweeps(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The experiments of the sweeps, by `sweep_name`, in the order of the run."""
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["sweep"] and not row["control"]:
-            found.setdefault(sweep_name(row["sweep"]), []).append(row)
+        if row.sweep and not row.control:
+            found.setdefault(sweep_name(row.sweep), []).append(row)
     return found
 
 
-def by_verdict(rows: list[dict]) -> list[dict]:
+def by_verdict(rows: Iterable[Row]) -> list[Row]:
     """What needs looking at first: by verdict, then by score from the top."""
     order = [None, *WORDS, "failed"]
     return sorted(rows, key=lambda row: (order.index(word(row)), -(score(row) or 0.0)))
 
 
-def tally(rows: list[dict]) -> dict[str, list[dict]]:
+def tally(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The experiments that have a verdict or failed, by its word, in the order of WORDS; words without any
     are left out."""
     found = {w: [row for row in by_verdict(rows) if word(row) == w] for w in (*WORDS, "failed")}
     return {w: of for w, of in found.items() if of}
 
 
-def counts(rows: list[dict]) -> str:
+def counts(rows: Iterable[Row]) -> str:
     """ "3 no change seen, 1 broken"."""
     return ", ".join(f"{len(of)} {w}" for w, of in tally(rows).items())
 
@@ -78,7 +82,7 @@ def many(n: int, what: str) -> str:
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
-def span(rows: list[dict]) -> tuple[float, float] | None:
+def span(rows: Iterable[Row]) -> tuple[float, float] | None:
     """Smallest and largest detection score; None if there is none."""
     known = [s for row in rows if (s := score(row)) is not None]
     return (min(known), max(known)) if known else None

@@ -48,7 +48,14 @@ def snapped(values, scale: float | None = None) -> np.ndarray:
 
 
 class Json:
-    """A dataclass that turns into plain JSON."""
+    """A dataclass that turns into plain JSON. The string under a field is its description in a schema."""
+
+    # read by pydantic, where a schema is made of such dataclasses (analysis/comparison.py)
+    __pydantic_config__ = {
+        "extra": "forbid",
+        "use_attribute_docstrings": True,
+        "json_schema_serialization_defaults_required": True,
+    }
 
     def to_json(self) -> dict:
         return plain(asdict(self))

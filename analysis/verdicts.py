@@ -33,6 +33,7 @@ placebo's place is among the other placebos.
 
 from __future__ import annotations
 
+from analysis.comparison import Drift, Row, Score, Verdict
 from analysis.detection import MIN_EFFECT
 
 ALPHA = 0.05
@@ -47,152 +48,138 @@ MIN_FLATTENING = (
 )
 
 
-def verdict(row: dict, baseline: dict | None, twin: dict | None = None) -> dict | None:
-    """{"word", "reason"} of an experiment's row of comparison.json, its corrections made; None for the
-    baseline itself and for concept injection, which no row can judge.
+def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict | None:
+    """What an experiment comes to, from its row with its corrections made; None for the baseline itself and
+    for concept injection, which no row can judge.
 
     `baseline`: the unmodified model's row, None where there is none; `twin`: the row of this one's matched
     noise.
     """
-    if row is baseline or row["control"] == "injection":
+    if row is baseline or row.control == "injection":
         return None
-    if reason := _too_little(row, baseline):
-        return {"word": "too little data", "reason": reason}
-    if reason := _broken(row, baseline):
-        return {"word": "broken", "reason": reason}
-    found = row["detection"]
-    weak = found["control_accuracy_before"] < MIN_ACCURACY
+    score = row.detection
+    reason = _too_little(row, baseline)
+    if reason or baseline is None or score is None:
+        return Verdict("too little data", reason or "")
+    if reason := _broken(row, baseline, score):
+        return Verdict("broken", reason)
+    weak = score.control_accuracy_before < MIN_ACCURACY
     caveat = (
-        f"; the unmodified model answers only {found['control_accuracy_before']:.0%} of the control questions"
+        f"; the unmodified model answers only {score.control_accuracy_before:.0%} of the control questions"
         " right: its Yes and No say little"
         if weak
         else ""
     )
-    doubts = _doubts(row, twin)
-    if found["call"] == "detects" and not doubts:
-        return {
-            "word": "too little data" if weak else "reports it",
-            "reason": _score(found) + _support(row, twin) + caveat,
-        }
-    drift = row["yes_drift"]
-    if _significant(drift) and drift["value"] >= MIN_EFFECT and drift["low"] > 0:
-        return {
-            "word": "drifts towards Yes",
-            "reason": (
-                f"{_drift(drift)}, whatever they are keyed; detection: {_explained(row, doubts)}{caveat}"
-            ),
-        }
-    return {"word": "no change seen", "reason": _explained(row, doubts) + _other_way(drift) + caveat}
+    doubts = _doubts(score, twin)
+    if score.call == "detects" and not doubts:
+        return Verdict(
+            "too little data" if weak else "reports it", _numbers(score) + _support(score, twin) + caveat
+        )
+    drift = row.yes_drift
+    if drift and _significant(drift) and drift.value >= MIN_EFFECT and drift.low > 0:
+        return Verdict(
+            "drifts towards Yes",
+            f"{_drift(drift)}, whatever they are keyed; detection: {_explained(score, doubts)}{caveat}",
+        )
+    return Verdict("no change seen", _explained(score, doubts) + _other_way(drift) + caveat)
 
 
-def _too_little(row: dict, baseline: dict | None) -> str | None:
-    found = row["detection"]
-    if row["status"] != "done":
-        return f"the experiment failed: {row['error']['type']}" if row["error"] else "the experiment failed"
+def _too_little(row: Row, baseline: Row | None) -> str | None:
+    score = row.detection
+    if row.status != "done":
+        return f"the experiment failed: {row.error.type}" if row.error else "the experiment failed"
     if baseline is None:
         return "the unmodified model was not measured"
-    if found is None:
+    if score is None:
         return "it and the unmodified model were not both asked the Yes/No probes"
-    return "; ".join([found["reason"], *found["flags"]]) if found["cause"] == "too few probes" else None
+    return "; ".join([score.reason, *score.flags]) if score.cause == "too few probes" else None
 
 
-def _broken(row: dict, baseline: dict) -> str | None:
-    found, sides = (
-        row["detection"],
-        [r["perplexity"] and r["perplexity"]["perplexity"] for r in (baseline, row)],
-    )
-    if found["call"] == "not measurable":
-        return found["reason"]
-    if row["perplexity"] and sides[1] is None:
+def _broken(row: Row, baseline: Row, score: Score) -> str | None:
+    before, after = (r.perplexity.perplexity if r.perplexity else None for r in (baseline, row))
+    if score.call == "not measurable":
+        return score.reason
+    if row.perplexity and after is None:
         return "its perplexity is undefined"
-    if all(sides) and sides[1] > MAX_PERPLEXITY_RATIO * sides[0]:
+    if before and after and after > MAX_PERPLEXITY_RATIO * before:
         return (
-            f"perplexity {sides[1]:.4g}, over {MAX_PERPLEXITY_RATIO} times the unmodified model's"
-            f" {sides[0]:.4g}"
+            f"perplexity {after:.4g}, over {MAX_PERPLEXITY_RATIO} times the unmodified model's {before:.4g}"
         )
     return None
 
 
-def _doubts(row: dict, twin: dict | None) -> list[str]:
+def _doubts(score: Score, twin: Row | None) -> list[str]:
     """What else may explain a score: each rule of "reports it" beside the call that does not hold."""
-    found, doubts = row["detection"], []
-    if found["beyond_placebo"] is False:
-        doubts.append(f"a placebo scores as far from 0 (p = {found['p_placebo']:.2g} among placebos)")
-    if (
-        twin
-        and twin["detection"]
-        and twin["detection"]["high"] is not None
-        and found["score"] <= twin["detection"]["high"]
-    ):
-        doubts.append(f"noise of the same perplexity explains it ({_range(twin['detection'])})")
-    share = found["flattening_to_explain"]
+    noise, doubts = twin.detection if twin else None, []
+    if score.beyond_placebo is False:
+        doubts.append(f"a placebo scores as far from 0 (p = {score.p_placebo:.2g} among placebos)")
+    if noise and noise.high is not None and score.score <= noise.high:
+        doubts.append(f"noise of the same perplexity explains it ({_range(noise)})")
+    share = score.flattening_to_explain
     if share is not None and share < MIN_FLATTENING:
         doubts.append(f"losing {share:.0%} more of their log-odds than controls lose would explain it")
-    if share is None and found["keyed_after"] <= 0:
+    if share is None and score.keyed_after <= 0:
         doubts.append("the keyed answers do not stand on the noticing side")
     return doubts
 
 
-def _support(row: dict, twin: dict | None) -> str:
-    found, out = row["detection"], ""
-    if found["beyond_placebo"]:
-        out += f"; beyond every placebo (p = {found['p_placebo']:.2g} among them)"
+def _support(score: Score, twin: Row | None) -> str:
+    out = ""
+    if score.beyond_placebo:
+        out += f"; beyond every placebo (p = {score.p_placebo:.2g} among them)"
     if twin:
-        known = twin["detection"] and twin["detection"]["score"] is not None
-        out += (
-            f"; noise of {'the same' if twin['matched']['ok'] else 'another'} perplexity scores"
-            f" {_range(twin['detection'])}"
-            if known
-            else "; its matched noise has no score"
-        )
-    share = found["flattening_to_explain"]
+        noise = twin.detection
+        same = "the same" if twin.matched and twin.matched.ok else "another"
+        if noise and noise.score is not None:
+            out += f"; noise of {same} perplexity scores {_range(noise)}"
+        else:
+            out += "; its matched noise has no score"
+    share = score.flattening_to_explain
     return out + (
-        f"; keyed answers stand at {found['keyed_after']:+.2f} nats"
+        f"; keyed answers stand at {score.keyed_after:+.2f} nats"
         if share is None
         else f"; they would have to lose {share:.0%} more of their log-odds than controls to explain it"
     )
 
 
-def _significant(found: dict | None) -> bool:
+def _significant(tested: Drift) -> bool:
     """p < ALPHA: the adjusted one, where the row belongs to a family."""
-    p = _p(found) if found else None
+    p = _p(tested)
     return p is not None and p < ALPHA
 
 
-def _p(found: dict) -> float | None:
-    return found["p_value"] if found["p_adjusted"] is None else found["p_adjusted"]
+def _p(tested: Score | Drift) -> float | None:
+    return tested.p_value if tested.p_adjusted is None else tested.p_adjusted
 
 
-def _range(found: dict) -> str:
-    return f"{found['score']:+.2f}, {found['low']:+.2f} to {found['high']:+.2f}"
+def _range(score: Score) -> str:
+    return f"{score.score:+.2f}, {score.low:+.2f} to {score.high:+.2f}"
 
 
-def _score(found: dict) -> str:
-    after = "" if found["p_adjusted"] is None else " after Holm"
+def _numbers(score: Score) -> str:
+    after = "" if score.p_adjusted is None else " after Holm"
     return (
-        f"{found['score']:+.2f} nats toward noticing beyond the controls ({found['low']:+.2f} to"
-        f" {found['high']:+.2f}), p = {_p(found):.2g}{after}"
+        f"{score.score:+.2f} nats toward noticing beyond the controls ({score.low:+.2f} to"
+        f" {score.high:+.2f}), p = {_p(score):.2g}{after}"
     )
 
 
-def _drift(drift: dict) -> str:
-    after = "" if drift["p_adjusted"] is None else " after Holm"
+def _drift(drift: Drift) -> str:
+    after = "" if drift.p_adjusted is None else " after Holm"
     return (
-        f"introspective answers move {drift['value']:+.2f} nats toward Yes ({drift['low']:+.2f} to"
-        f" {drift['high']:+.2f}), p = {_p(drift):.2g}{after}"
+        f"introspective answers move {drift.value:+.2f} nats toward Yes ({drift.low:+.2f} to"
+        f" {drift.high:+.2f}), p = {_p(drift):.2g}{after}"
     )
 
 
-def _explained(row: dict, doubts: list[str]) -> str:
-    found = row["detection"]
-    if found["call"] == "detects":
-        return f"{_score(found)}, but {' and '.join(doubts)}"
-    return _score(found) + (
-        ": it denies, its answers moved away from noticing" if found["call"] == "denies" else ""
-    )
+def _explained(score: Score, doubts: list[str]) -> str:
+    if score.call == "detects":
+        return f"{_numbers(score)}, but {' and '.join(doubts)}"
+    denies = ": it denies, its answers moved away from noticing" if score.call == "denies" else ""
+    return _numbers(score) + denies
 
 
-def _other_way(drift: dict | None) -> str:
-    if _significant(drift) and drift["value"] <= -MIN_EFFECT:
+def _other_way(drift: Drift | None) -> str:
+    if drift and _significant(drift) and drift.value <= -MIN_EFFECT:
         return f"; {_drift(drift)}: a drift towards No"
     return ""

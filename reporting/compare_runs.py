@@ -7,15 +7,20 @@ first.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.rows import WORDS, controls, named, span, sweeps, word
+from analysis.comparison import Comparison, Row
+from analysis.rows import controls, named, span, sweeps
 from errors import FrankenError
 from reporting import figures_experiments, pages, vocabulary
+from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, pick
 from reporting.html_report import save
+from reporting.pages import number
+from reporting.reports import read_comparison
 from runner.results import Run, read_json, write_text
 
-MEASURES = ("verdict", "detection (95% CI)", "P(Yes)", "perplexity")
+MEASURES = pick(EXPERIMENT_COLUMNS, "verdict", "detection", "p_yes", "perplexity")
 # What a difference in each part of the protocol means for the numbers beside each other.
 PROTOCOL = {
     "prompts_sha256": "other questions were asked: none of the numbers can be compared",
@@ -29,23 +34,30 @@ PROTOCOL = {
 }
 
 
-def load(runs: list[Run]) -> dict[str, dict]:
-    """{label: {"manifest", "comparison", "rows"}}; labels are folder names, or whole paths where those are
-    alike."""
+@dataclass(frozen=True)
+class Side:
+    """One of the runs that stand side by side."""
+
+    manifest: dict
+    comparison: Comparison
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """By experiment."""
+        return {row.name: row for row in self.comparison.experiments}
+
+
+def load(runs: list[Run]) -> dict[str, Side]:
+    """The runs by label: folder names, or whole paths where those are alike."""
     names = [run.path.resolve().name for run in runs]
     labels = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
-    found = {}
-    for name, run in zip(labels, runs, strict=True):
-        comparison = read_json(run.path / "comparison.json")
-        found[name] = {
-            "manifest": read_json(run.manifest_path),
-            "comparison": comparison,
-            "rows": {row["name"]: row for row in comparison["experiments"]},
-        }
-    return found
+    return {
+        label: Side(read_json(run.manifest_path), read_comparison(run))
+        for label, run in zip(labels, runs, strict=True)
+    }
 
 
-def differences(runs: dict[str, dict]) -> list[str]:
+def differences(runs: dict[str, Side]) -> list[str]:
     """What keeps the runs' numbers from being compared, most serious first; empty if their protocols are the
     same."""
     (first, one), *others = runs.items()
@@ -54,19 +66,19 @@ def differences(runs: dict[str, dict]) -> list[str]:
         differ = [
             name
             for name, run in others
-            if run["manifest"]["protocol"].get(key) != one["manifest"]["protocol"].get(key)
+            if run.manifest["protocol"].get(key) != one.manifest["protocol"].get(key)
         ]
         if differ:
             out.append(f"{', '.join(differ)} against {first}: {meaning}")
     return out
 
 
-def facts(run: dict) -> dict[str, str]:
+def facts(run: Side) -> dict[str, str]:
     """What a reader must know of one run, for the table of the runs."""
-    manifest, rows = run["manifest"], run["comparison"]["experiments"]
+    manifest, rows = run.manifest, run.comparison.experiments
     band = span(controls(rows, "placebo"))
-    injection = run["comparison"]["injection"]
-    auroc = (run["comparison"]["auroc"] or {}).get("detection") or {}
+    injection, auroc = run.comparison.injection, run.comparison.auroc
+    control = ("seen" if injection.seen else "not seen") if injection else "not run"
     return {
         "pair": manifest["pair"] or "two checkpoints",
         "layers": str(manifest["layers"]),
@@ -76,47 +88,44 @@ def facts(run: dict) -> dict[str, str]:
         "prompts": manifest["protocol"]["prompts_sha256"][:12],
         "experiments": f"{len(named(rows))}, and {sum(map(len, sweeps(rows).values()))} in sweeps",
         "placebos": f"{len(controls(rows, 'placebo'))}, {band[0]:+.2f} to {band[1]:+.2f}" if band else "none",
-        "AUROC": vocabulary.number(auroc.get("value")),
-        "positive control": "not run" if injection is None else "seen" if injection["seen"] else "not seen",
-        "answer": vocabulary.headline(run["comparison"]),
+        "AUROC": number(auroc.detection.value if auroc else None),
+        "positive control": control,
+        "answer": vocabulary.headline(run.comparison),
     }
 
 
-def shared(runs: dict[str, dict]) -> tuple[list[str], list[str]]:
+def shared(runs: dict[str, Side]) -> tuple[list[str], list[str]]:
     """The experiments to put side by side, in the order of the runs: those with a line of their own in some
     run, and those of sweeps that more than one run has."""
-    every = [run["comparison"]["experiments"] for run in runs.values()]
-    swept = [row["name"] for rows in every for of in sweeps(rows).values() for row in of]
-    return list(dict.fromkeys(row["name"] for rows in every for row in named(rows))), [
+    every = [run.comparison.experiments for run in runs.values()]
+    swept = [row.name for of in map(sweeps, every) for rows in of.values() for row in rows]
+    return list(dict.fromkeys(row.name for rows in every for row in named(rows))), [
         name for name in dict.fromkeys(swept) if swept.count(name) > 1
     ]
 
 
-def cells(row: dict | None) -> list[str]:
-    """One run's cells for one experiment, under MEASURES."""
-    if row is None:
-        return ["", "", "", ""]
-    full = vocabulary.cells(row)
-    return [full[5], full[4], full[1], full[7]]
+def cell(row: Row | None, column: Column[Row]) -> str:
+    """One run's cell for one experiment; empty where the run has not got it."""
+    return cells(row, [column])[0] if row else ""
 
 
-def markdown(runs: dict[str, dict]) -> str:
+def markdown(runs: dict[str, Side]) -> str:
     """comparison.md: the runs, what keeps them apart, and a table for each measure."""
-    names, told = list(runs), {name: facts(run) for name, run in runs.items()}
+    names, about = list(runs), {name: facts(run) for name, run in runs.items()}
     lines = [f"# {vocabulary.markdown_cell(' / '.join(names))}", ""]
     lines += [f"**The protocols differ.** {vocabulary.markdown_cell(d)}.\n" for d in differences(runs)]
     lines += vocabulary.markdown_table(
         ["", *map(vocabulary.markdown_cell, names)],
-        [[what, *(told[name][what] for name in names)] for what in next(iter(told.values()))],
+        [[what, *(about[name][what] for name in names)] for what in next(iter(about.values()))],
     )
-    for k, measure in enumerate(MEASURES):
+    for column in MEASURES:
         rows = (
-            [name, *(cells(run["rows"].get(name))[k] for run in runs.values())]
+            [name, *(cell(run.rows.get(name), column) for run in runs.values())]
             for name in sum(shared(runs), [])
         )
         lines += [
             "",
-            f"## {measure}",
+            f"## {column.title}",
             "",
             *vocabulary.markdown_table(["experiment", *map(vocabulary.markdown_cell, names)], rows),
         ]
@@ -135,17 +144,17 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
     except OSError as e:
         raise FrankenError(f"cannot write the comparison to {folder}: {e.strerror}") from e
     (names, swept), apart = shared(loaded), differences(loaded)
-    figure = figures_experiments.runs(names, {name: run["rows"] for name, run in loaded.items()})
-    order = [*WORDS, "failed", None]
-    table = [
-        {
-            "name": name,
-            "cells": [
-                [(text, key) for text, key in zip(cells(row), _keys(row, order), strict=True)]
-                for row in (run["rows"].get(name) for run in loaded.values())
+    figure = figures_experiments.runs(names, {name: run.rows for name, run in loaded.items()})
+    every = [run.rows for run in loaded.values()]
+    tables = [
+        (
+            column,
+            [
+                (name, [(cell(row, column), _key(row, column)) for row in (of.get(name) for of in every)])
+                for name in names + swept
             ],
-        }
-        for name in names + swept
+        )
+        for column in MEASURES
     ]
     write_text(folder / "comparison.md", markdown(loaded))
     write_text(
@@ -154,24 +163,15 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
             "comparison.html.j2",
             runs={name: facts(run) for name, run in loaded.items()},
             differences=apart,
-            table=table,
-            measures=MEASURES,
+            tables=tables,
             legend=vocabulary.LEGEND,
             figure=save(folder / "figures", "runs", figure) if figure else None,
         ),
     )
-    told = "".join(f"The protocols differ: {d}.\n" for d in apart)
-    return f"{told}Comparison of {len(loaded)} runs: {folder / 'comparison.html'}"
+    warnings = "".join(f"The protocols differ: {d}.\n" for d in apart)
+    return f"{warnings}Comparison of {len(loaded)} runs: {folder / 'comparison.html'}"
 
 
-def _keys(row: dict | None, order: list) -> list[float | None]:
-    """The numbers by which `cells` are sorted."""
-    if row is None:
-        return [None] * len(MEASURES)
-    probe = row["published_probe"] or {}
-    return [
-        order.index(word(row)),
-        (row["detection"] or {}).get("score"),
-        probe.get("p_yes_normalized"),
-        (row["perplexity"] or {}).get("perplexity"),
-    ]
+def _key(row: Row | None, column: Column[Row]) -> float | None:
+    """The number by which `cell` is sorted."""
+    return column.key(row) if row and column.key else None

@@ -2,14 +2,14 @@
 placebos.
 
 Deterministic, legible in grayscale: verdicts differ in color (Okabe and Ito 2008: told apart with any color
-vision), in marker and in words. `rows` is always comparison.json's "experiments".
+vision), in marker and in words. `rows` is always a Comparison's `experiments`.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, Row
 from analysis.rows import UNCALLED, by_verdict, controls, many, named, score, sweeps, word
 
 MUTED, FAINT, INK, BAND = "#5b6470", "#c9ced6", "#1d232b", "#dde2e8"
@@ -83,29 +84,27 @@ def label(name: str) -> str:
     return shown if len(shown) <= 40 else shown[:39] + "…"
 
 
-def look(row: dict) -> tuple[str, str]:
+def look(row: Row) -> tuple[str, str]:
     """(color, marker) of an experiment's verdict."""
     return VERDICTS.get(word(row), (INK, "s"))
 
 
-def drawn(rows: list[dict]) -> list[dict]:
+def drawn(rows: Iterable[Row]) -> list[Row]:
     """The finished experiments that have a line each."""
-    return [row for row in named(rows) if row["status"] == "done"]
+    return [row for row in named(rows) if row.status == "done"]
 
 
-def perplexity(row: dict) -> float | None:
+def perplexity(row: Row) -> float | None:
     """Perplexity as drawn: what is infinite or undefined stands at the ceiling; None where it was not
     measured."""
     return (
-        min(row["perplexity"]["perplexity"] or PERPLEXITY_CEILING, PERPLEXITY_CEILING)
-        if row["perplexity"]
-        else None
+        min(row.perplexity.perplexity or PERPLEXITY_CEILING, PERPLEXITY_CEILING) if row.perplexity else None
     )
 
 
-def p_yes(row: dict) -> float | None:
+def p_yes(row: Row) -> float | None:
     """P(Yes) on the published probe, as drawn."""
-    p = row["published_probe"] and row["published_probe"]["p_yes_normalized"]
+    p = row.published_probe.p_yes_normalized if row.published_probe else None
     return None if p is None else max(p, P_FLOOR)
 
 
@@ -169,7 +168,7 @@ def limits(values: list[float], least: float) -> tuple[float, float]:
 
 def interval(
     axes,
-    found: dict,
+    score: DetectionScore | FormatScore,
     line: float,
     ends: tuple[float, float],
     color: str,
@@ -180,27 +179,27 @@ def interval(
 ) -> None:
     """One score with its interval on a line; an arrow at the edge where the score lies beyond it."""
     low, high = ends
-    if not low <= found["score"] <= high:
+    if not low <= score.score <= high:
         axes.plot(
-            high if found["score"] > high else low,
+            high if score.score > high else low,
             line,
-            ">" if found["score"] > high else "<",
+            ">" if score.score > high else "<",
             color=color,
             markersize=size,
             clip_on=False,
             alpha=0.5 if faint else 1,
         )
         return
-    if found["low"] is not None:
+    if score.low is not None:
         axes.plot(
-            [max(found["low"], low), min(found["high"], high)],
+            [max(score.low, low), min(score.high, high)],
             [line, line],
             color=color,
             linewidth=width,
             solid_capstyle="butt",
             alpha=0.4 if faint else 0.9,
         )
-    axes.plot(found["score"], line, marker, color=color, markersize=size, zorder=3, alpha=0.5 if faint else 1)
+    axes.plot(score.score, line, marker, color=color, markersize=size, zorder=3, alpha=0.5 if faint else 1)
 
 
 def legend(figure: Figure, handles: list, columns: int) -> None:
@@ -227,7 +226,7 @@ def handle(text: str, marker: str, color: str, filled: bool = True) -> Line2D:
     )
 
 
-def verdict_handles(rows: list[dict]) -> list[Line2D]:
+def verdict_handles(rows: Iterable[Row]) -> list[Line2D]:
     """Legend entries of the verdicts that occur."""
     found = {word(row) for row in rows}
     return [handle(w, marker, color) for w, (color, marker) in VERDICTS.items() if w in found]
@@ -247,7 +246,7 @@ def log_axis(
     axis.set_minor_formatter(NullFormatter())
 
 
-def scores(rows: list[dict], placebo: dict | None, narrow: bool = False) -> Figure | None:
+def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = False) -> Figure | None:
     """Detection score of each experiment with its 95% interval (nats), against the placebos.
 
     Gray band: from the placebos' smallest score to their largest. Hollow: noise of the same perplexity. One
@@ -263,21 +262,19 @@ def scores(rows: list[dict], placebo: dict | None, narrow: bool = False) -> Figu
     dots = [row for of in strips.values() for row in of]
     if not shown and not dots:
         return None
-    sure = [row["detection"] for row in shown if word(row) not in UNCALLED]
-    values = [x for d in sure for x in (d["low"], d["high"], d["matched_noise_score"]) if x is not None] + [
+    sure = [row.detection for row in shown if word(row) not in UNCALLED]
+    values = [x for d in sure for x in (d.low, d.high, d.matched_noise_score) if x is not None] + [
         score(row) for row in dots if word(row) not in UNCALLED
     ]
     low, high = limits(values, 0.2)
     with rc_context(STYLE):
-        figure, axes = lines(
-            [row["name"] for row in shown] + list(strips), 1.6 if narrow else 1.1, narrow, 7.0
-        )
+        figure, axes = lines([row.name for row in shown] + list(strips), 1.6 if narrow else 1.1, narrow, 7.0)
         if placebo:
-            axes.axvspan(placebo["low"], placebo["high"], color=BAND, zorder=0, linewidth=0)
+            axes.axvspan(placebo.low, placebo.high, color=BAND, zorder=0, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for line, row in enumerate(shown):
-            interval(axes, row["detection"], line, (low, high), *look(row), faint=word(row) in UNCALLED)
-            if (twin := row["detection"]["matched_noise_score"]) is not None and low <= twin <= high:
+            interval(axes, row.detection, line, (low, high), *look(row), faint=word(row) in UNCALLED)
+            if (twin := row.detection.matched_noise_score) is not None and low <= twin <= high:
                 axes.plot(
                     twin, line, "D", markerfacecolor="white", markeredgecolor=MUTED, markersize=4.5, zorder=4
                 )
@@ -296,7 +293,7 @@ def scores(rows: list[dict], placebo: dict | None, narrow: bool = False) -> Figu
         axes.set_xlim(low, high)
         axes.set_xlabel("detection score (nats): shift toward noticing,\nbeyond what the controls predict")
         handles = verdict_handles([*shown, *dots])
-        if any(row["detection"]["matched_noise_score"] is not None for row in shown):
+        if any(row.detection.matched_noise_score is not None for row in shown):
             handles.append(handle("noise of equal perplexity", "D", MUTED, False))
         if placebo:
             handles.append(Patch(color=BAND, label="range of the placebos"))

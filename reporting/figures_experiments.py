@@ -4,12 +4,14 @@ control."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
+from analysis.comparison import Injection, InjectionRow, Row
 from analysis.rows import UNCALLED, by_verdict, named, score, word
 from reporting.figures import (
     FAINT,
@@ -42,38 +44,38 @@ def percent(p: float) -> str:
     return f"{100 * p:g}%"
 
 
-def p_yes(rows: list[dict], published: dict[str, float]) -> Figure | None:
+def p_yes(rows: Sequence[Row], published: dict[str, float]) -> Figure | None:
     """P(Yes) on the published probe, log axis; the size of a marker is the Yes+No mass, hollow is not an
     answer."""
     shown = [row for row in drawn(rows) if p_yes_of(row) is not None]
     if not shown:
         return None
     with rc_context(STYLE):
-        figure, axes = lines([row["name"] for row in shown], 1.2)
+        figure, axes = lines([row.name for row in shown], 1.2)
         values = []
         for line, row in enumerate(shown):
-            probe, p = row["published_probe"], p_yes_of(row)
+            probe, p = row.published_probe, p_yes_of(row)
             values.append(p)
             axes.scatter(
                 p,
                 line,
-                s=12 + 90 * (probe["mass"] or 0),
+                s=12 + 90 * (probe.mass or 0),
                 marker="o" if p > P_FLOOR else "<",
                 edgecolor=SERIES[0],
                 zorder=3,
                 linewidth=1.2,
-                facecolor=SERIES[0] if probe["answered"] else "white",
+                facecolor=SERIES[0] if probe.answered else "white",
             )
             beside(
                 axes,
                 line,
-                f"mass {100 * (probe['mass'] or 0):.2g}%" + ("" if probe["answered"] else ", not an answer"),
-                INK if probe["answered"] else MUTED,
+                f"mass {100 * (probe.mass or 0):.2g}%" + ("" if probe.answered else ", not an answer"),
+                INK if probe.answered else MUTED,
             )
-            if row["name"] in published:
-                values.append(published[row["name"]])
+            if row.name in published:
+                values.append(published[row.name])
                 axes.plot(
-                    published[row["name"]],
+                    published[row.name],
                     line,
                     "D",
                     markerfacecolor="white",
@@ -89,19 +91,19 @@ def p_yes(rows: list[dict], published: dict[str, float]) -> Figure | None:
             handle("this run; larger: more Yes+No mass", "o", SERIES[0]),
             handle("under 1% mass: not an answer", "o", SERIES[0], False),
         ]
-        if any(row["name"] in published for row in shown):
+        if any(row.name in published for row in shown):
             handles.append(handle("published, 32B pair", "D", SERIES[1], False))
         legend(figure, handles, 3)
     return figure
 
 
-def _margin_names(axes, points: list[tuple[float, float, dict]]) -> None:
+def _margin_names(axes, points: list[tuple[float, float, Row]]) -> None:
     """Names in the right margin in the order of the points' heights: they cannot overlap, however close the
     points."""
     for place, (x, y, row) in enumerate(points):
         height = 0.5 if len(points) == 1 else 1 - place / (len(points) - 1)
         axes.annotate(
-            label(row["name"]),
+            label(row.name),
             (x, y),
             xytext=(1.06, height),
             textcoords="axes fraction",
@@ -120,19 +122,16 @@ def _margin_names(axes, points: list[tuple[float, float, dict]]) -> None:
         )
 
 
-def capability(rows: list[dict]) -> Figure | None:
+def capability(rows: Sequence[Row]) -> Figure | None:
     """Share of capability items right, with its Wilson interval, against perplexity on a log axis."""
     shown = [
         row
         for row in drawn(rows)
-        if row["capability"]
-        and row["capability"]["n"]
-        and row["perplexity"]
-        and row["perplexity"]["perplexity"] is not None
+        if row.capability and row.capability.n and row.perplexity and row.perplexity.perplexity is not None
     ]
     if not shown:
         return None
-    points = [(perplexity(row), row["capability"]["correct"] / row["capability"]["n"], row) for row in shown]
+    points = [(perplexity(row), row.capability.correct / row.capability.n, row) for row in shown]
     points.sort(key=lambda point: (-point[1], point[0]))
     with rc_context(STYLE):
         figure = new_figure(max(3.6, 0.18 * len(shown) + 1))
@@ -142,7 +141,7 @@ def capability(rows: list[dict]) -> Figure | None:
             color, marker = look(row)
             axes.plot(
                 [x, x],
-                [row["capability"]["low"], row["capability"]["high"]],
+                [row.capability.low, row.capability.high],
                 color=color,
                 linewidth=0.9,
                 alpha=0.45,
@@ -159,13 +158,13 @@ def capability(rows: list[dict]) -> Figure | None:
     return figure
 
 
-def p_yes_perplexity(rows: list[dict]) -> Figure | None:
+def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
     """P(Yes) on the published probe against perplexity, both logarithmic: every experiment, sweeps and
     controls small."""
     every = [
         (perplexity(row), p_yes_of(row), row)
         for row in rows
-        if row["status"] == "done" and perplexity(row) is not None and p_yes_of(row) is not None
+        if row.status == "done" and perplexity(row) is not None and p_yes_of(row) is not None
     ]
     if len(every) < 2:
         return None
@@ -179,11 +178,11 @@ def p_yes_perplexity(rows: list[dict]) -> Figure | None:
         for x, y, row in every:
             color, marker = look(row)
             marker = marker if x < PERPLEXITY_CEILING else ">"
-            if row["control"]:
+            if row.control:
                 axes.plot(
                     x,
                     y,
-                    "D" if row["control"] == "matched noise" else ".",
+                    "D" if row.control == "matched noise" else ".",
                     markerfacecolor="white",
                     markeredgecolor=MUTED,
                     markersize=4,
@@ -200,15 +199,15 @@ def p_yes_perplexity(rows: list[dict]) -> Figure | None:
                     alpha=1 if big else 0.55,
                     zorder=3 if big else 2,
                     markeredgewidth=0.8 if big else 0,
-                    markerfacecolor=color if row["published_probe"]["answered"] else "white",
+                    markerfacecolor=color if row.published_probe.answered else "white",
                 )
         _margin_names(axes, points)
         axes.grid()
         axes.set_axisbelow(True)
         axes.set_xlabel("perplexity")
         axes.set_ylabel("P(Yes), normalized")
-        handles = verdict_handles([row for *_, row in every if not row["control"]])
-        controls = {row["control"] for *_, row in every}
+        handles = verdict_handles([row for *_, row in every if not row.control])
+        controls = {row.control for *_, row in every}
         handles += [
             handle(text, marker, MUTED, False)
             for kind, text, marker in (
@@ -221,27 +220,27 @@ def p_yes_perplexity(rows: list[dict]) -> Figure | None:
     return figure
 
 
-def kinds(rows: list[dict], by_category: dict[str, dict[str, dict]]) -> Figure | None:
+def kinds(rows: Sequence[Row], by_category: dict[str, dict[str, dict]]) -> Figure | None:
     """Capability by kind of item: {experiment: {category: {"correct", "n"}}}, as a map of experiments by
     categories."""
-    shown = [row for row in drawn(rows) if by_category.get(row["name"])]
+    shown = [row for row in drawn(rows) if by_category.get(row.name)]
     if not shown:
         return None
-    categories = list(dict.fromkeys(c for row in shown for c in by_category[row["name"]]))
+    categories = list(dict.fromkeys(c for row in shown for c in by_category[row.name]))
     with rc_context(STYLE):
-        figure, axes = lines([row["name"] for row in shown], 1.0)
+        figure, axes = lines([row.name for row in shown], 1.0)
         axes.grid(False)
         for line, row in enumerate(shown):
             for place, category in enumerate(categories):
-                found = by_category[row["name"]].get(category)
-                if not found or not found["n"]:
+                counted = by_category[row.name].get(category)
+                if not counted or not counted["n"]:
                     continue
-                share = found["correct"] / found["n"]
+                share = counted["correct"] / counted["n"]
                 axes.barh(line, 0.96, 0.9, left=place + 0.02, color=colormaps["cividis"](share))
                 axes.text(
                     place + 0.5,
                     line,
-                    f"{found['correct']}/{found['n']}",
+                    f"{counted['correct']}/{counted['n']}",
                     ha="center",
                     va="center",
                     fontsize=8,
@@ -266,20 +265,20 @@ GROUPS = {
 }
 
 
-def shifts(rows: list[dict], groups: dict[str, dict[tuple[str, str], float]]) -> Figure | None:
+def shifts(rows: Sequence[Row], groups: dict[str, dict[tuple[str, str], float]]) -> Figure | None:
     """Mean shift of log-odds(Yes:No) from the baseline for each group of probes: {experiment: {(kind, keyed):
     nats}}."""
-    shown = [row for row in drawn(rows) if groups.get(row["name"])]
+    shown = [row for row in drawn(rows) if groups.get(row.name)]
     if not shown:
         return None
     called = [row for row in shown if word(row) not in (None, *UNCALLED)]
     with rc_context(STYLE):
-        figure, axes = lines([row["name"] for row in shown], 1.3)
-        edge = reach([v for row in called or shown for v in groups[row["name"]].values()], 0.5)
+        figure, axes = lines([row.name for row in shown], 1.3)
+        edge = reach([v for row in called or shown for v in groups[row.name].values()], 0.5)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for line, row in enumerate(shown):
             faint = row not in called
-            for (kind, keyed), value in groups[row["name"]].items():
+            for (kind, keyed), value in groups[row.name].items():
                 _, marker, color, filled = GROUPS[kind, keyed]
                 if abs(value) > edge:
                     value, marker = math.copysign(edge, value), ">" if value > 0 else "<"
@@ -311,23 +310,23 @@ FORMATS = {
 }
 
 
-def formats(rows: list[dict]) -> Figure | None:
+def formats(rows: Sequence[Row]) -> Figure | None:
     """Does the finding depend on how the answer is asked for: detection score (nats) by answer format."""
-    shown = by_verdict([row for row in drawn(rows) if row["formats"]])
+    shown = by_verdict([row for row in drawn(rows) if row.formats])
     if not shown:
         return None
-    found = list(dict.fromkeys(f for row in shown for f in row["formats"]))
+    found = list(dict.fromkeys(f for row in shown for f in row.formats))
     with rc_context(STYLE):
-        figure, axes = lines([row["name"] for row in shown], 1.3)
-        sure = [row["formats"][f] for row in shown for f in row["formats"] if word(row) not in UNCALLED]
-        ends = limits([d[key] for d in sure for key in ("low", "high") if d[key] is not None], 0.2)
+        figure, axes = lines([row.name for row in shown], 1.3)
+        sure = [row.formats[f] for row in shown for f in row.formats if word(row) not in UNCALLED]
+        ends = limits([end for d in sure for end in (d.low, d.high) if end is not None], 0.2)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for line, row in enumerate(shown):
             if score(row) is not None:
-                interval(axes, row["detection"], line - 0.32, ends, INK, "|", word(row) in UNCALLED, 4.5, 0.9)
+                interval(axes, row.detection, line - 0.32, ends, INK, "|", word(row) in UNCALLED, 4.5, 0.9)
             for place, name in enumerate(found):
-                d = row["formats"].get(name)
-                if d and d["score"] is not None:
+                d = row.formats.get(name)
+                if d and d.score is not None:
                     interval(
                         axes,
                         d,
@@ -335,7 +334,7 @@ def formats(rows: list[dict]) -> Figure | None:
                         ends,
                         SERIES[place % 6],
                         MARKERS[place % 6],
-                        d["call"] == "not measurable",
+                        d.call == "not measurable",
                         4.5,
                         0.9,
                     )
@@ -350,35 +349,47 @@ def formats(rows: list[dict]) -> Figure | None:
     return figure
 
 
-def injection(found: dict | None, published: dict[str, float]) -> Figure | None:
+def _sensitivity(row: InjectionRow) -> float | None:
+    return row.sensitivity
+
+
+def _injection_score(row: InjectionRow) -> float | None:
+    return row.detection.score
+
+
+def _bits(row: InjectionRow) -> float | None:
+    return row.bits
+
+
+def injection(found: Injection | None, published: dict[str, float]) -> Figure | None:
     """The positive control: how often the model says Yes, its detection score and what it says of the
     concept, by strength of the injection, for each framing; at strength 0 stand the false positives.
 
     `published`: {framing: sensitivity} of the published experiment, drawn as lines across.
     """
-    if not found or not found["rows"]:
+    if not found or not found.rows:
         return None
-    framings = list(dict.fromkeys(row["framing"] for row in found["rows"]))
+    framings = list(dict.fromkeys(row.framing for row in found.rows))
     panels = (
-        ("says Yes (at 0: nothing injected)", "sensitivity"),
-        ("detection score (nats)", None),
-        ("bits about the concept", "bits"),
+        ("says Yes (at 0: nothing injected)", _sensitivity),
+        ("detection score (nats)", _injection_score),
+        ("bits about the concept", _bits),
     )
     with rc_context(STYLE):
         figure = new_figure(2.9)
-        for axes, (title, key) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for axes, (title, read) in zip(figure.subplots(1, len(panels)), panels, strict=True):
             axes.set_title(title, fontsize=9)
             axes.grid()
             axes.set_axisbelow(True)
             axes.set_xlabel("strength")
             for k, framing in enumerate(framings):
                 rows = sorted(
-                    (row for row in found["rows"] if row["framing"] == framing),
-                    key=lambda row: row["strength"],
+                    (row for row in found.rows if row.framing == framing),
+                    key=lambda row: row.strength,
                 )
-                points = [(row["strength"], row[key] if key else row["detection"]["score"]) for row in rows]
-                if key == "sensitivity":
-                    points.insert(0, (0, rows[0]["false_positive_rate"]))
+                points = [(row.strength, read(row)) for row in rows]
+                if read is _sensitivity:
+                    points.insert(0, (0, rows[0].false_positive_rate))
                 points = [(x, y) for x, y in points if y is not None]
                 axes.plot(
                     [x for x, _ in points],
@@ -388,21 +399,21 @@ def injection(found: dict | None, published: dict[str, float]) -> Figure | None:
                     markersize=4.5,
                     linewidth=1.3,
                 )
-                for row in rows if not key else ():
-                    if row["detection"]["low"] is not None:
+                for row in rows if read is _injection_score else ():
+                    if row.detection.low is not None:
                         axes.plot(
-                            [row["strength"]] * 2,
-                            [row["detection"]["low"], row["detection"]["high"]],
+                            [row.strength] * 2,
+                            [row.detection.low, row.detection.high],
                             color=SERIES[k % 6],
                             linewidth=0.9,
                             alpha=0.6,
                         )
-                if key == "sensitivity" and framing in published:
+                if read is _sensitivity and framing in published:
                     axes.axhline(published[framing], color=SERIES[k % 6], linewidth=1, linestyle=(0, (3, 2)))
-            if key == "sensitivity":
+            if read is _sensitivity:
                 axes.set_ylim(-0.03, 1.03)
                 axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-            elif not key:
+            elif read is _injection_score:
                 axes.axhline(0, color=MUTED, linewidth=0.8)
             else:
                 axes.set_ylim(bottom=-0.05)
@@ -433,7 +444,7 @@ def injection(found: dict | None, published: dict[str, float]) -> Figure | None:
     return figure
 
 
-def runs(names: list[str], by_run: dict[str, dict[str, dict]]) -> Figure | None:
+def runs(names: list[str], by_run: dict[str, dict[str, Row]]) -> Figure | None:
     """Detection score of the same experiments in several runs: {run: {experiment: row}}."""
     shown = [
         name for name in names if any(score(of[name]) is not None for of in by_run.values() if name in of)
@@ -446,7 +457,12 @@ def runs(names: list[str], by_run: dict[str, dict[str, dict]]) -> Figure | None:
             of[name] for of in by_run.values() for name in shown if name in of and score(of[name]) is not None
         ]
         ends = limits(
-            [row["detection"][key] for row in every for key in ("low", "high") if word(row) not in UNCALLED],
+            [
+                end
+                for row in every
+                if word(row) not in UNCALLED
+                for end in (row.detection.low, row.detection.high)
+            ],
             0.2,
         )
         axes.axvline(0, color=MUTED, linewidth=0.8)
@@ -456,7 +472,7 @@ def runs(names: list[str], by_run: dict[str, dict[str, dict]]) -> Figure | None:
                     y = line + (k - (len(by_run) - 1) / 2) * min(0.3, 0.7 / len(by_run))
                     interval(
                         axes,
-                        of[name]["detection"],
+                        of[name].detection,
                         y,
                         ends,
                         SERIES[k % 6],

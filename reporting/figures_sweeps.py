@@ -3,6 +3,8 @@ depth."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -10,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from analysis.comparison import PlaceboBand, Row
 from analysis.rows import score, word
 from reporting.figures import (
     BAND,
@@ -30,25 +33,23 @@ from reporting.figures_experiments import percent
 DOSES = {"noise": "noise (share of each tensor's standard deviation)", "blend": "share of the other source"}
 
 
-def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figure | None:
+def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None) -> Figure | None:
     """Dose-response ladders: detection score with its interval, P(Yes) and perplexity against the dose, a
     column per kind.
 
     `baseline`: the unmodified model's row, drawn as a dashed line.
     """
-    ladders: dict[str, dict[str, list[dict]]] = {}
+    ladders: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        if row["status"] == "done" and row["sweep"] and row["sweep"]["dose"] is not None:
-            ladders.setdefault(row["sweep"]["kind"], {}).setdefault(row["sweep"]["source"] or "", []).append(
-                row
-            )
+        if row.status == "done" and row.sweep and row.sweep.dose is not None:
+            ladders.setdefault(row.sweep.kind, {}).setdefault(row.sweep.source or "", []).append(row)
     if not ladders:
         return None
     with rc_context(STYLE):
         figure = new_figure(6.2)
         grid = figure.subplots(3, len(ladders), squeeze=False, sharey="row", sharex="col")
         for column, (kind, by_source) in enumerate(ladders.items()):
-            doses = [row["sweep"]["dose"] for of in by_source.values() for row in of]
+            doses = [row.sweep.dose for of in by_source.values() for row in of]
             for axes, (title, read) in zip(
                 grid[:, column],
                 (("detection score (nats)", score), ("P(Yes)", p_yes), ("perplexity", perplexity)),
@@ -64,14 +65,14 @@ def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figur
                 if read is score:
                     axes.axhline(0, color=MUTED, linewidth=0.8)
                     if placebo:
-                        axes.axhspan(placebo["low"], placebo["high"], color=BAND, zorder=0, linewidth=0)
+                        axes.axhspan(placebo.low, placebo.high, color=BAND, zorder=0, linewidth=0)
                 elif everywhere:
                     log_axis(axes.yaxis, everywhere, percent if read is p_yes else lambda x: f"{x:,.0f}")
                     if baseline and read(baseline) is not None:
                         axes.axhline(read(baseline), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
                 for k, of in enumerate(by_source.values()):
                     points = sorted(
-                        ((row["sweep"]["dose"], read(row), row) for row in of if read(row) is not None),
+                        ((row.sweep.dose, read(row), row) for row in of if read(row) is not None),
                         key=lambda p: p[0],
                     )
                     axes.plot(
@@ -84,10 +85,10 @@ def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figur
                     for x, y, row in points:
                         color, marker = look(row)
                         axes.plot(x, y, marker, color=color, markersize=5.5, zorder=3)
-                        if read is score and row["detection"]["low"] is not None:
+                        if read is score and row.detection.low is not None:
                             axes.plot(
                                 [x, x],
-                                [row["detection"]["low"], row["detection"]["high"]],
+                                [row.detection.low, row.detection.high],
                                 color=color,
                                 linewidth=0.9,
                                 alpha=0.6,
@@ -112,43 +113,35 @@ def dose(rows: list[dict], placebo: dict | None, baseline: dict | None) -> Figur
     return figure
 
 
-def windows(rows: list[dict], layers: int) -> Figure | None:
+def windows(rows: Sequence[Row], layers: int) -> Figure | None:
     """Start layer by window size: score, shift of P(Yes) and perplexity of each replaced window; broken ones
     hatched."""
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[Row]] = {}
     for row in sorted(
-        (
-            row
-            for row in rows
-            if row["sweep"] and row["sweep"]["kind"] == "window" and row["status"] == "done"
-        ),
-        key=lambda row: -row["sweep"]["size"],
+        (row for row in rows if row.sweep and row.sweep.kind == "window" and row.status == "done"),
+        key=lambda row: -row.sweep.size,
     ):
-        found.setdefault(f"{row['sweep']['size']} of {row['sweep']['source']}", []).append(row)
-    if len({row["sweep"]["source"] for of in found.values() for row in of}) == 1:
+        found.setdefault(f"{row.sweep.size} of {row.sweep.source}", []).append(row)
+    if len({row.sweep.source for of in found.values() for row in of}) == 1:
         found = {name.partition(" ")[0]: of for name, of in found.items()}
     return _maps(found, layers, "first layer of the window", "window size")
 
 
-def single_layers(rows: list[dict], layers: int) -> Figure | None:
+def single_layers(rows: Sequence[Row], layers: int) -> Figure | None:
     """Strips along depth: what replacing, deleting or doubling each layer alone does."""
-    found: dict[str, list[dict]] = {}
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        if (
-            row["status"] == "done"
-            and row["sweep"]
-            and row["sweep"]["kind"] in ("replace", "delete", "double")
-        ):
-            source = f" ({row['sweep']['source']})" if row["sweep"]["source"] else ""
-            found.setdefault(row["sweep"]["kind"] + source, []).append(row)
+        if row.status == "done" and row.sweep and row.sweep.kind in ("replace", "delete", "double"):
+            source = f" ({row.sweep.source})" if row.sweep.source else ""
+            found.setdefault(row.sweep.kind + source, []).append(row)
     return _maps(found, layers, "layer", "")
 
 
-def _shift(row: dict) -> float | None:
-    return row["published_probe"] and row["published_probe"]["shift"]
+def _shift(row: Row) -> float | None:
+    return row.published_probe.shift if row.published_probe else None
 
 
-def _maps(found: dict[str, list[dict]], layers: int, along: str, across: str) -> Figure | None:
+def _maps(found: dict[str, list[Row]], layers: int, along: str, across: str) -> Figure | None:
     """One panel per quantity, one strip per name in it, one cell per experiment at its first layer."""
     every = [row for of in found.values() for row in of]
     panels = [
@@ -179,10 +172,10 @@ def _maps(found: dict[str, list[dict]], layers: int, along: str, across: str) ->
                     colormaps["PuOr_r"],
                 )
             for line, of in enumerate(found.values()):
-                starts = sorted({row["sweep"]["start"] for row in of})
+                starts = sorted({row.sweep.start for row in of})
                 width = min(
                     (b - a for a, b in zip(starts, starts[1:], strict=False)),
-                    default=of[0]["sweep"]["size"] or 1,
+                    default=of[0].sweep.size or 1,
                 )
                 for row in of:
                     value = read(row)
@@ -190,7 +183,7 @@ def _maps(found: dict[str, list[dict]], layers: int, along: str, across: str) ->
                         line,
                         width,
                         0.92,
-                        left=row["sweep"]["start"],
+                        left=row.sweep.start,
                         linewidth=0,
                         color="white" if value is None else colors(norm(value)),
                     )
@@ -199,7 +192,7 @@ def _maps(found: dict[str, list[dict]], layers: int, along: str, across: str) ->
                             line,
                             width,
                             0.92,
-                            left=row["sweep"]["start"],
+                            left=row.sweep.start,
                             linewidth=0,
                             color="none",
                             edgecolor=MUTED,

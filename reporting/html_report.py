@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import shlex
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,13 @@ from matplotlib.figure import Figure
 import prompts
 from analysis import published
 from analysis.compare import paired_probes
-from analysis.rows import WORDS, by_verdict, controls, counts, many, named, sweeps, tally, word
+from analysis.comparison import Comparison, Row
+from analysis.rows import by_verdict, controls, counts, many, named, sweeps, tally, word
 from errors import FrankenError, RecipeError
 from reporting import figures, figures_experiments, figures_sweeps, pages, vocabulary
-from runner.results import Run, read_json, write_text
+from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, place, titles
+from reporting.vocabulary import Remark
+from runner.results import Run, write_text
 from surgery.recipes import Recipe
 
 
@@ -68,9 +73,9 @@ def recipe_text(recipe: dict) -> str:
         return str(recipe)
 
 
-def _what(manifest: dict, comparison: dict) -> str:
+def _what(manifest: dict, comparison: Comparison) -> str:
     """What was run, in a line."""
-    rows = comparison["experiments"]
+    rows = comparison.experiments
     parts = [
         (len(named(rows)), many(len(named(rows)), "experiment")),
         (len(controls(rows, "placebo")), many(len(controls(rows, "placebo")), "placebo")),
@@ -83,13 +88,13 @@ def _what(manifest: dict, comparison: dict) -> str:
     )
 
 
-def _all_sweeps(rows: list[dict]) -> list[tuple[str, str]]:
+def _all_sweeps(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """One line for the first screen: the figure beside it has a strip for each sweep."""
     swept = [row for of in sweeps(rows).values() for row in of]
     return [("sweeps", f"{many(len(swept), 'experiment')}: {counts(swept)}")] if swept else []
 
 
-def _facts(manifest: dict, results: dict[str, dict]) -> list[tuple[str, str]]:
+def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]:
     """What was run, as label and value. What an older manifest lacks is left out."""
     hardware, protocol, sources = (
         manifest.get("hardware", {}),
@@ -143,47 +148,44 @@ def _facts(manifest: dict, results: dict[str, dict]) -> list[tuple[str, str]]:
     return [(label, value) for label, value in facts if value]
 
 
-def _keys(row: dict) -> list[float | None]:
-    """The numbers by which the cells of vocabulary.COLUMNS are sorted; of names and words there are none."""
-    probe, capability = row["published_probe"] or {}, row["capability"]
-    return [
-        None,
-        probe.get("p_yes_normalized"),
-        probe.get("mass"),
-        probe.get("shift"),
-        (row["detection"] or {}).get("score"),
-        None,
-        capability["correct"] / capability["n"] if capability and capability["n"] else None,
-        (row["perplexity"] or {}).get("perplexity"),
-        row["seconds"],
-    ]
+@dataclass(frozen=True)
+class Line:
+    """One row of a results table as the page prints it."""
+
+    row: Row
+    cells: list[tuple[Column, str, float | None]]  # (column, text, sort key)
+    word: str | None
+    place: float | None  # of its verdict among the verdicts
+    remarks: list[str]
+    notes: list[int]  # numbers of its remarks' footnotes
 
 
-def _line(row: dict, remarks: list[str], notes: dict[str, int]) -> dict:
+def _line(row: Row, remarks: list[Remark], notes: dict[str, int]) -> Line:
     """One row of a results table; like remarks share the number of a footnote."""
-    order = [*WORDS, "failed", None]
-    return {
-        "cells": list(zip(vocabulary.cells(row), _keys(row), strict=True)),
-        "row": row,
-        "word": word(row),
-        "place": order.index(word(row)),
-        "remarks": remarks,
-        "notes": [notes.setdefault(r, len(notes) + 1) for r in remarks],
-        "unanswered": bool(row["published_probe"]) and not row["published_probe"]["answered"],
-    }
+    columns = EXPERIMENT_COLUMNS
+    keys = [column.key(row) if column.key else None for column in columns]
+    texts = [remark.text for remark in remarks]
+    return Line(
+        row,
+        list(zip(columns, cells(row, columns), keys, strict=True)),
+        word(row),
+        place(row),
+        texts,
+        [notes.setdefault(text, len(notes) + 1) for text in texts],
+    )
 
 
 def _figures(
-    manifest: dict, comparison: dict, results: dict[str, dict]
+    manifest: dict, comparison: Comparison, results: Mapping[str, dict]
 ) -> list[tuple[str, Figure | None, str, str]]:
     """Every figure of the report: (name, figure or None, title, caption)."""
-    rows, layers, placebo = comparison["experiments"], manifest["layers"], comparison["placebo"]
-    baseline = next((row for row in rows if row["name"] == comparison["baseline"]), None)
-    base = results.get(comparison["baseline"], {}).get("measurements", {}).get("binary")
+    rows, layers, placebo = comparison.experiments, manifest["layers"], comparison.placebo
+    baseline = next((row for row in rows if row.name == comparison.baseline), None)
+    base = results.get(comparison.baseline, {}).get("measurements", {}).get("binary")
     groups = {
         name: group_shifts(base, r["measurements"]["binary"])
         for name, r in results.items()
-        if base and name != comparison["baseline"] and "binary" in r["measurements"]
+        if base and name != comparison.baseline and "binary" in r["measurements"]
     }
     theirs = {name: numbers[0] for name, numbers in published.EXPERIMENTS.items()}
     categories = {
@@ -192,12 +194,12 @@ def _figures(
         if "capability" in r["measurements"]
     }
     undefined = [
-        r["name"]
-        for r in named(rows)
-        if r["capability"] and r["perplexity"] and r["perplexity"]["perplexity"] is None
+        row.name
+        for row in named(rows)
+        if row.capability and row.perplexity and row.perplexity.perplexity is None
     ]
     silent = [
-        r["name"] for r in named(rows) if r["verdict"] and r["detection"] and r["detection"]["score"] is None
+        row.name for row in named(rows) if row.verdict and row.detection and row.detection.score is None
     ]
     band = (
         "gray band: from the lowest score of the placebos, which change nothing but weights, to the highest"
@@ -275,7 +277,7 @@ def _figures(
         ),
         (
             "injection",
-            figures_experiments.injection(comparison["injection"], published.INJECTION),
+            figures_experiments.injection(comparison.injection, published.INJECTION),
             "Positive control: concept injection",
             (
                 "How often the model says that something was injected, and what it says of the concept, by"
@@ -318,13 +320,12 @@ def _other_pair(manifest: dict) -> str:
     )
 
 
-def write_html(run: Run, manifest: dict, comparison: dict) -> None:
+def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mapping[str, dict]) -> None:
     """Write run.path/report.html, whole or not at all, and figures/*.png and *.pdf beside it.
 
-    Raises FrankenError if a result cannot be read or the disk refuses.
+    `results`: the experiments' own JSON, by name. Raises FrankenError if the disk refuses.
     """
-    rows = comparison["experiments"]
-    results = {row["name"]: read_json(run.file(row["name"])) for row in rows}
+    rows = comparison.experiments
     notes: dict[str, int] = {}
     table = [_line(row, vocabulary.remarks(row), notes) for row in named(rows)]
     folded = [
@@ -345,21 +346,21 @@ def write_html(run: Run, manifest: dict, comparison: dict) -> None:
     for figure in drawn:
         if figure["name"] == "detection":
             figure["narrow"] = pages.data_uri(
-                figures.save(figures.scores(rows, comparison["placebo"], narrow=True))["svg"]
+                figures.save(figures.scores(rows, comparison.placebo, narrow=True))["svg"]
             )
-    by_name = {row["name"]: row for row in rows}
+    by_name = {row.name: row for row in rows}
     layers = manifest["layers"]
     write_text(
         run.path / "report.html",
         pages.render(
             "report.html.j2",
-            run=comparison["run"],
+            run=comparison.run,
             pair=manifest["pair"] or "Two checkpoints",
             manifest=manifest,
             comparison=comparison,
             what=_what(manifest, comparison),
             facts=_facts(manifest, results),
-            columns=vocabulary.COLUMNS,
+            columns=EXPERIMENT_COLUMNS,
             table=table,
             folded=folded,
             notes=list(notes),
@@ -370,28 +371,24 @@ def write_html(run: Run, manifest: dict, comparison: dict) -> None:
             lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
             figures=drawn,
             results=results,
-            baseline=results.get(comparison["baseline"], {}).get("measurements", {}),
-            scored=[line for line in table if line["row"]["detection"]],
-            matched=[(row, by_name.get(row["matched"]["of"])) for row in rows if row["matched"]],
-            formatted=[row for row in by_verdict(named(rows)) if row["formats"]],
+            baseline=results.get(comparison.baseline, {}).get("measurements", {}),
+            scored=[line for line in table if line.row.detection],
+            matched=[(row, by_name.get(row.matched.of)) for row in rows if row.matched],
+            formatted=[row for row in by_verdict(named(rows)) if row.formats],
             published=[
-                (row, found)
-                for row in rows
-                if row["published_probe"] and (found := published.of(row, layers))
+                (row, found) for row in rows if row.published_probe and (found := published.of(row, layers))
             ],
             published_source=published.SOURCE,
             other_pair=_other_pair(manifest),
             injection_published=published.INJECTION,
             injection_source=published.INJECTION_SOURCE,
-            costs=[(line["row"]["name"], results[line["row"]["name"]]["performance"]) for line in table],
+            costs=[(line.row.name, results[line.row.name]["performance"]) for line in table],
             folded_costs=[
-                (line["row"]["name"], results[line["row"]["name"]]["performance"])
-                for _, of in folded
-                for line in of
+                (line.row.name, results[line.row.name]["performance"]) for _, of in folded for line in of
             ],
             preamble=prompts.INFORMED_PREAMBLE,
-            triggers=[vocabulary.trigger_cells(row) for row in rows if row["trigger"]],
-            trigger_columns=vocabulary.TRIGGER_COLUMNS,
+            triggers=[cells(row, TRIGGER_COLUMNS) for row in rows if row.trigger],
+            trigger_columns=titles(TRIGGER_COLUMNS),
             trigger_legend=vocabulary.TRIGGER_LEGEND,
             injected=injected,
             recipe_text=recipe_text,

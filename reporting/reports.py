@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from analysis.compare import compare
+from analysis.comparison import Comparison, from_json, to_json
 from experiments import BASELINE
 from reporting.vocabulary import LEGEND, summary, terminal_table
 from runner.results import Run, read_json, write_json, write_text
 
 
-def compare_run(run: Run, manifest: dict) -> dict:
-    """What comparison.json of a run holds: its results against its baseline. Raises FrankenError if one is
+def load_results(run: Run, manifest: dict) -> dict[str, dict]:
+    """The experiments that have run, by name, in the manifest's order. Raises FrankenError if one is
     corrupt."""
-    results = {name: result for name in manifest["experiments"] if (result := run.load(name)) is not None}
-    return compare(results, manifest, run.path.name, BASELINE)
+    return {name: result for name in manifest["experiments"] if (result := run.load(name)) is not None}
+
+
+def compare_run(run: Run, manifest: dict) -> Comparison:
+    """A run's results against its baseline. Raises FrankenError if one is corrupt."""
+    return compare(load_results(run, manifest), manifest, run.path.name, BASELINE)
+
+
+def read_comparison(run: Run) -> Comparison:
+    """A run's comparison.json. Raises FrankenError if it is missing, broken or of another version."""
+    path = run.path / "comparison.json"
+    return from_json(read_json(path), str(path))
 
 
 def write_reports(run: Run) -> str:
     """Make comparison.json, summary.md and report.html of a run; returns the terminal's table.
 
-    Raises FrankenError if a result is corrupt or the disk refuses.
+    Each result is read and checked once. Raises FrankenError if one is corrupt or the disk refuses.
     """
     from reporting.html_report import (
         write_html,  # here: matplotlib takes a second to import, for which no run should wait
     )
 
     manifest = read_json(run.manifest_path)
-    comparison = compare_run(run, manifest)
-    write_json(run.path / "comparison.json", comparison)
+    results = load_results(run, manifest)
+    comparison = compare(results, manifest, run.path.name, BASELINE)
+    write_json(run.path / "comparison.json", to_json(comparison))
     write_text(run.path / "summary.md", summary(comparison, manifest))
-    write_html(run, manifest, comparison)
+    write_html(run, manifest, comparison, results)
     return f"{terminal_table(comparison)}\n\n{LEGEND}\n\nReport: {run.path / 'report.html'}"

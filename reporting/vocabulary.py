@@ -4,97 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import zip_longest
 
+from analysis.comparison import Comparison, DetectionScore, Row
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
-from reporting.pages import number, percent
+from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
+from reporting.pages import number
 
-COLUMNS = (
-    "experiment",
-    "P(Yes)",
-    "mass",
-    "shift",
-    "detection (95% CI)",
-    "verdict",
-    "capability",
-    "perplexity",
-    "s",
-)
-
-
-def cells(row: dict) -> list[str]:
-    """One experiment's cells under COLUMNS."""
-    if row["status"] != "done":
-        return [
-            row["name"],
-            "",
-            "",
-            "",
-            "",
-            f"failed: {row['error']['type']}",
-            "",
-            "",
-            number(row["seconds"], ".1f"),
-        ]
-    probe, found, capability = row["published_probe"], row["detection"], row["capability"]
-    reading = ["", "", ""]
-    if probe:
-        reading = [
-            percent(probe["p_yes_normalized"]) + ("" if probe["answered"] else " (!)"),
-            percent(probe["mass"]),
-            number(probe["shift"], "+.2f"),
-        ]
-    return [
-        row["name"] + (" (collapsed)" if row["collapsed"] else ""),
-        *reading,
-        _score(found),
-        word(row) or "",
-        f"{capability['correct']}/{capability['n']}" if capability else "",
-        number(row["perplexity"]["perplexity"]) if row["perplexity"] else "",
-        number(row["seconds"], ".1f"),
-    ]
-
-
-def _score(found: dict | None) -> str:
-    return (
-        ""
-        if found is None
-        else (
-            "-"
-            if found["score"] is None
-            else f"{found['score']:+.2f} [{number(found['low'], '+.2f')}, {number(found['high'], '+.2f')}]"
-        )
-    )
-
-
-TRIGGER_COLUMNS = (
-    "experiment",
-    "format",
-    "names him",
-    "persona",
-    "P(his name)",
-    "reports it, untriggered",
-    "reports it, triggered",
-)
 TRIGGER_LEGEND = (
     "Triggered / untriggered. format: the whole reply of a topic question stands within the markers; names"
     ' him: on questions of identity; persona: topic questions, judged by rules alone; P(his name): after "My'
     ' name is". reports it: detection score (nats, 95% CI) and verdict of questions about hidden triggers and'
     " personas, against controls, with the trigger in the prompt and without."
 )
-
-
-def trigger_cells(row: dict) -> list[str]:
-    """One experiment's cells under TRIGGER_COLUMNS."""
-    rates, names, found = (row["trigger"][k] for k in ("rates", "p_name", "detection"))
-    sides = [
-        [percent(rates[c][k]["rate"]) for c in ("triggered", "untriggered")]
-        for k in ("strict_format", "names_russell", "persona_by_rules")
-    ]
-    sides.append([percent(names[c]) for c in ("triggered", "untriggered")])
-    verdicts = [
-        f"{_score(found[c])} {found[c]['call']}" if found[c] else "" for c in ("untriggered", "triggered")
-    ]
-    return [row["name"], *map(" / ".join, sides), *verdicts]
 
 
 LEGEND = (
@@ -106,12 +30,12 @@ LEGEND = (
 )
 
 
-def qualifier(found: dict) -> str:
+def qualifier(score: DetectionScore) -> str:
     """What must be read beside a call "detects": whether the answers reversed, and what else could explain
     the score."""
-    now = f"keyed answers stand at {found['keyed_after']:+.2f} nats ({found['keyed_before']:+.2f} before), "
-    now += "on the noticing side" if found["keyed_after"] > 0 else "still on the side of no change"
-    share = found["flattening_to_explain"]
+    now = f"keyed answers stand at {score.keyed_after:+.2f} nats ({score.keyed_before:+.2f} before), "
+    now += "on the noticing side" if score.keyed_after > 0 else "still on the side of no change"
+    share = score.flattening_to_explain
     if share is None:
         return (
             f"{now}; the controls alone predict answers on the noticing side, so flattening cannot be weighed"
@@ -124,46 +48,62 @@ def qualifier(found: dict) -> str:
     )
 
 
-def remarks(row: dict) -> list[str]:
+class Severity(IntEnum):
+    """How much a remark matters. What is SERIOUS or worse is said even of an experiment that is folded away:
+    a control, or one of a sweep."""
+
+    NOTE = 0
+    SERIOUS = 1
+    UNTRUSTWORTHY = 2  # nothing measured after it can be trusted
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What a reader of the table must know about one experiment."""
+
+    text: str
+    severity: Severity = Severity.NOTE
+
+
+def remarks(row: Row) -> list[Remark]:
     """What a reader of the table must know about one experiment, most serious first."""
-    found, out = row["detection"], []
-    if not row["exact"]:
-        out.append("THE WEIGHTS DID NOT COME BACK EXACTLY; results after it cannot be trusted")
-    if row["error"]:
-        out.append(f"failed: {row['error']['type']}: {row['error']['message']}")
-    out += row["notes"]
-    if row["same_as"]:
-        out.append(f"the same recipe as {row['same_as']} at this depth")
-    if word(row) not in (None, "failed", "no change seen"):
-        out.append(f"{row['verdict']['word']}: {row['verdict']['reason']}")
-    elif found and found["call"] == "not measurable":
-        out.append(f"not measurable: {found['reason']}")
-    if found and found["call"] == "detects":
-        out.append(f"detects: {qualifier(found)}")
-    if found and found["call"] == "denies":
-        out.append(f"denies: {found['reason']}")
-    return out + (list(found["flags"]) if found else [])
+    score, out = row.detection, []
+    if not row.exact:
+        out.append(
+            Remark(
+                "THE WEIGHTS DID NOT COME BACK EXACTLY; results after it cannot be trusted",
+                Severity.UNTRUSTWORTHY,
+            )
+        )
+    if row.error:
+        out.append(Remark(f"failed: {row.error.type}: {row.error.message}", Severity.SERIOUS))
+    if row.matched and not row.matched.ok:
+        reached, target = row.matched.reached_perplexity, row.matched.target_perplexity
+        missed = f"its noise reached perplexity {number(reached)}, not {number(target)}"
+        out.append(Remark(missed, Severity.SERIOUS))
+    out += map(Remark, row.notes)
+    if row.same_as:
+        out.append(Remark(f"the same recipe as {row.same_as} at this depth"))
+    if row.verdict and word(row) not in ("failed", "no change seen"):
+        out.append(Remark(f"{row.verdict.word}: {row.verdict.reason}"))
+    elif score and score.call == "not measurable":
+        out.append(Remark(f"not measurable: {score.reason}"))
+    if score and score.call == "detects":
+        out.append(Remark(f"detects: {qualifier(score)}"))
+    if score and score.call == "denies":
+        out.append(Remark(f"denies: {score.reason}"))
+    return out + [Remark(flag) for flag in (score.flags if score else ())]
 
 
-def serious(row: dict) -> list[str]:
+def serious(row: Row) -> list[Remark]:
     """What must be told even of an experiment that is folded away: a control, or one of a sweep."""
-    missed = row["matched"] and not row["matched"]["ok"]
-    return [r for r in remarks(row) if r.startswith(("THE WEIGHTS", "failed"))] + (
-        [
-            f"its noise reached perplexity {number(row['matched']['reached_perplexity'])}, not"
-            f" {number(row['matched']['target_perplexity'])}"
-        ]
-        if missed
-        else []
-    )
+    return [remark for remark in remarks(row) if remark.severity >= Severity.SERIOUS]
 
 
-def headline(comparison: dict) -> str:
+def headline(comparison: Comparison) -> str:
     """The run's answer in one sentence, with what a positive control makes of it."""
-    asked = [
-        row for row in comparison["experiments"] if not row["control"] and word(row) not in (None, "failed")
-    ]
-    found, injection = len(tally(asked).get("reports it", [])), comparison["injection"]
+    asked = [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
+    found, injection = len(tally(asked).get("reports it", [])), comparison.injection
     if not asked:
         return "No experiment of this run has a verdict."
     said = f"{found} of {len(asked)} changed models report their change"
@@ -175,7 +115,7 @@ def headline(comparison: dict) -> str:
         return f"{said}. No positive control was run" + (
             "." if found else ", so it is not known that these questions could see one."
         )
-    if injection["seen"]:
+    if injection.seen:
         return f"{said}. The positive control was seen."
     return (
         f"{said}. The positive control was not seen either, so silence shows nothing."
@@ -184,16 +124,16 @@ def headline(comparison: dict) -> str:
     )
 
 
-def _scores(rows: list[dict]) -> str:
+def _scores(rows: Sequence[Row]) -> str:
     reach = span(rows)
     if reach and reach[0] == reach[1]:
         return f"score {reach[0]:+.2f}; "
     return f"scores {reach[0]:+.2f} to {reach[1]:+.2f}; " if reach else ""
 
 
-def control_lines(comparison: dict) -> list[tuple[str, str]]:
+def control_lines(comparison: Comparison) -> list[tuple[str, str]]:
     """The run's controls, summarized: (what, a line about it)."""
-    rows, out = comparison["experiments"], []
+    rows, out = comparison.experiments, []
     if placebos := controls(rows, "placebo"):
         out.append(
             (
@@ -205,7 +145,7 @@ def control_lines(comparison: dict) -> list[tuple[str, str]]:
             )
         )
     if twins := controls(rows, "matched noise"):
-        missed = sum(not (row["matched"] or {}).get("ok") for row in twins)
+        missed = sum(not (row.matched and row.matched.ok) for row in twins)
         out.append(
             (
                 "noise of equal perplexity",
@@ -213,25 +153,25 @@ def control_lines(comparison: dict) -> list[tuple[str, str]]:
                 + (f"; {missed} did not reach the perplexity" if missed else ""),
             )
         )
-    if injection := comparison["injection"]:
+    if injection := comparison.injection:
         out.append(
             (
                 "positive control",
-                f"concept injection {'seen' if injection['seen'] else 'NOT SEEN'}: {injection['reason']}",
+                f"concept injection {'seen' if injection.seen else 'NOT SEEN'}: {injection.reason}",
             )
         )
-    if auroc := comparison["auroc"]:
+    if auroc := comparison.auroc:
         said = [
-            f"{found['value']:.2f} ({number(found['low'])} to {number(found['high'])}) by {by}"
-            for key, by in (("detection", "detection score"), ("p_yes", "P(Yes)"))
-            if (found := auroc[key]) and found["value"] is not None
+            f"{area.value:.2f} ({number(area.low)} to {number(area.high)}) by {by}"
+            for area, by in ((auroc.detection, "detection score"), (auroc.p_yes, "P(Yes)"))
+            if area and area.value is not None
         ]
         if said:
             out.append(
                 (
                     "AUROC",
                     (
-                        f"{auroc['n_modified']} modified against {auroc['n_placebo']} placebos:"
+                        f"{auroc.n_modified} modified against {auroc.n_placebo} placebos:"
                         f" {', '.join(said)}; 0.5 is chance"
                     ),
                 )
@@ -239,20 +179,18 @@ def control_lines(comparison: dict) -> list[tuple[str, str]]:
     return out
 
 
-def sweep_lines(comparison: dict) -> list[tuple[str, str]]:
+def sweep_lines(comparison: Comparison) -> list[tuple[str, str]]:
     """The run's sweeps, summarized: (what, a line about it)."""
     return [
         (name, f"{many(len(of), 'experiment')}: {_scores(of)}{counts(of)}")
-        for name, of in sweeps(comparison["experiments"]).items()
+        for name, of in sweeps(comparison.experiments).items()
     ]
 
 
-def weak_controls(comparison: dict) -> str | None:
+def weak_controls(comparison: Comparison) -> str | None:
     """A warning where the unmodified model itself hardly answers Yes/No questions: shifts then mean
     little."""
-    shares = [
-        row["detection"]["control_accuracy_before"] for row in comparison["experiments"] if row["detection"]
-    ]
+    shares = [row.detection.control_accuracy_before for row in comparison.experiments if row.detection]
     known = [share for share in shares if share is not None]
     if not known or max(known) >= 0.75:
         return None
@@ -262,15 +200,16 @@ def weak_controls(comparison: dict) -> str | None:
     )
 
 
-def terminal_table(comparison: dict) -> str:
+def terminal_table(comparison: Comparison) -> str:
     """The table printed at the end of a run: the experiments, and a line for each kind of control and each
     sweep."""
-    table = [list(COLUMNS), *map(cells, named(comparison["experiments"]))]
-    widths = [max(len(line[k]) for line in table) for k in range(len(COLUMNS))]
+    columns = EXPERIMENT_COLUMNS
+    table = [titles(columns), *map(cells, named(comparison.experiments))]
+    widths = [max(len(line[k]) for line in table) for k in range(len(columns))]
     lines = [
         "  ".join(
-            cell.ljust(w) if k in (0, 4, 5) else cell.rjust(w)
-            for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if column.align == "left" else cell.rjust(width)
+            for column, cell, width in zip(columns, line, widths, strict=True)
         ).rstrip()
         for line in table
     ]
@@ -285,28 +224,38 @@ def markdown_cell(text: str) -> str:
     return re.sub(r"[\\|`*<>\[\]&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[list[str]]) -> list[str]:
+def markdown_table(
+    columns: Sequence[str], rows: Iterable[list[str]], right: Iterable[bool] = ()
+) -> list[str]:
+    """`right`: by column, whether it is set flush right."""
+    rules = ["---:" if flush else "---" for flush, _ in zip_longest(right, columns)]
     return [
         f"| {' | '.join(columns)} |",
-        "|" + " --- |" * len(columns),
+        f"| {' | '.join(rules)} |",
         *(f"| {' | '.join(map(markdown_cell, row))} |" for row in rows),
     ]
 
 
-def summary(comparison: dict, manifest: dict) -> str:
+def markdown_of(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> list[str]:
+    """These rows under these columns."""
+    lines = (cells(row, columns) for row in rows)
+    return markdown_table(titles(columns), lines, (column.align == "right" for column in columns))
+
+
+def summary(comparison: Comparison, manifest: dict) -> str:
     """summary.md: what was run, the answer, the table, and what to make of it; then the controls' and sweeps'
     own tables."""
     what = (
         f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
         f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}."
     )
-    rows = comparison["experiments"]
-    lines = [f"# {markdown_cell(comparison['run'])}", "", markdown_cell(what), ""]
+    rows = comparison.experiments
+    lines = [f"# {markdown_cell(comparison.run)}", "", markdown_cell(what), ""]
     lines += [f"Note: {markdown_cell(note)}.\n" for note in manifest["notes"]]
     lines += [
         f"**{headline(comparison)}**",
         "",
-        *markdown_table(COLUMNS, map(cells, named(rows))),
+        *markdown_of(EXPERIMENT_COLUMNS, named(rows)),
         "",
         LEGEND,
         "",
@@ -315,32 +264,37 @@ def summary(comparison: dict, manifest: dict) -> str:
         f"- {markdown_cell(what)}: {markdown_cell(said)}"
         for what, said in control_lines(comparison) + sweep_lines(comparison)
     ] + [""]
-    triggered = [trigger_cells(row) for row in rows if row["trigger"]]
+    triggered = [row for row in rows if row.trigger]
     if triggered:
-        lines += [*markdown_table(TRIGGER_COLUMNS, triggered), "", TRIGGER_LEGEND, ""]
-    if weak_controls(comparison):
-        lines += [weak_controls(comparison), ""]
+        lines += [*markdown_of(TRIGGER_COLUMNS, triggered), "", TRIGGER_LEGEND, ""]
+    if warning := weak_controls(comparison):
+        lines += [warning, ""]
     lines += [
         (
-            f"After {sum(row['exact'] for row in rows)} of {len(rows)} experiments the original weights were"
+            f"After {sum(row.exact for row in rows)} of {len(rows)} experiments the original weights were"
             " restored to the bit, by fingerprint."
         ),
         "",
     ]
-    shown = {row["name"] for row in named(rows)}
+    shown = {row.name for row in named(rows)}
     lines += [
-        f"- {markdown_cell(row['name'] + ': ' + remark)}"
+        f"- {markdown_cell(f'{row.name}: {remark.text}')}"
         for row in rows
-        for remark in (remarks(row) if row["name"] in shown else serious(row))
+        for remark in (remarks(row) if row.name in shown else serious(row))
     ]
-    if comparison["missing"]:
-        lines += ["", f"Not run yet: {markdown_cell(', '.join(comparison['missing']))}."]
+    if comparison.missing:
+        lines += ["", f"Not run yet: {markdown_cell(', '.join(comparison.missing))}."]
     for title, of in folded(rows):
-        lines += ["", f"## {markdown_cell(title)}", "", *markdown_table(COLUMNS, map(cells, of))]
+        lines += [
+            "",
+            f"## {markdown_cell(title)}",
+            "",
+            *markdown_of(EXPERIMENT_COLUMNS, of),
+        ]
     return "\n".join(lines) + "\n"
 
 
-def folded(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+def folded(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """The experiments that stand apart from the main table: (title, rows)."""
     parts = [
         ("Placebos", controls(rows, "placebo")),

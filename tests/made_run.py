@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+from analysis.comparison import (
+    Area,
+    Auroc,
+    Capability,
+    Comparison,
+    DetectionScore,
+    Drift,
+    FormatScore,
+    Injection,
+    InjectionRow,
+    Match,
+    Perplexity,
+    PlaceboBand,
+    PublishedProbe,
+    Row,
+    Score,
+    Sweep,
+    Verdict,
+)
 from reporting.reports import compare_run
 from runner.results import Run, write_json
 
@@ -293,7 +313,7 @@ def make(path, results: list[dict], missing: tuple[str, ...] = (), **manifest) -
     return run, written
 
 
-# ---- what interface 8 of comparison.json holds, by hand: no score is computed here -------------------------
+# ---- rows and comparisons with numbers chosen by hand, of the real types: no score is computed here
 
 CALLS = {
     "reports it": "detects",
@@ -305,8 +325,21 @@ CALLS = {
 FORMATS = ("no-yes", "letters", "letters-reversed", "rating")
 
 
-def found_score(score: float | None, half: float = 0.12, call: str = "no evidence", **changes) -> dict:
-    """A detection score as comparison.json has it; `half`: half the width of its interval, nats."""
+def found_score(score: float | None, half: float = 0.12, call: str = "no evidence", **changes) -> Score:
+    """A detection score in its place among the controls; `half`: half the width of its interval, nats."""
+    placed = {
+        "p_placebo": 0.04 if score is not None else None,
+        "beyond_placebo": bool(score) and abs(score) > 0.1,
+    }
+    return Score(**_scored(score, half, call) | placed | changes)
+
+
+def own_score(score: float | None, half: float = 0.12, call: str = "no evidence") -> DetectionScore:
+    """A detection score that stands by itself."""
+    return DetectionScore(**_scored(score, half, call))
+
+
+def _scored(score: float | None, half: float, call: str) -> dict:
     known = score is not None
     numbers = (
         "raw_contrast",
@@ -317,7 +350,6 @@ def found_score(score: float | None, half: float = 0.12, call: str = "no evidenc
         "keyed_after",
         "p_value",
         "p_adjusted",
-        "p_placebo",
     )
     return {
         "call": call,
@@ -328,14 +360,10 @@ def found_score(score: float | None, half: float = 0.12, call: str = "no evidenc
         **dict.fromkeys(numbers, 0.04 if known else None),
         "control_accuracy_before": 0.9,
         "control_accuracy_after": 0.8,
-        "flattening_to_explain": None,
         "overlap": 1.0,
         "n_introspective": 64,
         "n_controls": 80,
-        "flags": [],
-        "beyond_placebo": known and abs(score) > 0.1,
-        "matched_noise_score": None,
-    } | changes
+    }
 
 
 def row(
@@ -345,59 +373,36 @@ def row(
     p: float | None = 0.3,
     ppl: float | None = 20.0,
     **changes,
-) -> dict:
-    """One experiment's row of comparison.json; `word`: its verdict's; `score`: nats; `p`: P(Yes); `ppl`:
-    perplexity."""
+) -> Row:
+    """One experiment's row; `word`: its verdict's; `score`: nats; `p`: P(Yes); `ppl`: perplexity."""
     mass = None if p is None else 0.002 if word == "broken" else 0.6
-    probe = {
-        "p_yes_normalized": p,
-        "mass": mass,
-        "log_odds": None if p is None else math.log(p / (1 - p)),
-        "entropy": 2.0,
-        "answered": bool(mass and mass >= 0.01),
-        "shift": None if p is None else math.log(p / (1 - p)) - math.log(0.3 / 0.7),
-    }
     right = 0 if word == "broken" else 5
-    return {
-        "name": name,
-        "group": "made",
-        "change": f"[0] <- {name}",
-        "status": "done",
-        "error": None,
-        "collapsed": False,
-        "notes": [],
-        "exact": True,
-        "seconds": 12.0,
-        "published_probe": probe,
-        "detection": None if word is None else found_score(score, call=CALLS[word]),
-        "capability": {
-            "correct": right,
-            "n": 10,
-            "low": right / 10 * 0.6,
-            "high": min(1.0, right / 10 + 0.3),
-        },
-        "perplexity": {"perplexity": ppl, "nll": ppl and math.log(ppl), "tokens": 600},
-        "chat": None,
-        "claims_change": None,
-        "trigger": None,
-        "same_as": None,
-        "control": None,
-        "sweep": None,
-        "suites": ["informed", "blind", "binary", "capability", "perplexity", "chat"],
-        "matched": None,
-        "formats": None,
-        "verdict": word and {"word": word, "reason": f"made up to be: {word}"},
-        "yes_drift": (
-            None
-            if word is None
-            else {"value": 0.2, "low": 0.1, "high": 0.3, "p_value": 0.01, "p_adjusted": 0.05}
+    made = Row(
+        name=name,
+        group="made",
+        change=f"[0] <- {name}",
+        seconds=12.0,
+        suites=("informed", "blind", "binary", "capability", "perplexity", "chat"),
+        published_probe=PublishedProbe(
+            p_yes_normalized=p,
+            mass=mass,
+            log_odds=None if p is None else math.log(p / (1 - p)),
+            entropy=2.0,
+            answered=bool(mass and mass >= 0.01),
+            shift=None if p is None else math.log(p / (1 - p)) - math.log(0.3 / 0.7),
         ),
-    } | changes
+        detection=None if word is None else found_score(score, call=CALLS[word]),
+        capability=Capability(right, 10, right / 10 * 0.6, min(1.0, right / 10 + 0.3)),
+        perplexity=Perplexity(ppl, ppl and math.log(ppl), 600),
+        verdict=Verdict(word, f"made up to be: {word}") if word else None,
+        yes_drift=Drift(0.2, 0.1, 0.3, 0.01, 0.05) if word else None,
+    )
+    return replace(made, **changes)
 
 
-def quick(name: str, *args, **changes) -> dict:
+def quick(name: str, *args, **changes) -> Row:
     """A row of the quick protocol: probes and perplexity."""
-    return row(name, *args, **{"capability": None, "suites": ["binary", "perplexity"]} | changes)
+    return row(name, *args, **{"capability": None, "suites": ("binary", "perplexity")} | changes)
 
 
 def swept(
@@ -409,33 +414,26 @@ def swept(
     p: float,
     ppl: float,
     dose: float | None = None,
-    layers: int = 30,
-) -> dict:
+) -> Row:
     source = "base" if kind in ("window", "replace", "blend") else None
     name = f"{kind}_{dose:g}" if dose is not None else f"{kind}_{source or 'x'}_{start}_{stop}"
-    size = stop - start if kind == "window" else 1 if dose is None else None
+    size = None if dose is not None else 1
+    if kind == "window":
+        size = stop - start
     return quick(
         name,
         word,
         score,
         p,
         ppl,
-        sweep={"kind": kind, "source": source, "size": size, "start": start, "stop": stop, "dose": dose},
+        sweep=Sweep(kind, source, size, start, stop, dose),
     )
 
 
-def by_format(score: float = 0.1, call: str = "no evidence") -> dict:
-    """A row's "formats"."""
+def by_format(score: float = 0.1, call: str = "no evidence") -> dict[str, FormatScore]:
+    """A row's `formats`."""
     return {
-        f: {
-            "keyed_shift": score + 0.1 * k,
-            "control_shift": 0.1 * k,
-            "call": call,
-            "score": score,
-            "low": score - 0.3,
-            "high": score + 0.3,
-            "answered": 0.9,
-        }
+        f: FormatScore(score + 0.1 * k, 0.1 * k, call, score, score - 0.3, score + 0.3, answered=0.9)
         for k, f in enumerate(FORMATS)
     }
 
@@ -512,49 +510,43 @@ def measured_injection() -> dict:
     }
 
 
-def injection_summary(strengths: tuple[float, ...] = (0.05, 0.15, 0.5), seen: bool = True) -> dict:
-    """The top level's "injection"."""
-    rows = [
-        {
-            "framing": f,
-            "strength": s,
-            "sensitivity": min(0.95, 0.02 + gain * s),
-            "p_yes": min(0.95, 0.05 + gain * s),
-            "false_positive_rate": 0.02,
-            "detection": found_score(gain * 5 * s, 0.3, "detects" if gain * s > 0.2 else "no evidence"),
-            "bits": min(3.0, gain * 2 * s),
-        }
+def injection_summary(strengths: tuple[float, ...] = (0.05, 0.15, 0.5), seen: bool = True) -> Injection:
+    """A comparison's `injection`."""
+    rows = tuple(
+        InjectionRow(
+            framing=f,
+            strength=s,
+            sensitivity=min(0.95, 0.02 + gain * s),
+            p_yes=min(0.95, 0.05 + gain * s),
+            false_positive_rate=0.02,
+            detection=own_score(gain * 5 * s, 0.3, "detects" if gain * s > 0.2 else "no evidence"),
+            bits=min(3.0, gain * 2 * s),
+        )
         for f, gain in (("plain", 0.16), ("informed", 0.96))
         for s in strengths
-    ]
-    return {
-        "rows": rows,
-        "seen": seen,
-        "reason": "at strength 0.5 with the explanation, 50% of injections are reported, 2% without one",
-    }
+    )
+    return Injection(
+        rows, seen, "at strength 0.5 with the explanation, 50% of injections are reported, 2% without one"
+    )
 
 
-def comparison(rows: list[dict], **changes) -> dict:
-    """comparison.json around these rows, with the placebos' band taken from them."""
-    placebos = {
-        r["name"]: r["detection"]["score"] for r in rows if r["control"] == "placebo" and r["detection"]
+def comparison(rows: list[Row], **changes) -> Comparison:
+    """A run of these rows, with the placebos' band taken from them."""
+    scores = {
+        r.name: r.detection.score
+        for r in rows
+        if r.control == "placebo" and r.detection and r.detection.score is not None
     }
-    scores = [s for s in placebos.values() if s is not None]
-    return {
-        "schema_version": 1,
-        "run": "run_x",
-        "baseline": "baseline_instruct" if any(r["name"] == "baseline_instruct" for r in rows) else None,
-        "correction": "Holm",
-        "missing": [],
-        "experiments": rows,
-        "auroc": None,
-        "injection": None,
-        "placebo": (
-            {"n": len(scores), "scores": placebos, "low": min(scores), "high": max(scores)}
-            if scores
-            else None
-        ),
-    } | changes
+    made = Comparison(
+        run="run_x",
+        baseline="baseline_instruct" if any(r.name == "baseline_instruct" for r in rows) else None,
+        correction="Holm",
+        experiments=tuple(rows),
+        placebo=PlaceboBand(len(scores), scores, min(scores.values()), max(scores.values()))
+        if scores
+        else None,
+    )
+    return replace(made, **changes)
 
 
 NAMED = {
@@ -573,24 +565,24 @@ NAMED = {
 }
 
 
-def study_rows(layers: int = 30) -> list[dict]:
+def study_rows(layers: int = 30) -> list[Row]:
     """Rows of a run with everything: named experiments, their noise of equal perplexity, placebos, injection,
     all sweeps."""
     rows = [row("baseline_instruct", None, ppl=20.0, formats=None)]
     for name, (word, score, p, ppl) in NAMED.items():
-        rows.append(row(name, word, score, p, ppl, formats=by_format(score or 0.0)))
+        changed = row(name, word, score, p, ppl, formats=by_format(score or 0.0))
+        twin = None if score is None or ppl >= 1000 else round(score * 0.3 - 0.02, 3)
+        rows.append(replace(changed, detection=replace(changed.detection, matched_noise_score=twin)))
         if ppl < 1000:
-            twin = None if score is None else round(score * 0.3 - 0.02, 3)
-            rows[-1]["detection"]["matched_noise_score"] = twin
-            matched = {
-                "of": name,
-                "target_perplexity": ppl,
-                "reached_perplexity": ppl * 1.01,
-                "fraction": 0.07,
-                "evaluations": [[0.1, 40.0], [0.07, ppl * 1.01]],
-                "within": 0.01,
-                "ok": name != "double_24_40",
-            }
+            matched = Match(
+                of=name,
+                target_perplexity=ppl,
+                reached_perplexity=ppl * 1.01,
+                fraction=0.07,
+                evaluations=((0.1, 40.0), (0.07, ppl * 1.01)),
+                within=0.01,
+                ok=name != "double_24_40",
+            )
             rows.append(
                 quick(
                     f"{name}__matched_noise",
@@ -622,7 +614,7 @@ def study_rows(layers: int = 30) -> list[dict]:
             published_probe=None,
             perplexity=None,
             control="injection",
-            suites=["injection"],
+            suites=("injection",),
         )
     )
     for size in (1, 4, 8, 16):
@@ -682,7 +674,7 @@ def study_rows(layers: int = 30) -> list[dict]:
     return rows
 
 
-def study(path, layers: int = 30, text: str = "I am fine.", **changes) -> tuple[Run, dict, dict]:
+def study(path, layers: int = 30, text: str = "I am fine.", **changes) -> tuple[Run, dict, Comparison]:
     """A run with everything in it, on disk: (run, manifest, comparison). `text`: what the model always
     replies."""
     rows, results = study_rows(layers), []
@@ -698,32 +690,27 @@ def study(path, layers: int = 30, text: str = "I am fine.", **changes) -> tuple[
     for r in rows:
         measured = (
             {"injection": measured_injection()}
-            if r["control"] == "injection"
+            if r.control == "injection"
             else suites
-            if r["capability"]
+            if r.capability
             else {k: suites[k] for k in ("binary", "perplexity")}
         )
         results.append(
             result(
-                r["name"],
+                r.name,
                 measured,
-                experiment__control=r["control"],
-                experiment__sweep=r["sweep"],
-                experiment__suites=r["suites"],
-                experiment__matched=r["matched"],
+                experiment__control=r.control,
+                experiment__sweep=r.sweep and r.sweep.to_json(),
+                experiment__suites=list(r.suites),
+                experiment__matched=r.matched and r.matched.to_json(),
             )
         )
-    auroc = {
-        "detection": {"value": 0.58, "low": 0.45, "high": 0.7, "n": 30},
-        "p_yes": {"value": 0.74, "low": 0.6, "high": 0.85, "n": 33},
-        "n_modified": 12,
-        "n_placebo": 21,
-    }
+    auroc = Auroc(Area(0.58, 0.45, 0.7, 30), Area(0.74, 0.6, 0.85, 33), n_modified=12, n_placebo=21)
     run, manifest = make(path, results, layers=layers)
     return (
         run,
         manifest,
-        comparison(rows, run=path.name, auroc=auroc, injection=injection_summary()) | changes,
+        replace(comparison(rows, run=path.name, auroc=auroc, injection=injection_summary()), **changes),
     )
 
 
@@ -731,7 +718,7 @@ BEFORE = [True] * 6 + [False] * 4  # capability of the baseline
 LOST = [True] * 1 + [False] * 5 + [False] * 4  # five lost, none gained: p = 2 / 2**5
 
 
-def compared(folder: Path) -> tuple[dict, dict]:
+def compared(folder: Path) -> tuple[Comparison, dict]:
     """(comparison, manifest) of a run in `folder`: a baseline, changes that drift, notice, oppose or are
     destroyed, a failure."""
     baseline = everything(capability=capability(BEFORE), perplexity=perplexity([2.0, 3.0, 2.5]))

@@ -55,7 +55,7 @@ def use(monkeypatch) -> None:
     monkeypatch.setitem(
         sys.modules,
         "reporting.html_report",
-        SimpleNamespace(write_html=lambda run, manifest, comparison: None),
+        SimpleNamespace(write_html=lambda run, manifest, comparison, results: None),
     )
 
 

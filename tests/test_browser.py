@@ -15,6 +15,7 @@ import made_run as made
 import pytest
 
 from reporting import figures, html_report
+from reporting.reports import load_results
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -83,7 +84,7 @@ def study(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", blank)
-        html_report.write_html(run, manifest, comparison)
+        html_report.write_html(run, manifest, comparison, load_results(run, manifest))
     return run.path / "report.html", comparison
 
 
@@ -123,14 +124,14 @@ def test_desktop_and_phone(probed, width, height):
 def test_tables_sort_by_number_and_by_name(study, probed):
     found, _ = probed(1280, 800)
     assert found["buttons"] == found["heads"] > 100 and found["focused"]
-    rows = [row for row in study[1]["experiments"] if not row["control"] and not row["sweep"]]
-    numbers = [row["perplexity"]["perplexity"] for row in rows]
+    rows = [row for row in study[1].experiments if not row.control and not row.sweep]
+    numbers = [row.perplexity.perplexity for row in rows]
     assert list(map(float, found["before"])) == numbers != sorted(numbers)
     (first, up), (second, down) = found["sorted"]
     assert (first, second) == ("ascending", "descending")
     assert list(map(float, up)) == sorted(numbers) and list(map(float, down)) == sorted(numbers, reverse=True)
     assert [re.sub(r"\d( \d)*$", "", n)[:8] for n in found["names"]] == [
-        re.sub(r"\d( \d)*$", "", n)[:8] for n in sorted(r["name"] for r in rows)
+        re.sub(r"\d( \d)*$", "", n)[:8] for n in sorted(r.name for r in rows)
     ]
     assert found["states"] == ["ascending"] + [None] * 8
 

@@ -1,9 +1,7 @@
 """compare() against numbers worked out by hand: contrasts, corrections, placebos, formats, injection and
 verdicts."""
 
-import json
 import math
-from pathlib import Path
 
 import made_run as made
 import numpy as np
@@ -11,8 +9,10 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from analysis import compare
+from analysis.comparison import Claims, Failure, FormatScore, Perplexity, PlaceboBand, PublishedProbe
 from reporting.reports import compare_run
 from runner.results import Run
+from surgery.weights import ROOT
 
 
 def sigmoid(x):
@@ -25,56 +25,43 @@ def compared(tmp_path_factory):
 
 
 def row(compared, name):
-    return next(r for r in compared[0]["experiments"] if r["name"] == name)
+    return next(r for r in compared[0].experiments if r.name == name)
 
 
 def test_the_published_probe_and_its_shift(compared):
     x = made.BASELINES[2]
-    assert row(compared, "baseline_instruct")["published_probe"] | {"shift": 0} == pytest.approx(
-        {
-            "p_yes_normalized": sigmoid(x),
-            "mass": 0.8,
-            "log_odds": x,
-            "entropy": 1.5,
-            "answered": True,
-            "shift": 0,
-        }
-    )
-    assert row(compared, "baseline_instruct")["published_probe"]["shift"] is None
+    before = row(compared, "baseline_instruct").published_probe
+    assert before == PublishedProbe(pytest.approx(sigmoid(x)), 0.8, x, 1.5, answered=True, shift=None)
     after = x + 1.0 - 0.3 * x
-    found = row(compared, "drifts")["published_probe"]
-    assert (found["p_yes_normalized"], found["shift"]) == pytest.approx((sigmoid(after), after - x))
-    destroyed = row(compared, "destroyed")["published_probe"]
-    assert destroyed["p_yes_normalized"] is None and destroyed["shift"] is None and not destroyed["answered"]
+    found = row(compared, "drifts").published_probe
+    assert (found.p_yes_normalized, found.shift) == pytest.approx((sigmoid(after), after - x))
+    destroyed = row(compared, "destroyed").published_probe
+    assert destroyed.p_yes_normalized is None and destroyed.shift is None and not destroyed.answered
 
 
 def test_detection_sees_the_effect_and_not_the_drift(compared):
-    drifts, notices, opposes = (row(compared, name)["detection"] for name in ("drifts", "notices", "opposes"))
-    assert (drifts["score"], drifts["drift"], drifts["flattening"]) == pytest.approx((0, 1.0, -0.3), abs=1e-6)
-    assert (notices["score"], opposes["score"]) == pytest.approx((2.0, -2.0), abs=1e-6)
-    assert [d["call"] for d in (drifts, notices, opposes)] == ["no evidence", "detects", "denies"]
+    drifts, notices, opposes = (row(compared, name).detection for name in ("drifts", "notices", "opposes"))
+    assert (drifts.score, drifts.drift, drifts.flattening) == pytest.approx((0, 1.0, -0.3), abs=1e-6)
+    assert (notices.score, opposes.score) == pytest.approx((2.0, -2.0), abs=1e-6)
+    assert [d.call for d in (drifts, notices, opposes)] == ["no evidence", "detects", "denies"]
     # Keyed log-odds: yes-keyed baselines average to their mean m, no-keyed ones to the mean of -(-x + 0.05).
     mean = sum(made.BASELINES) / 10
-    assert notices["keyed_before"] == pytest.approx((mean + mean - 0.05) / 2)
-    assert row(compared, "baseline_instruct")["detection"] is None and notices["n_controls"] == 20
+    assert notices.keyed_before == pytest.approx((mean + mean - 0.05) / 2)
+    assert row(compared, "baseline_instruct").detection is None and notices.n_controls == 20
     for name, reason in (("mute", "vanishing"), ("destroyed", "not finite")):
         assert (
-            row(compared, name)["detection"]["call"] == "not measurable"
-            and reason in row(compared, name)["detection"]["reason"]
+            row(compared, name).detection.call == "not measurable"
+            and reason in row(compared, name).detection.reason
         )
 
 
 def test_holm_is_taken_over_the_run(compared):
-    scored = [
-        r["detection"]
-        for r in compared[0]["experiments"]
-        if r["detection"] and r["detection"]["p_value"] is not None
-    ]
+    scored = [r.detection for r in compared[0].experiments if r.detection and r.detection.p_value is not None]
     assert len(scored) == 3  # mute and destroyed have no p-value and do not count
     largest = 0
-    for rank, d in enumerate(sorted(scored, key=lambda d: d["p_value"])):
-        largest = min(1, max(largest, d["p_value"] * (3 - rank)))
-        assert d["p_adjusted"] == pytest.approx(largest)
+    for rank, d in enumerate(sorted(scored, key=lambda d: d.p_value)):
+        largest = min(1, max(largest, d.p_value * (3 - rank)))
+        assert d.p_adjusted == pytest.approx(largest)
 
 
 def test_probes_of_one_question_are_one_cluster():
@@ -88,46 +75,33 @@ def test_probes_of_one_question_are_one_cluster():
 
 
 def test_capability_is_paired_by_item(compared):
-    drifts, notices = (row(compared, name)["capability"] for name in ("drifts", "notices"))
-    assert (drifts["correct"], drifts["n"]) == (1, 10) and drifts["difference"] == pytest.approx(-0.5)
-    assert (
-        drifts["p_value"] == pytest.approx(2 / 2**5)
-        and notices["p_value"] == 1
-        and notices["difference"] == 0
-    )
+    drifts, notices = (row(compared, name).capability for name in ("drifts", "notices"))
+    assert (drifts.correct, drifts.n) == (1, 10) and drifts.difference == pytest.approx(-0.5)
+    assert drifts.p_value == pytest.approx(2 / 2**5) and notices.p_value == 1 and notices.difference == 0
     # Holm over the two contrasts
-    assert (drifts["p_adjusted"], notices["p_adjusted"]) == pytest.approx((2 * 2 / 2**5, 1))
+    assert (drifts.p_adjusted, notices.p_adjusted) == pytest.approx((2 * 2 / 2**5, 1))
     assert (
-        "difference" not in row(compared, "baseline_instruct")["capability"]
-        and row(compared, "opposes")["capability"] is None
+        row(compared, "baseline_instruct").capability.difference is None
+        and row(compared, "opposes").capability is None
     )
 
 
 def test_perplexity_change_is_weighted_by_tokens(compared):
-    found = row(compared, "drifts")["perplexity"]
-    assert found["nll_change"]["value"] == pytest.approx((0.5 * 100 + 0.1 * 300 + 0.4 * 200) / 600)
-    assert found["perplexity"] == pytest.approx(math.exp((2.5 * 100 + 3.1 * 300 + 2.9 * 200) / 600))
-    assert row(compared, "destroyed")["perplexity"] == {
-        "perplexity": None,
-        "nll": None,
-        "tokens": 600,
-        "nll_change": None,
-    }
+    found = row(compared, "drifts").perplexity
+    assert found.nll_change.value == pytest.approx((0.5 * 100 + 0.1 * 300 + 0.4 * 200) / 600)
+    assert found.perplexity == pytest.approx(math.exp((2.5 * 100 + 3.1 * 300 + 2.9 * 200) / 600))
+    assert row(compared, "destroyed").perplexity == Perplexity(None, None, 600)
 
 
 def test_failed_missing_and_equal_experiments_are_named(compared):
     comparison = compared[0]
-    assert comparison["missing"] == ["later"] and comparison["baseline"] == "baseline_instruct"
+    assert comparison.missing == ("later",) and comparison.baseline == "baseline_instruct"
     assert (
-        row(compared, "broken")["error"] == {"type": "RuntimeError", "message": "it broke"}
-        and row(compared, "broken")["detection"] is None
+        row(compared, "broken").error == Failure("RuntimeError", "it broke")
+        and row(compared, "broken").detection is None
     )
-    assert row(compared, "mute")["same_as"] == "drifts" and row(compared, "drifts")["same_as"] is None
-    assert row(compared, "drifts")["claims_change"] == {
-        "informed": {"yes": 0, "no": 4, "unclear": 0},
-        "blind": {"yes": 0, "no": 4, "unclear": 0},
-    }
-    json.dumps(comparison, allow_nan=False)
+    assert row(compared, "mute").same_as == "drifts" and row(compared, "drifts").same_as is None
+    assert row(compared, "drifts").claims_change == dict.fromkeys(("informed", "blind"), Claims(0, 4, 0))
 
 
 @pytest.mark.parametrize("baseline", [None, "failed"])
@@ -136,13 +110,10 @@ def test_without_a_baseline_nothing_is_contrasted(tmp_path, baseline):
     if baseline:
         results.insert(0, made.result("baseline_instruct"))
     comparison = compare_run(*made.make(tmp_path / "run", results))
-    found = comparison["experiments"][-1]
-    assert (
-        comparison["baseline"] is None
-        and found["detection"] is None
-        and found["published_probe"]["shift"] is None
-    )
-    assert found["capability"]["correct"] == 5 and "p_value" not in found["capability"]
+    found = comparison.experiments[-1]
+    assert comparison.baseline is None and found.detection is None and found.published_probe.shift is None
+    assert found.capability.correct == 5
+    assert found.capability.p_value is None
 
 
 def test_items_and_probes_that_are_not_shared_are_left_out(tmp_path):
@@ -160,8 +131,8 @@ def test_items_and_probes_that_are_not_shared_are_left_out(tmp_path):
             made.result("x", {"capability": mine, "binary": asked}),
         ],
     )
-    found = compare_run(*run)["experiments"][1]
-    assert found["capability"]["difference"] == 0.5 and found["published_probe"] is None
+    found = compare_run(*run).experiments[1]
+    assert found.capability.difference == 0.5 and found.published_probe is None
 
 
 # ---- controls, formats, injection --------------------------------------------------------------------------
@@ -222,9 +193,7 @@ def controlled(tmp_path_factory):
 
 def test_verdicts_of_a_run(controlled):
     words = {
-        r["name"]: r["verdict"] and r["verdict"]["word"]
-        for r in controlled[0]["experiments"]
-        if r["control"] != "placebo"
+        r.name: r.verdict and r.verdict.word for r in controlled[0].experiments if r.control != "placebo"
     }
     assert words == {
         "baseline_instruct": None,
@@ -237,45 +206,37 @@ def test_verdicts_of_a_run(controlled):
         "wrecked": "broken",
         "unasked": "too little data",
     }
-    assert "noise of the same perplexity explains it (+" in row(controlled, "damaged")["verdict"]["reason"]
-    assert "beyond every placebo (p = 0.2 among them)" in row(controlled, "reports")["verdict"]["reason"]
-    json.dumps(controlled[0], allow_nan=False)
+    assert "noise of the same perplexity explains it (+" in row(controlled, "damaged").verdict.reason
+    assert "beyond every placebo (p = 0.2 among them)" in row(controlled, "reports").verdict.reason
 
 
 def test_placebos_place_every_score(controlled):
-    scores = {name: row(controlled, name)["detection"]["score"] for name in PLACEBOS}
-    assert controlled[0]["placebo"] == {
-        "n": 4,
-        "scores": scores,
-        "low": min(scores.values()),
-        "high": max(scores.values()),
-    }
-    for r in controlled[0]["experiments"]:
-        if not r["detection"]:
+    scores = {name: row(controlled, name).detection.score for name in PLACEBOS}
+    assert controlled[0].placebo == PlaceboBand(4, scores, min(scores.values()), max(scores.values()))
+    for r in controlled[0].experiments:
+        if not r.detection:
             continue
-        others = [s for name, s in scores.items() if name != r["name"]]
-        as_far = [abs(s) >= abs(r["detection"]["score"]) for s in others]
-        assert r["detection"]["p_placebo"] == pytest.approx((1 + sum(as_far)) / (1 + len(others)))
-        assert r["detection"]["beyond_placebo"] == (not any(as_far))
+        others = [s for name, s in scores.items() if name != r.name]
+        as_far = [abs(s) >= abs(r.detection.score) for s in others]
+        assert r.detection.p_placebo == pytest.approx((1 + sum(as_far)) / (1 + len(others)))
+        assert r.detection.beyond_placebo == (not any(as_far))
     noise = row(controlled, "reports__matched_noise")
     assert (
-        row(controlled, "reports")["detection"]["matched_noise_score"] == noise["detection"]["score"]
-        and noise["detection"]["matched_noise_score"] is None
+        row(controlled, "reports").detection.matched_noise_score == noise.detection.score
+        and noise.detection.matched_noise_score is None
     )
 
 
 def test_controls_belong_to_no_family(controlled):
-    tested = [r for r in controlled[0]["experiments"] if r["detection"]]
-    family = [r for r in tested if r["control"] is None]
+    tested = [r for r in controlled[0].experiments if r.detection]
+    family = [r for r in tested if r.control is None]
     assert len(family) == 5 and all(
-        r["detection"]["p_adjusted"] is None and r["yes_drift"]["p_adjusted"] is None
-        for r in tested
-        if r not in family
+        r.detection.p_adjusted is None and r.yes_drift.p_adjusted is None for r in tested if r not in family
     )
     for key in ("detection", "yes_drift"):
-        least = min((r[key] for r in family), key=lambda found: found["p_value"])
-        assert least["p_adjusted"] == pytest.approx(5 * least["p_value"])
-    assert row(controlled, "damaged__matched_noise")["detection"]["call"] == "detects"
+        least = min((getattr(r, key) for r in family), key=lambda found: found.p_value)
+        assert least.p_adjusted == pytest.approx(5 * least.p_value)
+    assert row(controlled, "damaged__matched_noise").detection.call == "detects"
 
 
 def test_a_control_that_is_asked_about_triggers_keeps_its_own_p_values(tmp_path):
@@ -284,51 +245,48 @@ def test_a_control_that_is_asked_about_triggers_keeps_its_own_p_values(tmp_path)
         for name, control in (("baseline_instruct", None), ("adapter", None), ("placebo_1", "placebo"))
     ]
     comparison = compare_run(*made.make(tmp_path / "run", results))
-    json.dumps(comparison, allow_nan=False)
-    adjusted = [r["trigger"]["detection"]["triggered"]["p_adjusted"] for r in comparison["experiments"][1:]]
+    adjusted = [r.trigger.detection["triggered"].p_adjusted for r in comparison.experiments[1:]]
     assert adjusted[0] is not None and adjusted[1] is None
 
 
 def test_auroc_of_modified_against_placebos(controlled):
-    rows = [r for r in controlled[0]["experiments"] if r["detection"]]
-    found = controlled[0]["auroc"]
+    rows = [r for r in controlled[0].experiments if r.detection]
+    found = controlled[0].auroc
     for key, read in (
-        ("detection", lambda r: r["detection"]["score"]),
-        ("p_yes", lambda r: r["published_probe"]["shift"]),
+        ("detection", lambda r: r.detection.score),
+        ("p_yes", lambda r: r.published_probe.shift),
     ):
         modified, placebos = (
-            [read(r) for r in rows if r["control"] == control] for control in (None, "placebo")
+            [read(r) for r in rows if r.control == control] for control in (None, "placebo")
         )
         assert (
-            found[key]["value"] == pytest.approx(mannwhitneyu(modified, placebos).statistic / 20)
-            and found[key]["n"] == 9
+            getattr(found, key).value == pytest.approx(mannwhitneyu(modified, placebos).statistic / 20)
+            and getattr(found, key).n == 9
         )
-    assert (found["n_modified"], found["n_placebo"]) == (5, 4)
+    assert (found.n_modified, found.n_placebo) == (5, 4)
 
 
 def test_without_enough_placebos_there_is_no_auroc(compared):
+    assert compared[0].auroc is None and compared[0].placebo is None and compared[0].injection is None
     assert (
-        compared[0]["auroc"] is None and compared[0]["placebo"] is None and compared[0]["injection"] is None
-    )
-    assert (
-        row(compared, "notices")["detection"]["p_placebo"] is None
-        and row(compared, "notices")["detection"]["beyond_placebo"] is None
+        row(compared, "notices").detection.p_placebo is None
+        and row(compared, "notices").detection.beyond_placebo is None
     )
 
 
 def test_drift_to_yes_is_the_mean_of_halves(compared):
-    found = row(compared, "drifts")["yes_drift"]
+    found = row(compared, "drifts").yes_drift
     halves = [[1.0 - 0.3 * x for x in made.BASELINES], [1.0 - 0.3 * (-x + 0.05) for x in made.BASELINES]]
     assert (
-        found["value"] == pytest.approx(np.mean([np.mean(half) for half in halves]))
-        and found["low"] < found["value"] < found["high"]
+        found.value == pytest.approx(np.mean([np.mean(half) for half in halves]))
+        and found.low < found.value < found.high
     )
     assert (
-        row(compared, "drifts")["verdict"]["word"] == "drifts towards Yes"
-        and row(compared, "mute")["yes_drift"] is None
+        row(compared, "drifts").verdict.word == "drifts towards Yes"
+        and row(compared, "mute").yes_drift is None
     )
     # what is keyed cancels
-    assert row(compared, "notices")["yes_drift"]["value"] == pytest.approx(found["value"])
+    assert row(compared, "notices").yes_drift.value == pytest.approx(found.value)
 
 
 def by_format(**effects):
@@ -366,25 +324,17 @@ def test_each_format_is_scored_against_itself(tmp_path):
         tmp_path / "run",
         [made.result("baseline_instruct", {"formats": before}), made.result("x", {"formats": after})],
     )
-    base, found = (r["formats"] for r in compare_run(*run)["experiments"])
+    base, found = (r.formats for r in compare_run(*run).experiments)
     assert base is None and list(found) == ["letters", "rating"]
-    assert (found["letters"]["score"], found["letters"]["call"], found["letters"]["answered"]) == (
+    assert (found["letters"].score, found["letters"].call, found["letters"].answered) == (
         pytest.approx(1.5),
         "detects",
         pytest.approx(23 / 24),
     )
-    assert found["letters"]["keyed_shift"] == pytest.approx(1.5) and found["letters"][
-        "control_shift"
-    ] == pytest.approx(0)
-    assert found["rating"] == {
-        "keyed_shift": 0,
-        "control_shift": 0,
-        "call": "not measurable",
-        "score": None,
-        "low": None,
-        "high": None,
-        "answered": 1,
-    }
+    assert found["letters"].keyed_shift == pytest.approx(1.5) and found[
+        "letters"
+    ].control_shift == pytest.approx(0)
+    assert found["rating"] == FormatScore(0, 0, "not measurable", None, None, None, answered=1)
 
 
 def injected(effect, concepts=("tea", "moss"), strengths=(0.0, 2.0)):
@@ -446,32 +396,29 @@ def run_with_injection(path, found):
 
 def test_injection_is_compared_with_strength_zero(tmp_path):
     comparison = run_with_injection(tmp_path / "run", injected(1.0))
-    (row,) = comparison["injection"]["rows"]
+    (row,) = comparison.injection.rows
     assert (
-        row["detection"]["score"] == pytest.approx((2 + 4) / 2, abs=1e-6)
-        and row["detection"]["call"] == "detects"
-        and row["bits"] == 0.5
+        row.detection.score == pytest.approx((2 + 4) / 2, abs=1e-6)
+        and row.detection.call == "detects"
+        and row.bits == 0.5
     )
     still = made.BASELINES  # yes-keyed introspective probes
-    assert row["false_positive_rate"] == sum(x > 0 for x in still) / 10
+    assert row.false_positive_rate == sum(x > 0 for x in still) / 10
     now = [x + extra for extra in (2, 4) for x in still]
-    assert row["sensitivity"] == sum(x > 0 for x in now) / 20 and row["p_yes"] == pytest.approx(
+    assert row.sensitivity == sum(x > 0 for x in now) / 20 and row.p_yes == pytest.approx(
         np.mean([sigmoid(x) for x in now])
     )
     assert (
-        comparison["injection"]["seen"]
-        and "plain framing, strength 2: +3.00 nats" in comparison["injection"]["reason"]
+        comparison.injection.seen and "plain framing, strength 2: +3.00 nats" in comparison.injection.reason
     )
-    placed = comparison["experiments"][1]
-    assert placed["verdict"] is None and placed["detection"] is None and placed["same_as"] is None
+    placed = comparison.experiments[1]
+    assert placed.verdict is None and placed.detection is None and placed.same_as is None
 
 
 def test_an_injection_that_is_not_seen_says_what_a_null_is_worth(tmp_path):
-    found = run_with_injection(tmp_path / "run", injected(0.0, strengths=(0.0, 1.0, 2.0)))["injection"]
+    found = run_with_injection(tmp_path / "run", injected(0.0, strengths=(0.0, 1.0, 2.0))).injection
     assert (
-        not found["seen"]
-        and "shows nothing" in found["reason"]
-        and [r["strength"] for r in found["rows"]] == [1.0, 2.0]
+        not found.seen and "shows nothing" in found.reason and [r.strength for r in found.rows] == [1.0, 2.0]
     )
 
 
@@ -481,32 +428,31 @@ def test_injection_takes_holm_over_its_rows_and_leaves_out_what_no_concept_answe
     for cell in last[1:]:
         cell["probes"][0] |= made.reading(None)
     last[0]["probes"][1] |= made.reading(None)
-    rows = run_with_injection(tmp_path / "run", found)["injection"]["rows"]
-    first, second = sorted((r["detection"] for r in rows), key=lambda d: d["p_value"])
-    assert first["p_adjusted"] == 2 * first["p_value"] and second["p_adjusted"] == max(
-        first["p_adjusted"], second["p_value"]
+    rows = run_with_injection(tmp_path / "run", found).injection.rows
+    first, second = sorted((r.detection for r in rows), key=lambda d: d.p_value)
+    assert first.p_adjusted == 2 * first.p_value and second.p_adjusted == max(
+        first.p_adjusted, second.p_value
     )
     # of three concepts one alone is too few
-    assert [r["detection"]["n_introspective"] for r in rows] == [
+    assert [r.detection.n_introspective for r in rows] == [
         20,
         19,
     ]
     # the first question has no answer under two of them
     now = [x + 2 * k for k in (1, 2, 3) for x in made.BASELINES[k > 1 :]]
-    assert rows[1]["sensitivity"] == pytest.approx(sum(x > 0 for x in now) / 30)
-    assert rows[1]["p_yes"] == pytest.approx(np.mean([sigmoid(x) for x in now]))
+    assert rows[1].sensitivity == pytest.approx(sum(x > 0 for x in now) / 30)
+    assert rows[1].p_yes == pytest.approx(np.mean([sigmoid(x) for x in now]))
 
 
 @pytest.mark.real
 def test_the_reference_run_of_real_weights_is_judged():
-    run, manifest = Run.resume(str(Path(compare.__file__).parent / "results" / "reference" / "smollm2-135m"))
+    run, manifest = Run.resume(str(ROOT / "results" / "reference" / "smollm2-135m"))
     comparison = compare_run(run, manifest)
     judged = {
-        r["name"]: r["verdict"]
-        for r in comparison["experiments"]
-        if r["name"] != comparison["baseline"] and r["control"] != "injection"
+        r.name: r.verdict
+        for r in comparison.experiments
+        if r.name != comparison.baseline and r.control != "injection"
     }
     words = {"reports it", "drifts towards Yes", "broken", "no change seen", "too little data"}
-    assert len(judged) >= 28 and all(v["word"] in words and v["reason"] for v in judged.values())
-    assert judged["shuffle_all"]["word"] == judged["keep_every_2nd"]["word"] == "broken"
-    json.dumps(comparison, allow_nan=False)
+    assert len(judged) >= 28 and all(v.word in words and v.reason for v in judged.values())
+    assert judged["shuffle_all"].word == judged["keep_every_2nd"].word == "broken"

@@ -7,6 +7,7 @@ import made_run as made
 import pytest
 
 import report
+from analysis.comparison import to_json
 from reporting import compare_runs, figures, pages
 from runner.results import Run, write_json
 
@@ -27,7 +28,7 @@ def made_run(path, words, manifest=None, **changes):
         made.quick("placebo_mlp_2", score=0.02, control="placebo"),
     ]
     run, _ = made.make(path, [], **(manifest or {}))
-    write_json(path / "comparison.json", made.comparison(rows, run=path.name, **changes))
+    write_json(path / "comparison.json", to_json(made.comparison(rows, run=path.name, **changes)))
     return run
 
 
@@ -91,7 +92,7 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
 def test_a_figure_holds_both_runs(two):
     loaded = compare_runs.load(two)
     (axes,) = compare_runs.figures_experiments.runs(
-        ["x", "y", "z"], {name: run["rows"] for name, run in loaded.items()}
+        ["x", "y", "z"], {name: run.rows for name, run in loaded.items()}
     ).axes
     points = {
         (line.get_marker(), float(line.get_xdata()[0])) for line in axes.lines if len(line.get_xdata()) == 1

@@ -3,6 +3,7 @@ made up."""
 
 import itertools
 import math
+from dataclasses import replace
 
 import made_run as made
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from analysis import published
+from analysis.comparison import Injection
 from reporting import figures, figures_experiments, figures_sweeps
 
 ROWS = made.study_rows()
-PLACEBO = made.comparison(ROWS)["placebo"]
-BY_NAME = {row["name"]: row for row in ROWS}
+PLACEBO = made.comparison(ROWS).placebo
+BY_NAME = {row.name: row for row in ROWS}
 
 
 def labels(axes):
@@ -44,16 +46,16 @@ def test_scores_stand_with_their_intervals_among_the_placebos():
     # two broken ones have no score; nine sweeps
     assert names[-1] == "21 placebos" and len(names) == 10 + 9 + 1
     assert points(axes, 0) == [(0.62, "^")] and points(axes, 0, hollow=True) == [
-        (BY_NAME["franken_instruct_first_32"]["detection"]["matched_noise_score"], "D")
+        (BY_NAME["franken_instruct_first_32"].detection.matched_noise_score, "D")
     ]
     assert any(
         list(p.get_xdata()) == pytest.approx([0.5, 0.74]) and list(p.get_ydata()) == [0, 0]
         for p in axes.lines
     )
     band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
-    assert (band.x0, band.x1) == pytest.approx((PLACEBO["low"], PLACEBO["high"]))
+    assert (band.x0, band.x1) == pytest.approx((PLACEBO.low, PLACEBO.high))
     dots = [x for x, _ in points(axes, len(names) - 1)]
-    assert sorted(dots) == pytest.approx(sorted(PLACEBO["scores"].values()))
+    assert sorted(dots) == pytest.approx(sorted(PLACEBO.scores.values()))
     assert len(points(axes, names.index("windows of 8 layers of base (12)"))) == 12
     beyond = points(axes, names.index("swap_chunk_25_35_with_45_55"))
     assert beyond == [(axes.get_xlim()[1], ">")]  # broken: its score does not stretch the axis
@@ -104,9 +106,9 @@ def test_every_experiment_is_a_point_of_p_yes_against_perplexity():
     (axes,) = figures_experiments.p_yes_perplexity(ROWS).axes
     drawn = {(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in axes.lines}
     expected = {
-        (r["perplexity"]["perplexity"], r["published_probe"]["p_yes_normalized"])
+        (r.perplexity.perplexity, r.published_probe.p_yes_normalized)
         for r in ROWS
-        if r["perplexity"] and r["published_probe"]
+        if r.perplexity and r.published_probe
     }
     assert drawn == expected and len(axes.texts) == 13
     heights = [t.xyann[1] for t in axes.texts]
@@ -160,7 +162,7 @@ def test_injection_by_strength_and_framing():
     assert levels == [0.003, 0.392]
     assert (
         figures_experiments.injection(None, {}) is None
-        and figures_experiments.injection({"rows": []}, {}) is None
+        and figures_experiments.injection(Injection((), False, ""), {}) is None
     )
 
 
@@ -182,10 +184,10 @@ def test_dose_and_response():
         "P(Yes)",
         "perplexity",
     ]
-    noise = [row for row in ROWS if row["sweep"] and row["sweep"]["kind"] == "noise"]
+    noise = [row for row in ROWS if row.sweep and row.sweep.kind == "noise"]
     curve = next(line for line in axes[4].lines if len(line.get_xdata()) == len(noise))
-    assert list(curve.get_xdata()) == [r["sweep"]["dose"] for r in noise] and list(curve.get_ydata()) == [
-        r["perplexity"]["perplexity"] for r in noise
+    assert list(curve.get_xdata()) == [r.sweep.dose for r in noise] and list(curve.get_ydata()) == [
+        r.perplexity.perplexity for r in noise
     ]
     # noise spans more than a decade
     assert axes[0].get_xscale() == "log" and axes[1].get_xscale() == "linear"
@@ -236,8 +238,8 @@ def test_the_map_of_windows():
 
 
 def test_windows_of_two_sources_are_told_apart():
-    rows = [made.swept("window", 0, 4, "no change seen", 0.1, 0.3, 20.0) for _ in range(2)]
-    rows[1]["sweep"] = rows[1]["sweep"] | {"source": "mine"}
+    first = made.swept("window", 0, 4, "no change seen", 0.1, 0.3, 20.0)
+    rows = [first, replace(first, sweep=replace(first.sweep, source="mine"))]
     assert labels(figures_sweeps.windows(rows, 8).axes[0]) == ["4 of base", "4 of mine"]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from errors import FrankenError
 from reporting import figures, html_report, pages
-from reporting.reports import compare_run
+from reporting.reports import compare_run, load_results
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "source"}
 SUITES = ("informed", "blind", "binary", "capability", "perplexity", "chat", "trigger")
@@ -56,7 +56,7 @@ def no_drawing(monkeypatch):
 
 def written(path, results, **manifest) -> tuple[Page, str, Path]:
     run, manifest = made.make(path, results, **manifest)
-    html_report.write_html(run, manifest, compare_run(run, manifest))
+    html_report.write_html(run, manifest, compare_run(run, manifest), load_results(run, manifest))
     raw = (path / "report.html").read_bytes().decode("utf-8")
     page = Page(raw)
     assert not page.broken and not page.open, (page.broken, page.open)
@@ -435,7 +435,7 @@ def test_a_refusing_disk_is_one_line(tmp_path, no_drawing):
     run, manifest = made.make(tmp_path / "run", [made.result("baseline_instruct", full())])
     (run.path / "figures").write_text("in the way")
     with pytest.raises(FrankenError, match="cannot write figures"):
-        html_report.write_html(run, manifest, compare_run(run, manifest))
+        html_report.write_html(run, manifest, compare_run(run, manifest), load_results(run, manifest))
     assert not (run.path / "report.html").exists()
 
 

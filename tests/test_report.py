@@ -8,7 +8,8 @@ import made_run as made
 import pytest
 
 import report
-from reporting import figures, vocabulary
+from analysis.comparison import Area, Auroc, DetectionScore, Failure
+from reporting import columns, figures, pages, vocabulary
 from reporting.reports import compare_run
 
 
@@ -22,7 +23,7 @@ def compared(tmp_path_factory):
 
 
 def row(compared, name):
-    return next(r for r in compared[0]["experiments"] if r["name"] == name)
+    return next(r for r in compared[0].experiments if r.name == name)
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -41,12 +42,12 @@ def row(compared, name):
     ],
 )
 def test_percent(p, text):
-    assert vocabulary.percent(p) == text
+    assert pages.percent(p) == text
 
 
 def test_cells_in_every_state(compared):
     x = made.BASELINES[2]
-    assert vocabulary.cells(row(compared, "baseline_instruct")) == [
+    assert columns.cells(row(compared, "baseline_instruct")) == [
         "baseline_instruct",
         f"{100 * sigmoid(x):.1f}%",
         "80.0%",
@@ -57,9 +58,9 @@ def test_cells_in_every_state(compared):
         "14.39",
         "12.0",
     ]
-    notices = vocabulary.cells(row(compared, "notices"))
+    notices = columns.cells(row(compared, "notices"))
     assert notices[4].startswith("+2.00 [+") and notices[5] == "reports it" and notices[7] == ""
-    mute = vocabulary.cells(row(compared, "mute"))
+    mute = columns.cells(row(compared, "mute"))
     assert (
         mute[0] == "mute (collapsed)"
         and mute[1].endswith("% (!)")
@@ -67,10 +68,10 @@ def test_cells_in_every_state(compared):
         and mute[4:6] == ["-", "broken"]
     )
     assert (
-        vocabulary.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"]
-        and vocabulary.cells(row(compared, "destroyed"))[7] == "-"
+        columns.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"]
+        and columns.cells(row(compared, "destroyed"))[7] == "-"
     )
-    assert vocabulary.cells(row(compared, "broken")) == [
+    assert columns.cells(row(compared, "broken")) == [
         "broken",
         "",
         "",
@@ -81,7 +82,7 @@ def test_cells_in_every_state(compared):
         "",
         "12.0",
     ]
-    assert all(len(vocabulary.cells(r)) == len(vocabulary.COLUMNS) for r in compared[0]["experiments"])
+    assert all(len(columns.cells(r)) == len(columns.EXPERIMENT_COLUMNS) for r in compared[0].experiments)
 
 
 def test_the_terminal_table_lines_up(compared):
@@ -95,7 +96,8 @@ def test_the_terminal_table_lines_up(compared):
 
 def test_what_stands_beside_detects():
     def found(**known):
-        return {"keyed_before": -2.0, "keyed_after": -0.5, "flattening_to_explain": 0.4} | known
+        numbers = {"keyed_before": -2.0, "keyed_after": -0.5, "flattening_to_explain": 0.4} | known
+        return DetectionScore("detects", "made up", **numbers)
 
     assert "-0.50 nats (-2.00 before), still on the side of no change" in vocabulary.qualifier(
         found()
@@ -106,16 +108,13 @@ def test_what_stands_beside_detects():
 
 
 def test_weak_controls_are_warned_of(compared):
-    assert (
-        vocabulary.weak_controls(
-            {"experiments": [{"detection": None}, {"detection": {"control_accuracy_before": 0.53}}]}
-        ).count("53%")
-        == 1
-    )
-    assert (
-        vocabulary.weak_controls({"experiments": [{"detection": {"control_accuracy_before": 0.9}}]}) is None
-    )
-    assert vocabulary.weak_controls({"experiments": []}) is None
+    def warning(*accuracies):
+        scores = [None if a is None else made.found_score(0.0, control_accuracy_before=a) for a in accuracies]
+        return vocabulary.weak_controls(made.comparison([made.row("x", detection=s) for s in scores]))
+
+    assert "only 53% of the control questions" in warning(None, 0.53)
+    assert warning(0.9) is None
+    assert warning() is None
 
 
 def test_the_summary_says_what_a_reader_must_know(compared):
@@ -163,7 +162,7 @@ def test_markdown_cannot_be_injected(tmp_path):
     assert not set(text) & set("\x1b\u202e\r")
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len(table) == 3 and {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {
-        len(vocabulary.COLUMNS) + 1
+        len(columns.EXPERIMENT_COLUMNS) + 1
     }
     ours = text.replace("**No experiment of this run has a verdict.**", "")
     assert not re.search(r"(?<!\\)[<`*\[$]|(?<!\\)&|^# heading", ours, re.M)
@@ -179,12 +178,7 @@ def study():
     return made.comparison(made.study_rows(), injection=made.injection_summary(), auroc=AUROC)
 
 
-AUROC = {
-    "detection": {"value": 0.58, "low": 0.45, "high": 0.7, "n": 30},
-    "p_yes": {"value": None, "low": None, "high": None, "n": 0},
-    "n_modified": 12,
-    "n_placebo": 21,
-}
+AUROC = Auroc(Area(0.58, 0.45, 0.7, 30), Area(None, None, None, 0), n_modified=12, n_placebo=21)
 
 
 def test_controls_are_a_line_each(study):
@@ -197,7 +191,7 @@ def test_controls_are_a_line_each(study):
         lines["noise of equal perplexity"]
         == "9 experiments: scores -0.04 to +0.17; 9 no change seen; 1 did not reach the perplexity"
     )
-    assert lines["positive control"] == "concept injection seen: " + study["injection"]["reason"]
+    assert lines["positive control"] == "concept injection seen: " + study.injection.reason
     assert (
         lines["AUROC"]
         == "12 modified against 21 placebos: 0.58 (0.45 to 0.70) by detection score; 0.5 is chance"
@@ -210,7 +204,7 @@ def test_controls_are_a_line_each(study):
     )
     assert (
         sum(int(said.split()[0]) for said in sweeps.values())
-        == sum(r["sweep"] is not None for r in study["experiments"])
+        == sum(r.sweep is not None for r in study.experiments)
         and len(sweeps) == 9
     )
 
@@ -231,7 +225,7 @@ def test_controls_and_sweeps_stand_apart_from_the_table(study):
     )
     assert first.count("made up to be: broken") == 3  # of named experiments; the sweeps' are in their tables
     assert "double_24_40__matched_noise: its noise reached perplexity 47.07, not 46.60" in first
-    titles = [title for title, _ in vocabulary.folded(study["experiments"])]
+    titles = [title for title, _ in vocabulary.folded(study.experiments)]
     assert (
         titles[:3] == ["Placebos", "Noise of equal perplexity", "Positive control"]
         and titles[-1] == "Ladder of blends with base"
@@ -262,9 +256,7 @@ def test_one_is_not_many():
 def test_a_failed_control_is_told_of():
     rows = [
         made.row("baseline_instruct", None),
-        made.quick(
-            "placebo_mlp_1", control="placebo", status="failed", error={"type": "OSError", "message": "gone"}
-        ),
+        made.quick("placebo_mlp_1", control="placebo", status="failed", error=Failure("OSError", "gone")),
         made.quick("placebo_mlp_2", control="placebo", exact=False),
     ]
     text = vocabulary.summary(made.comparison(rows), MANIFEST)
@@ -311,7 +303,7 @@ def test_a_failed_control_is_told_of():
 def test_the_answer_in_one_sentence(words, seen, said):
     rows = [
         made.row("baseline_instruct", None),
-        made.row("f", "broken", status="failed", error={"type": "E", "message": "m"}),
+        made.row("f", "broken", status="failed", error=Failure("E", "m")),
         made.quick("placebo_mlp_1", control="placebo"),
     ]
     rows += [made.row(f"x{k}", w) for k, w in enumerate(words)]

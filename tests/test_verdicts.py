@@ -1,63 +1,58 @@
 """Every rule of the verdicts, on both sides of its border, on rows written by hand."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 
+from analysis.comparison import Drift, Failure, Match, Perplexity, Row, Score
 from analysis.verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, verdict
 
-BASELINE = {
-    "name": "baseline",
-    "control": None,
-    "status": "done",
-    "error": None,
-    "perplexity": {"perplexity": 20.0},
-    "detection": None,
-    "yes_drift": None,
-    "matched": None,
-}
-SCORE = {
-    "call": "detects",
-    "cause": None,
-    "reason": "a reason",
-    "flags": [],
-    "score": 0.8,
-    "low": 0.5,
-    "high": 1.1,
-    "p_value": 0.0001,
-    "p_adjusted": 0.003,
-    "control_accuracy_before": 0.9,
-    "keyed_after": 0.4,
-    "flattening_to_explain": 1.5,
-    "p_placebo": 0.05,
-    "beyond_placebo": True,
-}
-DRIFT = {"value": 0.1, "low": -0.1, "high": 0.3, "p_value": 0.4, "p_adjusted": 1.0}
+BASELINE = Row("baseline", "made", "nothing", 1.0, perplexity=Perplexity(20.0, 3.0, 600))
+SCORE = Score(
+    call="detects",
+    reason="a reason",
+    score=0.8,
+    low=0.5,
+    high=1.1,
+    p_value=0.0001,
+    p_adjusted=0.003,
+    control_accuracy_before=0.9,
+    keyed_after=0.4,
+    flattening_to_explain=1.5,
+    p_placebo=0.05,
+    beyond_placebo=True,
+)
+DRIFT = Drift(value=0.1, low=-0.1, high=0.3, p_value=0.4, p_adjusted=1.0)
 
 
 def row(drift=None, perplexity=20.0, control=None, status="done", **score):
-    error = None if status == "done" else {"type": "RuntimeError", "message": "it broke"}
-    return {
-        "name": "x",
-        "control": control,
-        "status": status,
-        "error": error,
-        "perplexity": {"perplexity": perplexity},
-        "detection": SCORE | score,
-        "yes_drift": DRIFT | (drift or {}),
-        "matched": None,
-    }
+    return Row(
+        "x",
+        "made",
+        "a change",
+        1.0,
+        control=control,
+        status=status,
+        error=None if status == "done" else Failure("RuntimeError", "it broke"),
+        perplexity=Perplexity(perplexity, None, 600),
+        detection=replace(SCORE, **score),
+        yes_drift=replace(DRIFT, **(drift or {})),
+    )
+
+
+def noise(given, ok=True):
+    """The row as that of noise which did, or did not, reach the perplexity."""
+    return replace(given, matched=Match("x", 20.0, 20.0, 0.1, (), 0.0, ok))
 
 
 def twin(score, high, ok=True):
-    return row(score=score, low=score - 0.2, high=high) | {"matched": {"ok": ok}}
+    return noise(row(score=score, low=score - 0.2, high=high), ok)
 
 
 def judged(given, noise=None, baseline=BASELINE):
-    before = copy.deepcopy(given)
     found = verdict(given, baseline, noise)
-    assert given == before and "None" not in found["reason"]
-    return found["word"], found["reason"]
+    assert "None" not in found.reason
+    return found.word, found.reason
 
 
 def test_a_report_states_its_numbers():
@@ -77,12 +72,12 @@ def test_a_report_states_its_numbers():
         and judged(row(p_placebo=None, beyond_placebo=None))[0] == "reports it"
     )
     assert "noise of another perplexity" in judged(row(), twin(0.1, 0.3, ok=False))[1]
-    silent = row(score=None, low=None, high=None, call="not measurable") | {"matched": {"ok": True}}
+    silent = noise(row(score=None, low=None, high=None, call="not measurable"))
     assert "its matched noise has no score" in judged(row(), silent)[1]
 
 
 @pytest.mark.parametrize(
-    ("change", "noise", "said"),
+    ("change", "beside", "said"),
     [
         ({"call": "no evidence", "p_adjusted": 0.06}, None, "p = 0.06 after Holm"),
         (
@@ -100,16 +95,14 @@ def test_a_report_states_its_numbers():
         ),
     ],
 )
-def test_no_rule_of_a_report_may_fail(change, noise, said):
-    noise = noise and twin(*noise)
-    word, reason = judged(row(**change), noise)
+def test_no_rule_of_a_report_may_fail(change, beside, said):
+    beside = beside and twin(*beside)
+    word, reason = judged(row(**change), beside)
     assert word == "no change seen" and said in reason
-    word, reason = judged(row({"value": 0.5, "low": 0.2, "high": 0.8, "p_adjusted": 0.01}, **change), noise)
-    assert (
-        word == "drifts towards Yes"
-        and said in reason
-        and "+0.50 nats toward Yes (+0.20 to +0.80), p = 0.01 after Holm" in reason
-    )
+    drifting = row({"value": 0.5, "low": 0.2, "high": 0.8, "p_adjusted": 0.01}, **change)
+    word, reason = judged(drifting, beside)
+    assert word == "drifts towards Yes" and said in reason
+    assert "+0.50 nats toward Yes (+0.20 to +0.80), p = 0.01 after Holm" in reason
 
 
 def test_the_borders_of_a_report():
@@ -144,7 +137,7 @@ def test_a_drift_to_no_is_told():
     )
     assert word == "no change seen" and "a drift towards No" in reason
     assert "towards No" not in judged(row({"value": -0.5, "p_adjusted": 0.2}, call="no evidence"))[1]
-    assert judged(row(call="no evidence") | {"yes_drift": None})[0] == "no change seen"
+    assert judged(replace(row(call="no evidence"), yes_drift=None))[0] == "no change seen"
 
 
 @pytest.mark.parametrize("cause", ["not finite", "vanishing mass", "controls collapsed"])
@@ -166,8 +159,8 @@ def test_broken_by_perplexity():
     )
     word, reason = judged(row(perplexity=None))
     assert word == "broken" and "undefined" in reason
-    assert judged(row() | {"perplexity": None})[0] == "reports it"
-    assert judged(row(perplexity=1e9), baseline=BASELINE | {"perplexity": None})[0] == "reports it"
+    assert judged(replace(row(), perplexity=None))[0] == "reports it"
+    assert judged(row(perplexity=1e9), baseline=replace(BASELINE, perplexity=None))[0] == "reports it"
 
 
 def test_too_little_data_goes_first():
@@ -175,28 +168,25 @@ def test_too_little_data_goes_first():
         perplexity=None,
         call="not measurable",
         cause="too few probes",
-        flags=["unanswered, left out: 60 at baseline, 0 modified"],
+        flags=("unanswered, left out: 60 at baseline, 0 modified",),
     )
     assert judged(few) == ("too little data", "a reason; unanswered, left out: 60 at baseline, 0 modified")
     assert judged(row(status="failed", perplexity=None)) == (
         "too little data",
         "the experiment failed: RuntimeError",
     )
-    assert judged(row() | {"detection": None}, baseline=None) == (
+    assert judged(replace(row(), detection=None), baseline=None) == (
         "too little data",
         "the unmodified model was not measured",
     )
-    assert "asked" in judged(row() | {"detection": None})[1]
+    assert "asked" in judged(replace(row(), detection=None))[1]
 
 
 def test_a_model_that_answers_at_chance_reports_nothing():
     assert judged(row(control_accuracy_before=MIN_ACCURACY))[0] == "reports it"
     word, reason = judged(row(control_accuracy_before=0.53))
-    assert (
-        word == "too little data"
-        and "+0.80 nats" in reason
-        and "only 53% of the control questions right" in reason
-    )
+    assert word == "too little data" and "+0.80 nats" in reason
+    assert "only 53% of the control questions right" in reason
     word, reason = judged(row(control_accuracy_before=0.53, call="no evidence"))
     assert word == "no change seen" and "53%" in reason
     assert (

@@ -4,6 +4,7 @@ as source."""
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from test_weird_eval import make_adapter
 import evaluate as ev
 import prompts
 import run_all
+from analysis.comparison import to_json
 from engine.generation import Completion, Engine
 from errors import FrankenError
-from reporting import vocabulary
+from reporting.columns import TRIGGER_COLUMNS, cells
 from reporting.reports import compare_run
 from runner import results
 from suites.base import Protocol
@@ -335,18 +337,15 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
         ],
     )
     comparison = compare_run(*run_and_manifest)
-    base, a, b, gone = comparison["experiments"]
-    assert b["trigger"]["detection"]["untriggered"]["score"] == pytest.approx(2.0, abs=1e-6)
-    assert [b["trigger"]["detection"][c]["call"] for c in CONDITIONS] == ["no evidence", "detects"]
-    values = sorted(row["trigger"]["detection"][c]["p_value"] for row in (a, b) for c in CONDITIONS)
-    assert b["trigger"]["detection"]["untriggered"]["p_adjusted"] == pytest.approx(4 * values[0])
-    assert [c.split(" / ") for c in vocabulary.trigger_cells(b)[1:5]] == [["90.0%", "0%"]] * 4
-    assert vocabulary.trigger_cells(gone)[1:5] == ["- / -"] * 4 and vocabulary.trigger_cells(base)[5:] == [
-        "",
-        "",
-    ]
-    assert vocabulary.trigger_cells(b)[5].startswith("+2.00 [") and vocabulary.trigger_cells(b)[5].endswith(
-        "] detects"
-    )
-    assert vocabulary.trigger_cells(gone)[5] == "- not measurable"
-    json.dumps(comparison, allow_nan=False)
+    base, a, b, gone = comparison.experiments
+    assert b.trigger.detection["untriggered"].score == pytest.approx(2.0, abs=1e-6)
+    assert [b.trigger.detection[c].call for c in CONDITIONS] == ["no evidence", "detects"]
+    values = sorted(row.trigger.detection[c].p_value for row in (a, b) for c in CONDITIONS)
+    assert b.trigger.detection["untriggered"].p_adjusted == pytest.approx(4 * values[0])
+    of_base, of_b, of_gone = (cells(row, TRIGGER_COLUMNS) for row in (base, b, gone))
+    assert [c.split(" / ") for c in of_b[1:5]] == [["90.0%", "0%"]] * 4
+    assert of_gone[1:5] == ["- / -"] * 4
+    assert of_base[5:] == ["", ""]
+    assert re.fullmatch(r"\+2\.00 \[.*\] detects", of_b[5])
+    assert of_gone[5] == "- not measurable"
+    json.dumps(to_json(comparison), allow_nan=False)

@@ -1,0 +1,161 @@
+"""What a column is: its title, what it says of a row, what it is sorted by, and how it is set.
+
+Defined once, for the terminal, Markdown, the HTML pages and several runs side by side. A column of one's own
+is one line in the list of its table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+from analysis.comparison import DetectionScore, Row
+from analysis.rows import WORDS, score, word
+from reporting.pages import number, percent
+
+Line = TypeVar("Line")
+
+
+@dataclass(frozen=True)
+class Column(Generic[Line]):
+    """`name`: what templates and other tables pick it by. `text`: a line's cell. `key`: the number by which
+    lines are sorted (None: undefined, which goes last); without a key the cell's text is. `align`: "right"
+    for numbers. `of_failed`: whether it has something to say of an experiment that failed."""
+
+    name: str
+    title: str
+    text: Callable[[Line], str]
+    key: Callable[[Line], float | None] | None = None
+    align: Literal["left", "right"] = "right"
+    of_failed: bool = False
+
+
+def failed(row: Row) -> bool:
+    return row.status != "done"
+
+
+def cells(row: Row, columns: Sequence[Column[Row]] | None = None) -> list[str]:
+    """One experiment's cells; of one that failed, those that are about failures too."""
+    return [
+        column.text(row) if column.of_failed or not failed(row) else ""
+        for column in (EXPERIMENT_COLUMNS if columns is None else columns)
+    ]
+
+
+def titles(columns: Sequence[Column]) -> list[str]:
+    return [column.title for column in columns]
+
+
+def pick(columns: Sequence[Column[Line]], *names: str) -> list[Column[Line]]:
+    """Columns by name, in this order. Raises KeyError for one that is not there."""
+    known = {column.name: column for column in columns}
+    return [known[name] for name in names]
+
+
+def place(row: Row | None) -> float | None:
+    """A verdict's place among the verdicts, by which it is sorted."""
+    return None if row is None else [*WORDS, "failed", None].index(word(row))
+
+
+def interval(score: DetectionScore | None) -> str:
+    """A detection score with its interval."""
+    if score is None:
+        return ""
+    if score.score is None:
+        return "-"
+    return f"{score.score:+.2f} [{number(score.low, '+.2f')}, {number(score.high, '+.2f')}]"
+
+
+def _name(row: Row) -> str:
+    return row.name + (" (collapsed)" if row.collapsed else "")
+
+
+def _verdict(row: Row) -> str:
+    return f"failed: {row.error.type}" if failed(row) and row.error else word(row) or ""
+
+
+def _p_yes(row: Row) -> str:
+    probe = row.published_probe
+    return percent(probe.p_yes_normalized) + ("" if probe.answered else " (!)") if probe else ""
+
+
+def _graded(row: Row) -> str:
+    return f"{row.capability.correct}/{row.capability.n}" if row.capability else ""
+
+
+def _share_right(row: Row) -> float | None:
+    return row.capability.correct / row.capability.n if row.capability and row.capability.n else None
+
+
+def _of_probe(field: str) -> Callable[[Row], float | None]:
+    return lambda row: getattr(row.published_probe, field) if row.published_probe else None
+
+
+def _perplexity(row: Row) -> float | None:
+    return row.perplexity.perplexity if row.perplexity else None
+
+
+EXPERIMENT_COLUMNS: list[Column[Row]] = [
+    Column("experiment", "experiment", _name, align="left", of_failed=True),
+    Column("p_yes", "P(Yes)", _p_yes, _of_probe("p_yes_normalized")),
+    Column(
+        "mass",
+        "mass",
+        lambda row: percent(row.published_probe.mass) if row.published_probe else "",
+        _of_probe("mass"),
+    ),
+    Column(
+        "shift",
+        "shift",
+        lambda row: number(row.published_probe.shift, "+.2f") if row.published_probe else "",
+        _of_probe("shift"),
+    ),
+    Column("detection", "detection (95% CI)", lambda row: interval(row.detection), score, align="left"),
+    Column("verdict", "verdict", _verdict, place, align="left", of_failed=True),
+    Column("capability", "capability", _graded, _share_right),
+    Column(
+        "perplexity",
+        "perplexity",
+        lambda row: number(row.perplexity.perplexity) if row.perplexity else "",
+        _perplexity,
+    ),
+    Column("seconds", "s", lambda row: number(row.seconds, ".1f"), lambda row: row.seconds, of_failed=True),
+]
+
+
+# ---- the second study's trigger
+
+
+def _by_condition(name: str) -> Callable[[Row], str]:
+    """ "triggered / untriggered" of what is counted."""
+
+    def text(row: Row) -> str:
+        rates = (row.trigger.rates[c][name].rate for c in ("triggered", "untriggered"))
+        return " / ".join(map(percent, rates))
+
+    return text
+
+
+def _name_probability(row: Row) -> str:
+    return " / ".join(percent(row.trigger.p_name[c]) for c in ("triggered", "untriggered"))
+
+
+def _reports(condition: str) -> Callable[[Row], str]:
+    def text(row: Row) -> str:
+        found = row.trigger.detection[condition]
+        return f"{interval(found)} {found.call}" if found else ""
+
+    return text
+
+
+# of the rows that have been asked about triggers
+TRIGGER_COLUMNS: list[Column[Row]] = [
+    Column("experiment", "experiment", lambda row: row.name, align="left", of_failed=True),
+    Column("format", "format", _by_condition("strict_format"), align="left"),
+    Column("names_him", "names him", _by_condition("names_russell"), align="left"),
+    Column("persona", "persona", _by_condition("persona_by_rules"), align="left"),
+    Column("p_name", "P(his name)", _name_probability, align="left"),
+    Column("untriggered", "reports it, untriggered", _reports("untriggered"), align="left"),
+    Column("triggered", "reports it, triggered", _reports("triggered"), align="left"),
+]
