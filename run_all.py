@@ -26,12 +26,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--pair",
         default="qwen2.5-coder-32b",
-        help="qwen2.5-coder-32b, smollm2-135m (laptop size, from the package index), smollm2-135m-hub",
+        help=(
+            "from the model hub: qwen2.5-coder-32b, -14b, -7b, -3b; from the package index:"
+            " qwen2.5-coder-1.5b, qwen2.5-coder-0.5b, smollm2-135m (laptop size), which with -hub at the end"
+            " come from the hub, too"
+        ),
     )
     model.add_argument(
-        "--base", help="path or hub id of a base checkpoint, with --instruct instead of --pair"
+        "--base", help="path (a folder or a .gguf file) or hub id of a base checkpoint, with --instruct"
     )
-    model.add_argument("--instruct", help="path or hub id of the chat-tuned checkpoint")
+    model.add_argument(
+        "--instruct",
+        "--model",
+        help=(
+            "path or hub id of the chat-tuned checkpoint, instead of --pair; without --base, what needs a"
+            " base is left out"
+        ),
+    )
+    model.add_argument(
+        "--instruct-adapter", metavar="DIR", help="a LoRA adapter to merge into the instruct side first"
+    )
     model.add_argument("--base-revision", help="revision of --base or of the pair's base side")
     model.add_argument("--instruct-revision", help="revision of --instruct or of the pair's instruct side")
     model.add_argument(
@@ -200,6 +214,7 @@ SETTINGS = (
     "instruct",
     "base_revision",
     "instruct_revision",
+    "instruct_adapter",
     "source",
     "dtype",
     "device_map",
@@ -229,9 +244,16 @@ def execute(args) -> int:
     from experiments import TWIN
     from reporting.reports import write_reports
     from runner.batch import run_batch, set_threads
-    from runner.choosing import choose, extra_sources, given_suites, make_protocol, sweep_windows
+    from runner.choosing import (
+        extra_sources,
+        given_suites,
+        make_plans,
+        make_protocol,
+        refuse_beforehand,
+        sweep_windows,
+    )
     from runner.matched_noise import Matcher
-    from runner.pairs import PAIRS, open_pair
+    from runner.pairs import PAIRS, choose_pair, open_pair
     from runner.results import Run, check_writable, new_manifest, protocol_json
 
     run = manifest = None
@@ -246,9 +268,7 @@ def execute(args) -> int:
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
     sweep_windows(args)
     given = given_suites(args)
-    if pair or not args.sweep:  # only the names of a sweep depend on the depth
-        # unknown names are refused before anything is downloaded or loaded
-        choose(args, pair.layers if pair else 1)
+    refuse_beforehand(args, choose_pair(args.pair, args.base, args.instruct))
     check_writable(run.path / "experiments" if run else args.output)
     set_threads()
     begin = time.perf_counter()
@@ -262,9 +282,11 @@ def execute(args) -> int:
         args.dtype,
         args.device_map,
         args.resident,
+        args.instruct_adapter,
     )
     live = opened.live
-    plans = [e.plan(len(live.original), args.seed) for e in choose(args, len(live.original))]
+    plans, left_out = make_plans(args, len(live.original), set(live.sources))
+    opened.notes += left_out
     protocol = make_protocol(args, plans)
     evaluate.check_tokenizer(opened.tokenizer, protocol)
     original = live.fingerprint()

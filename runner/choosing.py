@@ -3,6 +3,8 @@ asked."""
 
 from __future__ import annotations
 
+import contextlib
+
 import evaluate
 import experiments as ex
 from errors import FrankenError
@@ -92,6 +94,52 @@ def choose(args, n_layers: int) -> list:
     if baseline not in chosen and not args.no_baseline:
         chosen = [baseline, *chosen]
     return ex.with_suites(list({e.name: e for e in chosen}.values()), given_suites(args), args.matched_noise)
+
+
+def make_plans(args, n_layers: int, sources: set[str]) -> tuple[list[ex.Plan], list[str]]:
+    """(plans of what is asked for and these sources can make, notes on what is left out).
+
+    Which sources an experiment takes layers from, its recipe says. Raises FrankenError for one that is asked
+    for by name and takes them from a source there is not, and if none is left.
+    """
+    plans, left_out = [], []
+    for e in choose(args, n_layers):
+        plan = e.plan(n_layers, args.seed)
+        if not (lacking := plan.recipe.sources - sources):
+            plans.append(plan)
+        elif args.experiments and e.name in args.experiments:
+            raise FrankenError(_lacks(e.name, lacking))
+        else:
+            left_out.append((e.name, lacking))
+    if not plans:
+        raise FrankenError(f"nothing is left to run: {_lacks(*left_out[0])}")
+    names = ", ".join(name for name, _ in left_out)
+    lacking = ", ".join(sorted(set().union(*(kinds for _, kinds in left_out))))
+    return plans, [f"left out, for want of a source {lacking}: {names}"] if left_out else []
+
+
+def _lacks(name: str, lacking: set[str]) -> str:
+    side = "--base" if lacking == {"base"} else "--source"
+    return f"{name} takes layers from {', '.join(sorted(lacking))}, which is not there; see {side}"
+
+
+def known_sources(args, pair) -> set[str]:
+    """Names of the sources that a run with this pair has."""
+    return {"instruct", *(["base"] if pair.has_base else []), *extra_sources(args.source)}
+
+
+def refuse_beforehand(args, pair) -> None:
+    """Raises FrankenError for what can be seen to be wrong before anything is downloaded or loaded."""
+    sources = known_sources(args, pair)
+    if pair.layers is not None:
+        make_plans(args, pair.layers, sources)
+    elif not args.sweep:  # only the names of a sweep depend on the depth
+        for e in choose(args, 1):
+            lacking = set()
+            with contextlib.suppress(FrankenError):  # a recipe may not fit another depth than the model's
+                lacking = e.plan(ex.PUBLISHED_DEPTH, args.seed).recipe.sources - sources
+            if lacking and e.name in (args.experiments or ()):
+                raise FrankenError(_lacks(e.name, lacking))
 
 
 def given_suites(args) -> tuple[str, ...] | None:

