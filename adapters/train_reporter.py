@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
-from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, lr_factor, save
+from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, lr_share, save
 from errors import FrankenError
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
@@ -255,7 +255,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
                 answers.append(asked.first[0 if (key == 0) == truthful else 1])
         # 3. The loss: the right answer; and on other prompts, of the unchanged model, what it said before.
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_factor(step, 20, args.steps * 2 // 3, args.steps - args.steps * 2 // 3)
+            group["lr"] = args.lr * lr_share(step, 20, args.steps * 2 // 3, args.steps - args.steps * 2 // 3)
         with changed(lora, change, seed):
             logits = asked.logits(texts)
             loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answers, device=device))
