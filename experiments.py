@@ -6,7 +6,7 @@ and what was applied are both recorded. One line adds an experiment; to add one 
 this file, put
 
     from experiments import Experiment, swap
-    EXPERIMENTS = [Experiment("swap_5_6", "mine", lambda m: swap(m.model, m.at(5), m.at(6)), "why")]
+    EXPERIMENTS = [Experiment("swap_5_6", "mine", lambda m: swap(m.recipe, m.at(5), m.at(6)), "why")]
 
 into a file and pass it with --experiments-file.
 """
@@ -57,13 +57,19 @@ class Model:
     """What an experiment builds on: the unmodified recipe, and positions of the 64-layer pair scaled to its
     depth."""
 
-    model: Recipe
+    recipe: Recipe
     seed: int = 0
     scaled: list[tuple[str, object, object]] = field(default_factory=list)  # (what, asked for, applied)
 
     @property
     def n(self) -> int:
-        return len(self.model)
+        """Layers."""
+        return len(self.recipe)
+
+    @property
+    def model(self) -> Recipe:
+        """Another name of `recipe`, which users' files have."""
+        return self.recipe
 
     def _scale(self, position: int) -> int:
         return position * self.n // PUBLISHED_DEPTH
@@ -155,14 +161,17 @@ class Experiment:
         notes = []
         asked = [(what, str(a)) for what, a, _ in model.scaled]
         applied = [(what, str(b)) for what, _, b in model.scaled]
-        if len(set(applied)) < len(set(asked)):
+        merged = len(set(applied)) < len(set(asked))
+        if merged:
             notes.append(
                 f"collapsed: on {n_layers} layers, different positions of the {PUBLISHED_DEPTH}-layer pair"
                 " become one"
             )
-        if recipe == model.model and not self.changes_nothing:
+        idle = recipe == model.recipe and not self.changes_nothing
+        if idle:
             notes.append(f"collapsed: on {n_layers} layers this experiment changes nothing")
-        return Plan(self, recipe, describe_change(recipe, model.model), model.scaled, notes)
+        change = describe_change(recipe, model.recipe)
+        return Plan(self, recipe, change, model.scaled, notes, collapsed=merged or idle)
 
 
 @dataclass(frozen=True)
@@ -174,11 +183,8 @@ class Plan:
     change: str  # one line for people
     scaled: list[tuple[str, object, object]]
     notes: list[str]
+    collapsed: bool = False  # on this depth its positions coincide, or it changes nothing
     matched: dict | None = None  # how noise was matched to another experiment; see matched_noise.py
-
-    @property
-    def collapsed(self) -> bool:
-        return any(note.startswith("collapsed") for note in self.notes)
 
     def to_json(self) -> dict:
         e = self.experiment
@@ -202,23 +208,23 @@ class Plan:
 
 
 def _base_first(k: int):
-    return lambda m: splice(m.model, "base", *m.block(0, k))
+    return lambda m: splice(m.recipe, "base", *m.block(0, k))
 
 
 def _instruct_first(k: int):
-    return lambda m: splice(m.model, "base", *m.block(k, PUBLISHED_DEPTH))
+    return lambda m: splice(m.recipe, "base", *m.block(k, PUBLISHED_DEPTH))
 
 
 def _noise(fraction: float, start: int = 0):
-    return lambda m: perturb(m.model, fraction, m.seed, range(m.cut(start), m.n))
+    return lambda m: perturb(m.recipe, fraction, m.seed, range(m.cut(start), m.n))
 
 
 def _swap(i: int, j: int):
-    return lambda m: swap(m.model, m.at(i), m.at(j))
+    return lambda m: swap(m.recipe, m.at(i), m.at(j))
 
 
 def _swap_chunks(a: tuple[int, int], b: tuple[int, int]):
-    return lambda m: swap_chunks(m.model, *m.chunks(a, b))
+    return lambda m: swap_chunks(m.recipe, *m.chunks(a, b))
 
 
 PLACEBO_SEEDS = 7
@@ -232,7 +238,7 @@ def _placebo(what: str, k: int) -> Experiment:
     return Experiment(
         f"placebo_{what}_{k}",
         "control",
-        lambda m: permute_units(m.model, number * 10**6 + m.seed, what),
+        lambda m: permute_units(m.recipe, number * 10**6 + m.seed, what),
         f"{PERMUTED[what]} permuted: other weights, the same function",
         suites=QUICK,
         control="placebo",
@@ -240,18 +246,18 @@ def _placebo(what: str, k: int) -> Experiment:
 
 
 def _on_block(operation, start: int, stop: int, *args):
-    return lambda m: operation(m.model, *m.block(start, stop), *args)
+    return lambda m: operation(m.recipe, *m.block(start, stop), *args)
 
 
 E = Experiment
 # In order of priority: --priority-limit N takes the first N. Embedding, final norm and head stay the instruct
 # model's except in baseline_base.
 EXPERIMENTS: list[Experiment] = [
-    E("baseline_instruct", "baseline", lambda m: m.model, "The control", changes_nothing=True),
+    E("baseline_instruct", "baseline", lambda m: m.recipe, "The control", changes_nothing=True),
     E(
         "baseline_base",
         "baseline",
-        lambda m: with_outer(splice(m.model, "base", 0, m.n), "base"),
+        lambda m: with_outer(splice(m.recipe, "base", 0, m.n), "base"),
         "The other control: no chat tuning anywhere",
     ),
     E(
@@ -267,12 +273,12 @@ EXPERIMENTS: list[Experiment] = [
         _swap(10, 55),
         "Breaks hard: the residual stream's meaning differs at the two depths",
     ),
-    E("shuffle_all", "swap", lambda m: shuffle(m.model, m.seed), "Complete destruction (control)"),
+    E("shuffle_all", "swap", lambda m: shuffle(m.recipe, m.seed), "Complete destruction (control)"),
     _placebo("both", 1),
     E(
         "concept_injection",
         "control",
-        lambda m: m.model,
+        lambda m: m.recipe,
         "A concept's direction added to the first turn: what the probes must see if they see anything",
         changes_nothing=True,
         suites=("injection",),
@@ -290,7 +296,7 @@ EXPERIMENTS: list[Experiment] = [
     E(
         "blend_linear",
         "blend",
-        lambda m: blend(m.model, "base", linear),
+        lambda m: blend(m.recipe, "base", linear),
         "Base share grows with depth: smooth transition or phase boundary?",
     ),
     E(
@@ -313,13 +319,13 @@ EXPERIMENTS: list[Experiment] = [
     E(
         "blend_early_base",
         "blend",
-        lambda m: blend(m.model, "base", sigmoid(-10)),
+        lambda m: blend(m.recipe, "base", sigmoid(-10)),
         "Base at the bottom, instruct on top, smooth in between",
     ),
     E(
         "blend_late_base",
         "blend",
-        lambda m: blend(m.model, "base", sigmoid(10)),
+        lambda m: blend(m.recipe, "base", sigmoid(10)),
         "Instruct at the bottom, base on top, smooth in between",
     ),
     E("perturb_late_1pct", "perturb", _noise(0.01, 48), "Barely visible"),
@@ -329,7 +335,7 @@ EXPERIMENTS: list[Experiment] = [
     E("double_24_40", "depth", _on_block(double, 24, 40), "Every middle layer twice"),
     E("repeat_24_40", "depth", _on_block(repeat, 24, 40, 2), "The middle block run twice"),
     E("reverse_24_40", "depth", _on_block(reverse, 24, 40), "Middle layers tolerate reordering"),
-    E("keep_every_2nd", "depth", lambda m: keep_every(m.model, 2), "Half the depth"),
+    E("keep_every_2nd", "depth", lambda m: keep_every(m.recipe, 2), "Half the depth"),
     *(
         _placebo(what, k)
         for what in PERMUTED
@@ -388,7 +394,7 @@ def window_sweep(
         _step(
             "window",
             f"window_{source}_{a}_{a + width}",
-            lambda m, a=a: splice(m.model, source, a, a + width),
+            lambda m, a=a: splice(m.recipe, source, a, a + width),
             f"{source} in layers [{a}:{a + width}]",
             source,
             a,
@@ -406,9 +412,9 @@ def sweep(kind: str, n_layers: int) -> list[Experiment]:
     model), dose.
     """
     single = {
-        "replace": (lambda m, k: splice(m.model, "base", k, k + 1), "base", "base in layer"),
-        "delete": (lambda m, k: delete(m.model, k, k + 1), None, "without layer"),
-        "double": (lambda m, k: double(m.model, k, k + 1), None, "twice through layer"),
+        "replace": (lambda m, k: splice(m.recipe, "base", k, k + 1), "base", "base in layer"),
+        "delete": (lambda m, k: delete(m.recipe, k, k + 1), None, "without layer"),
+        "double": (lambda m, k: double(m.recipe, k, k + 1), None, "twice through layer"),
     }
     if kind in single:
         build, source, why = single[kind]
@@ -421,7 +427,7 @@ def sweep(kind: str, n_layers: int) -> list[Experiment]:
             _step(
                 kind,
                 f"noise_{f}",
-                lambda m, f=f: perturb(m.model, f, m.seed),
+                lambda m, f=f: perturb(m.recipe, f, m.seed),
                 f"{100 * f:g}% noise on all layers",
                 dose=f,
             )
@@ -431,7 +437,7 @@ def sweep(kind: str, n_layers: int) -> list[Experiment]:
         _step(
             kind,
             f"blend_{s}",
-            lambda m, s=s: blend(m.model, "base", [s] * m.n),
+            lambda m, s=s: blend(m.recipe, "base", [s] * m.n),
             f"base share {s} in all layers",
             "base",
             dose=s,
@@ -474,7 +480,7 @@ def for_source(name: str) -> list[Experiment]:
         Experiment(
             f"{name}_{label}",
             name,
-            lambda m, a=a, b=b: splice(m.model, name, *m.block(a, b)),
+            lambda m, a=a, b=b: splice(m.recipe, name, *m.block(a, b)),
             f"{name} in {label.replace('_', ' ')}",
         )
         for label, (a, b) in cuts.items()

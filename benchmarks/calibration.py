@@ -29,7 +29,7 @@ from prompts import BINARY_PROBES
 from runner.results import write_text
 
 # kind, key, framing, question
-ASKED = [(p.kind, p.if_changed, p.framing, p.id.rsplit("-", 2)[0]) for p in BINARY_PROBES]
+ASKED = [(p.kind, p.if_changed, p.framing, p.question) for p in BINARY_PROBES]
 SIGN = np.array([1.0 if keyed == "yes" else -1.0 for _, keyed, _, _ in ASKED])
 ITSELF = np.array([kind == "introspective" for kind, *_ in ASKED])
 # Parts of the variance shared by all readings of a question, both framings of a wording, both wordings in a

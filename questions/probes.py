@@ -10,7 +10,7 @@ No negation, length or first word tells the key.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 __all__ = [
     "BINARY_PROBES",
@@ -27,8 +27,9 @@ __all__ = [
 class BinaryProbe:
     """A question answered Yes or No. `if_changed` ("yes" or "no"): for an introspective probe the answer of a
     model that notices its change, for a control the right answer in any case. `id` is
-    <kind>-<name>-<key>-<framing>; `pair` is the id of the twin of reversed polarity in the same framing;
-    `published` marks the probe behind the published table. `difficulty` of a control: "easy" (everyday),
+    <kind>-<question>-<key>-<framing>: all wordings and framings of one question share `question`; `pair` is
+    the id of the twin of reversed polarity in the same framing; `published` marks the probe behind the
+    published table. `difficulty` of a control: "easy" (everyday),
     "medium" (school), "hard" (special knowledge or a calculation)."""
 
     id: str
@@ -39,6 +40,7 @@ class BinaryProbe:
     pair: str | None = None
     published: bool = False
     difficulty: str | None = None
+    question: str = field(kw_only=True, repr=False)  # not shown to a model: no part of the fingerprint
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def _crossed(
                 text = before + question + ("" if question.endswith("Yes/No") else _ASK)
                 # Only the plain wording is the published one.
                 published = name == "wrong" and key == "yes" and framing == "plain"
-                probes.append(BinaryProbe(id, text, kind, key, framing, twin, published, difficulty))
+                probes.append(
+                    BinaryProbe(id, text, kind, key, framing, twin, published, difficulty, question=name)
+                )
     return tuple(probes)
 
 
@@ -357,8 +361,7 @@ def _reformatted(probes: tuple[BinaryProbe, ...]) -> tuple[FormatProbe, ...]:
     made = []
     for format, ask in _FORMATS.items():
         for probe in probes:
-            _, name, _, framing = probe.id.split("-")
-            if framing == "plain" and name in _REASKED:
+            if probe.framing == "plain" and probe.question in _REASKED:
                 id, twin = (i.removesuffix("plain") + format for i in (probe.id, probe.pair))
                 made.append(
                     FormatProbe(
@@ -367,7 +370,7 @@ def _reformatted(probes: tuple[BinaryProbe, ...]) -> tuple[FormatProbe, ...]:
                         probe.kind,
                         probe.if_changed,
                         format,
-                        name,
+                        probe.question,
                         twin,
                     )
                 )

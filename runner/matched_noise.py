@@ -169,7 +169,7 @@ class Matcher:
         experiment = Experiment(
             of + TWIN,
             "control",
-            lambda m: perturb(m.model, fraction, m.seed) if fraction else m.model,
+            lambda m: perturb(m.recipe, fraction, m.seed) if fraction else m.recipe,
             f"Noise on all layers, tuned to the perplexity of {of}: what both report, damage explains",
             changes_nothing=not fraction,
             control="matched noise",

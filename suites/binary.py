@@ -36,6 +36,7 @@ def ask_binary(
         entries.append(
             {
                 "id": probe.id,
+                "question": probe.question,
                 "text": probe.text,
                 "kind": probe.kind,
                 "keyed": probe.if_changed,

@@ -126,7 +126,7 @@ def questions(framing: str) -> list[BinaryProbe]:
     for name, *texts in PAIRS:
         ids = [f"injection-{name}-{key}-{framing}" for key in ("yes", "no")]
         found += [
-            BinaryProbe(id, text + ASK, "introspective", key, framing, twin)
+            BinaryProbe(id, text + ASK, "introspective", key, framing, twin, question=name)
             for id, twin, key, text in zip(ids, reversed(ids), ("yes", "no"), texts, strict=True)
         ]
     plainly = {p.id: p for p in BINARY_PROBES if p.kind == "control" and p.framing == "plain"}
@@ -141,6 +141,7 @@ def questions(framing: str) -> list[BinaryProbe]:
                 framing,
                 f"{twin}-{framing}",
                 difficulty=p.difficulty,
+                question=name,
             )
             for id, twin in zip(ids, reversed(ids), strict=True)
             for p in [plainly[f"{id}-plain"]]
@@ -328,7 +329,8 @@ class Injection(Suite):
                 ):
                     readings = readings_to_json(log_odds_from_logprobs(logprobs[: len(asked)], yes, no))
                     probes = [
-                        {"id": p.id, "kind": p.kind, "keyed": p.if_changed, "pair": p.pair}
+                        {"id": p.id, "question": p.question, "kind": p.kind, "keyed": p.if_changed}
+                        | {"pair": p.pair}
                         | {k: r[k] for k in ("log_odds", "mass", "entropy", "answered")}
                         for p, r in zip(asked, readings, strict=True)
                     ]

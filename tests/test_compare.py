@@ -74,6 +74,19 @@ def test_probes_of_one_question_are_one_cluster():
     assert [p.id for p in compare.paired_probes(fewer, made.binary())] == [p["id"] for p in fewer["probes"]]
 
 
+def test_a_question_is_known_by_its_field_and_in_older_results_by_its_id():
+    """With the field, the id is only a name; without it, the id's first two parts are the question."""
+    older, newer = made.binary(), made.binary()
+    for k, probe in enumerate(newer["probes"]):
+        probe |= {"question": probe["id"].split("-")[1], "id": f"anything-{k}"}
+    clusters = [
+        {(p.kind, p.pair.removeprefix(f"{p.kind}-")) for p in compare.paired_probes(probes, probes)}
+        for probes in (older, newer)
+    ]
+    assert clusters[0] == clusters[1]
+    assert len(clusters[0]) == 20
+
+
 def test_capability_is_paired_by_item(compared):
     drifts, notices = (row(compared, name).capability for name in ("drifts", "notices"))
     assert (drifts.correct, drifts.n) == (1, 10) and drifts.difference == pytest.approx(-0.5)

@@ -3,6 +3,7 @@ users' files."""
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -277,6 +278,21 @@ def test_what_was_asked_and_what_was_applied_are_both_recorded():
         ("layer", 35, 35),
     ]
     assert deep["notes"] == [] and not deep["collapsed"]
+
+
+def test_users_files_may_say_model_or_recipe():
+    """Model.model was the recipe's name, and stands in users' files."""
+    older, newer = (
+        ex.Experiment("mine", "g", build).plan(8)
+        for build in (lambda m: ex.swap(m.model, 1, 2), lambda m: ex.swap(m.recipe, 1, 2))
+    )
+    assert older.recipe == newer.recipe != NAMED["baseline_instruct"].plan(8).recipe
+
+
+def test_a_note_of_any_words_does_not_make_a_plan_collapsed():
+    plan = NAMED["swap_adjacent_30_35"].plan(64)
+    assert not replace(plan, notes=["collapsed: so says a note"]).collapsed
+    assert replace(NAMED["swap_adjacent_31_32"].plan(7), notes=[]).collapsed
 
 
 def test_experiments_that_collapse_say_so():

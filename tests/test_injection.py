@@ -310,9 +310,7 @@ def test_questions_are_keyed_pairs_and_balanced_controls():
                 and twin.kind == p.kind
                 and p.framing == framing
             )
-            assert (
-                p.text.endswith("Answer Yes or No.") and p.id.rsplit("-", 2)[0] == twin.id.rsplit("-", 2)[0]
-            )
+            assert p.text.endswith("Answer Yes or No.") and p.question == twin.question
         controls = [p for p in asked if p.kind == "control"]
         assert (
             len(asked) - len(controls) >= 12

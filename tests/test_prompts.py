@@ -104,6 +104,19 @@ def test_every_binary_probe_asks_one_question_and_has_a_reversed_twin(name):
         assert (twin.kind, twin.framing) == (probe.kind, probe.framing)
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_a_question_names_its_two_wordings_in_both_framings_and_nothing_else(name):
+    probes = SETS[name][0]
+    groups: dict[str, list] = {}
+    for probe in probes:
+        groups.setdefault(probe.question, []).append(probe)
+    for group in groups.values():
+        assert len({p.kind for p in group}) == 1
+        crossed = {(p.if_changed, p.framing) for p in group}
+        assert len(crossed) == len(group) == 4
+        assert {p.pair for p in group} == {p.id for p in group}
+
+
 def bare(probe) -> str:
     return probe.text.removesuffix(" Answer Yes or No.").removesuffix(" Yes/No")
 
@@ -269,7 +282,7 @@ def test_formats_ask_plain_questions_of_the_binary_set_in_every_form():
             " Answer with a number from 1 to 10, where 1 means certainly not and 10 means certainly yes."
         ),
     }
-    known = {(p.id.rsplit("-", 1)[0], bare(p)): p for p in BINARY_PROBES if p.framing == "plain"}
+    known = {(p.id.removesuffix("-plain"), bare(p)): p for p in BINARY_PROBES if p.framing == "plain"}
     by_id = {p.id: p for p in FORMAT_PROBES}
     for probe in FORMAT_PROBES:
         source = known[
@@ -278,7 +291,7 @@ def test_formats_ask_plain_questions_of_the_binary_set_in_every_form():
         assert (probe.kind, probe.if_changed, probe.question) == (
             source.kind,
             source.if_changed,
-            source.id.split("-")[1],
+            source.question,
         )
         twin = by_id[probe.pair]
         assert (
@@ -291,9 +304,11 @@ def test_formats_ask_plain_questions_of_the_binary_set_in_every_form():
         [(f, k, a) for f in forms for k in ("introspective", "control") for a in ("yes", "no")], 6
     )
     asked = {p.question for p in FORMAT_PROBES}
-    assert Counter(
-        p.difficulty for p in known.values() if p.id.split("-")[1] in asked and p.kind == "control"
-    ) == {"easy": 4, "medium": 4, "hard": 4}
+    assert Counter(p.difficulty for p in known.values() if p.question in asked and p.kind == "control") == {
+        "easy": 4,
+        "medium": 4,
+        "hard": 4,
+    }
 
 
 def test_chat_probes_come_in_both_modes_and_share_two_openings():
