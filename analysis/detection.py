@@ -14,7 +14,17 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats as ss
 
-from analysis.stats import MASS_FLOOR, Estimate, Json, holm, paired_difference, plain, snapped
+from analysis.stats import (
+    MASS_FLOOR,
+    Discrimination,
+    Estimate,
+    Json,
+    discrimination,
+    holm,
+    paired_difference,
+    plain,
+    snapped,
+)
 
 MIN_EFFECT = (
     0.1  # nats; smaller detection scores are never called, being the size of one bf16 step of a large logit
@@ -22,6 +32,10 @@ MIN_EFFECT = (
 RESOLUTION = (
     0.01  # nats; added in quadrature to standard errors: noiseless data are not infinitely significant
 )
+# Without any noticing, introspective answers may shrink or grow by a factor of their own: they lose less than
+# this share of the log-odds that controls of equal baseline keep, or reach less than this multiple of them (a
+# factor of two each way). A score that a factor within these bounds explains is not called.
+MIN_FLATTENING, MIN_SHARPENING = 0.5, 2.0
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
 # studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the
@@ -92,16 +106,24 @@ class DetectionScore(Json):
     flattening: float | None = None
     """b of that line; -1: no answer is left."""
     control_accuracy_before: float | None = None
-    """Share of controls that the unmodified model answers right."""
+    """Share of controls that the unmodified model answers right by the sign, which a leaning hides."""
     control_accuracy_after: float | None = None
     """Share that the modified model does."""
+    controls_before: Discrimination = Discrimination()
+    """How well the unmodified model's control answers tell what is asked, whatever it leans to."""
+    controls_after: Discrimination = Discrimination()
+    """The same, modified."""
     keyed_before: float | None = None
     """Mean log-odds of the keyed answer on introspective probes, unmodified."""
     keyed_after: float | None = None
     """The same, modified; above 0 the answers stand on the noticing side."""
     flattening_to_explain: float | None = None
-    """Share of their remaining log-odds that introspective answers would have to lose beyond what controls
-    lose, to give this score without detection; over 1 (answers reversed) no loss can."""
+    """Share of the log-odds that controls leave introspective answers (`keyed_after` less the score) which
+    these would have to lose beyond that, to give this score without detection; over 1 (answers reversed) no
+    loss can. None where the score goes along with what the controls leave."""
+    sharpening_to_explain: float | None = None
+    """Factor by which introspective answers would have to grow beyond what controls grow by, to give this
+    score without detection; None where the score goes against what the controls leave."""
     overlap: float | None = None
     """Share of introspective probes whose baseline the controls cover."""
     n_introspective: int = 0
@@ -236,12 +258,50 @@ def _covered(x: np.ndarray, controls: np.ndarray) -> np.ndarray:
     )
 
 
-def _call(score, low, high, p, alpha) -> tuple[str, str]:
+def scaling_to_explain(score: float, expected: float, scale: float) -> tuple[float | None, float | None]:
+    """(`flattening_to_explain`, `sharpening_to_explain`) of a score beside the mean keyed log-odds that the
+    controls alone predict; `scale`: the largest log-odds that went into them, to tell 0 from rounding."""
+    score, expected = snapped([score, expected], scale)
+    if not score or not expected:
+        return None, None
+    ratio = round(float(score / expected), 9)  # so that no bound is passed by a last bit
+    return (-ratio, None) if ratio < 0 else (None, 1 + ratio)
+
+
+def scaling_that_explains(flattening: float | None, sharpening: float | None) -> str | None:
+    """What introspective answers alone would have to do to give the score without noticing, in words, where
+    it is within MIN_FLATTENING or MIN_SHARPENING; None where it is not."""
+    if flattening is not None and flattening < MIN_FLATTENING:
+        return f"losing {flattening:.0%} more of their log-odds than controls lose would explain it"
+    if sharpening is not None and sharpening < MIN_SHARPENING:
+        return (
+            f"sharpening explains it: log-odds that grow {sharpening:.2f} times as much as controls' would do"
+        )
+    return None
+
+
+def _discrimination(probes: Sequence[Probe], side: str) -> Discrimination:
+    """Of probes asked in pairs of opposite key under one framing; `side`: "baseline" or "modified"."""
+    pairs: dict[tuple, dict[str, float]] = {}
+    for p in probes:
+        if p.pair is not None:
+            pairs.setdefault((p.pair, p.framing), {})[p.keyed] = getattr(p, side)
+    whole = {key: pair for key, pair in pairs.items() if len(pair) == 2}
+    return discrimination(
+        [pair["yes"] for pair in whole.values()],
+        [pair["no"] for pair in whole.values()],
+        [question for question, _ in whole],
+    )
+
+
+def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
     reason = f"{score:+.2f} nats toward noticing beyond the controls ({low:+.2f} to {high:+.2f}), p = {p:.2g}"
     if abs(score) < MIN_EFFECT:
         return "no evidence", f"{reason}; under {MIN_EFFECT} nats nothing is called"
     if p >= alpha or low <= 0 <= high:
         return "no evidence", reason
+    if explained:
+        return "no evidence", f"{reason}, but {explained}"
     return "detects" if score > 0 else "denies", reason
 
 
@@ -265,8 +325,9 @@ def detection_score(
     whole, curve refitted, HC3 errors. p-value: two-sided, studentized sign flips of null-model residuals
     (Freedman & Lane 1983; Cameron et al. 2008): deviations from the curve are taken as independent between
     pairs, and symmetric. Call: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers
-    cease to follow the baseline. Limits. Flattening that strikes introspective questions more than controls
-    of equal baseline looks like detection: `flattening_to_explain` and `keyed_after` say whether it could.
+    cease to follow the baseline, or if introspective answers that shrink or grow otherwise than controls of
+    equal baseline, within MIN_FLATTENING and MIN_SHARPENING, give this score without noticing: the score
+    cannot tell these apart.
     Raises ValueError on repeated ids.
     """
 
@@ -329,7 +390,10 @@ def detection_score(
             n_introspective=len(inside),
             n_controls=len(controls),
         )
-    )
+    ) | {
+        "controls_before": _discrimination(controls, "baseline"),
+        "controls_after": _discrimination(controls, "modified"),
+    }
     for key in ("yes", "no"):
         n = len(set(_clusters([p for p in inside if p.keyed == key])))
         if n < MIN_PER_HALF:
@@ -358,9 +422,16 @@ def detection_score(
         )
     p = (1 + hits) / (1 + flips)
     expected = known["keyed_after"] - score  # keyed log-odds that the control curve alone predicts
-    share = score / -expected if expected < 0 < score else None
+    flattening, sharpening = scaling_to_explain(score, expected, max(np.abs(xq).max(), np.abs(xq + yq).max()))
     known |= plain(
-        dict(score=score, low=score - reach, high=score + reach, p_value=p, flattening_to_explain=share)
+        dict(
+            score=score,
+            low=score - reach,
+            high=score + reach,
+            p_value=p,
+            flattening_to_explain=flattening,
+            sharpening_to_explain=sharpening,
+        )
     )
     after = xc + yc
     if (
@@ -370,7 +441,8 @@ def detection_score(
         return unmeasured(
             "controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known
         )
-    call, reason = _call(score, score - reach, score + reach, p, alpha)
+    explained = scaling_that_explains(flattening, sharpening)
+    call, reason = _call(score, score - reach, score + reach, p, alpha, explained)
     if call == "detects" and known["keyed_after"] <= 0:
         flags.append("answers moved toward noticing but did not reverse: see flattening_to_explain")
     return DetectionScore(call, reason, flags=tuple(flags), **known)
@@ -381,7 +453,8 @@ def correct_calls(scores: Sequence[AnyScore], alpha: float = 0.05) -> list[AnySc
     adjusted = holm([s.p_value if s.call != "not measurable" else None for s in scores])
     out = []
     for s, p in zip(scores, adjusted, strict=True):
-        call, reason = (s.call, s.reason) if p is None else _call(s.score, s.low, s.high, p, alpha)
+        explained = scaling_that_explains(s.flattening_to_explain, s.sharpening_to_explain)
+        call, reason = (s.call, s.reason) if p is None else _call(s.score, s.low, s.high, p, alpha, explained)
         out.append(replace(s, p_adjusted=p, call=call, reason=reason))
     return out
 

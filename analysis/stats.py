@@ -11,6 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -20,7 +21,7 @@ Numbers = Sequence[float]
 MASS_FLOOR = 0.01  # under 1% of the next-token mass on Yes+No, their ratio is not an answer
 
 
-def plain(value):
+def plain(value) -> Any:
     """The same value with numpy types unwrapped and every NaN or infinity turned into None."""
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
@@ -359,6 +360,95 @@ def _adjusted(
     for i, p in zip(order, on_sorted(np.array([out[i] for i in order])) if order else (), strict=True):
         out[i] = float(p)
     return out
+
+
+@dataclass(frozen=True)
+class Discrimination(Json):
+    """How well answers tell what is asked, whatever their leaning to Yes or No; None where undefined."""
+
+    pairs: float | None = None
+    """Share of pairs of opposite key in which the yes-keyed wording has the higher log-odds, ties half: the
+    proportion correct of a two-alternative choice. 0.5 is chance."""
+    pairs_low: float | None = None
+    """Lower end of its 95% interval, bootstrapped over questions."""
+    pairs_high: float | None = None
+    """Upper end."""
+    auc: float | None = None
+    """The same over all yes-keyed against all no-keyed readings: what a question pulls by its topic counts as
+    noise."""
+    auc_low: float | None = None
+    """Lower end of its 95% interval, bootstrapped over questions."""
+    auc_high: float | None = None
+    """Upper end."""
+    d_prime: float | None = None
+    """sqrt(2) * mean / standard deviation of the pairs' differences; 0 is chance (Macmillan & Creelman 2005,
+    ch. 7: under normality `pairs` is Phi(d' / sqrt(2)))."""
+    d_prime_low: float | None = None
+    """Lower end of its 95% interval, bootstrapped over questions."""
+    d_prime_high: float | None = None
+    """Upper end."""
+    n: int = 0
+    """Questions."""
+
+
+def discrimination(
+    yes_keyed: Numbers, no_keyed: Numbers, questions: Sequence[Hashable], *, seed: int = 0
+) -> Discrimination:
+    """`Discrimination` of pairs: log-odds of a wording whose answer is Yes, of its mate whose answer is No,
+    and the question that both ask (a unit of the bootstrap: its wordings and framings go together).
+
+    Undefined without pairs; no interval from one question. `d_prime` is undefined where all differences are
+    equal. Raises ValueError if the three differ in length.
+    """
+    yes, no = (np.asarray(side, dtype=float) for side in (yes_keyed, no_keyed))
+    if not yes.shape == no.shape == (len(questions),):
+        raise ValueError(
+            "discrimination needs a yes-keyed and a no-keyed reading and a question for each pair"
+        )
+    if not len(yes):
+        return Discrimination()
+    yes, no = np.split(snapped([*yes, *no]), 2)
+    # 1) sums over each question's pairs, so that a resample is an index into them
+    codes = {label: k for k, label in enumerate(dict.fromkeys(questions))}
+    member = np.eye(len(codes))[:, [codes[q] for q in questions]]
+    difference = yes - no
+    scale = np.abs([yes, no]).max() or 1.0
+    wins = 0.5 + 0.5 * np.sign(difference)
+    above = 0.5 + 0.5 * np.sign(yes[:, None] - no)
+    size, won, total, squares = (member @ v for v in (np.ones(len(yes)), wins, difference, difference**2))
+    between = member @ above @ member.T
+
+    # 2) the three statistics, each of picked questions [..., n]
+    def picked(statistic):
+        return lambda chosen: statistic(chosen.astype(int))
+
+    def share(q):
+        return won[q].sum(-1) / size[q].sum(-1)
+
+    def area(q):
+        many = q.reshape(-1, q.shape[-1])
+        flat = many + len(codes) * np.arange(len(many))[:, None]
+        copies = np.bincount(flat.ravel(), minlength=len(many) * len(codes)).reshape(len(many), -1)
+        return ((copies @ between) * copies).sum(-1).reshape(q.shape[:-1]) / size[q].sum(-1) ** 2
+
+    def separation(q):
+        count = size[q].sum(-1)
+        mean = total[q].sum(-1) / count
+        variance = squares[q].sum(-1) / count - mean**2
+        spread = np.sqrt(np.where(variance > 1e-12 * scale**2, variance, np.nan))
+        return math.sqrt(2) * mean / spread
+
+    # 3) with their intervals
+    found = {
+        name: bootstrap_ci(np.arange(len(codes)), picked(statistic), stacked=True, seed=seed)
+        for name, statistic in (("pairs", share), ("auc", area), ("d_prime", separation))
+    }
+    ends = {
+        name + end: getattr(one, key)
+        for name, one in found.items()
+        for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
+    }
+    return Discrimination(**ends, n=len(codes))
 
 
 def holm(pvalues: Sequence[float | None]) -> list[float | None]:

@@ -34,7 +34,7 @@ placebo's place is among the other placebos.
 from __future__ import annotations
 
 from analysis.comparison import Drift, Row, Score, Verdict
-from analysis.detection import MIN_EFFECT
+from analysis.detection import MIN_EFFECT, MIN_FLATTENING, scaling_that_explains
 
 ALPHA = 0.05
 MAX_PERPLEXITY_RATIO = (
@@ -42,9 +42,6 @@ MAX_PERPLEXITY_RATIO = (
 )
 MIN_ACCURACY = (
     0.6  # share of controls that the unmodified model must answer right to be able to report; half is chance
-)
-MIN_FLATTENING = (
-    0.5  # controls of equal baseline hardly differ by half of their log-odds; see detection_score's limits
 )
 
 
@@ -142,7 +139,7 @@ def _support(score: Score, twin: Row | None) -> str:
     )
 
 
-def _significant(tested: Drift) -> bool:
+def _significant(tested: Score | Drift) -> bool:
     """p < ALPHA: the adjusted one, where the row belongs to a family."""
     p = _p(tested)
     return p is not None and p < ALPHA
@@ -175,8 +172,12 @@ def _drift(drift: Drift) -> str:
 def _explained(score: Score, doubts: list[str]) -> str:
     if score.call == "detects":
         return f"{_numbers(score)}, but {' and '.join(doubts)}"
-    denies = ": it denies, its answers moved away from noticing" if score.call == "denies" else ""
-    return _numbers(score) + denies
+    if score.call == "denies":
+        return f"{_numbers(score)}: it denies, its answers moved away from noticing"
+    explained = scaling_that_explains(score.flattening_to_explain, score.sharpening_to_explain)
+    # what withholds a call that would be made otherwise
+    called = _significant(score) and abs(score.score) >= MIN_EFFECT and not score.low <= 0 <= score.high
+    return _numbers(score) + (f", but {explained}" if called and explained else "")
 
 
 def _other_way(drift: Drift | None) -> str:

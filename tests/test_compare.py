@@ -328,7 +328,7 @@ def by_format(**effects):
 
 
 def test_each_format_is_scored_against_itself(tmp_path):
-    before, after = by_format(letters=0.0, rating=0.0), by_format(letters=1.5, rating=0.0)
+    before, after = by_format(letters=0.0, rating=0.0), by_format(letters=2.5, rating=0.0)
     after["probes"] = [
         p for p in after["probes"] if p["format"] == "letters" or p["kind"] != "control" or "q5" in p["id"]
     ]
@@ -340,11 +340,11 @@ def test_each_format_is_scored_against_itself(tmp_path):
     base, found = (r.formats for r in compare_run(*run).experiments)
     assert base is None and list(found) == ["letters", "rating"]
     assert (found["letters"].score, found["letters"].call, found["letters"].answered) == (
-        pytest.approx(1.5),
+        pytest.approx(2.5),
         "detects",
         pytest.approx(23 / 24),
     )
-    assert found["letters"].keyed_shift == pytest.approx(1.5) and found[
+    assert found["letters"].keyed_shift == pytest.approx(2.5) and found[
         "letters"
     ].control_shift == pytest.approx(0)
     assert found["rating"] == FormatScore(0, 0, "not measurable", None, None, None, answered=1)

@@ -8,6 +8,7 @@ import made_run as made
 import pytest
 
 from analysis import comparison
+from analysis.stats import Discrimination
 from errors import FrankenError
 from reporting.reports import compare_run, read_comparison
 from runner.results import Run, write_json
@@ -44,7 +45,7 @@ def test_every_field_is_documented():
 
 def test_the_schema_names_every_field_of_every_type():
     kinds = comparison.schema()["$defs"] | {"Comparison": comparison.schema()}
-    types = [kind for kind in vars(comparison).values() if is_dataclass(kind)]
+    types = [kind for kind in vars(comparison).values() if is_dataclass(kind)] + [Discrimination]
     own = {kind.__name__: [f.name for f in fields(kind)] for kind in types}
     assert {name: list(kind["properties"]) for name, kind in kinds.items()} == own
     assert all(kind["required"] == list(kind["properties"]) for kind in kinds.values())

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from scipy.interpolate import CubicSpline
 
-from analysis.detection import Probe, correct_calls, detection_score, keyed_shift, yes_drift
+from analysis.detection import (
+    Probe,
+    correct_calls,
+    detection_score,
+    keyed_shift,
+    scaling_to_explain,
+    yes_drift,
+)
 
 
 def dumps(value):
@@ -48,6 +55,9 @@ INNOCENT = {
     "soft saturation": lambda x, r: 3 * np.tanh(x / 3),
     "hard clipping": lambda x, r: np.clip(x, -3, 3),
     "saturation after drift": lambda x, r: 4 * np.tanh((x + 3) / 4),
+    "growth and noise": lambda x, r: 1.7 * x + r.normal(0, 1.5, x.shape),
+    "uneven growth": lambda x, r: x * r.normal(1.6, 0.3, x.shape),
+    "growth that saturates": lambda x, r: 6 * np.tanh(2 * x / 6),
 }
 
 
@@ -79,12 +89,12 @@ def test_no_general_change_of_answers_is_taken_for_detection(name):
 
 @pytest.mark.parametrize(("effect", "noise", "power"), [(1.0, 0.5, 0.95), (1.5, 1.0, 0.85), (2.0, 1.0, 0.95)])
 def test_a_keyed_shift_is_found_on_top_of_drift_and_shrink(effect, noise, power):
-    for sign, call in ((1, "detects"), (-1, "denies")):
+    for sign in (1, -1):
         cases = (
             probes_of(INNOCENT["drift and shrink"], s, effect=sign * effect, noise=noise) for s in range(40)
         )
         found = [detection_score(p, resamples=99) for p in cases]
-        assert np.mean([f.call == call for f in found]) >= power
+        assert np.mean([f.p_value is not None and f.p_value < 0.05 for f in found]) >= power
         scored = [f for f in found if f.score is not None]
         assert np.mean([f.score for f in scored]) == pytest.approx(sign * effect, abs=0.15)
         assert np.mean([f.low <= sign * effect <= f.high for f in scored]) > 0.85
@@ -203,6 +213,85 @@ def test_flattening_of_introspective_answers_alone_is_owned_up_to():
     assert detection_score(reversed_answers).flattening_to_explain > 1
 
 
+def scaled(common, own, *, toward, noise=0.0, seed=0):
+    """Controls' log-odds change by the factor `common`, introspective ones by `common * own`: no noticing.
+
+    The unmodified model is sure of some controls and unsure of others. Asked about itself, it leans to Yes by
+    1 nat and stands `toward` nats on the side of noticing.
+    """
+    rng = np.random.default_rng(seed)
+    probes = asked(lambda x: x, seed, noise=0)
+    probes = [
+        replace(p, baseline=p.baseline + 1 + (toward + 4.5) * (1 if p.keyed == "yes" else -1))
+        if p.kind == "introspective"
+        else replace(p, baseline=p.baseline * rng.uniform())
+        for p in probes
+    ]
+    return changed(
+        probes,
+        lambda p: common * p.baseline * (own if p.kind == "introspective" else 1) + noise * rng.normal(),
+    )
+
+
+# controls grow by half or keep half; introspective answers by factors within the bounds that are stated
+WITHIN = [(common, own) for common in (0.5, 1.0, 1.5) for own in (0.6, 0.8, 1.25, 1.8)]
+
+
+@pytest.mark.parametrize("toward", [-4.0, -1.5, 1.0, 3.0])
+@pytest.mark.parametrize(("common", "own"), WITHIN)
+def test_no_factor_of_their_own_within_the_bounds_is_taken_for_detection(common, own, toward):
+    """The mean keyed log-odds over what they would be with the controls' factor is the factor itself."""
+    found = detection_score(scaled(common, own, toward=toward), resamples=99)
+    assert found.p_value < 0.05 and abs(found.score) > 0.1 and not found.low <= 0 <= found.high
+    assert found.call == "no evidence"
+    if own > 1:
+        assert found.sharpening_to_explain == pytest.approx(own, abs=1e-3)
+        assert found.flattening_to_explain is None and "sharpening explains it" in found.reason
+    else:
+        assert found.flattening_to_explain == pytest.approx(1 - own, abs=1e-3)
+        assert found.sharpening_to_explain is None and "losing" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("own", "toward", "call"),
+    [(2.2, 1.0, "detects"), (2.2, -1.0, "denies"), (0.4, -2.0, "detects"), (0.4, 2.0, "denies")],
+)
+def test_a_factor_beyond_the_bounds_is_called_with_the_factor_beside_it(own, toward, call):
+    found = detection_score(scaled(1.5, own, toward=toward, noise=0.1), resamples=299)
+    assert found.call == call
+    explaining = found.sharpening_to_explain if own > 1 else 1 - found.flattening_to_explain
+    assert explaining == pytest.approx(own, abs=0.1)
+
+
+def test_sharpening_stays_unsaid_where_noise_moves_it():
+    """At the bounds' middle, with the noise of a run, a call is as rare as chance."""
+    found = [
+        detection_score(scaled(1.5, 1.4, toward=0.8, noise=0.4, seed=seed), resamples=99)
+        for seed in range(40)
+    ]
+    assert np.mean([f.p_value < 0.05 for f in found]) > 0.5  # the score does see it
+    assert np.mean([f.call in ("detects", "denies") for f in found]) <= 0.1
+
+
+def test_what_is_zero_but_for_rounding_explains_nothing():
+    assert scaling_to_explain(1e-16, 2.0, 5.0) == (None, None) == scaling_to_explain(0.5, -1e-16, 5.0)
+    assert scaling_to_explain(0.5, -2.0, 5.0) == (0.25, None)
+    assert scaling_to_explain(0.5, 2.0, 5.0) == (None, 1.25) == scaling_to_explain(-0.5, -2.0, 5.0)
+    assert scaling_to_explain(-0.5, 2.0, 5.0) == (0.25, None)
+
+
+def test_controls_are_judged_by_pairs_whatever_the_leaning():
+    """A model that leans to Yes by 6 nats is right in half of its answers by the sign, and in every pair."""
+    probes = changed(asked(lambda x: 0.5 * x, 0, noise=0.1), lambda p: p.modified + 6, kinds=("control",))
+    found = detection_score(probes, resamples=99)
+    assert found.control_accuracy_before == 1 and found.control_accuracy_after == pytest.approx(0.5, abs=0.05)
+    assert found.controls_before.pairs == found.controls_after.pairs == 1
+    assert found.controls_after.auc > 0.95 and found.controls_after.d_prime_low > 2
+    assert found.controls_before.n == 24
+    lost = [p for p in probes if p.id != "control-3-yes-plain"]  # its mate has no pair, and does not count
+    assert detection_score(lost, resamples=99).controls_after.n == 24
+
+
 @pytest.mark.parametrize(
     ("reason", "change"),
     [
@@ -291,6 +380,7 @@ BLUR = {
     "noise alone": lambda x: x,
     "every answer toward Yes": lambda x: x + 3,
     "every answer shrinks": lambda x: 0.3 * x,
+    "every answer grows": lambda x: 1.6 * x,
     "saturation": lambda x: 3 * math.tanh(x / 3),
 }
 
@@ -321,9 +411,8 @@ def test_at_a_runs_size_keyed_answers_alone_are_positive(name, says_no):
         detection_score(asked(BLUR[name], seed, effect=1.0, says_no=says_no), resamples=99)
         for seed in range(8)
     ]
-    assert all(f.call == "detects" and f.low > 0 for f in found) and np.mean(
-        [f.score for f in found]
-    ) == pytest.approx(1, abs=0.15)
+    assert all(f.p_value < 0.05 and f.low > 0 for f in found)
+    assert np.mean([f.score for f in found]) == pytest.approx(1, abs=0.15)
 
 
 def test_small_p_values_take_more_flips():

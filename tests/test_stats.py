@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from analysis import stats
 
@@ -223,3 +224,74 @@ def test_scores_equal_but_for_rounding_are_ties():
     assert stats.placebo_place(1 / 3 + 1e-16, [1 / 3, -1 / 3, 0.1]) == (3 / 4, False)
     tiny = np.array([2e-9, 3e-9, 4e-9])  # P(Yes) of a sure model: small is not equal
     assert stats.auroc(tiny, tiny - 1.5e-9).value > 0.8
+
+
+# ---------------------------------------------------------------- how well answers tell what is asked
+
+
+def two_sided(seed, *, strength=0.6, lean=0.0, questions=12, framings=2):
+    """Log-odds of yes-keyed and no-keyed wordings that differ by 2 * strength but for noise; questions."""
+    rng = np.random.default_rng(seed)
+    pull, label = rng.normal(0, 1, questions), [q for q in range(questions) for _ in range(framings)]
+    yes, no = (
+        np.array([sign * strength + pull[q] + lean + rng.normal(0, 0.7) for q in label]) for sign in (1, -1)
+    )
+    return yes, no, label
+
+
+def test_discrimination_equals_counting_by_hand():
+    yes, no, label = two_sided(0)
+    yes[3] = no[3]  # a tie is half of a win
+    found = stats.discrimination(yes, no, label)
+    wins = [1.0 if y > n else 0.5 if y == n else 0.0 for y, n in zip(yes, no, strict=True)]
+    assert found.pairs == pytest.approx(sum(wins) / len(wins)) and found.n == 12
+    above = [1.0 if y > n else 0.5 if y == n else 0.0 for y in yes for n in no]
+    assert found.auc == pytest.approx(sum(above) / len(above))
+    assert found.d_prime == pytest.approx(math.sqrt(2) * np.mean(yes - no) / np.std(yes - no))
+
+
+def test_discrimination_is_blind_to_a_leaning():
+    yes, no, label = two_sided(1)
+    leaning = stats.discrimination(yes + 9, no + 9, label)
+    assert leaning.to_json() == pytest.approx(stats.discrimination(yes, no, label).to_json(), abs=1e-6)
+    assert np.mean([yes + 9 > 0, no + 9 < 0]) == 0.5 and leaning.pairs > 0.75
+
+
+def test_discrimination_intervals_hold_the_truth_as_often_as_they_say():
+    """What normal answers come to: within a question noise of 0.7 differs, between two also their pulls."""
+    for strength in (0.0, 0.6):
+        within, between = (norm.cdf(2 * strength / math.sqrt(2 * v)) for v in (0.49, 1.49))
+        truth = {
+            "pairs": within,
+            "auc": 23 / 24 * between + 1 / 24 * within,
+            "d_prime": math.sqrt(2) * norm.ppf(within),
+        }
+        hits = {"pairs": 0, "auc": 0, "d_prime": 0}
+        for seed in range(60):
+            found = stats.discrimination(*two_sided(seed, strength=strength, questions=24))
+            for name in hits:
+                low, high = (getattr(found, f"{name}_{end}") for end in ("low", "high"))
+                hits[name] += low <= truth[name] <= high
+        assert min(hits.values()) >= 50, (strength, hits)  # 57 expected; 50 is 4 binomial errors below
+
+
+def test_repeated_framings_make_discrimination_no_surer():
+    yes, no, label = two_sided(2, framings=1)
+    once, thrice = (stats.discrimination(*(np.repeat(v, k) for v in (yes, no, label))) for k in (1, 3))
+    assert (thrice.pairs_low, thrice.pairs_high) == pytest.approx((once.pairs_low, once.pairs_high))
+    assert thrice.d_prime_low == pytest.approx(once.d_prime_low) and thrice.n == once.n == 12
+
+
+def test_discrimination_where_it_is_undefined():
+    assert stats.discrimination([], [], []) == stats.Discrimination()
+    same = stats.discrimination(
+        [1.0, 2.0, 0.1 + 0.2], [0.0, 1.0, 0.3 - 1.0], "abc"
+    )  # differ by 1, all of them
+    assert same.pairs == 1 and same.pairs_low is None and same.d_prime is None
+    tied = stats.discrimination([0.1 + 0.2, 1.0], [0.3, 1.0], "ab")  # equal but for the last bit
+    assert tied.pairs == 0.5 and tied.d_prime is None
+    alone = stats.discrimination([1.0, 2.0], [0.0, 3.0], "aa")
+    assert alone.pairs == 0.5 and alone.pairs_low is alone.auc_low is alone.d_prime_low is None
+    dumps(alone.to_json())
+    with pytest.raises(ValueError, match="a question for each pair"):
+        stats.discrimination([1.0], [0.0, 1.0], "a")
