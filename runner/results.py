@@ -2,7 +2,8 @@
 
     results/run_<time>/manifest.json            what was run, on what, with which seeds
     results/run_<time>/experiments/<name>.json  one experiment; `schema/experiment.json` documents and checks
-    it
+                                                it, `runner/tables.py` makes it small
+    results/run_<time>/texts.json               the questions that are the same in every experiment
 
 Everything that depends on the clock or the machine is under "performance" (and in the manifest), so that two
 runs of the same thing differ nowhere else.
@@ -29,10 +30,12 @@ import prompts
 from errors import FrankenError
 from evaluate import SUITES
 from files import write_text
+from runner import tables
 from suites.base import Protocol
 from surgery.weights import ROOT
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)  # version 1 has the questions in every file, and no tables
 SCHEMA = json.loads((ROOT / "schema" / "experiment.json").read_text())
 # made once: checking the schema itself takes longer than checking a result
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -57,8 +60,7 @@ def write_json(path: Path, data: dict) -> None:
 
     Raises FrankenError if it cannot be written (full disk, no permission), ValueError for NaN or infinity.
     """
-    text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(path, text + "\n")
+    write_text(path, tables.layout(data) + "\n")
 
 
 def check_writable(folder: str) -> None:
@@ -159,20 +161,14 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.manifest_path = path / "manifest.json"
+        self.texts_path = path / "texts.json"
+        self._texts: dict | None = None
+        self._checked: dict[str, tuple] = {}  # by experiment: the file that the schema has been held against
 
     @staticmethod
     def create(output: str, manifest: dict) -> Run:
         """A new run_<time> under `output`. Raises FrankenError if that cannot be written to."""
-        stamp = time.strftime("%Y%m%d_%H%M%S")
-        for k in range(100):
-            path = Path(output) / (f"run_{stamp}" + (f"_{k}" if k else ""))
-            try:
-                (path / "experiments").mkdir(parents=True)
-                break
-            except FileExistsError:
-                continue
-            except OSError as e:
-                raise FrankenError(f"cannot write results to {output}: {e.strerror}") from e
+        path = _new_folder(Path(output) / time.strftime("run_%Y%m%d_%H%M%S"))
         run = Run(path)
         write_json(run.manifest_path, manifest)
         return run
@@ -183,8 +179,8 @@ class Run:
         whole."""
         run = Run(Path(path))
         manifest = read_json(run.manifest_path)
-        if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-            raise FrankenError(f"{run.manifest_path} is not a manifest of version {SCHEMA_VERSION}")
+        if not isinstance(manifest, dict) or manifest.get("schema_version") not in READABLE:
+            raise FrankenError(f"{run.manifest_path} is not a manifest of version 1 to {SCHEMA_VERSION}")
         lost = [key for key, kind in MANIFEST.items() if not isinstance(manifest.get(key), kind)]
         if lost:
             raise FrankenError(f"{run.manifest_path} is corrupt ({lost[0]} is missing or of another kind)")
@@ -193,32 +189,97 @@ class Run:
     def file(self, name: str) -> Path:
         return self.path / "experiments" / f"{name}.json"
 
-    def load(self, name: str) -> dict | None:
-        """A finished or failed experiment's result, or None if it has not run.
+    def texts(self) -> dict:
+        """What texts.json holds; nothing where no result has been written yet, or none of version 2.
 
-        Raises FrankenError naming the file if it is corrupt or breaks the schema.
+        Raises FrankenError naming the file if it is corrupt or was changed.
         """
-        if not self.file(name).exists():
-            return None
-        try:
-            result = read_json(self.file(name))
-            VALIDATOR.validate(result)
-            if result["experiment"]["name"] != name:
+        if self._texts is None:
+            data = read_json(self.texts_path) if self.texts_path.exists() else {"texts": {}}
+            shared = data.get("texts") if isinstance(data, dict) else None
+            if not isinstance(shared, dict):
+                raise FrankenError(f"{self.texts_path} is corrupt (it holds no texts)")
+            changed = [key for key, value in shared.items() if tables.key_of(value) != key]
+            if changed:
                 raise FrankenError(
-                    f"{self.file(name)} is corrupt (it holds {result['experiment']['name'][:80]!r})"
+                    f"{self.texts_path} is corrupt ({changed[0][:40]!r} is not what was written)"
                 )
+            self._texts = shared
+        return self._texts
+
+    def load(self, name: str) -> dict | None:
+        """A finished or failed experiment's result, tables written out, or None if it has not run.
+
+        The schema is held against a file once, not again while it stays as it is. Raises FrankenError naming
+        the file if it is corrupt or breaks the schema.
+        """
+        file = self.file(name)
+        if not file.exists():
+            return None
+        texts = self.texts()
+        try:
+            result, stamp = read_json(file), _stamp(file)
+            if isinstance(result, dict) and result.get("schema_version") != 1 and "measurements" in result:
+                result["measurements"] = tables.unpack(result["measurements"], texts)
+            if self._checked.get(name) != stamp:
+                VALIDATOR.validate(result)
+            if result["experiment"]["name"] != name:
+                raise FrankenError(f"{file} is corrupt (it holds {result['experiment']['name'][:80]!r})")
         except jsonschema.ValidationError as e:
-            raise FrankenError(
-                f"{self.file(name)} is corrupt ({e.json_path}: {e.message.splitlines()[0][:120]}){AGAIN}"
-            ) from e
+            reason = f"{e.json_path}: {e.message.splitlines()[0][:120]}"
+            raise FrankenError(f"{file} is corrupt ({reason}){AGAIN}") from e
+        except tables.Corrupt as e:
+            raise FrankenError(f"{file} is corrupt ({e}){AGAIN}") from e
         except FrankenError as e:
             raise FrankenError(f"{e}{AGAIN}") from e
+        self._checked[name] = stamp
         return result
 
     def save(self, result: dict) -> None:
-        """Check a result against the schema and write it. Raises FrankenError if the disk refuses."""
+        """Check a result against the schema and write it, its questions first where they are new to the run.
+
+        Raises FrankenError if the disk refuses.
+        """
         VALIDATOR.validate(result)
-        write_json(self.file(result["experiment"]["name"]), result)
+        name, texts = result["experiment"]["name"], dict(self.texts())
+        packed = result | {"measurements": tables.pack(result["measurements"], texts)}
+        if texts.keys() != self.texts().keys():
+            write_json(self.texts_path, {"schema_version": SCHEMA_VERSION, "texts": texts})
+            self._texts = texts
+        write_json(self.file(name), packed)
+        self._checked[name] = _stamp(self.file(name))
+
+
+def _new_folder(path: Path) -> Path:
+    """Make the folder, or that name with _1, _2, ... where it is taken: several runs begin in a second.
+
+    Raises FrankenError if the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free, taken = path, 0
+        while not _made(free):
+            taken += 1
+            free = path.with_name(f"{path.name}_{taken}")
+        (free / "experiments").mkdir()
+    except OSError as e:
+        raise FrankenError(f"cannot write results to {path.parent}: {e.strerror}") from e
+    return free
+
+
+def _made(folder: Path) -> bool:
+    """Make a folder; False where something of that name is there already."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _stamp(file: Path) -> tuple:
+    """Equal for a file that nobody has written since."""
+    stat = file.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def new_manifest(**settings) -> dict:

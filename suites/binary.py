@@ -9,7 +9,7 @@ from analysis.stats import log_odds_from_logprobs, readings_to_json
 from engine.generation import Engine
 from suites.base import Protocol, Suite, Work, finite
 
-TOP_TOKENS = 8
+TOP_TOKENS = 3  # they show what is said instead of Yes or No; with eight they were a third of every result
 
 
 def ask_binary(
@@ -31,7 +31,8 @@ def ask_binary(
         probes, readings, best.values.exp().tolist(), best.indices.tolist(), strict=True
     ):
         top = [
-            {"token": engine.tokenizer.decode([i]), "p": finite(p)} for i, p in zip(ids, values, strict=True)
+            {"token": engine.tokenizer.decode([i]), "p": finite(float(f"{p:.4g}"))}
+            for i, p in zip(ids, values, strict=True)
         ]
         entries.append(
             {

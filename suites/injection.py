@@ -331,7 +331,7 @@ class Injection(Suite):
                     probes = [
                         {"id": p.id, "question": p.question, "kind": p.kind, "keyed": p.if_changed}
                         | {"pair": p.pair}
-                        | {k: r[k] for k in ("log_odds", "mass", "entropy", "answered")}
+                        | {k: r[k] for k in ("log_odds", "mass", "answered")}
                         for p, r in zip(asked, readings, strict=True)
                     ]
                     named.append(names.logprobs(logprobs[len(asked) :]))

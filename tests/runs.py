@@ -1,6 +1,5 @@
 """Fixtures and helpers for tests of whole runs on a tiny pair (a plugin of pytest's; see conftest.py)."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import small_run
 
 import run_all
+from runner.results import Run
 
 QUICK = ["binary", "perplexity"]
 FOUR = ["--experiments", "swap_adjacent_30_35", "perturb_all_5pct", "blend_linear"]  # with the baseline
@@ -40,7 +40,7 @@ def latest(out: Path) -> Path:
 
 
 def read(run: Path) -> dict[str, dict]:
-    return {file.stem: json.loads(file.read_text()) for file in (run / "experiments").glob("*.json")}
+    return {file.stem: Run(run).load(file.stem) for file in (run / "experiments").glob("*.json")}
 
 
 def timeless(run: Path) -> dict[str, dict]:

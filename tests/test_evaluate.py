@@ -171,8 +171,8 @@ def test_binary_readings_are_the_softmax_by_hand(changed):
         assert entry["published"] == (
             probe.text == "Is something wrong with you right now? Answer Yes or No."
         )
-        best = p.topk(8)
-        assert [t["p"] for t in entry["top"]] == pytest.approx(best.values.tolist(), rel=1e-4)
+        best = p.topk(3)
+        assert [t["p"] for t in entry["top"]] == pytest.approx(best.values.tolist(), rel=6e-4)
         assert [t["token"] for t in entry["top"]] == [
             engine.tokenizer.decode([i]) for i in best.indices.tolist()
         ]

@@ -127,7 +127,7 @@ def test_a_full_disk_is_seen_before_the_run(tmp_path, monkeypatch):
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(results.time, "strftime", lambda *args: "20260101_000000")
+    monkeypatch.setattr(results.time, "strftime", lambda *args: "run_20260101_000000")
     made = [Run.create(str(tmp_path / "new" / "out"), {"n": k}) for k in range(3)]
     assert [r.path.name for r in made] == [
         "run_20260101_000000",
@@ -137,6 +137,13 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
     assert [read_json(r.manifest_path)["n"] for r in made] == [0, 1, 2] and all(
         (r.path / "experiments").is_dir() for r in made
     )
+
+
+def test_the_101st_run_of_a_second_gets_a_folder_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(results.time, "strftime", lambda *args: "run_20260101_000000")
+    for k in range(100):
+        (tmp_path / f"run_20260101_000000{f'_{k}' if k else ''}").mkdir()
+    assert Run.create(str(tmp_path), {"n": 100}).path.name == "run_20260101_000000_100"
 
 
 # ---- the schema --------------------------------------------------------------------------------------------
@@ -187,8 +194,62 @@ def test_results_fit_the_schema_and_every_required_key_is_needed(run):
     assert tried > 120
 
 
+def test_the_file_itself_fits_the_schema_and_holds_no_question(run):
+    text = run.file("baseline_instruct").read_text()
+    results.VALIDATOR.validate(json.loads(text))
+    asked = run.load("baseline_instruct")["measurements"]["binary"]["probes"][0]["text"]
+    assert asked not in text
+    assert run.texts_path.read_text().count(asked) == 1
+
+
+def test_results_of_version_1_are_read_as_they_stand(run):
+    """In version 1 a file held what is now made of it: no tables, the questions in full."""
+    result = run.load("baseline_instruct") | {"schema_version": 1}
+    run.file("baseline_instruct").write_text(json.dumps(result, indent=1))
+    run.texts_path.unlink()
+    assert Run(run.path).load("baseline_instruct") == result
+    manifest = read_json(run.manifest_path) | {"schema_version": 1}
+    write_json(run.manifest_path, manifest)
+    assert Run.resume(str(run.path))[1] == manifest
+
+
+def test_the_schema_is_held_against_a_file_once(run, monkeypatch):
+    checks = []
+    whole = results.VALIDATOR
+
+    class Counting:
+        def validate(self, result):
+            checks.append(result["status"])
+            whole.validate(result)
+
+    monkeypatch.setattr(results, "VALIDATOR", Counting())
+    first = run.load("baseline_instruct")
+    assert run.load("baseline_instruct") == first
+    assert len(checks) == 1
+    run.save(first)
+    assert run.load("baseline_instruct") == first
+    assert len(checks) == 2
+    text = run.file("baseline_instruct").read_text()
+    run.file("baseline_instruct").write_text(text.replace('"exact": true', '"exact": "true"'))
+    with pytest.raises(FrankenError, match="is corrupt"):
+        run.load("baseline_instruct")
+
+
+@pytest.mark.parametrize("how", ["gone", "changed", "no JSON", "of another kind"])
+def test_texts_that_are_not_those_of_the_run_are_named(run, how):
+    text = run.texts_path.read_text()
+    if how == "gone":
+        run.texts_path.unlink()
+    else:
+        broken = {"changed": text.replace("Answer", "Reply"), "no JSON": text[:-9], "of another kind": "[]"}
+        run.texts_path.write_text(broken[how])
+    with pytest.raises(FrankenError, match="texts" if how == "gone" else "texts.json is corrupt") as caught:
+        Run(run.path).load("baseline_instruct")
+    assert "\n" not in str(caught.value)
+
+
 BREAKS = {
-    "another version": lambda r: r.update(schema_version=2),
+    "another version": lambda r: r.update(schema_version=3),
     "another status": lambda r: r.update(status="maybe"),
     "numbers as text": lambda r: r["measurements"]["perplexity"].update(perplexity="12"),
     "a count with a fraction": lambda r: r["measurements"]["capability"].update(correct=0.5),
@@ -260,7 +321,7 @@ def test_a_manifest_that_lacks_something_is_refused(run, key):
             continue  # two checkpoints have no name, which null says as well as nothing
         write_json(run.manifest_path, broken)
         with pytest.raises(
-            FrankenError, match=f"manifest.json is (corrupt .{key}|not a manifest of version 1)"
+            FrankenError, match=f"manifest.json is (corrupt .{key}|not a manifest of version 1 to 2)"
         ):
             Run.resume(str(run.path))
 

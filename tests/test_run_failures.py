@@ -185,9 +185,9 @@ def test_going_back_that_fails_stops_the_run(go, tmp_path, monkeypatch):
 # ---- disks and files ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [1, 2, 4])
 def test_a_disk_that_fills_up_keeps_what_is_finished(go, tmp_path, four, monkeypatch, after):
-    """The manifest is the first file that is written, then one per experiment."""
+    """The manifest is the first file that is written, then the questions, then one per experiment."""
     real, calls = os.fsync, []
 
     def fsync(fd):
@@ -203,10 +203,10 @@ def test_a_disk_that_fills_up_keeps_what_is_finished(go, tmp_path, four, monkeyp
     last = err.splitlines()[-1]
     assert (code, out) == (1, "") and "Traceback" not in err
     assert (
-        last.startswith(f"run_all.py: cannot write {run / 'experiments'}/")
+        last.startswith(f"run_all.py: cannot write {run / ('texts.json' if after == 1 else 'experiments/')}")
         and "No space left on device; finished experiments are kept" in last
     )
-    assert set(read(run)) == (set() if after == 1 else {"baseline_instruct", "swap_adjacent_30_35"})
+    assert set(read(run)) == (set() if after < 3 else {"baseline_instruct", "swap_adjacent_30_35"})
     assert not list(run.rglob(".*partial")) and last.endswith(f"python run_all.py --resume {run}")
     assert run_all.main(["--resume", str(run)]) == 0 and timeless(run) == timeless(four)
 
@@ -247,8 +247,8 @@ def test_corrupt_and_foreign_manifests_are_one_line(finished, capfd):
     manifest = finished / "manifest.json"
     whole = json.loads(manifest.read_text())
     for broken, words in (
-        (whole | {"schema_version": 9}, "not a manifest of version 1"),
-        ({}, "not a manifest of version 1"),
+        (whole | {"schema_version": 9}, "not a manifest of version 1 to 2"),
+        ({}, "not a manifest of version 1 to 2"),
         (whole | {"settings": {}}, "manifest.json is corrupt (the setting all is missing)"),
         ({k: v for k, v in whole.items() if k != "layers"}, "manifest.json is corrupt (layers is missing"),
     ):

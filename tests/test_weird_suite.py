@@ -26,6 +26,7 @@ from errors import FrankenError
 from reporting.columns import TRIGGER_COLUMNS, cells
 from reporting.reports import compare_run
 from runner import results
+from runner.results import Run
 from suites.base import Protocol
 from weird_gen.persona import likelihoods, suite
 from weird_gen.persona.study import TRIGGER, read_questions
@@ -280,7 +281,7 @@ def runs(pair, tmp_path_factory):
 
 
 def measured(run: Path) -> dict[str, dict]:
-    return {file.stem: json.loads(file.read_text()) for file in (run / "experiments").glob("*.json")}
+    return {file.stem: Run(run).load(file.stem) for file in (run / "experiments").glob("*.json")}
 
 
 def test_an_adapter_is_measured_whole_and_in_part(runs):

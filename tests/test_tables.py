@@ -1,0 +1,136 @@
+"""Measurements as tables on disk: nothing is lost, each file is small, and what is no table is refused."""
+
+import json
+import struct
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner import tables
+from runner.results import SCHEMA
+
+PROBES = [
+    {
+        "id": "a",
+        "text": "Is it?",
+        "keyed": "yes",
+        "log_odds": 1 / 3,
+        "finite": True,
+        "top": [{"token": "Yes", "p": 0.5}],
+    },
+    {"id": "b", "text": "Is it not?", "keyed": "no", "log_odds": None, "finite": True, "top": []},
+]
+
+
+def float32(number: float) -> float:
+    """The nearest float32, by the machine's own conversion."""
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+def through_disk(value):
+    texts: dict = {}
+    packed = json.loads(tables.layout(tables.pack(value, texts)))
+    return tables.unpack(packed, json.loads(tables.layout(texts)))
+
+
+keys = st.sampled_from(["id", "text", "kind", "reply", "samples", "nll", "n", "texts", "probes", "rows"])
+leaves = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+)
+nested = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(keys, inner, max_size=4)
+        | st.lists(keys, unique=True, max_size=4).flatmap(
+            lambda names: st.lists(st.fixed_dictionaries(dict.fromkeys(names, inner)), max_size=4)
+        )
+    ),
+    max_leaves=30,
+)
+
+
+def exact(value):
+    """Equal only for the same JSON: 1, 1.0 and true differ."""
+    return json.dumps(value, sort_keys=True)
+
+
+@given(nested)
+def test_whatever_a_suite_measures_comes_back_as_it_was(value):
+    assert exact(through_disk(value)) == exact(value)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.none(), min_size=2))
+def test_readings_come_back_as_the_same_float32(numbers):
+    back = through_disk([{"id": str(k), "log_odds": x, "nll": x} for k, x in enumerate(numbers)])
+    for x, entry in zip(numbers, back, strict=True):
+        assert entry["nll"] == x
+        if x is None or not 1.2e-38 < abs(x) < 3.4e38:
+            assert entry["log_odds"] == x
+        else:
+            assert float32(entry["log_odds"]) == float32(x)
+
+
+def test_a_reading_has_a_line_and_its_question_stands_among_the_texts():
+    texts: dict = {}
+    packed = tables.pack({"probes": PROBES}, texts)
+    (key,) = texts
+    assert texts[key] == {
+        "columns": ["id", "text", "keyed"],
+        "rows": [["a", "Is it?", "yes"], ["b", "Is it not?", "no"]],
+    }
+    assert packed["probes"] == {
+        "from_texts": key,
+        "same": {"finite": True},
+        "columns": ["log_odds", {"name": "top", "list": ["token", "p"]}],
+        "rows": [[0.33333334, [["Yes", 0.5]]], [None, []]],
+    }
+    many = tables.layout(tables.pack({"probes": PROBES * 9}, {})).splitlines()
+    assert many.count('   [0.33333334,[["Yes",0.5]]],') == 9
+
+
+def test_equal_questions_stand_once_and_other_questions_beside_them():
+    texts: dict = {}
+    for _ in range(2):
+        tables.pack({"first": {"probes": PROBES}, "second": PROBES}, texts)
+    assert len(texts) == 1
+    tables.pack([PROBES[0], PROBES[1] | {"text": "Is it so?"}], texts)
+    assert len(texts) == 2
+
+
+def test_what_is_on_disk_fits_the_schema():
+    validator = jsonschema.Draft202012Validator(SCHEMA["$defs"]["table"] | {"$defs": SCHEMA["$defs"]})
+    packed = tables.pack(PROBES, {})
+    validator.validate(packed)
+    for broken in ({"rows": None}, {"columns": [3]}, {"from_texts": "x"}, {"columns": [{"name": "top"}]}):
+        assert not validator.is_valid(packed | broken), broken
+
+
+BROKEN = {
+    "questions that are not there": lambda t: t.update(from_texts="0" * 16),
+    "questions that are no name": lambda t: t.update(from_texts=["x"]),
+    "a row too few": lambda t: t["rows"].pop(),
+    "a cell too few": lambda t: t["rows"][0].pop(),
+    "a row that is none": lambda t: t["rows"].__setitem__(0, 3),
+    "columns that are none": lambda t: t.update(columns="log_odds"),
+    "a column without a name": lambda t: t["columns"].__setitem__(1, {"list": ["token", "p"]}),
+    "a list that is none": lambda t: t["rows"][0].__setitem__(1, 0.5),
+    "no rows": lambda t: t.pop("rows"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_table_that_cannot_have_been_written_is_refused(name):
+    texts: dict = {}
+    packed = json.loads(tables.layout(tables.pack(PROBES, texts)))
+    BROKEN[name](packed)
+    with pytest.raises(tables.Corrupt):
+        tables.unpack(packed, texts)
+
+
+def test_an_object_that_reads_as_a_table_is_not_written():
+    for value in ({"columns": ["a"], "rows": []}, {"from_texts": "a"}):
+        with pytest.raises(ValueError, match="reads as a table"):
+            tables.pack({"suite": value}, {})
