@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import small_run
 
+import evaluate
 import prompts
 import run_all
 from errors import FrankenError
@@ -24,11 +25,19 @@ def finished(tmp_path_factory):
     for k, name in enumerate(("instruct", "base")):
         small_run.checkpoint(folder / name, 100 + k, layers=2)
     (folder / "mine.py").write_text(
-        "from experiments import *\nEXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: splice(m.model,"
-        " 'no', 0, 1))]\n"
+        "from experiments import *\nEXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: swap(m.model, 0, 1))]\n"
     )
+    whole, calls = evaluate.evaluate, []
+
+    def once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise FrankenError("nothing is measured")
+        return whole(*args)
+
     with pytest.MonkeyPatch.context() as m:
         small_run.use(m)
+        m.setattr(evaluate, "evaluate", once)
         assert (
             run_all.main(
                 small_run.arguments(folder, folder / "out", "--experiments-file", folder / "mine.py")
