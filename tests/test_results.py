@@ -25,7 +25,8 @@ def finished(tmp_path_factory):
     for k, name in enumerate(("instruct", "base")):
         small_run.checkpoint(folder / name, 100 + k, layers=2)
     (folder / "mine.py").write_text(
-        "from experiments import *\nEXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: swap(m.model, 0, 1))]\n"
+        "from experiments import *\n"
+        "EXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: swap(m.model, 0, 1))]\n"
     )
     whole, calls = evaluate.evaluate, []
 
