@@ -19,6 +19,7 @@ from suites.formats import Formats
 from suites.free_text import FreeText
 from suites.injection import Injection
 from suites.perplexity import Perplexity
+from suites.phases import Phases
 
 # What makes each suite, by the name under which it is asked. What stands above this module registers its own.
 SUITES: dict[str, Callable[[], Suite]] = {
@@ -30,6 +31,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "perplexity": Perplexity,
     "chat": Chat,
     "injection": Injection,
+    "phases": Phases,
 }
 
 

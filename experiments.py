@@ -143,6 +143,7 @@ class Experiment:
     suites: tuple[str, ...] | None = None  # what it is asked; None: the run's
     control: str | None = None  # what kind of control it is; see CONTROLS
     sweep: dict | None = None  # of which sweep, and where in it; see `sweep`
+    also: tuple[str, ...] = ()  # suites that it is asked besides, where they can be asked of its recipe
 
     def plan(self, n_layers: int, seed: int = 0) -> Plan:
         """The recipe for a model of this depth, with what was asked for. Raises FrankenError naming the
@@ -158,7 +159,7 @@ class Experiment:
             raise FrankenError(
                 f"experiment {self.name}: build returned {type(recipe).__name__}, not a Recipe"
             )
-        notes = []
+        suites, notes = self._asked(recipe, model.recipe)
         asked = [(what, str(a)) for what, a, _ in model.scaled]
         applied = [(what, str(b)) for what, _, b in model.scaled]
         merged = len(set(applied)) < len(set(asked))
@@ -171,7 +172,32 @@ class Experiment:
         if idle:
             notes.append(f"collapsed: on {n_layers} layers this experiment changes nothing")
         change = describe_change(recipe, model.recipe)
-        return Plan(self, recipe, change, model.scaled, notes, collapsed=merged or idle)
+        return Plan(
+            replace(self, suites=suites), recipe, change, model.scaled, notes, collapsed=merged or idle
+        )
+
+    def _asked(self, recipe: Recipe, original: Recipe) -> tuple[tuple[str, ...] | None, list[str]]:
+        """What this recipe is asked, with notes on what of `also` it cannot be.
+
+        Raises FrankenError for a suite of its own that hands a cache between recipes of different depth.
+        """
+        suites, notes = self.suites, []
+        for name in prompts.ONE_DEPTH:
+            if len(recipe) == len(original):
+                continue
+            depths = f"{len(original)} layers in the intact model, {len(recipe)} in the changed one"
+            if name in (suites or ()):
+                raise FrankenError(
+                    f"experiment {self.name}: the suite {name} hands one model's cache to the other, which"
+                    f" needs equal depths: {depths} (--also {name} asks it only where it can be asked)"
+                )
+            if name in self.also:
+                notes.append(f"not asked {name}, which needs equal depths: {depths}")
+        if self.also:
+            fits = len(recipe) == len(original) and recipe != original
+            more = [name for name in self.also if fits or name not in prompts.ONE_DEPTH]
+            suites = tuple(dict.fromkeys([*(suites or EVERYTHING), *more]))
+        return suites, notes
 
 
 @dataclass(frozen=True)
@@ -447,15 +473,23 @@ def sweep(kind: str, n_layers: int) -> list[Experiment]:
 
 
 def with_suites(
-    chosen: Sequence[Experiment], given: tuple[str, ...] | None, matched_noise: bool = False
+    chosen: Sequence[Experiment],
+    given: tuple[str, ...] | None,
+    matched_noise: bool = False,
+    also: tuple[str, ...] = (),
 ) -> list[Experiment]:
-    """The experiments with what each will be asked: what is given, else its own suites, else everything.
+    """The experiments with what each will be asked: what is given, else its own suites, else everything; and
+    `also`.
 
     The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are
     asked, with `matched_noise` also what the noise twins will be.
     """
     asked = [
-        replace(e, suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING)
+        replace(
+            e,
+            suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING,
+            also=also if e.control != "injection" else (),
+        )
         for e in chosen
     ]
     union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites} | {

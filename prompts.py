@@ -34,7 +34,11 @@ SUITES = (
     "chat",
     "trigger",
     "injection",
+    "phases",
+    "activations",
 )
+# Suites that hand a cache from the changed to the intact model: both need the same number of layers.
+ONE_DEPTH = ("phases",)
 GROUPS = {
     "introspection": ("informed", "blind", "binary", "formats"),
     "quick": ("binary", "perplexity"),

@@ -126,6 +126,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             " everything else all"
         ),
     )
+    what.add_argument(
+        "--also",
+        metavar="SUITES",
+        help=(
+            "ask every experiment these suites besides, where they can be asked: phases (one model begins a"
+            " conversation, the other answers it; same depth only), activations"
+        ),
+    )
     what.add_argument("--samples", type=int, default=1, help="replies per free-text probe")
     what.add_argument("--max-new-tokens", type=int, default=80, help="budget of a free-text reply")
     what.add_argument("--seed", type=int, default=0)
@@ -228,6 +236,7 @@ SETTINGS = (
     "experiments_file",
     "no_baseline",
     "suites",
+    "also",
     "samples",
     "max_new_tokens",
     "seed",
@@ -245,6 +254,7 @@ def execute(args) -> int:
     from reporting.reports import write_reports
     from runner.batch import run_batch, set_threads
     from runner.choosing import (
+        also_suites,
         extra_sources,
         given_suites,
         make_plans,
@@ -336,7 +346,7 @@ def execute(args) -> int:
             plans,
             protocol,
             original,
-            Matcher(engine, protocol, given) if args.matched_noise else None,
+            Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None,
         )
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished experiments are kept; go on with:\n  {resume}", file=sys.stderr)

@@ -4,6 +4,8 @@ asked."""
 from __future__ import annotations
 
 import contextlib
+import json
+from pathlib import Path
 
 import evaluate
 import experiments as ex
@@ -93,7 +95,12 @@ def choose(args, n_layers: int) -> list:
     baseline = known[ex.BASELINE]
     if baseline not in chosen and not args.no_baseline:
         chosen = [baseline, *chosen]
-    return ex.with_suites(list({e.name: e for e in chosen}.values()), given_suites(args), args.matched_noise)
+    return ex.with_suites(
+        list({e.name: e for e in chosen}.values()),
+        given_suites(args),
+        args.matched_noise,
+        also_suites(args),
+    )
 
 
 def make_plans(args, n_layers: int, sources: set[str]) -> tuple[list[ex.Plan], list[str]]:
@@ -131,8 +138,8 @@ def known_sources(args, pair) -> set[str]:
 def refuse_beforehand(args, pair) -> None:
     """Raises FrankenError for what can be seen to be wrong before anything is downloaded or loaded."""
     sources = known_sources(args, pair)
-    if pair.layers is not None:
-        make_plans(args, pair.layers, sources)
+    if (depth := pair.layers or local_depth(args)) is not None:
+        make_plans(args, depth, sources)
     elif not args.sweep:  # only the names of a sweep depend on the depth
         for e in choose(args, 1):
             lacking = set()
@@ -151,11 +158,27 @@ def given_suites(args) -> tuple[str, ...] | None:
     return given
 
 
+def also_suites(args) -> tuple[str, ...]:
+    """The suites of --also, in order. Raises FrankenError for a suite there is not."""
+    return evaluate.parse_suites(args.also) if args.also is not None else ()
+
+
+def local_depth(args) -> int | None:
+    """How many layers the checkpoint in the folder --instruct has, by its config; None where that is not
+    known without loading or downloading."""
+    try:
+        config = json.loads((Path(args.instruct) / "config.json").read_text(encoding="utf-8"))
+        layers = config.get("num_hidden_layers")
+    except (OSError, ValueError, TypeError, AttributeError):  # told in a line when it is opened
+        return None
+    return layers if isinstance(layers, int) and layers > 0 else None
+
+
 def make_protocol(args, plans: list):
     """The run's evaluate.Protocol: its suites are all that any experiment is asked; each is asked its own of
     them."""
     wanted = {name for plan in plans for name in plan.experiment.suites} | {
-        *((given_suites(args) or ex.QUICK) if args.matched_noise else ())
+        *((*(given_suites(args) or ex.QUICK), *also_suites(args)) if args.matched_noise else ())
     }
     texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
     return evaluate.Protocol(

@@ -79,10 +79,17 @@ class Matcher:
         engine: its live model is modified while a twin is searched for, and left so.
         protocol: of the run; perplexity is measured on its texts, noise is drawn from its seed.
         suites: what --suites says, or None; the twins are asked the quick protocol then.
+        also: what --also says: suites that the twins are asked besides.
     """
 
-    def __init__(self, engine: Engine, protocol: evaluate.Protocol, suites: tuple[str, ...] | None = None):
-        self.engine, self.protocol, self.suites = engine, protocol, suites
+    def __init__(
+        self,
+        engine: Engine,
+        protocol: evaluate.Protocol,
+        suites: tuple[str, ...] | None = None,
+        also: tuple[str, ...] = (),
+    ):
+        self.engine, self.protocol, self.suites, self.also = engine, protocol, suites, also
         # Perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they begin with
         # the same fractions, so that 20 experiments measure about 50 of the 126 points they ask for. The
         # answers are
@@ -175,7 +182,7 @@ class Matcher:
             control="matched noise",
             suites=QUICK,
         )
-        plan = with_suites([experiment], self.suites)[0].plan(
+        plan = with_suites([experiment], self.suites, also=self.also)[0].plan(
             len(self.engine.live.original), self.protocol.seed
         )
         return replace(

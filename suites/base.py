@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import prompts
 from engine.generation import Completion, Engine, Request
+from errors import FrankenError
+from franken import LiveModel
 from prompts import GROUPS
+from surgery.recipes import Recipe
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,35 @@ class Suite(ABC):
         """SHA-256 (hex) over what it asks beyond the texts of `prompts.fingerprint`; None where there is
         nothing more."""
         return None
+
+
+@contextmanager
+def borrowed(live: LiveModel) -> Iterator[Callable[[Recipe], str]]:
+    """For a suite that runs other recipes than the experiment's: `with borrowed(live) as become:`.
+
+    become(recipe) applies a recipe and returns the fingerprint of the weights; `live.original` is the
+    unmodified model. When the block ends, in whatever way, the recipe that was running is applied again.
+    Raises FrankenError if its weights did not come back to the bit, or if a recipe has not the same weights
+    each time that it is applied.
+    """
+    recipe, before, seen = live.recipe, live.fingerprint(), {}
+    if recipe is None:
+        raise FrankenError("the live model is in no defined state, to which a suite could go back")
+    seen[recipe] = before
+
+    def become(other: Recipe) -> str:
+        live.apply(other)
+        now = live.fingerprint()
+        if seen.setdefault(other, now) != now:
+            raise FrankenError(f"a recipe gave other weights than before (fingerprint {now})")
+        return now
+
+    try:
+        yield become
+    finally:
+        live.apply(recipe)
+    if (after := live.fingerprint()) != before:
+        raise FrankenError(f"a suite did not leave the weights as it found them (fingerprint {after})")
 
 
 def finite(value: float) -> float | None:
