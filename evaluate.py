@@ -11,6 +11,7 @@ import prompts
 from engine.generation import Engine
 from errors import FrankenError, first_line
 from prompts import GROUPS
+from suites.activations import Activations
 from suites.base import Protocol, Suite
 from suites.binary import Binary
 from suites.capability import Capability
@@ -32,6 +33,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "chat": Chat,
     "injection": Injection,
     "phases": Phases,
+    "activations": Activations,
 }
 
 

@@ -14,12 +14,16 @@ def write_text(path: Path, text: str) -> None:
 
     Raises FrankenError if it cannot be written (no such folder, full disk, no permission).
     """
+    # model output may hold lone surrogates
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Like write_text, for bytes."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open(
-            "w", encoding="utf-8", errors="backslashreplace"
-        ) as f:  # model output may hold lone surrogates
-            f.write(text)
+        with partial.open("wb") as f:
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)

@@ -19,6 +19,7 @@ from engine.generation import Timing
 from errors import FrankenError
 from experiments import BASELINE, TWIN
 from franken import Surgery
+from runner.arrays import save_arrays
 from runner.matched_noise import wants
 from runner.results import SCHEMA_VERSION, write_json
 
@@ -158,6 +159,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
             and (note := matcher.refusal(result))
         ):
             result["experiment"]["notes"].append(note)
+        save_arrays(run.path / "experiments", result)
         run.save(result)
         if result["error"]:
             first_line = (result["error"]["message"].splitlines() or [""])[0]

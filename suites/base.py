@@ -20,6 +20,9 @@ from franken import LiveModel
 from prompts import GROUPS
 from surgery.recipes import Recipe
 
+# Under this key a suite's measurements may hold numpy arrays by name, which a file beside the JSON keeps.
+ARRAYS = "arrays"
+
 
 @dataclass(frozen=True)
 class Protocol:

@@ -55,7 +55,7 @@ def measure(engine, **changes) -> dict:
 
 
 class Slow:
-    """A conversation on one DynamicCache, each part of it by whichever model is named; replies token by token."""
+    """A conversation on one DynamicCache, each part by the model that is named; replies token by token."""
 
     def __init__(self):
         self.cache, self.logits = DynamicCache(), None
@@ -188,7 +188,7 @@ def test_a_switch_in_mid_reply_equals_two_models_token_by_token(tmp_path, family
         close(cell["intact_log_odds"], intact.answers(by["intact"], tails, engine.tokenizer))
         assert [p["does"] for p in cell["phases"]] == ["reads", "writes", "writes", "answers"]
         assert [p["model"] for p in cell["phases"]] == [begins, begins, who, who]
-    assert not cells and len(seen) > 2
+    assert not cells and len(seen) > 1
 
 
 def test_sampled_replies_are_those_of_one_model_where_nothing_is_switched(tmp_path):
