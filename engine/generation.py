@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention import ATTENTION, KV, Continued
-from engine.layers import Attenuated, mean_of, run_layer
+from engine.layers import Attenuated, cache_keyword, mean_of, run_layer
 from engine.sampling import Completion, Decoding, Request, draw
 from errors import FrankenError
 from franken import LiveModel
@@ -74,6 +74,8 @@ class Engine:
         self._entered: dict[
             tuple, tuple[int, torch.Tensor]
         ] = {}  # by what was asked: hidden states before that position
+        for bank in live.banks:
+            cache_keyword(bank.module)
         attention = live.banks[0].module.self_attn
         self.kv_heads = self.config.num_key_value_heads
         self.head_dim = attention.head_dim

@@ -6,20 +6,36 @@ Both are computed in float32 and rounded once to the model's dtype.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 
+_CACHE_KEYWORDS: dict[type, str] = {}  # filled outside of any compiled code
+
+
+def cache_keyword(module) -> str:
+    """What a decoder layer calls its cache: transformers has `past_key_values` up to 5.23 and `cache` from
+    5.24 on, where the old name warns until it goes away in 5.40."""
+    kind = type(module)
+    if kind not in _CACHE_KEYWORDS:
+        parameters = inspect.signature(kind.forward).parameters
+        _CACHE_KEYWORDS[kind] = "cache" if "cache" in parameters else "past_key_values"
+    return _CACHE_KEYWORDS[kind]
+
 
 def run_layer(module, hidden, mask, cos_sin, positions, cache):
-    """One decoder layer; a function of its own so that it can be compiled once for all layers."""
+    """One decoder layer; a function of its own so that it can be compiled once for all layers.
+
+    `cache_keyword` must have seen the kind of layer before this is compiled; an Engine sees to it.
+    """
     out = module.forward(
         hidden,
         attention_mask=mask,
         position_embeddings=cos_sin,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{cache_keyword(module.module if isinstance(module, Attenuated) else module): cache},
     )
     return out[0] if isinstance(out, tuple) else out
 

@@ -338,7 +338,7 @@ def choose_pair(pair: str | None, base: str | None, instruct: str | None) -> Pai
     Raises FrankenError for an unknown pair, and for a base without an instruct side.
     """
     if base and not instruct:
-        raise FrankenError("--base goes together with --instruct")
+        raise FrankenError("--base and --instruct go together; --instruct alone is a model without a base")
     if instruct:
         return Pair(instruct, base)
     if pair not in PAIRS:

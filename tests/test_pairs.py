@@ -228,7 +228,7 @@ def test_spread_says_when_it_cannot(machine):
     "words, kwargs",
     [
         ("unknown pair 'smollm'; there are qwen2.5-coder-32b, ", {"pair": "smollm"}),
-        ("--base goes together with --instruct", {"base": "/x"}),
+        ("--base and --instruct go together", {"base": "/x"}),
         ("/nowhere/at/all: no such directory", {"base": "/nowhere/at/all", "instruct": "/nowhere/at/all"}),
         ("not a hub id of the form owner/name", {"base": "gpt2", "instruct": "gpt2"}),
         (r"\./x: no such directory", {"base": "./x", "instruct": "./x"}),

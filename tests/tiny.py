@@ -228,16 +228,18 @@ def random_prompt(seed: int, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(4, 260, (length,), generator=rng).tolist())
 
 
-def write_gguf(path: Path, architecture: str, tied: bool = True, seed: int = 0, **fields) -> Path:
+def write_gguf(path: Path, architecture: str, tied: bool = True, also: dict | None = None, **fields) -> Path:
     """A GGUF file of a tiny model with random weights in Q8_0 and a tokenizer of single bytes.
 
-    `fields` are further metadata, or replace what is there.
+    `also` has lengths of further tensors, or None for one to leave out; `fields` are further metadata, with
+    two underscores for a dot.
     """
     import gguf
     import numpy as np
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    hidden, mlp, heads, kv, size, layers = 64, 96, 4, 2, 16, 3
+    hidden, mlp, heads, kv, layers = 64, 96, 4, 2, 3
+    size = 128 if architecture == "qwen3" else 16  # transformers takes no other from a Qwen3 file
     tokens = [*bytes_to_unicode().values(), "ab", "cd", "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("Tiny")
@@ -268,9 +270,11 @@ def write_gguf(path: Path, architecture: str, tied: bool = True, seed: int = 0, 
     )
     for name, value in fields.items():
         (writer.add_string if isinstance(value, str) else writer.add_uint32)(name.replace("__", "."), value)
-    rng = np.random.default_rng(seed)
+    rng, also = np.random.default_rng(0), also or {}
 
     def tensor(name, *shape):
+        if name in also and also[name] is None:
+            return None
         values = rng.standard_normal(shape, dtype=np.float32)
         if len(shape) == 1:
             return writer.add_tensor(name, values)
@@ -294,6 +298,9 @@ def write_gguf(path: Path, architecture: str, tied: bool = True, seed: int = 0, 
         tensor(f"blk.{i}.ffn_gate.weight", mlp, hidden)
         tensor(f"blk.{i}.ffn_up.weight", mlp, hidden)
         tensor(f"blk.{i}.ffn_down.weight", hidden, mlp)
+    for name, length in also.items():
+        if length:
+            tensor(name, length)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
