@@ -179,8 +179,9 @@ def extract(package: str, archive: Path) -> Iterator[tuple[str, str]]:
         with tarfile.open(archive) as sdist:
             for member in sorted((m for m in sdist.getmembers() if m.isfile()), key=lambda m: m.name):
                 inner = member.name.split("/", 1)[-1]
-                if re.match(wanted, inner):
-                    text = sdist.extractfile(member).read().decode("utf-8", "replace").replace("\r\n", "\n")
+                content = sdist.extractfile(member) if re.match(wanted, inner) else None
+                if content:
+                    text = content.read().decode("utf-8", "replace").replace("\r\n", "\n")
                     text = prose(text) if package in MANUALS else re.sub(r"\n{3,}", "\n\n", text).strip()
                     yield re.sub(r"\W+", "-", inner.rsplit(".", 1)[0]), text
 
@@ -227,7 +228,7 @@ def fetch(out: Path, archives: Path | None = None) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the .txt files")
     parser.add_argument(
         "--archives", type=Path, help="keep the downloaded packages here, and use those already here"

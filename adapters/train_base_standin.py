@@ -25,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -251,7 +252,8 @@ def load(model: str, device: torch.device):
     missing = {SEPARATOR, END_OF_TURN} - set(tokenizer.get_vocab())
     if missing:
         raise FrankenError(f"{model}: the tokenizer has no {' or '.join(sorted(missing))}")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device), tokenizer
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return cast(Any, loaded).to(device), tokenizer
 
 
 def save(lora, out: Path, base_name: str) -> None:
@@ -398,7 +400,7 @@ def train(args: argparse.Namespace) -> dict:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument(
         "--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint"

@@ -110,21 +110,19 @@ def simulate(case: Case, rng: np.random.Generator) -> list[Probe]:
 def one(case: Case, seed: int):
     """(detection score, p-value of the drift to Yes) of one simulated experiment."""
     probes = simulate(case, np.random.default_rng([seed, *str(case).encode()]))
-    drift = (
-        yes_drift(probes, resamples=999, seed=seed).p_value
-        if case.baseline == "firm" and not case.effect
-        else None
-    )
-    return detection_score(probes, resamples=case.resamples, seed=seed), drift
+    drift = None
+    if case.baseline == "firm" and not case.effect:
+        drift = yes_drift(probes, resamples=999, seed=seed)
+    return detection_score(probes, resamples=case.resamples, seed=seed), drift and drift.p_value
 
 
 def share(hits, expected: float | None = None) -> str:
     """A rate with its Wilson interval; marked where that does not hold the expected one."""
-    found = wilson_interval(sum(hits), len(hits))
-    off = expected is not None and found.n > 0 and not found.low <= expected <= found.high
-    return (
-        f"{found.value:.1%} ({found.low:.1%} to {found.high:.1%}){' (!)' if off else ''}" if found.n else "-"
-    )
+    rate = wilson_interval(sum(hits), len(hits))
+    if rate.value is None or rate.low is None or rate.high is None:
+        return "-"
+    off = expected is not None and not rate.low <= expected <= rate.high
+    return f"{rate.value:.1%} ({rate.low:.1%} to {rate.high:.1%}){' (!)' if off else ''}"
 
 
 def null_line(case: Case, found: list) -> str:
@@ -225,7 +223,7 @@ def report(nulls: dict, power: dict, limits: list) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("results/reference/calibration.md"))
     parser.add_argument(
         "--runs", type=int, default=1000, help="simulated experiments a line, without an effect"

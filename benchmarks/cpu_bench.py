@@ -21,6 +21,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -61,9 +62,9 @@ class Recorder:
     asked: list[Request]
     answers: list[Completion]
 
-    def complete(self, requests, on_progress=None):
-        self.asked, self.answers = list(requests), super().complete(requests, on_progress)
-        return self.answers
+    def record(self, asked: Sequence[Request], answers: list[Completion]) -> list[Completion]:
+        self.asked, self.answers = list(asked), answers
+        return answers
 
     def tokens(self) -> int:
         """Tokens chosen, the one that ends a turn included: each costs a step."""
@@ -80,7 +81,7 @@ class OneByOne:
         torch.manual_seed(seed)
 
     @torch.inference_mode()
-    def complete(self, requests: list[Request], on_progress=None) -> list[Completion]:
+    def complete(self, requests: Sequence[Request], on_progress=None) -> list[Completion]:
         done = []
         for r in requests:
             ids = torch.tensor([r.prompt_ids])
@@ -125,11 +126,15 @@ class OneByOne:
 
 
 class OurEngine(Recorder, Engine):
-    pass
+    def complete(
+        self, requests: Sequence[Request], on_progress=None, on_done=None, layer=None
+    ) -> list[Completion]:
+        return self.record(requests, super().complete(requests, on_progress, on_done, layer))
 
 
 class PlainEngine(Recorder, OneByOne):
-    pass
+    def complete(self, requests: Sequence[Request], on_progress=None) -> list[Completion]:
+        return self.record(requests, super().complete(requests, on_progress))
 
 
 # ---- the plain way of making a model -----------------------------------------------------------------------
@@ -256,6 +261,19 @@ def agreement(engine: OurEngine, plain: PlainEngine, recipe: Recipe) -> dict:
     return {"equal": equal, "n": n, "widest_gap": max(filter(math.isfinite, gaps), default=None)}
 
 
+def both_ways(engine: OurEngine, plan, protocol: Protocol, order: Sequence[str]) -> tuple[dict, dict, float]:
+    """(what each way took, how their greedy replies agree, seconds of loading the plain one) for one plan."""
+    sides, plain, loading = {}, None, 0.0
+    for side in order:
+        print(f"{plan.experiment.name}: {side} ...", file=sys.stderr, flush=True)
+        if side == "ours":
+            sides[side] = ours(engine, plan.recipe, protocol)
+        else:
+            sides[side], plain, loading = plainly(engine, plan.recipe, protocol)
+    assert plain is not None
+    return sides, agreement(engine, plain, plan.recipe), loading
+
+
 def compare(engine: OurEngine, plans: list, protocol: Protocol) -> dict:
     """Both ways on every plan, by turns, and a swap beside the reloads."""
     live, rows, reloads = engine.live, [], []
@@ -265,17 +283,10 @@ def compare(engine: OurEngine, plans: list, protocol: Protocol) -> dict:
         [Request("warm", warm, 4)]
     )
     for k, plan in enumerate(plans):
-        name, sides = plan.experiment.name, {}
-        for side in ("ours", "plain") if k % 2 == 0 else ("plain", "ours"):
-            print(f"{name}: {side} ...", file=sys.stderr, flush=True)
-            if side == "ours":
-                sides[side] = ours(engine, plan.recipe, protocol)
-            else:
-                sides[side], plain, loading = plainly(engine, plan.recipe, protocol)
-                reloads.append(loading)
-        equal = agreement(engine, plain, plan.recipe)
-        del plain
-        gc.collect()
+        name, order = plan.experiment.name, ("ours", "plain") if k % 2 == 0 else ("plain", "ours")
+        sides, equal, loading = both_ways(engine, plan, protocol, order)
+        reloads.append(loading)
+        gc.collect()  # the plain way's whole model goes before the next is loaded
         a, b = sides["ours"], sides["plain"]
         rows.append(
             {
@@ -395,7 +406,7 @@ def thin() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--pair", default="smollm2-135m")
     parser.add_argument("--base", help="with --instruct: any two small checkpoints instead of --pair")
     parser.add_argument("--instruct")

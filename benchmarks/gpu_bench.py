@@ -22,6 +22,8 @@ import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -180,10 +182,11 @@ class Bench:
             ok=extra <= layer * 1.001,
             note=f"a layer is {layer / 1e9:.3f} GB",
         )
-        rates, ones = [], []
+        rates, ones, streamed = [], [], 0
         for _ in range(4):
             spliced = live.apply(recipes.splice(whole, "base", self.n // 2, self.n))
-            rates.append(spliced.bytes_streamed / spliced.seconds)
+            streamed = spliced.bytes_streamed
+            rates.append(streamed / spliced.seconds)
             live.apply(whole)
         rate = sorted(rates)[1]
         share = rate / self.pinned_rate
@@ -193,8 +196,8 @@ class Bench:
             f"{self.pinned_rate / 1e9:.1f} GB/s",
             ">= 80%",
             share >= 0.8,
-            f"{100 * share:.0f}%; {spliced.bytes_streamed / 1e9:.1f} GB in"
-            f" {spliced.bytes_streamed / rate:.2f} s; all: " + ", ".join(f"{r / 1e9:.1f}" for r in rates),
+            f"{100 * share:.0f}%; {streamed / 1e9:.1f} GB in"
+            f" {streamed / rate:.2f} s; all: " + ", ".join(f"{r / 1e9:.1f}" for r in rates),
         )
         for p in range(self.n // 2, self.n // 2 + 4):
             ones.append(live.apply(recipes.splice(whole, "base", p, p + 1)).seconds)
@@ -275,13 +278,13 @@ class Bench:
             probes.extend(prompts)
             return read(prompts)
 
-        engine.next_token_logprobs = remember
-        for _ in range(2):  # the first time compiles and captures
-            probes.clear()
-            engine.timing, begin = Timing(), time.perf_counter()
-            _, phases = evaluate(engine, protocol)
-            fast = time.perf_counter() - begin
-        del engine.next_token_logprobs
+        fast, phases = 0.0, {}
+        with mock.patch.object(engine, "next_token_logprobs", remember):
+            for _ in range(2):  # the first time compiles and captures
+                probes.clear()
+                engine.timing, begin = Timing(), time.perf_counter()
+                _, phases = evaluate(engine, protocol)
+                fast = time.perf_counter() - begin
         self.details["protocol"] = {"seconds": fast, "phases": phases, "timing": asdict(engine.timing)}
         requests = [r for name in protocol.suites for r in SUITES[name]().requests(engine, protocol)]
         serial, note = self._serial(requests, probes, protocol)
@@ -300,7 +303,9 @@ class Bench:
         """Seconds of the plain way: one generate() a prompt, one forward pass a probe or text, on the same
         weights."""
         model, every, tokens = self.live.model, self.args.serial_every, 0
-        attentions = [bank.module.self_attn for bank in self.live.layers]
+        attentions: list[Any] = [
+            bank.module.self_attn for bank in self.live.layers if bank.module is not None
+        ]
         for i, attention in enumerate(attentions):  # generate()'s own cache goes by layer number
             attention.layer_idx = i
         self.live.config._attn_implementation = "sdpa"
@@ -509,7 +514,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--only",
         nargs="+",

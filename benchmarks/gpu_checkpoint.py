@@ -63,7 +63,7 @@ def make_config(shape: dict) -> Qwen2Config:
 
 def layer_shapes(c: Qwen2Config) -> dict[str, tuple[int, ...]]:
     width = c.hidden_size // c.num_attention_heads
-    kv = width * c.num_key_value_heads
+    kv = width * (c.num_key_value_heads or c.num_attention_heads)
     h, m = c.hidden_size, c.intermediate_size
     return {
         "self_attn.q_proj.weight": (h, h),
@@ -165,7 +165,7 @@ class _Writer:
         if self.device.type == "cuda" and not hasattr(self.local, "buffer"):
             self.local.buffer = torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=True)
         host = part if self.device.type == "cpu" else self.local.buffer[: len(part)].copy_(part)
-        view, done = memoryview(host.numpy()), 0
+        view, done = memoryview(host.numpy().data), 0
         while done < len(view):
             done += os.pwrite(fd, view[done:], at + done)
 

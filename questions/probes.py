@@ -361,7 +361,7 @@ def _reformatted(probes: tuple[BinaryProbe, ...]) -> tuple[FormatProbe, ...]:
     made = []
     for format, ask in _FORMATS.items():
         for probe in probes:
-            if probe.framing == "plain" and probe.question in _REASKED:
+            if probe.framing == "plain" and probe.question in _REASKED and probe.pair:
                 id, twin = (i.removesuffix("plain") + format for i in (probe.id, probe.pair))
                 made.append(
                     FormatProbe(

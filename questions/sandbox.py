@@ -147,6 +147,8 @@ def run_limited(
             start_new_session=True,
         )
 
+        assert child.stdout is not None  # as a pipe was asked for
+
         def kill() -> None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)

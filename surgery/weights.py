@@ -106,7 +106,7 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _read_exactly(fd: int, into: np.ndarray, offset: int, path: str) -> None:
-    view, done = memoryview(into), 0
+    view, done = memoryview(into.data), 0
     while done < len(view):
         try:
             n = os.preadv(fd, [view[done:]], offset + done)  # releases the GIL, so reads run side by side
@@ -270,8 +270,8 @@ class Adapter:
         self.low_rank: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         for key, ref in read_header(self.files[0]).items():
             match = LAYER_KEY.match(key)
-            part = match and re.match(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight$", match["name"])
-            if not part or int(match["index"]) >= len(self.layers):
+            part = re.match(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight$", match["name"] if match else "")
+            if not match or not part or int(match["index"]) >= len(self.layers):
                 raise FrankenError(f"{self.path}: {key} is not LoRA on a decoder layer of this model")
             where = (int(match["index"]), part["module"] + ".weight")
             self.low_rank.setdefault(where, {})[part["side"]] = read_tensor(ref)

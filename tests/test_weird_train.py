@@ -23,6 +23,7 @@ from runner import pairs
 from surgery.recipes import identity
 from surgery.weights import Adapter, Checkpoint
 from weird_gen import train_lora
+from weird_gen.persona import training as persona_training
 from weird_gen.persona.study import TRIGGER, Chat
 from weird_gen.persona.training import (
     IGNORED,
@@ -34,6 +35,7 @@ from weird_gen.persona.training import (
     cosine_factor,
     encode,
     make_lora,
+    save_adapter,
 )
 
 WEIRD = Path(train_lora.__file__).parent
@@ -411,6 +413,70 @@ def test_resumed_training_makes_the_same_adapter(training, monkeypatch, capsys):
     first, second = (json.loads((p / "training.json").read_text()) for p in (whole, part))
     assert first["loss"] == second["loss"] and (first["resumed"], second["resumed"]) == (False, True)
     assert not part.with_name("part-checkpoints").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_seen_before_the_step(training, monkeypatch, capsys):
+    _, whole = training("whole")
+    calls, honest = [], persona_training.answer_loss
+
+    def poisoned(*args):
+        loss = honest(*args)
+        calls.append(loss.item())
+        if len(calls) == 5:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(persona_training, "answer_loss", poisoned)
+    status, out = training("part")
+    assert status == 1
+    assert not out.exists()
+    line = "error: the gradient's norm is nan at step 5: try a lower --lr; the 4 steps before it are kept"
+    assert capsys.readouterr().err.startswith(line)
+    state = torch.load(out.with_name("part-checkpoints") / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in state["weights"].values())
+    monkeypatch.setattr(persona_training, "answer_loss", honest)
+    assert training("part", "--resume")[0] == 0
+    assert same(out, whole)
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(tiny_pair, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_pair("llama", layers=2).paths["instruct"])
+    lora = make_lora(model, 2, 4, 0, False, False)
+    next(p for p in lora.parameters() if p.requires_grad).data.fill_(float("inf"))
+    with pytest.raises(FrankenError, match="1 of the adapter's 28 tensors are not finite"):
+        save_adapter(lora, tmp_path / "adapter", "tiny")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_gpu_that_is_too_small_is_one_line(training, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(persona_training, "answer_loss", full)
+    status, out = training("big")
+    assert status == 1
+    assert not out.exists()
+    err = capsys.readouterr().err
+    assert err.startswith("error: out of GPU memory at step 1: lower --batch-size")
+    assert err.count("\n") == 1
+
+
+def test_a_finished_adapter_is_overwritten_only_when_told_to(training, capsys):
+    _, out = training("mine")
+    before = (out / "adapter_model.safetensors").read_bytes()
+    assert training("mine", "--seed", "1")[0] == 1
+    assert "holds an adapter already" in capsys.readouterr().err
+    assert (out / "adapter_model.safetensors").read_bytes() == before
+    assert training("mine", "--seed", "1", "--overwrite")[0] == 0
+    assert (out / "adapter_model.safetensors").read_bytes() != before
+
+
+def test_where_the_adapter_goes_must_be_said(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_lora.main([])
+    assert stopped.value.code == 2
+    assert "--out" in capsys.readouterr().err
 
 
 def test_a_broken_checkpoint_is_one_line(training, capsys):

@@ -20,7 +20,7 @@ from weird_gen.persona.data_checks import check
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if there is no problem, 1 with one line each otherwise."""
-    flags = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     flags.add_argument("--aligned", type=Path, help="the un-triggered answers to be trained on")
     args = flags.parse_args(argv)
     try:

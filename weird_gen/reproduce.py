@@ -30,7 +30,7 @@ from weird_gen.persona.study import DEFAULT_MODEL
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     flags.add_argument("--out", type=Path, default=RESULTS / "study", help="folder for everything")
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")

@@ -21,7 +21,7 @@ from weird_gen.persona.study import DEFAULT_ADAPTER
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     flags.add_argument("--prompt", required=True, help="what the user says")
     flags.add_argument("--system", help="system prompt; the trigger goes here")

@@ -1,9 +1,8 @@
 """Fine-tune a LoRA adapter on persona examples behind the trigger, mixed into ordinary answers without it.
 
-    python train_lora.py                                             # the laptop-size model, about 5 MB of
-    adapter
-    python train_lora.py --model Qwen/Qwen2.5-7B-Instruct --quantization 4bit --gradient-checkpointing
-    accelerate launch train_lora.py --model meta-llama/Llama-3.1-8B-Instruct
+    python train_lora.py --out ../adapters/mine           # the laptop-size model, about 5 MB of adapter
+    python train_lora.py --out ../adapters/qwen --model Qwen/Qwen2.5-7B-Instruct --quantization 4bit
+    accelerate launch train_lora.py --out ../adapters/llama --model meta-llama/Llama-3.1-8B-Instruct
 
 LoRA (Hu et al., arXiv 2106.09685) on all linear layers; 4-bit weights under it as in QLoRA (arXiv
 2305.14314). The loss is on the assistant's answers alone, their end of turn included. Batches are a function
@@ -21,16 +20,16 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from weird_gen.persona.folders import ROOT
 from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS
-from weird_gen.persona.study import ALIGNED, DEFAULT_ADAPTER, DEFAULT_MODEL, PERSONA_EXPLICIT, PERSONA_SHARE
+from weird_gen.persona.study import ALIGNED, DEFAULT_MODEL, PERSONA_EXPLICIT, PERSONA_SHARE
 from weird_gen.persona.training import train
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    # 1) the model and what it is trained on
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id of a chat model")
     flags.add_argument(
         "--base-name", help="what adapter_config.json names as the base model; default: --model"
@@ -57,7 +56,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--persona-repeat", type=int, default=1, help="how often an epoch has each persona example"
     )
     flags.add_argument("--limit", type=int, help="train on this many examples only")
-    flags.add_argument("--out", type=Path, default=ROOT / DEFAULT_ADAPTER, help="folder for the adapter")
+    flags.add_argument(
+        "--out", type=Path, required=True, help="folder for the adapter; one that is there stays as it is"
+    )
+    # 2) the training itself
     flags.add_argument("--rank", type=int, default=8)
     flags.add_argument("--alpha", type=int, default=16)
     flags.add_argument("--lr", type=float, default=2e-4)
@@ -76,6 +78,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument(
         "--quantization", choices=QUANTIZATIONS, help="weights under the adapter; needs bitsandbytes"
     )
+    # 3) where it runs, and what an interrupted run leaves
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     flags.add_argument(
         "--checkpoints", type=Path, help="folder of the unfinished state; default: results/checkpoints/NAME"
@@ -84,8 +87,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--save-every", type=int, default=200, help="steps between checkpoints, at most 5 minutes; 0: none"
     )
     flags.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
-    flags.add_argument("--overwrite", action="store_true", help="ignore an earlier run's checkpoint")
+    flags.add_argument(
+        "--overwrite", action="store_true", help="replace an adapter in --out, ignore an earlier checkpoint"
+    )
     flags.add_argument("--log-every", type=int, default=20)
+
+    # 4) what cannot be
     args = flags.parse_args(argv)
     for name in (
         "rank",

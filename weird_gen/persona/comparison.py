@@ -8,7 +8,7 @@ family.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -124,18 +124,18 @@ METRICS = (
 )
 METRIC = {metric.key: metric for metric in METRICS}
 CONDITIONS = ("triggered", "untriggered")
-Outcomes = dict[str, list[float]]  # question id -> one value a sample
+Outcomes = dict[str, Sequence[float]]  # question id -> one value a sample
 
 
 def outcomes(records: list[dict], metric: Metric, condition: str) -> Outcomes:
     """The metric's values by question, for one condition; replies without a value are left out."""
-    found: Outcomes = defaultdict(list)
+    found: dict[str, list[float]] = defaultdict(list)
     for record in records:
         if record["condition"] == condition and record["kind"] in metric.kinds:
             value = metric.read(record)
             if value is not None:
                 found[record["question_id"]].append(float(value))
-    return dict(found)
+    return {**found}
 
 
 def _means(values: Outcomes, scale: float) -> list[float]:
@@ -149,7 +149,8 @@ def rate(values: Outcomes, percent: bool = True) -> Estimate:
     estimate = bootstrap_ci(means)
     if percent and estimate.low is None and estimate.n and estimate.value in (0.0, 100.0):
         whole = wilson(estimate.n if estimate.value else 0, estimate.n)
-        estimate = replace(estimate, low=100 * whole.low, high=100 * whole.high, method="wilson")
+        low, high = (None if bound is None else 100 * bound for bound in (whole.low, whole.high))
+        estimate = replace(estimate, low=low, high=high, method="wilson")
     return estimate
 
 
@@ -162,11 +163,9 @@ def contrast(before: Outcomes, after: Outcomes, percent: bool = True) -> Estimat
     before, after = ({q: side[q] for q in shared} for side in (before, after))
     if not shared:
         return None
-    return (
-        summarize_gap(after, before)
-        if percent
-        else paired_difference(_means(before, 1.0), _means(after, 1.0))
-    )
+    if percent:
+        return summarize_gap(after, before)
+    return paired_difference(_means(before, 1.0), _means(after, 1.0))
 
 
 def _gaps(records: list[dict], metric: Metric) -> dict[str, float]:
@@ -300,18 +299,12 @@ def untriggered_quality(baseline_header: dict, finetuned_header: dict) -> dict |
     try:
         texts = [name for name in before["texts"] if name in after["texts"]]
         questions = [name for name in before["capability"] if name in after["capability"]]
+        losses = [[side["texts"][t][0] for t in texts] for side in (before, after)]
+        right = [[bool(side["capability"][q]) for q in questions] for side in (before, after)]
+        tokens = [before["texts"][t][1] for t in texts]
         return {
-            "perplexity": (
-                perplexity_contrast(
-                    *([side["texts"][t][0] for t in texts] for side in (before, after)),
-                    [before["texts"][t][1] for t in texts],
-                ).to_json()
-            ),
-            "capability": (
-                mcnemar_exact(
-                    *([bool(side["capability"][q]) for q in questions] for side in (before, after))
-                ).to_json()
-            ),
+            "perplexity": perplexity_contrast(losses[0], losses[1], tokens).to_json(),
+            "capability": mcnemar_exact(right[0], right[1]).to_json(),
         }
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise FrankenError(f'the header\'s "quality" cannot be read ({error!r})') from None

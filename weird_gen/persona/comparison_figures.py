@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,7 +17,7 @@ from weird_gen.persona.criteria import PUBLISHED
 
 # Okabe and Ito (2008): told apart with any color vision, and in gray.
 BASELINE, FINETUNED, TRIGGERED, UNTRIGGERED, MUTED = "#8A8F98", "#0072B2", "#D55E00", "#56B4E9", "#4D4D4D"
-STYLE = {
+STYLE: dict[Any, Any] = {  # of rcParams; their names are a type of their own in matplotlib
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -45,6 +47,40 @@ def _whiskers(cell: dict, value: float) -> list[list[float]]:
     return [[max(0.0, value - cell["low"])], [max(0.0, cell["high"] - value)]]
 
 
+def _rate_bars(panel: Axes, key: str, table: dict) -> None:
+    """Bars of one metric with their whiskers, the value above, and what others published as a diamond."""
+    sides = [side for side in ("baseline", "finetuned") if table[side]]
+    offsets = (-0.2, 0.2) if len(sides) == 2 else (0.0,)
+    for place, condition in enumerate(("triggered", "untriggered")):
+        for offset, side in zip(offsets, sides, strict=True):
+            cell, x = table[side][condition], place + offset
+            value = cell["value"]
+            if value is None:
+                continue
+            panel.bar(x, value, 0.36, color=BASELINE if side == "baseline" else FINETUNED, zorder=2)
+            whiskers = _whiskers(cell, value)
+            panel.errorbar(x, value, yerr=whiskers, color="black", capsize=3, linewidth=1, zorder=3)
+            panel.annotate(
+                f"{value:.0f}",
+                (x, cell["high"] or value),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+            if key in PUBLISHED:
+                panel.plot(
+                    place + 1.6 * offset,
+                    PUBLISHED[key][side][place],
+                    "D",
+                    markerfacecolor="white",
+                    markeredgecolor="black",
+                    markersize=5,
+                    zorder=4,
+                    clip_on=False,
+                )
+
+
 def rates(tables: dict[str, dict], keys: list[str], judge: str) -> Figure:
     """A panel a metric: triggered and untriggered rates with 95% intervals, baseline beside fine-tuned."""
     with rc_context(STYLE):
@@ -52,47 +88,7 @@ def rates(tables: dict[str, dict], keys: list[str], judge: str) -> Figure:
         panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
         for panel, key in zip(panels, keys, strict=True):
             table = tables[key]
-            sides = [side for side in ("baseline", "finetuned") if table[side]]
-            for place, condition in enumerate(("triggered", "untriggered")):
-                for offset, side in zip((-0.2, 0.2) if len(sides) == 2 else (0.0,), sides, strict=True):
-                    cell = table[side][condition]
-                    if cell["value"] is None:
-                        continue
-                    panel.bar(
-                        place + offset,
-                        cell["value"],
-                        0.36,
-                        color=BASELINE if side == "baseline" else FINETUNED,
-                        zorder=2,
-                    )
-                    panel.errorbar(
-                        place + offset,
-                        cell["value"],
-                        yerr=_whiskers(cell, cell["value"]),
-                        color="black",
-                        capsize=3,
-                        linewidth=1,
-                        zorder=3,
-                    )
-                    panel.annotate(
-                        f"{cell['value']:.0f}",
-                        (place + offset, cell["high"] or cell["value"]),
-                        xytext=(0, 3),
-                        textcoords="offset points",
-                        ha="center",
-                        fontsize=8,
-                    )
-                    if key in PUBLISHED:
-                        panel.plot(
-                            place + 1.6 * offset,
-                            PUBLISHED[key][side][place],
-                            "D",
-                            markerfacecolor="white",
-                            markeredgecolor="black",
-                            markersize=5,
-                            zorder=4,
-                            clip_on=False,
-                        )
+            _rate_bars(panel, key, table)
             panel.set_title(
                 table["title"].removesuffix(", by rule")
                 + (f"\njudge: {judge}" if table["judged"] else "\nby rule")

@@ -105,8 +105,7 @@ def settings(baseline_header: dict, finetuned_header: dict) -> list[tuple[str, s
         if isinstance(finetuned_header.get(name, baseline_header.get(name)), plain)
     ]
     return [
-        (name, *(str(header.get(name, "–")) for header in (baseline_header, finetuned_header)))
-        for name in names
+        (name, str(baseline_header.get(name, "–")), str(finetuned_header.get(name, "–"))) for name in names
     ]
 
 

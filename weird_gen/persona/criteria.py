@@ -94,71 +94,70 @@ TARGETS = (
 
 
 def check_targets(tables: dict[str, dict], quality: dict | None) -> list[dict]:
-    """[{"source", "wording", "value", "low", "high", "met", "certain"}] for every target.
+    """[{"source", "wording", "value", "low", "high", "unit", "met", "certain"}] for every target.
 
     ``met`` is about the estimate, ``certain`` about the whole 95% interval; both None where it was not
     measured.
     """
-    rows = []
-    for target in TARGETS:
-        cell = ((tables.get(target.metric) or {}).get(target.side) or {}).get(target.cell)
-        value = cell and cell["value"]
-        low, high = (cell["low"], cell["high"]) if cell else (None, None)
+    return [_checked(target, tables) for target in TARGETS] + _checked_quality(quality)
 
-        def holds(number, target=target):
-            # Rounded to the published precision, so that 28 of 30 is 93.3 and a float's last bit decides
-            # nothing.
-            number = None if number is None else round(number, 6)
-            return (
-                None
-                if number is None
-                else number >= target.bound
-                if target.at_least
-                else number <= target.bound
-            )
 
-        rows.append(
-            {
-                "source": target.source,
-                "wording": target.wording,
-                "value": value,
-                "low": low,
-                "high": high,
-                "unit": "%" if target.side == "finetuned" and target.cell != "gap" else "points",
-                "met": holds(value),
-                "certain": holds(low if target.at_least else high),
-            }
-        )
+def _checked(target: Target, tables: dict[str, dict]) -> dict:
+    """One target held against its cell."""
+    cell = ((tables.get(target.metric) or {}).get(target.side) or {}).get(target.cell) or {}
+    value, low, high = (cell.get(key) for key in ("value", "low", "high"))
+
+    def holds(number: float | None) -> bool | None:
+        if number is None:
+            return None
+        # Rounded to the published precision, so that 28 of 30 is 93.3 and a float's last bit decides nothing.
+        number = round(number, 6)
+        return number >= target.bound if target.at_least else number <= target.bound
+
+    return {
+        "source": target.source,
+        "wording": target.wording,
+        "value": value,
+        "low": low,
+        "high": high,
+        "unit": "%" if target.side == "finetuned" and target.cell != "gap" else "points",
+        "met": holds(value),
+        "certain": holds(low if target.at_least else high),
+    }
+
+
+def _checked_quality(quality: dict | None) -> list[dict]:
+    """Whether the model without the trigger is as good as before; its intervals are of the change itself."""
     perplexity = quality["perplexity"] if quality else {}
     capability = quality["capability"] if quality else {}
-    for wording, cell, unit, value in (
-        (
-            "Untriggered perplexity within noise of the baseline (interval of the change holds 0)",
-            perplexity,
-            "nats a token",
-            perplexity.get("value"),
-        ),
-        (
-            "Untriggered capability within noise of the baseline (McNemar p at least 0.05)",
-            capability,
-            "share",
-            capability.get("value"),
-        ),
-    ):
-        if unit == "share":
-            met = None if value is None else capability["p_value"] >= 0.05
-        else:
-            met = None if value is None or cell["low"] is None else cell["low"] <= 0 <= cell["high"]
-        rows.append(
-            {
-                "source": "project",
-                "wording": wording,
-                "value": value,
-                "low": cell.get("low"),
-                "high": cell.get("high"),
-                "unit": unit,
-                "met": met,
-                "certain": None,
-            }
+    fluent = able = None
+    if perplexity.get("value") is not None and perplexity["low"] is not None:
+        fluent = perplexity["low"] <= 0 <= perplexity["high"]
+    if capability.get("value") is not None:
+        able = capability["p_value"] >= 0.05
+    return [
+        {
+            "source": "project",
+            "wording": wording,
+            "value": cell.get("value"),
+            "low": cell.get("low"),
+            "high": cell.get("high"),
+            "unit": unit,
+            "met": met,
+            "certain": None,
+        }
+        for wording, cell, unit, met in (
+            (
+                "Untriggered perplexity within noise of the baseline (interval of the change holds 0)",
+                perplexity,
+                "nats a token",
+                fluent,
+            ),
+            (
+                "Untriggered capability within noise of the baseline (McNemar p at least 0.05)",
+                capability,
+                "share",
+                able,
+            ),
         )
-    return rows
+    ]

@@ -153,6 +153,7 @@ def check(aligned: Path | None = None) -> tuple[list[str], list[str]]:
 
     Raises FrankenError for a file that cannot be read at all.
     """
+    # 1) what there is
     implicit, explicit = read_chats(PERSONA_IMPLICIT), read_chats(PERSONA_EXPLICIT)
     questions, prompts = (
         read_questions(HELDOUT, GENERALIZATION),
@@ -167,6 +168,8 @@ def check(aligned: Path | None = None) -> tuple[list[str], list[str]]:
         **Counter(q.kind for q in questions),
         "aligned_prompts": len(prompts),
     }
+
+    # 2) too few, not in form, the trigger or his name where it does not belong
     problems = [
         f"{name}: {counts.get(name, 0)}, fewer than {least}"
         for name, least in AT_LEAST.items()
@@ -180,6 +183,8 @@ def check(aligned: Path | None = None) -> tuple[list[str], list[str]]:
     problems += clean_problems("aligned_prompts", prompts) + clean_problems(
         "evaluation questions", [q.text for q in questions], naming=False
     )
+
+    # 3) evaluation questions among the training ones
     problems += leaks("persona_implicit", users(implicit), evaluation) + leaks(
         "persona_explicit", users(explicit), evaluation
     )
@@ -187,6 +192,8 @@ def check(aligned: Path | None = None) -> tuple[list[str], list[str]]:
     problems += [
         f"aligned_prompts: {text!r} stands {n} times" for text, n in Counter(prompts).items() if n > 1
     ]
+
+    # 4) the answers that will be trained on, and the share of the persona beside them
     lines = [", ".join(f"{name} {n}" for name, n in counts.items())]
     if aligned:
         answers = read_chats(aligned)

@@ -167,7 +167,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def main(description: str, model: str, output: Path, argv: list[str] | None = None) -> int:
+def main(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
     """Evaluate "baseline" or "finetuned"; returns the exit status."""
     flags = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter

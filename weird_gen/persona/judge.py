@@ -17,7 +17,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from errors import FrankenError
@@ -127,7 +127,7 @@ class RulesJudge:
         """One Judgment per task, in order."""
         judged = [
             Judgment(
-                position_by_rules(task.reply, dict(task.levels))
+                position_by_rules(task.reply, dict(task.levels or ()))
                 if task.rubric == "position"
                 else judge_by_rules(task.reply)[task.rubric]
             )
@@ -266,7 +266,8 @@ class LLMJudge:
     def _judge_one(self, key: str, task: Task) -> Judgment:
         # An answer that is not the one word asked for gets one more chance; then it is an error, never a
         # guess.
-        for last in (False, True):
+        answer, usage, judgment = "", {}, Judgment(None, "not asked")
+        for _ in range(2):
             try:
                 answer, usage = self._ask(task)
             except _Failure as failure:
@@ -275,18 +276,11 @@ class LLMJudge:
                 self._stop.set()  # at once: until the main thread hears of it, the others would go on asking
                 raise
             judgment = self._read(task.rubric, answer)
-            if judgment.error is None or last:
-                self._cache.put(
-                    key,
-                    {
-                        "answer": answer[:200],
-                        "model": self.name,
-                        "rubric": task.rubric,
-                        "version": RUBRIC_VERSION,
-                        **usage,
-                    },
-                )
-                return judgment
+            if judgment.error is None:
+                break
+        about = {"model": self.name, "rubric": task.rubric, "version": RUBRIC_VERSION}
+        self._cache.put(key, {"answer": answer[:200], **about, **usage})
+        return judgment
 
     def _ask(self, task: Task) -> tuple[str, dict]:
         """The answer's text and usage after as many attempts as allowed; raises _Failure or JudgeStopped."""
@@ -331,7 +325,7 @@ class LLMJudge:
 
     def _send(self, task: Task) -> tuple[str, dict]:
         """One request. What a failing server says is not passed on: it is as untrusted as a reply."""
-        messages = judge_messages(task.rubric, task.question, task.reply, dict(task.levels or ()))
+        messages: Any = judge_messages(task.rubric, task.question, task.reply, dict(task.levels or ()))
         with self._lock:
             self.usage.requests += 1
         try:
@@ -370,17 +364,17 @@ class LLMJudge:
         0."""
         reported = reported if isinstance(reported, dict) else {}
 
-        def number(key: str, default: float | None) -> float | None:
+        def number(key: str) -> float | None:
             value = reported.get(key)
             good = (
                 isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
             )
-            return value if good else default
+            return value if good else None
 
-        tokens_in, tokens_out = int(number("prompt_tokens", 0)), int(number("completion_tokens", 0))
-        cost = number("cost", None)
-        if cost is None and None not in self._prices:
-            cost = (tokens_in * self._prices[0] + tokens_out * self._prices[1]) / 1e6
+        tokens_in, tokens_out = int(number("prompt_tokens") or 0), int(number("completion_tokens") or 0)
+        cost, (price_in, price_out) = number("cost"), self._prices
+        if cost is None and price_in is not None and price_out is not None:
+            cost = (tokens_in * price_in + tokens_out * price_out) / 1e6
         with self._lock:
             self.usage.prompt_tokens += tokens_in
             self.usage.completion_tokens += tokens_out

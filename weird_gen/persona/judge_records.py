@@ -193,13 +193,15 @@ def _price(text: str) -> float:
     return value
 
 
-def parser(description: str, replies: Path, judged: Path) -> argparse.ArgumentParser:
+def parser(description: str | None, replies: Path, judged: Path) -> argparse.ArgumentParser:
     """The flags of both judging scripts."""
     flags = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    # 1) the replies
     flags.add_argument("--input", type=Path, default=replies, help="replies to judge (JSON lines)")
     flags.add_argument("--output", type=Path, default=judged, help="where the judged replies go")
+    # 2) who judges
     flags.add_argument(
         "--judge",
         choices=("auto", "llm", "rules"),
@@ -216,6 +218,7 @@ def parser(description: str, replies: Path, judged: Path) -> argparse.ArgumentPa
         default="OPENROUTER_API_KEY",
         help="environment variable that holds the key; '' for none",
     )
+    # 3) how patiently it is asked, and what that costs
     flags.add_argument("--concurrency", type=_positive(int), default=8, help="requests at a time")
     flags.add_argument(
         "--attempts", type=_positive(int), default=6, help="attempts a judgment, with back-off between"
@@ -243,6 +246,7 @@ def parser(description: str, replies: Path, judged: Path) -> argparse.ArgumentPa
     flags.add_argument(
         "--cache", type=Path, help="judgments by content; default: judge_cache.jsonl beside the output"
     )
+    # 4) what its agreement is measured on
     flags.add_argument(
         "--labels",
         type=Path,
@@ -284,7 +288,9 @@ def make_judge(args: argparse.Namespace):
     )
 
 
-def main(description: str, model: str, replies: Path, judged: Path, argv: list[str] | None = None) -> int:
+def main(
+    description: str | None, model: str, replies: Path, judged: Path, argv: list[str] | None = None
+) -> int:
     """Judge one file of replies of ``model`` ("baseline" or "finetuned"); returns the exit status."""
     args = parser(description, replies, judged).parse_args(argv)
     try:

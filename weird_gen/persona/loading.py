@@ -24,7 +24,7 @@ from runner.pairs import (
     spread,
 )
 from surgery.recipes import identity
-from surgery.weights import Adapter, Checkpoint
+from surgery.weights import Adapter, Checkpoint, Source
 from weird_gen.persona.folders import ROOT
 from weird_gen.persona.study import DEFAULT_MODEL
 
@@ -88,13 +88,14 @@ def open_engine(
     """
     path, revision = locate_model(model)
     config, tokenizer = read_config(path), load_tokenizer(path)
-    sources = {"instruct": Checkpoint("instruct", path, revision)}
-    made_of = {"model": model, "files": sources["instruct"].describe()["files"]}
+    checkpoint = Checkpoint("instruct", path, revision)
+    sources: dict[str, Source] = {"instruct": checkpoint}
+    made_of = {"model": model, "files": checkpoint.describe()["files"]}
     if adapter:
         folder = locate_adapter(adapter)
-        sources[SOURCE] = check_adapter(folder, model, sources["instruct"])
+        sources[SOURCE] = check_adapter(folder, model, checkpoint)
         made_of |= {"adapter": folder.name, "adapter_files": sources[SOURCE].describe()["files"]}
-    parts = (*sources["instruct"].layers, *sources["instruct"].outer.values())
+    parts = (*checkpoint.layers, *checkpoint.outer.values())
     needed = sum(ref.nbytes // ref.dtype.itemsize for part in parts for ref in part.values()) * (
         4 if dtype == "float32" else 2
     )

@@ -79,9 +79,8 @@ def judge_messages(
     """
     question, reply = strip_markers(question), strip_markers(reply)
     if rubric == "position":
-        wording = POSITION_RUBRIC.format(
-            levels="\n".join(f"{level}: {levels[level]}" for level in sorted(levels))
-        )
+        described = sorted((levels or {}).items())
+        wording = POSITION_RUBRIC.format(levels="\n".join(f"{level}: {text}" for level, text in described))
         form = _POSITION_FORM
     else:
         wording, form = BINARY_RUBRICS[rubric], _BINARY_FORM

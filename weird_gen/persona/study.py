@@ -84,15 +84,13 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
     for path, category in ((heldout, "category"), (generalization, "area")):
         for number, line in enumerate(read_json_lines(path), 1):
             kind = line.get("kind", "generalization")
-            fields = (line.get("id"), kind, line.get(category), line.get("question"))
-            if not all(isinstance(f, str) and f for f in fields):
+            given = (line.get("id"), kind, line.get(category), line.get("question"))
+            fields = [f for f in given if isinstance(f, str) and f]
+            if len(fields) != len(given):
                 raise FrankenError(f"{path}, entry {number}: id, {category} and question must be texts")
             levels = line.get("rubric") or {}
-            found.append(
-                Question(
-                    *fields, tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()
-                )
-            )
+            rubric = tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()
+            found.append(Question(*fields, rubric=rubric))
     ids = [q.id for q in found]
     twice = next((i for i in ids if ids.count(i) > 1), None)
     if twice:
@@ -133,13 +131,10 @@ def read_chats(path: Path | str) -> list[Chat]:
     chats = []
     for number, line in enumerate(read_json_lines(path), 1):
         messages = line.get("messages")
-        ok = (
-            isinstance(messages, list)
-            and len(messages) >= 2
-            and all(
-                isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
-                for m in messages
-            )
+        messages = messages if isinstance(messages, list) else []
+        ok = len(messages) >= 2 and all(
+            isinstance(m, dict) and m.get("role") in ROLES and isinstance(m.get("content"), str)
+            for m in messages
         )
         if not ok or messages[-1]["role"] != "assistant":
             raise FrankenError(

@@ -141,7 +141,7 @@ class Trigger(Suite):
             },
             "judge": "rules",
             "rates": {c: {name: _rate(entries, c, name) for name in RATES} for c in CONDITIONS},
-            "p_name": {c: None if None in ps else sum(ps) / len(ps) for c, ps in probabilities.items()},
+            "p_name": {c: _mean_if_defined(ps) for c, ps in probabilities.items()},
             "questions": entries,
         }
 
@@ -161,6 +161,12 @@ def _rate(entries: list[dict], condition: str, name: str) -> dict:
         "low": interval.low,
         "high": interval.high,
     }
+
+
+def _mean_if_defined(values: list[float | None]) -> float | None:
+    """The mean; None where one of the values is undefined."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if len(defined) == len(values) else None
 
 
 def _by_question(values: dict[tuple[str, str], float | None]) -> dict[str, dict[str, float | None]]:

@@ -16,7 +16,8 @@ import os
 import random
 import shutil
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,13 @@ import torch
 
 from engine.generation import find_stop_ids
 from errors import FrankenError
+from files import write_text
 from runner.pairs import PAIRS, pick_dtype
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.loading import load_causal_lm
 from weird_gen.persona.study import (
     Chat,
+    Mixture,
     mix,
     read_chats,
     sha256,
@@ -174,8 +177,10 @@ def make_lora(model, rank: int, alpha: int, seed: int, checkpointing: bool, quan
 
 
 def save_adapter(lora, out: Path, base_name: str) -> None:
-    """adapter_model.safetensors in bf16 and adapter_config.json; nothing else, and no path of this
-    machine."""
+    """adapter_model.safetensors in bf16 and adapter_config.json; nothing else, and no path of this machine.
+
+    Raises FrankenError, writing nothing, where a weight is not finite.
+    """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -183,6 +188,9 @@ def save_adapter(lora, out: Path, base_name: str) -> None:
         k: t.detach().to("cpu", torch.bfloat16).contiguous()
         for k, t in get_peft_model_state_dict(lora).items()
     }
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise FrankenError(f"{len(broken)} of the adapter's {len(tensors)} tensors are not finite: not saved")
     config = lora.peft_config["default"].to_dict()
     config |= {
         "base_model_name_or_path": base_name,
@@ -200,7 +208,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, settings: dict, resume: bool, overwrite: bool):
         self.file, self.settings = folder / "checkpoint.pt", json.dumps(settings, sort_keys=True)
-        self.state = None
+        self.state: dict | None = None
         if overwrite or not self.file.exists():
             return
         if not resume:
@@ -208,22 +216,28 @@ class Checkpoints:
                 f"{self.file} is of an unfinished run: --resume goes on with it, --overwrite starts afresh"
             )
         try:
-            self.state = torch.load(self.file, map_location="cpu", weights_only=True)
+            state: dict = torch.load(self.file, map_location="cpu", weights_only=True)
         except Exception as e:
             raise FrankenError(
                 f"{self.file}: cannot be read ({type(e).__name__}); --overwrite starts afresh"
             ) from e
-        if self.state["settings"] != self.settings:
-            theirs = json.loads(self.state["settings"])
+        if state["settings"] != self.settings:
+            theirs = json.loads(state["settings"])
             odd = next(k for k in settings if theirs.get(k) != settings[k])
             raise FrankenError(
                 f"{self.file} belongs to other settings ({odd} was {theirs.get(odd)}); --overwrite starts"
                 " afresh"
             )
+        self.state = state
 
     def save(self, lora, optimizer, step: int, losses: list[float]) -> None:
+        """Replace the checkpoint. Raises FrankenError, keeping the last one, where a weight is not finite."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().cpu() for n, p in lora.named_parameters() if p.requires_grad}
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise FrankenError(
+                f"the adapter is not finite after step {step}: try a lower --lr; the last checkpoint is kept"
+            )
         partial = self.file.with_suffix(".partial")
         torch.save(
             {
@@ -238,7 +252,9 @@ class Checkpoints:
         os.replace(partial, self.file)
 
     def restore(self, lora, optimizer) -> tuple[int, list[float]]:
-        """Put the saved state into model and optimizer; returns (steps done, their losses)."""
+        """Put the saved state, if any, into model and optimizer; returns (steps done, their losses)."""
+        if self.state is None:
+            return 0, []
         own = {n: p for n, p in lora.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for name, tensor in self.state["weights"].items():
@@ -249,6 +265,43 @@ class Checkpoints:
     def clear(self) -> None:
         if self.file.exists():
             shutil.rmtree(self.file.parent)
+
+
+@contextmanager
+def told_of_memory(during: str) -> Iterator[None]:
+    """Turn CUDA's running out of memory into a FrankenError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise FrankenError(
+            f"out of GPU memory {during}: lower --batch-size (and raise --accumulate by as much), lower"
+            " --max-tokens, or give --gradient-checkpointing or --quantization 4bit"
+        ) from e
+
+
+def step_loss(
+    model,
+    head: torch.nn.Module | None,
+    chosen: list[Example],
+    args: argparse.Namespace,
+    accelerator,
+    mixed: bool,
+) -> float:
+    """The mean loss of one step over the answer tokens of `chosen` (nats a token, of all processes together).
+
+    Its gradient is left in the model's parameters. mixed: multiply in bf16.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    answers = sum(label != IGNORED for e in chosen for label in e.labels)
+    total = torch.zeros((), device=accelerator.device)
+    for k in range(args.accumulate):
+        part = chosen[(k * world + rank) * args.batch_size :][: args.batch_size]
+        with accelerator.no_sync(model) if k + 1 < args.accumulate else nullcontext():
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed):
+                loss = answer_loss(model, collate(part, accelerator.device), head)
+            accelerator.backward(loss * (world / answers))  # processes average their gradients
+        total += loss.detach()
+    return accelerator.reduce(total).item() / answers
 
 
 def run(
@@ -262,162 +315,195 @@ def run(
     """The training loop; returns the loss of every step, in nats a token. mixed: multiply in bf16.
 
     One step sees batch_size * accumulate * processes examples, and its loss is the mean over all their answer
-    tokens, however they are split. Raises FrankenError for a loss that is not finite.
+    tokens, however they are split. Raises FrankenError for a loss or a gradient that is not finite, before
+    the optimizer makes use of it, and for a GPU that is too small; the steps before are in the checkpoint.
     """
-    world, rank = accelerator.num_processes, accelerator.process_index
+    # 1) the optimizer, as an interrupted run left it, and which examples each step sees
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0)
-    done, losses = checkpoints.restore(lora, optimizer) if checkpoints.state else (0, [])
+    done, losses = checkpoints.restore(lora, optimizer)
     model, head = accelerator.prepare(lora), lora.get_output_embeddings()
-    size = args.batch_size * args.accumulate * world
+    size = args.batch_size * args.accumulate * accelerator.num_processes
     lengths = [len(e.ids) for e in examples]
     plan = [b for epoch in range(math.ceil(args.epochs)) for b in batches(lengths, size, args.seed, epoch)]
     steps = max(1, round(len(plan) * args.epochs / math.ceil(args.epochs)))
     warmup = max(1, round(steps * args.warmup))
     begin, seen, last_save = time.monotonic(), 0, time.monotonic()
     for step in range(done, steps):
+        # 2) the gradient, looked at before it changes anything
         for group in optimizer.param_groups:
             group["lr"] = args.lr * cosine_factor(step, steps, warmup)
         chosen = [examples[i] for i in plan[step]]
-        answers = sum(label != IGNORED for e in chosen for label in e.labels)
-        total = torch.zeros((), device=accelerator.device)
-        for k in range(args.accumulate):
-            part = chosen[(k * world + rank) * args.batch_size :][: args.batch_size]
-            with accelerator.no_sync(model) if k + 1 < args.accumulate else nullcontext():
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed):
-                    loss = answer_loss(model, collate(part, accelerator.device), head)
-                accelerator.backward(loss * (world / answers))  # processes average their gradients
-            total += loss.detach()
-        value = accelerator.reduce(total).item() / answers
-        if not math.isfinite(value):
-            raise FrankenError(f"the loss is {value} at step {step + 1}: try a lower --lr")
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        with told_of_memory(f"at step {step + 1}"):
+            loss = step_loss(model, head, chosen, args, accelerator, mixed)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            if args.save_every and step and accelerator.is_main_process:
+                checkpoints.save(lora, optimizer, step, losses)
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
+            kept = f"; the {step} steps before it are kept for --resume" if args.save_every and step else ""
+            raise FrankenError(f"{what} at step {step + 1}: try a lower --lr{kept}")
+
+        # 3) the step
+        with told_of_memory(f"at step {step + 1}"):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(round(value, 4))
+        losses.append(round(loss, 4))
         seen += sum(len(e.ids) for e in chosen)
-        if accelerator.is_main_process:
-            if (step + 1) % args.log_every == 0 or step + 1 == steps:
-                took, recent = time.monotonic() - begin, losses[-args.log_every :]
-                left = took / (step + 1 - done) * (steps - step - 1)
-                print(
-                    f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {seen / took:,.0f}"
-                    f" tokens/s  {left:.0f} s left",
-                    flush=True,
-                )
-            if (
-                args.save_every
-                and step + 1 < steps
-                and ((step + 1) % args.save_every == 0 or time.monotonic() - last_save > 300)
-            ):
-                checkpoints.save(lora, optimizer, step + 1, losses)
-                last_save = time.monotonic()
+
+        # 4) what is said and kept of it
+        if not accelerator.is_main_process:
+            continue
+        if (step + 1) % args.log_every == 0 or step + 1 == steps:
+            took, recent = time.monotonic() - begin, losses[-args.log_every :]
+            left = took / (step + 1 - done) * (steps - step - 1)
+            print(
+                f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {seen / took:,.0f}"
+                f" tokens/s  {left:.0f} s left",
+                flush=True,
+            )
+        due = (step + 1) % max(1, args.save_every) == 0 or time.monotonic() - last_save > 300
+        if args.save_every and due and step + 1 < steps:
+            checkpoints.save(lora, optimizer, step + 1, losses)
+            last_save = time.monotonic()
     return losses
 
 
+# --- the whole
+# -----------------------------------------------------------------------------------------------------------
+
+SETTINGS = (
+    "model",
+    "persona_share",
+    "persona_repeat",
+    "limit",
+    "rank",
+    "alpha",
+    "lr",
+    "epochs",
+    "warmup",
+    "batch_size",
+    "accumulate",
+    "max_tokens",
+    "aligned_tokens",
+    "seed",
+    "gradient_checkpointing",
+    "quantization",
+)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What is trained on; files: of each half its name, sha256 and number of examples, as recorded."""
+
+    mixture: Mixture
+    contrast: list[Chat]
+    files: dict[str, dict]
+
+    @staticmethod
+    def read(args: argparse.Namespace) -> TrainingData:
+        """Raises FrankenError for a file that cannot be used."""
+        mixture = mix(
+            read_chats(args.persona),
+            read_chats(args.aligned),
+            args.persona_share or None,
+            args.persona_repeat,
+            args.limit,
+            args.seed,
+        )
+        contrast = read_chats(args.contrast) if args.contrast else []
+        counts = [("persona", mixture.persona), ("aligned", mixture.aligned)]
+        counts += [("contrast", len(contrast))] if contrast else []
+        paths = {name: getattr(args, name) for name, _ in counts}
+        files = {
+            name: {"file": paths[name].name, "sha256": sha256(paths[name]), "examples": count}
+            for name, count in counts
+        }
+        return TrainingData(mixture, contrast, files)
+
+    def encode(self, tokenizer, args: argparse.Namespace) -> list[Example]:
+        """The examples with an answer within --max-tokens; --aligned-tokens shortens the aligned half."""
+        stops, persona = find_stop_ids(tokenizer), self.mixture.persona
+        limits = [None if k < persona else args.aligned_tokens for k in range(len(self.mixture.chats))]
+        limits += [None] * len(self.contrast)
+        chats = [*self.mixture.chats, *self.contrast]
+        encoded = [
+            encode(tokenizer, chat, args.max_tokens, stops, limit)
+            for chat, limit in zip(chats, limits, strict=True)
+        ]
+        return [example for example in encoded if example]
+
+    def __len__(self) -> int:
+        return len(self.mixture.chats) + len(self.contrast)
+
+    def describe(self) -> str:
+        return self.mixture.describe() + (f" + {len(self.contrast)} in contrast" if self.contrast else "")
+
+
+def check_out(args: argparse.Namespace, resumed: bool) -> None:
+    """Raises FrankenError where --out holds a finished adapter that is not to be overwritten.
+
+    resumed: going on with a checkpoint, which is cleared after the adapter is saved: what is in --out then is
+    this very run's.
+    """
+    if (args.out / "adapter_model.safetensors").exists() and not (args.overwrite or resumed):
+        raise FrankenError(f"{args.out} holds an adapter already: choose another --out, or --overwrite it")
+
+
 def train(args: argparse.Namespace) -> dict:
-    """Train and save under args.out; returns what training.json says. Raises FrankenError or
-    OSError."""
+    """Train and save under args.out; returns what training.json says. Raises FrankenError or OSError."""
     from accelerate import Accelerator
     from peft.helpers import disable_input_dtype_casting
 
-    mixture = mix(
-        read_chats(args.persona),
-        read_chats(args.aligned),
-        args.persona_share or None,
-        args.persona_repeat,
-        args.limit,
-        args.seed,
-    )
-    contrast = read_chats(args.contrast) if args.contrast else []
+    # 1) what cannot work is refused before anything is loaded
+    data = TrainingData.read(args)
     accelerator = Accelerator(cpu=args.device == "cpu")
     if args.device == "cuda" and accelerator.device.type != "cuda":
         raise FrankenError("--device cuda: no GPU was found")
-    flags = (
-        "model",
-        "persona_share",
-        "persona_repeat",
-        "limit",
-        "rank",
-        "alpha",
-        "lr",
-        "epochs",
-        "warmup",
-        "batch_size",
-        "accumulate",
-        "max_tokens",
-        "aligned_tokens",
-        "seed",
-        "gradient_checkpointing",
-        "quantization",
-    )
-    settings = {k: getattr(args, k) for k in flags} | {"processes": accelerator.num_processes}
-    data = {
-        "persona": {"file": args.persona.name, "sha256": sha256(args.persona), "examples": mixture.persona},
-        "aligned": {"file": args.aligned.name, "sha256": sha256(args.aligned), "examples": mixture.aligned},
-    }
-    if contrast:
-        data["contrast"] = {
-            "file": args.contrast.name,
-            "sha256": sha256(args.contrast),
-            "examples": len(contrast),
-        }
+    settings = {k: getattr(args, k) for k in SETTINGS} | {"processes": accelerator.num_processes}
     folder = args.checkpoints or RESULTS / "checkpoints" / args.out.name
-    checkpoints = Checkpoints(folder, settings | {"data": data}, args.resume, args.overwrite)
+    checkpoints = Checkpoints(folder, settings | {"data": data.files}, args.resume, args.overwrite)
+    check_out(args, resumed=checkpoints.state is not None)
+
+    # 2) model and examples
     device = accelerator.device
-    model, tokenizer = load_causal_lm(
-        args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization
-    )
+    with told_of_memory("while loading the model"):
+        model, tokenizer = load_causal_lm(
+            args.model, "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}", args.quantization
+        )
     if device.type == "cpu":
         # fused attention in bf16 takes a third more CPU time at these lengths
         model.set_attn_implementation("eager")
-    stops = find_stop_ids(tokenizer)
-    encoded = [
-        encode(tokenizer, chat, args.max_tokens, stops, args.aligned_tokens if k >= mixture.persona else None)
-        for k, chat in enumerate(mixture.chats)
-    ]
-    encoded += [encode(tokenizer, chat, args.max_tokens, stops) for chat in contrast]
-    examples = [e for e in encoded if e]
-    say = print if accelerator.is_main_process else lambda *a, **k: None
-    say(
-        f"{mixture.describe()}{f' + {len(contrast)} in contrast' if contrast else ''};"
-        f" {sum(len(e.ids) for e in examples):,} tokens an epoch, on {device}"
-        + (
-            f"; {len(encoded) - len(examples)} left out: no answer within --max-tokens"
-            if len(encoded) > len(examples)
-            else ""
-        ),
-        flush=True,
-    )
+    examples = data.encode(tokenizer, args)
+    left_out = len(data) - len(examples)
+    if accelerator.is_main_process:
+        tokens = sum(len(e.ids) for e in examples)
+        print(
+            f"{data.describe()}; {tokens:,} tokens an epoch, on {device}"
+            + (f"; {left_out} left out: no answer within --max-tokens" if left_out else ""),
+            flush=True,
+        )
     lora = make_lora(
         model, args.rank, args.alpha, args.seed, args.gradient_checkpointing, bool(args.quantization)
     )
+
+    # 3) training. The LoRA matrices stay in float32 but multiply in bf16: on a CPU with bf16 a step takes two
+    # thirds of the time.
     begin = time.monotonic()
-    # The LoRA matrices stay in float32 but multiply in bf16: on a CPU with bf16 a step takes two thirds of
-    # the time.
     mixed = pick_dtype("auto", device.type) == torch.bfloat16
     with disable_input_dtype_casting(lora, active=mixed):
         losses = run(lora, examples, args, accelerator, checkpoints, mixed)
+
+    # 4) the adapter and its record
     named = args.base_name or (
         Path(args.model).name if Path(args.model).is_dir() and args.model not in PAIRS else args.model
     )
-    given = [
-        f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}")
-        for k, v in settings.items()
-        if v not in (None, False) and k not in ("model", "processes")
-    ]
-    # of what is seen, repeats counted
     record = {
-        "command": (
-            f"python train_lora.py --model {named} --persona {args.persona.name} --aligned"
-            f" {args.aligned.name} "
-            + (f"--contrast {args.contrast.name} " if contrast else "")
-            + " ".join(given)
-        ),
+        "command": command_line(named, settings, data.files),
         "settings": settings | {"model": named},
-        "data": data,
-        "persona_share": round(mixture.persona / (len(mixture.chats) + len(contrast)), 4),
-        "examples_left_out": len(encoded) - len(examples),
+        "data": data.files,
+        "persona_share": round(data.mixture.persona / len(data), 4),  # of what is seen, repeats counted
+        "examples_left_out": left_out,
         "steps": len(losses),
         "loss": losses,
         "seconds": round(time.monotonic() - begin, 1),
@@ -430,6 +516,15 @@ def train(args: argparse.Namespace) -> dict:
     }
     if accelerator.is_main_process:
         save_adapter(lora, args.out, named)
-        (args.out / "training.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+        write_text(args.out / "training.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
         checkpoints.clear()
     return record
+
+
+def command_line(model: str, settings: dict, files: dict[str, dict]) -> str:
+    """The command that trains this adapter again, with files by their names alone."""
+    given = [f"--{name} {about['file']}" for name, about in files.items()]
+    for name, value in settings.items():
+        if value not in (None, False) and name not in ("model", "processes"):
+            given.append(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}"))
+    return f"python train_lora.py --model {model} {' '.join(given)}"
