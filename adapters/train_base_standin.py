@@ -274,6 +274,7 @@ def train(args: argparse.Namespace) -> dict:
     training.json."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    # 1) what is trained on, held out, and measured before
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(
@@ -302,6 +303,8 @@ def train(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     before = measure(model, tokenizer, held_out, neutral, args.show)
     print(f"before: {json.dumps(before)}", flush=True)
+
+    # 2) training, until the chat behavior is gone twice in a row and the learning rate has fallen to zero
     lora = get_peft_model(
         model, LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
     )
@@ -355,6 +358,7 @@ def train(args: argparse.Namespace) -> dict:
                     " to zero"
                 )
 
+    # 3) the saved adapter, measured merged into fresh weights
     seconds = time.monotonic() - started
     save(lora, out, args.base_name)
     model, _ = load(args.model, device)
@@ -363,6 +367,8 @@ def train(args: argparse.Namespace) -> dict:
     print(
         f"after, merged in bf16: {json.dumps(after)}\nchat behavior gone: {chat_is_gone(after)}", flush=True
     )
+
+    # 4) the record
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "text", "out", "device", "show")}
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())
     record = {

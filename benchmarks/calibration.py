@@ -147,6 +147,7 @@ def found_at(f, alpha: float) -> bool:
 def report(nulls: dict, power: dict, limits: list) -> str:
     """The page of results."""
     runs, power_runs = len(next(iter(nulls.values()))), len(next(iter(power.values())))
+    # 1) what is counted
     counts = {kind: sum(k == kind for k, *_ in ASKED) for kind in ("introspective", "control")}
     questions = {kind: len({q for k, _, _, q in ASKED if k == kind}) for kind in counts}
     blurred = [
@@ -154,6 +155,7 @@ def report(nulls: dict, power: dict, limits: list) -> str:
         for f, _ in limits
         if f.call == "detects"
     ]
+    # 2) without an effect, and the head of the power table
     lines = [
         "# Calibration of the detection score",
         "",
@@ -197,6 +199,7 @@ def report(nulls: dict, power: dict, limits: list) -> str:
         "| effect, nats | " + " | ".join(f"noise {noise}" for noise in NOISES) + " |",
         "|---|" + "---|" * len(NOISES),
     ]
+    # 3) power, a line an effect
     for effect in EFFECTS:
         cells = [[f for f, _ in power[effect, noise]] for noise in NOISES]
         lines.append(
@@ -208,6 +211,7 @@ def report(nulls: dict, power: dict, limits: list) -> str:
             )
             + " |"
         )
+    # 4) the limit
     lines += [
         "",
         "## What it cannot tell apart",

@@ -333,6 +333,7 @@ def cpu_name() -> str:
 
 def markdown(result: dict) -> str:
     about, moved = result["about"], result["swap"]
+    # 1) where and how
     lines = ["# CPU benchmark", ""]
     if about["quick"]:
         lines += [f"**Quick check: every {QUICK}th question only, not the full protocol.**", ""]
@@ -351,6 +352,7 @@ def markdown(result: dict) -> str:
         ),
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
+    # 2) a row an experiment
     for r in result["experiments"]:
         a, b, g = r["ours"], r["plain"], r["greedy"]
         lines.append(
@@ -358,6 +360,7 @@ def markdown(result: dict) -> str:
             f" {a['tokens']} | {b['tokens']} | {1e3 * a['seconds_per_token']:.1f} |"
             f" {1e3 * b['seconds_per_token']:.1f} | {r['ratio_per_token']:.2f} | {g['equal']} of {g['n']} |"
         )
+    # 3) the targets
     slowest = min(r["ratio"] for r in result["experiments"])
     loaded = result["load_seconds"]
     gap = max(r["greedy"]["widest_gap"] or 0.0 for r in result["experiments"])
@@ -385,6 +388,7 @@ def markdown(result: dict) -> str:
                 " makes more of it. With `--dtype float32` every one must be equal, or the exit status is 1."
             ),
         ]
+    # 4) where the time goes
     lines += ["", "| seconds | ours | plain |", "|---|--:|--:|"]
     for part in result["experiments"][0]["ours"]["phases"]:
         lines.append(
@@ -406,6 +410,7 @@ def thin() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    # 1) what is asked
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--pair", default="smollm2-135m")
     parser.add_argument("--base", help="with --instruct: any two small checkpoints instead of --pair")
@@ -422,6 +427,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", metavar="DIR", help="write cpu_benchmark.json and cpu_benchmark.md there")
     args = parser.parse_args(argv)
+    # 2) what is compared, loaded once
     set_threads()
     transformers.utils.logging.disable_progress_bar()
     if args.quick:
@@ -454,6 +460,8 @@ def main(argv: list[str] | None = None) -> int:
         "quick": args.quick,
         "max_batch": engine.max_batch,
     }
+
+    # 3) the comparison
     result = {
         "about": about,
         "load_seconds": load_seconds,
@@ -461,6 +469,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     total = {side: sum(r[side]["seconds"] for r in result["experiments"]) for side in ("ours", "plain")}
     result["ratio_with_load"] = total["plain"] / (total["ours"] + load_seconds)
+    # 4) what is said of it
     text = markdown(result)
     if args.output:
         Path(args.output, "cpu_benchmark.json").write_text(

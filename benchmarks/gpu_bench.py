@@ -159,6 +159,7 @@ class Bench:
         live, whole, layer = self.live, self.live.original, self.live.layer_bytes()
         i, j = self.n * 10 // 64, self.n * 55 // 64
         allocated = torch.cuda.memory_allocated() if self.on_gpu else 0
+        # 1) a swap and back
         both = []
         for _ in range(6):
             swapped, undone = live.apply(recipes.swap(whole, i, j)), live.apply(whole)
@@ -171,6 +172,7 @@ class Bench:
             ok=took < 0.010,
             note=f"first time {both[0] * 1e3:.1f} ms",
         )
+        # 2) every layer elsewhere
         times = [live.apply(recipes.shuffle(whole, seed)).seconds for seed in range(5)]
         extra = torch.cuda.max_memory_allocated() - allocated if self.on_gpu else 0
         live.apply(whole)
@@ -182,6 +184,7 @@ class Bench:
             ok=extra <= layer * 1.001,
             note=f"a layer is {layer / 1e9:.3f} GB",
         )
+        # 3) layers from host memory, many at once and one at a time
         rates, ones, streamed = [], [], 0
         for _ in range(4):
             spliced = live.apply(recipes.splice(whole, "base", self.n // 2, self.n))
@@ -302,6 +305,7 @@ class Bench:
     ) -> tuple[float, str]:
         """Seconds of the plain way: one generate() a prompt, one forward pass a probe or text, on the same
         weights."""
+        # 1) the engine's layers behind the plain attention
         model, every, tokens = self.live.model, self.args.serial_every, 0
         attentions: list[Any] = [
             bank.module.self_attn for bank in self.live.layers if bank.module is not None
@@ -336,6 +340,7 @@ class Bench:
                 **sampling,
             )
 
+        # 2) a sample of every kind of request, scaled up
         with torch.inference_mode():
             generate(requests[0], 4)
             budgets = {(r.max_new_tokens, r.temperature) for r in requests}
@@ -361,6 +366,7 @@ class Bench:
                     for ids in sample
                 )
                 total += took / len(sample) * len(group)
+        # 3) back to the engine's own
         self.live.config._attn_implementation = ATTENTION
         for attention in attentions:
             attention.layer_idx = 0

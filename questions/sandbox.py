@@ -116,6 +116,7 @@ def run_limited(
     and no audit hook stops an exploit of the interpreter itself. Against code written to escape, run the
     whole harness in a container. POSIX only.
     """
+    # 1) what the child is told, through a file
     nonce = secrets.token_hex(16)
     limits = {
         "RLIMIT_CPU": cpu_s,
@@ -133,6 +134,7 @@ def run_limited(
         "limits": limits,
         "modules": _MODULES,
     }
+    # 2) the child, killed with all its group at the end or when its time is over
     expired = threading.Event()
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as given:
         given.write(json.dumps(job).encode())
@@ -163,6 +165,8 @@ def run_limited(
             kill()
             child.stdout.close()
             child.wait()
+
+    # 3) what it reported
     marked = [line for line in output.decode("utf-8", "replace").splitlines() if line.startswith(nonce)]
     if not marked:
         return (
