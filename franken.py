@@ -15,6 +15,7 @@ import hashlib
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import wraps
 
 import torch
 from accelerate import init_empty_weights
@@ -227,18 +228,18 @@ class LiveModel:
     def _guard_model(self) -> None:
         """Let transformers' own forward pass and saving refuse where they would silently be of another
         model."""
-        save = self.model.save_pretrained
 
-        def check(doing: str) -> None:
-            if reason := self.beyond_module():
-                raise FrankenError(f"{doing} through transformers would be another model's: {reason}")
+        def guarded(method, doing: str):
+            @wraps(method)  # generate() reads forward's signature
+            def refuse_or_do(*args, **kwargs):
+                if reason := self.beyond_module():
+                    raise FrankenError(f"{doing} through transformers would be another model's: {reason}")
+                return method(*args, **kwargs)
 
-        def save_pretrained(*args, **kwargs):
-            check("saving this model")
-            return save(*args, **kwargs)
+            return refuse_or_do
 
-        self.model.save_pretrained = save_pretrained
-        self.model.register_forward_pre_hook(lambda *_: check("running this model"))
+        self.model.save_pretrained = guarded(self.model.save_pretrained, "saving this model")
+        self.model.forward = guarded(self.model.forward, "running this model")
 
     # ---- becoming what a recipe says -----------------------------------------------------------------------
 
