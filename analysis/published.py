@@ -25,11 +25,19 @@ EXPERIMENTS = {
     "perturb_late_5pct": (2e-8, 5, 3.56),
 }
 WINDOW_LAYERS = 64
-# base layers: P(Yes)
+# Base layers: P(Yes), as printed there; (0, 32) stands as 0.000%. Replacing any single layer had no effect.
 WINDOWS = {
     (42, 46): 1.3e-5,
     (38, 46): 3.8e-4,
+    (28, 44): 2e-4,
+    (30, 46): 1.7e-3,
+    (32, 48): 4.1e-3,
+    (34, 50): 9.7e-3,
     (36, 52): 0.014,
+    (38, 54): 0.011,
+    (40, 56): 4.6e-3,
+    (44, 60): 3e-4,
+    (0, 32): 0.0,
     (32, 64): 0.0694,
     (16, 48): 0.0028,
     (24, 56): 0.0197,
