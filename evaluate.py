@@ -18,7 +18,7 @@ from suites.capability import Capability
 from suites.chat import Chat
 from suites.formats import Formats
 from suites.free_text import FreeText
-from suites.injection import Injection
+from suites.injection import SHORT, Injection
 from suites.perplexity import Perplexity
 from suites.phases import Phases
 
@@ -32,6 +32,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "perplexity": Perplexity,
     "chat": Chat,
     "injection": Injection,
+    "injection_short": lambda: Injection(SHORT),
     "phases": Phases,
     "activations": Activations,
 }
@@ -89,7 +90,7 @@ def evaluate(
     """Ask the engine's model everything the protocol says.
 
     on_progress(what, done, total) reports generated replies, then measured suites. Returns ({suite:
-    measurements}, {phase: seconds}).
+    measurements}, {phase: seconds}); a short form's measurements stand under the name of the whole.
     """
     suites = {name: SUITES[name]() for name in protocol.suites}
     wanted = {name: suite.requests(engine, protocol) for name, suite in suites.items()}
@@ -109,7 +110,7 @@ def evaluate(
         begin, count = time.perf_counter(), len(wanted[name])
         if on_progress:
             on_progress(name, k, len(suites))
-        results[name] = suite.measure(engine, protocol, replies[first : first + count])
+        results[suite.recorded_as or name] = suite.measure(engine, protocol, replies[first : first + count])
         first += count
         seconds[name] = time.perf_counter() - begin
     return results, {name: round(value, 4) for name, value in seconds.items()}

@@ -34,6 +34,7 @@ SUITES = (
     "chat",
     "trigger",
     "injection",
+    "injection_short",
     "phases",
     "activations",
 )

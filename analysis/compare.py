@@ -71,8 +71,11 @@ def compare(results: Mapping[str, dict], manifest: dict, run: str, baseline_name
     # 3) Verdicts, which weigh all of that.
     unmodified = next((row for row in rows if baseline and row.name == baseline_name), None)
     rows = [replace(row, verdict=verdict(row, unmodified, twins.get(row.name))) for row in rows]
-    injected = next(
-        (r["measurements"]["injection"] for r in results.values() if "injection" in r["measurements"]), None
+    # where the short form stands beside the whole, the whole
+    injected = max(
+        (r["measurements"]["injection"] for r in results.values() if "injection" in r["measurements"]),
+        key=lambda measured: len(measured["cells"]),
+        default=None,
     )
     return Comparison(
         run=run,

@@ -51,6 +51,8 @@ class Suite(ABC):
     """One kind of question. A new suite is a file here and a line in `evaluate.SUITES` and
     `prompts.SUITES`."""
 
+    recorded_as: str | None = None  # the suite whose short form this is, and under which its results stand
+
     def requests(self, engine: Engine, protocol: Protocol) -> list[Request]:
         """The replies that are to be generated; none for a suite that reads next-token distributions
         alone."""

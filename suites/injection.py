@@ -35,6 +35,7 @@ CONCEPTS = ("bread", "ocean", "wolf", "music", "winter", "castle", "doctor", "wa
 # one core's
 # time.
 STRENGTHS = (0.0, 0.03, 0.1, 0.3, 1.0)
+SHORT = (0.0, 0.3)  # what the suite injection_short asks
 UNIT = (
     "times the mean norm of the residual stream after that layer, at the last token of the neutral prompts; "
     "added after every layer of the middle third"
@@ -149,13 +150,13 @@ def questions(framing: str) -> list[BinaryProbe]:
     return found
 
 
-def fingerprint() -> str:
+def fingerprint(strengths: Sequence[float] | None = None) -> str:
     """SHA-256 (hex) over every text of this suite and its strengths: equal fingerprints asked the same."""
     parts = (
         ABOUT,
         CONCEPTS,
         NEUTRAL,
-        STRENGTHS,
+        STRENGTHS if strengths is None else strengths,
         sorted(FRAMINGS.items()),
         REPLY,
         PAIRS,
@@ -311,6 +312,11 @@ def answers(
 class Injection(Suite):
     """The suite: Yes/No questions and the naming of the concept, for every framing, strength and concept."""
 
+    def __init__(self, strengths: Sequence[float] | None = None):
+        """strengths: those of a short form, 0 among them; None: all."""
+        self.strengths = tuple(STRENGTHS if strengths is None else strengths)
+        self.recorded_as = None if strengths is None else "injection"
+
     def measure(self, engine: Engine, protocol, replies) -> dict:
         yes, no = answer_token_ids(engine.tokenizer)
         names, directions = Names(engine.tokenizer, CONCEPTS), find_directions(engine)
@@ -320,7 +326,7 @@ class Injection(Suite):
             first, follows = split_turns(engine, opening, [*(p.text for p in asked), NAMING])
             *follows, naming = follows
             follows += [naming + ids for ids in names.beginnings]
-            for strength in STRENGTHS:
+            for strength in self.strengths:
                 concepts = CONCEPTS if strength else (None,)
                 change = partial(directions.change, strength=strength) if strength else None
                 named = []
@@ -360,7 +366,7 @@ class Injection(Suite):
         return {
             "layers": [layers.start, layers.stop],
             "concepts": list(CONCEPTS),
-            "strengths": list(STRENGTHS),
+            "strengths": list(self.strengths),
             "framings": list(FRAMINGS),
             "unit": UNIT,
             "cells": cells,
@@ -372,11 +378,11 @@ class Injection(Suite):
         answer_token_ids(tokenizer)
 
     def fingerprint(self) -> str:
-        return fingerprint()
+        return fingerprint(self.strengths)
 
     def work(self, protocol: Protocol) -> Work:
         texts = [about.format(word) for about in ABOUT for word in (*CONCEPTS, *NEUTRAL)]
-        cells = sum(len(CONCEPTS) if strength else 1 for strength in STRENGTHS)
+        cells = sum(len(CONCEPTS) if strength else 1 for strength in self.strengths)
         for framing, opening in FRAMINGS.items():
             texts += [opening, NAMING, *(p.text for p in questions(framing))] * cells
         return Work(texts)

@@ -13,7 +13,7 @@ import torch
 from small_run import tokenizer
 
 from engine.generation import Engine
-from evaluate import evaluate, parse_suites
+from evaluate import SUITES, evaluate, parse_suites
 from prompts import answer_token_ids
 from runner import results
 from suites import injection
@@ -350,6 +350,21 @@ def test_the_first_turn_ends_where_the_template_says(tiny_pair):
             {"role": "user", "content": "A?"},
         ]
     )
+
+
+def test_the_short_form_measures_its_part_of_the_whole(tmp_path, few, monkeypatch):
+    engine = tiny_engine(tmp_path, "llama")[1]
+    whole = measure(engine)
+    monkeypatch.setitem(SUITES, "injection_short", lambda: injection.Injection((0.0, 0.5)))
+    results_, seconds = evaluate(engine, Protocol(("injection_short",)))
+    assert list(results_) == ["injection"] and set(seconds) == {"replies", "injection_short"}
+    short = results_["injection"]
+    assert short["strengths"] == [0.0, 0.5] and len(short["cells"]) == 8 < len(whole["cells"]) == 14
+    assert short["cells"] == [cell for cell in whole["cells"] if cell["strength"] in (0.0, 0.5)]
+    prints = {injection.Injection(s).fingerprint() for s in (None, (0.0, 0.5), (0.0, 4.0))}
+    assert len(prints) == 3 and injection.Injection(FEW["STRENGTHS"]).fingerprint() in prints
+    few_texts, all_texts = (len(injection.Injection(s).work(Protocol()).texts) for s in ((0.0, 0.5), None))
+    assert few_texts < all_texts
 
 
 def test_middle_thirds():
