@@ -8,7 +8,27 @@ this file, put
     from experiments import Experiment, swap
     EXPERIMENTS = [Experiment("swap_5_6", "mine", lambda m: swap(m.recipe, m.at(5), m.at(6)), "why")]
 
-into a file and pass it with --experiments-file.
+into a file and pass it with --experiments-file. A build function gets a `Model` m and returns a recipe:
+
+- `m.recipe`: the unmodified recipe; `m.n`: how many layers it has; `m.seed`: the run's seed;
+- `m.at(10)`: the layer as deep as layer 10 of 64; `m.cut(32)`: the boundary as deep as that before layer 32;
+- `m.block(24, 40)`: (start, stop) of the layers as deep as 24 to 39 of 64, at least one;
+  `m.chunks((16, 32), (32, 48))`: two such blocks of equal length, for swap_chunks.
+
+These lead from recipe to recipe, with positions counted from 0; [start, stop) leaves out stop, and a position
+that there is not raises RecipeError. `from experiments import *` brings all of them:
+
+- order: `swap(recipe, i, j)`, `swap_chunks(recipe, (a, b), (c, d))`, `shuffle(recipe, seed)`,
+  `reverse(recipe, start, stop)`;
+- depth: `delete(recipe, start, stop)`, `keep_every(recipe, n, first=0)`,
+  `repeat(recipe, start, stop, times=2, scale=1.0)` (a b a b),
+  `double(recipe, start, stop, scale=1.0)` (a a b b);
+- how layers run: `attenuate(recipe, scale, start, stop)` scales what they contribute,
+  `parallel(recipe, start, stop)` lets them read the same input and hands on the mean;
+- another source's weights: `splice(recipe, source, start, stop)`, `with_outer(recipe, source)`,
+  `blend(recipe, source, shares)` (with `linear` or `sigmoid(steepness)` for shares that follow the depth);
+- other weights: `perturb(recipe, fraction, seed, positions=None)`,
+  `permute_units(recipe, seed, what="both")` (the same function).
 """
 
 from __future__ import annotations
@@ -27,6 +47,7 @@ from errors import FrankenError, RecipeError
 from surgery.recipes import (
     PERMUTED,
     Recipe,
+    attenuate,
     blend,
     delete,
     describe_change,
@@ -34,6 +55,7 @@ from surgery.recipes import (
     identity,
     keep_every,
     linear,
+    parallel,
     permute_units,
     perturb,
     repeat,
@@ -275,9 +297,105 @@ def _on_block(operation, start: int, stop: int, *args):
     return lambda m: operation(m.recipe, *m.block(start, stop), *args)
 
 
+def _repeat_layer(layer: int, times: int):
+    def build(m: Model) -> Recipe:
+        at = m.at(layer)
+        return repeat(m.recipe, at, at + 1, times)
+
+    return build
+
+
+def _parallel(start: int, stop: int):
+    def build(m: Model) -> Recipe:
+        a, b = m.block(start, stop)
+        return parallel(m.recipe, a, b) if b - a > 1 else m.recipe  # one layer beside itself changes nothing
+
+    return build
+
+
+def _depth(name: str, build: Callable[[Model], Recipe], why: str) -> Experiment:
+    return Experiment(name, "depth", build, why)
+
+
+def _surgeries_of_one_model() -> list[Experiment]:
+    """The study's second version, on the instruct model alone; what stands further up is not repeated here.
+
+    Its critical region is layers 36 to 51 of 64: the 16 that, taken from the base, raised P(Yes) most in its
+    first version.
+    """
+    deleted = {
+        "delete_first_4": (0, 4, "The first layers are fragile"),
+        "delete_first_8": (0, 8, "The first eighth"),
+        "delete_first_16": (0, 16, "The first quarter"),
+        "delete_28_36": (28, 36, "The middle 8 layers; delete_30_34 has the middle 4"),
+        "delete_24_40": (24, 40, "The middle 16 layers"),
+        "delete_last_4": (60, 64, "The last layers write the answer"),
+        "delete_last_8": (56, 64, "The last eighth"),
+        "delete_last_16": (48, 64, "The last quarter"),
+        "delete_36_52": (36, 52, "The critical region left out"),
+        "keep_first_half": (32, 64, "The first half only"),
+        "keep_second_half": (0, 32, "The second half only"),
+    }
+    reversed_ = {
+        "reverse_first_half": (0, 32, "The first half backwards"),
+        "reverse_second_half": (32, 64, "The second half backwards"),
+        "reverse_all": (0, 64, "All layers backwards"),
+        "reverse_21_43": (21, 43, "The middle third backwards"),
+        "reverse_36_52": (36, 52, "The critical region backwards"),
+        "reverse_27_37": (27, 37, "A middle block of 10 backwards"),
+    }
+    again = {
+        "double_30_34": (double, 30, 34, "Each of 4 middle layers twice"),
+        "repeat_30_34": (repeat, 30, 34, "A block of 4 middle layers twice"),
+        "double_36_52": (double, 36, 52, "Each layer of the critical region twice"),
+        "repeat_36_52": (repeat, 36, 52, "The critical region twice"),
+        "double_all": (double, 0, 64, "Every layer twice in place: 128 layers"),
+        "repeat_all": (repeat, 0, 64, "The whole model twice: 128 layers"),
+    }
+    often = {
+        "repeat_32_x3": (32, 3, "A middle layer three times"),
+        "repeat_32_x5": (32, 5, "A middle layer five times"),
+        "repeat_32_x10": (32, 10, "A middle layer ten times"),
+        "repeat_0_x5": (0, 5, "The first layer five times"),
+        "repeat_63_x5": (63, 5, "The last layer five times"),
+        "repeat_44_x5": (44, 5, "A layer of the critical region five times"),
+    }
+    return [
+        *(_depth(name, _on_block(delete, a, b), why) for name, (a, b, why) in deleted.items()),
+        _depth("keep_every_3rd", lambda m: keep_every(m.recipe, 3), "A third of the depth"),
+        _depth("keep_every_4th", lambda m: keep_every(m.recipe, 4), "A quarter of the depth"),
+        _depth("keep_odd", lambda m: keep_every(m.recipe, 2, 1), "Layers 1, 3, 5, ...: the odd ones only"),
+        *(_depth(name, _on_block(do, a, b), why) for name, (do, a, b, why) in again.items()),
+        *(_depth(name, _on_block(reverse, a, b), why) for name, (a, b, why) in reversed_.items()),
+        *(_depth(name, _repeat_layer(layer, times), why) for name, (layer, times, why) in often.items()),
+    ]
+
+
+def _contributions() -> list[Experiment]:
+    """Repeats that count for less, and layers side by side ("Layers as Painters", arXiv 2407.09298)."""
+    scaled = {
+        "repeat_24_40_half": (_on_block(repeat, 24, 40, 2, 0.5), "The middle block again, by half"),
+        "double_24_40_half": (_on_block(double, 24, 40, 0.5), "Every middle layer again, by half"),
+        "attenuate_24_40_half": (
+            lambda m: attenuate(m.recipe, 0.5, *m.block(24, 40)),
+            "The middle layers contribute half of what they did",
+        ),
+    }
+    beside = {
+        "parallel_28_36": (28, 36, "8 middle layers read the same input, and their outputs are averaged"),
+        "parallel_24_40": (24, 40, "16 middle layers side by side"),
+        "parallel_16_48": (16, 48, "The middle half side by side"),
+    }
+    return [
+        *(Experiment(name, "contribution", build, why) for name, (build, why) in scaled.items()),
+        *(Experiment(name, "contribution", _parallel(a, b), why) for name, (a, b, why) in beside.items()),
+    ]
+
+
 E = Experiment
-# In order of priority: --priority-limit N takes the first N. Embedding, final norm and head stay the instruct
-# model's except in baseline_base.
+# In order of priority: --priority-limit N takes the first N. The first six are a small whole story: both
+# unmodified sides, the study's headline splice either way round, a placebo, the positive control in short.
+# Embedding, final norm and head stay the instruct model's except in baseline_base.
 EXPERIMENTS: list[Experiment] = [
     E("baseline_instruct", "baseline", lambda m: m.recipe, "The control", changes_nothing=True),
     E(
@@ -293,6 +411,16 @@ EXPERIMENTS: list[Experiment] = [
         "Understands instructions, outputs completions",
     ),
     E("franken_base_first_32", "franken", _base_first(32), "Understands nothing, formats nicely?"),
+    _placebo("both", 1),
+    E(
+        "concept_injection_short",
+        "control",
+        lambda m: m.recipe,
+        "As concept_injection, in one strength",
+        changes_nothing=True,
+        suites=("injection_short",),
+        control="injection",
+    ),
     E(
         "swap_distant_10_55",
         "swap",
@@ -300,7 +428,6 @@ EXPERIMENTS: list[Experiment] = [
         "Breaks hard: the residual stream's meaning differs at the two depths",
     ),
     E("shuffle_all", "swap", lambda m: shuffle(m.recipe, m.seed), "Complete destruction (control)"),
-    _placebo("both", 1),
     E(
         "concept_injection",
         "control",
@@ -361,7 +488,9 @@ EXPERIMENTS: list[Experiment] = [
     E("double_24_40", "depth", _on_block(double, 24, 40), "Every middle layer twice"),
     E("repeat_24_40", "depth", _on_block(repeat, 24, 40, 2), "The middle block run twice"),
     E("reverse_24_40", "depth", _on_block(reverse, 24, 40), "Middle layers tolerate reordering"),
-    E("keep_every_2nd", "depth", lambda m: keep_every(m.recipe, 2), "Half the depth"),
+    E("keep_every_2nd", "depth", lambda m: keep_every(m.recipe, 2), "Half the depth: the even layers only"),
+    *_surgeries_of_one_model(),
+    *_contributions(),
     *(
         _placebo(what, k)
         for what in PERMUTED
@@ -371,7 +500,11 @@ EXPERIMENTS: list[Experiment] = [
 ]
 
 
-SWEEPS = ("window", "replace", "delete", "double", "noise", "blend")
+SWEEPS = ("window", "replace", "delete", "double", "repeat", "parallel", "noise", "blend")
+SIZED = ("window", "delete", "double", "repeat", "parallel")  # --size and --step say of what, and how densely
+WINDOW = GRID = (
+    4  # layers of a window, and between two boundaries of the scan over repeats, if nothing is said
+)
 SWEEP_FIELDS = {
     "kind": str,
     "source": str | None,
@@ -430,24 +563,42 @@ def window_sweep(
     ]
 
 
-def sweep(kind: str, n_layers: int) -> list[Experiment]:
-    """Where and how much, at native depth: a sweep over single layers, or a ladder of doses over all of them.
+def sweep(
+    kind: str, n_layers: int, sizes: Sequence[int] | None = None, step: int | None = None
+) -> list[Experiment]:
+    """Where and how much, at native depth: a sweep over layers or blocks, or a ladder of doses over all.
 
-    "replace" (by the base's), "delete" and "double" take one layer each; "noise" and "blend" (base share) all
-    layers. Every experiment's `sweep` says where it stands: kind, source, size, start, stop (layers of this
-    model), dose.
+    "window" and "replace" take the base's layers, the one in windows, the other one by one; "delete" and
+    "double" take single layers or windows, "parallel" windows whose layers run side by side. "repeat" runs
+    [start, stop) once more for every start and stop on a grid, as the block scans of RYS do. "noise" and
+    "blend" (base share) change all layers. Every experiment's `sweep` says where it stands: kind, source,
+    size, start, stop (layers of this model), dose.
+
+    sizes: layers in a window; if None, 4 for window and parallel, 1 for delete and double, any for repeat.
+    step: layers from one window to the next (if None, the size), or between the grid's lines (4). Raises
+    FrankenError for sizes that do not fit the model.
     """
-    single = {
-        "replace": (lambda m, k: splice(m.recipe, "base", k, k + 1), "base", "base in layer"),
-        "delete": (lambda m, k: delete(m.recipe, k, k + 1), None, "without layer"),
-        "double": (lambda m, k: double(m.recipe, k, k + 1), None, "twice through layer"),
-    }
-    if kind in single:
-        build, source, why = single[kind]
+    if kind == "window":
+        windows = [w for size in sizes or (WINDOW,) for w in window_sweep(size, n_layers, stride=step)]
+        # in this order the layers below a window need not be computed again
+        return sorted(windows, key=lambda w: w.sweep["start"] if w.sweep else 0)
+    if kind == "repeat":
+        return _repeat_scan(n_layers, sizes, step or GRID)
+    if kind == "replace":
         return [
-            _step(kind, f"{kind}_{k}", lambda m, k=k: build(m, k), f"{why} {k}", source, k, k + 1)
+            _step(
+                kind,
+                f"replace_{k}",
+                lambda m, k=k: splice(m.recipe, "base", k, k + 1),
+                f"base in layer {k}",
+                "base",
+                k,
+                k + 1,
+            )
             for k in range(n_layers)
         ]
+    if kind in BLOCKS:
+        return _block_sweep(kind, n_layers, sizes or (WINDOW if kind == "parallel" else 1,), step)
     if kind == "noise":
         return [
             _step(
@@ -469,6 +620,63 @@ def sweep(kind: str, n_layers: int) -> list[Experiment]:
             dose=s,
         )
         for s in BLEND_LADDER
+    ]
+
+
+# What a sweep does to a block of layers, and how it is said of a block; of a single layer.
+BLOCKS = {
+    "delete": (delete, "without layers", "without layer"),
+    "double": (double, "twice through each of layers", "twice through layer"),
+    "parallel": (parallel, "side by side layers", ""),
+}
+
+
+def _check_sizes(kind: str, n_layers: int, sizes: Sequence[int]) -> None:
+    least, most = (2 if kind == "parallel" else 1), (n_layers - 1 if kind == "delete" else n_layers)
+    for size in sizes:
+        if not least <= size <= most:
+            raise FrankenError(
+                f"--sweep {kind}: a block of {size} does not fit, of {n_layers} it takes {least} to {most}"
+            )
+
+
+def _block_sweep(kind: str, n_layers: int, sizes: Sequence[int], step: int | None) -> list[Experiment]:
+    _check_sizes(kind, n_layers, sizes)
+    operation, of_block, of_layer = BLOCKS[kind]
+    blocks = [(a, a + size) for size in sizes for a in range(0, n_layers - size + 1, step or size)]
+    return [
+        _step(
+            kind,
+            f"{kind}_{a}" if b == a + 1 else f"{kind}_window_{a}_{b}",
+            lambda m, a=a, b=b: operation(m.recipe, a, b),
+            f"{of_layer} {a}" if b == a + 1 else f"{of_block} [{a}:{b}]",
+            None,
+            a,
+            b,
+        )
+        for a, b in sorted(blocks)
+    ]
+
+
+def _repeat_scan(n_layers: int, sizes: Sequence[int] | None, step: int) -> list[Experiment]:
+    """Every block between two boundaries of the grid 0, step, 2 step, ..., run once more; of the given sizes,
+    if any. In the order of their ends: layers up to there are as in the unmodified model."""
+    _check_sizes("repeat", n_layers, sizes or ())
+    lines = range(0, n_layers + 1, step)
+    blocks = [(a, b) for b in lines for a in lines if a < b and (sizes is None or b - a in sizes)]
+    if not blocks:
+        raise FrankenError(f"--sweep repeat: no such block of {n_layers} layers lies on a grid of {step}")
+    return [
+        _step(
+            "repeat",
+            f"repeat_window_{a}_{b}",
+            lambda m, a=a, b=b: repeat(m.recipe, a, b),
+            f"layers [{a}:{b}] once more",
+            None,
+            a,
+            b,
+        )
+        for a, b in blocks
     ]
 
 

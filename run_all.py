@@ -86,17 +86,23 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="KIND",
         help=(
-            "window (base layers, see --size), replace (one layer by the base's), delete or double (one"
-            " layer), noise, blend (doses on all layers); repeatable"
+            "window (base layers, see --size), replace (one layer by the base's), delete or double (single"
+            " layers, or blocks of --size), repeat (every block [start, stop) on a grid of --step once more),"
+            " parallel (blocks side by side), noise, blend (doses on all layers); repeatable"
         ),
     )
     what.add_argument(
-        "--size", metavar="N[,N...]", help="--sweep window: layers in a window (4 if not given)"
+        "--size",
+        metavar="N[,N...]",
+        help=(
+            "layers in a block of --sweep window or parallel (4 if not given), delete or double (1), repeat"
+            " (any)"
+        ),
     )
     what.add_argument(
         "--step",
         metavar="N",
-        help="--sweep window: layers from one window to the next (its size if not given)",
+        help="layers from one block to the next (its size if not given); --sweep repeat: of the grid (4)",
     )
     what.add_argument(
         "--matched-noise",

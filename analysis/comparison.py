@@ -57,7 +57,7 @@ class Sweep(Json):
     """Where an experiment stands in a sweep."""
 
     kind: str
-    """window, replace, delete, double, noise or blend."""
+    """window, replace, delete, double, repeat, parallel, noise or blend."""
     source: str | None
     """Whose layers are put in; None where no other source is."""
     size: int | None = None

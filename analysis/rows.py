@@ -37,9 +37,14 @@ def controls(rows: Iterable[Row], kind: str) -> list[Row]:
 
 def sweep_name(sweep: Sweep) -> str:
     """What the experiments of one sweep share, in words."""
-    source = sweep.source or "another source"
+    source, size = sweep.source or "another source", sweep.size
+    if sweep.kind == "repeat":
+        return "blocks run once more"
+    if sweep.kind == "parallel" or (sweep.kind in ("delete", "double") and size != 1):
+        done = {"parallel": "side by side", "delete": "deleted", "double": "doubled"}[sweep.kind]
+        return f"blocks of {size} layers {done}"
     if sweep.kind == "window":
-        return f"windows of {sweep.size} layer{'s' if sweep.size != 1 else ''} of {source}"
+        return f"windows of {size} layer{'s' if size != 1 else ''} of {source}"
     told = {
         "replace": f"each layer replaced by {source}",
         "delete": "each layer deleted",

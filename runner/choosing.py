@@ -10,7 +10,7 @@ from pathlib import Path
 import evaluate
 import experiments as ex
 from errors import FrankenError
-from experiments import SWEEPS
+from experiments import SIZED, SWEEPS
 
 
 def extra_sources(pairs_given: list[str]) -> dict[str, str]:
@@ -28,16 +28,16 @@ def extra_sources(pairs_given: list[str]) -> dict[str, str]:
     return found
 
 
-def sweep_windows(args) -> tuple[list[int], int | None]:
-    """(sizes, step) of --sweep window. Raises FrankenError for a sweep there is not, or sizes or a step that
-    are no numbers."""
+def sweep_windows(args) -> tuple[list[int] | None, int | None]:
+    """(sizes, step) of --sweep's blocks, None where nothing is said. Raises FrankenError for a sweep there is
+    not, or sizes or a step that are no numbers."""
     for kind in args.sweep:
         if kind not in SWEEPS:
             raise FrankenError(f"--sweep {kind}: expected one of {', '.join(SWEEPS)}")
     for flag in ("size", "step"):
         text = getattr(args, flag)
-        if text is not None and "window" not in args.sweep:
-            raise FrankenError(f"--{flag} is about windows: it goes with --sweep window")
+        if text is not None and not set(SIZED) & set(args.sweep):
+            raise FrankenError(f"--{flag} is about windows: it goes with --sweep {', '.join(SIZED)}")
         if text is not None and not all(
             part.isdecimal() and int(part) > 0 for part in (text.split(",") if flag == "size" else [text])
         ):
@@ -45,7 +45,10 @@ def sweep_windows(args) -> tuple[list[int], int | None]:
                 f"--{flag} {text}: expected"
                 f" {'whole layers, as in 1,4,8' if flag == 'size' else 'a whole number of layers'}"
             )
-    return [int(part) for part in (args.size or "4").split(",")], args.step and int(args.step)
+    return (
+        [int(part) for part in args.size.split(",")] if args.size else None,
+        int(args.step) if args.step else None,
+    )
 
 
 def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
@@ -58,16 +61,7 @@ def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
     own = [e for path in args.experiments_file for e in ex.load_file(path)]
     sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
     sizes, step = sweep_windows(args)
-    windows = (
-        [w for size in sizes for w in ex.window_sweep(size, n_layers, stride=step)]
-        if "window" in args.sweep
-        else []
-    )
-    # in this order the layers below a window need not be computed again
-    windows.sort(key=lambda w: w.sweep["start"])
-    swept = {
-        e.name: e for kind in args.sweep for e in (windows if kind == "window" else ex.sweep(kind, n_layers))
-    }
+    swept = {e.name: e for kind in args.sweep for e in ex.sweep(kind, n_layers, sizes, step)}
     known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept.values()]}
     for e in own:  # results are kept by name
         if known.setdefault(e.name, e) is not e:

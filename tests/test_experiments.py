@@ -4,6 +4,7 @@ users' files."""
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -11,6 +12,8 @@ import torch
 
 import evaluate
 import experiments as ex
+from analysis import published
+from analysis.comparison import Sweep
 from errors import FrankenError
 from surgery.recipes import Noise, Permute, Ref, Slot, plain, swap
 
@@ -30,6 +33,7 @@ def base(*numbers):
 AT_64 = {
     "baseline_instruct": I64,
     "concept_injection": I64,
+    "concept_injection_short": I64,
     "baseline_base": base(*range(64)),
     "swap_adjacent_30_35": inst(*range(30), 35, 31, 32, 33, 34, 30, *range(36, 64)),
     "swap_adjacent_31_32": inst(*range(31), 32, 31, *range(33, 64)),
@@ -72,12 +76,58 @@ AT_64 = {
     "repeat_24_40": inst(*range(24), *range(24, 40), *range(24, 40), *range(40, 64)),
     "reverse_24_40": inst(*range(24), *range(39, 23, -1), *range(40, 64)),
     "keep_every_2nd": inst(*range(0, 64, 2)),
+    "delete_first_4": inst(*range(4, 64)),
+    "delete_first_8": inst(*range(8, 64)),
+    "delete_first_16": inst(*range(16, 64)),
+    "delete_28_36": inst(*range(28), *range(36, 64)),
+    "delete_24_40": inst(*range(24), *range(40, 64)),
+    "delete_last_4": inst(*range(60)),
+    "delete_last_8": inst(*range(56)),
+    "delete_last_16": inst(*range(48)),
+    "delete_36_52": inst(*range(36), *range(52, 64)),
+    "keep_first_half": inst(*range(32)),
+    "keep_second_half": inst(*range(32, 64)),
+    "keep_every_3rd": inst(*range(0, 64, 3)),
+    "keep_every_4th": inst(*range(0, 64, 4)),
+    "keep_odd": inst(*range(1, 64, 2)),
+    "double_30_34": inst(*range(30), 30, 30, 31, 31, 32, 32, 33, 33, *range(34, 64)),
+    "repeat_30_34": inst(*range(34), *range(30, 64)),
+    "double_36_52": inst(*range(36), *(k for k in range(36, 52) for _ in "ab"), *range(52, 64)),
+    "repeat_36_52": inst(*range(52), *range(36, 64)),
+    "double_all": inst(*(k for k in range(64) for _ in "ab")),
+    "repeat_all": inst(*range(64), *range(64)),
+    "reverse_first_half": inst(*range(31, -1, -1), *range(32, 64)),
+    "reverse_second_half": inst(*range(32), *range(63, 31, -1)),
+    "reverse_all": inst(*range(63, -1, -1)),
+    "reverse_21_43": inst(*range(21), *range(42, 20, -1), *range(43, 64)),
+    "reverse_36_52": inst(*range(36), *range(51, 35, -1), *range(52, 64)),
+    "reverse_27_37": inst(*range(27), *range(36, 26, -1), *range(37, 64)),
+    "repeat_32_x3": inst(*range(32), 32, 32, 32, *range(33, 64)),
+    "repeat_32_x5": inst(*range(32), 32, 32, 32, 32, 32, *range(33, 64)),
+    "repeat_32_x10": inst(*range(32), *[32] * 10, *range(33, 64)),
+    "repeat_0_x5": inst(0, 0, 0, 0, *range(64)),
+    "repeat_63_x5": inst(*range(64), 63, 63, 63, 63),
+    "repeat_44_x5": inst(*range(44), 44, 44, 44, 44, *range(44, 64)),
+}
+# What counts for less, by position, and what runs side by side.
+CONTRIBUTIONS = {
+    "repeat_24_40_half": (inst(*range(40), *range(24, 64)), range(40, 56), ()),
+    "double_24_40_half": (
+        inst(*range(24), *(k for k in range(24, 40) for _ in "ab"), *range(40, 64)),
+        range(25, 56, 2),
+        (),
+    ),
+    "attenuate_24_40_half": (I64, range(24, 40), ()),
+    "parallel_28_36": (I64, (), ((28, 36),)),
+    "parallel_24_40": (I64, (), ((24, 40),)),
+    "parallel_16_48": (I64, (), ((16, 48),)),
 }
 # By hand: position p of 64 is floor(30 p / 64) of 30, so 10 -> 4, 55 -> 25, 30 -> 14, 35 -> 16, 5 -> 2, 60 ->
 # 28.
 AT_30 = {
     "baseline_instruct": inst(*range(30)),
     "concept_injection": inst(*range(30)),
+    "concept_injection_short": inst(*range(30)),
     "baseline_base": base(*range(30)),
     "swap_adjacent_30_35": inst(*range(14), 16, 15, 14, *range(17, 30)),
     "swap_adjacent_31_32": inst(*range(14), 15, 14, *range(16, 30)),
@@ -98,10 +148,21 @@ AT_30 = {
     "repeat_24_40": inst(*range(18), *range(11, 30)),
     "reverse_24_40": inst(*range(11), 17, 16, 15, 14, 13, 12, 11, *range(18, 30)),
     "keep_every_2nd": inst(*range(0, 30, 2)),
+    "delete_first_4": inst(*range(1, 30)),  # 30 * 4 / 64 is 1.9
+    "delete_last_4": inst(*range(28)),
+    "delete_36_52": inst(*range(16), *range(24, 30)),
+    "keep_odd": inst(*range(1, 30, 2)),
+    "repeat_30_34": inst(*range(15), *range(14, 30)),
+    "repeat_all": inst(*range(30), *range(30)),
+    "reverse_21_43": inst(*range(9), *range(19, 8, -1), *range(20, 30)),
+    "repeat_32_x10": inst(*range(15), *[15] * 10, *range(16, 30)),
+    "repeat_63_x5": inst(*range(30), 29, 29, 29, 29),
+    "repeat_44_x5": inst(*range(20), 20, 20, 20, 20, *range(20, 30)),
 }
 AT_2 = {
     "baseline_instruct": inst(0, 1),
     "concept_injection": inst(0, 1),
+    "concept_injection_short": inst(0, 1),
     "baseline_base": base(0, 1),
     "swap_adjacent_30_35": inst(1, 0),
     "swap_adjacent_31_32": inst(1, 0),
@@ -144,6 +205,56 @@ def test_every_plain_experiment_is_the_list_written_by_hand(depth, expected):
         assert recipe.slots == tuple(plain(s, k) for s, k in layers), name
         outer = "base" if name == "baseline_base" else "instruct"
         assert (recipe.embed, recipe.norm, recipe.head) == (outer,) * 3, name
+
+
+@pytest.mark.parametrize("name", CONTRIBUTIONS)
+def test_contributions_are_those_written_by_hand(name):
+    layers, halved, blocks = CONTRIBUTIONS[name]
+    recipe = NAMED[name].plan(64).recipe
+    assert recipe.slots == tuple(
+        Slot(((Ref(s, k), 1.0),), scale=0.5 if p in halved else 1.0) for p, (s, k) in enumerate(layers)
+    )
+    assert recipe.parallel == blocks
+
+
+def test_the_study_second_version_is_all_there():
+    """Its surgeries of one model, as its list says them: what comes out on 64 layers, by whichever name."""
+    whole = list(range(64))
+    lists = {
+        "first, middle, last 4, 8, 16 and the critical region left out": [
+            *(whole[k:] for k in (4, 8, 16)),
+            *(whole[: 32 - k] + whole[32 + k :] for k in (2, 4, 8)),
+            *(whole[:-k] for k in (4, 8, 16)),
+            whole[:36] + whole[52:],
+        ],
+        "every 2nd, 3rd, 4th, even, odd, halves": [
+            *(whole[::2], whole[::3], whole[::4], whole[0::2], whole[1::2], whole[:32], whole[32:])
+        ],
+        "blocks of 4 and 16 and the whole twice": [
+            whole[:34] + whole[30:],
+            whole[:40] + whole[24:],
+            whole + whole,
+        ],
+        "backwards": [
+            whole[31::-1] + whole[32:],
+            whole[:32] + whole[:31:-1],
+            whole[::-1],
+            whole[:21] + whole[42:20:-1] + whole[43:],
+            whole[:36] + whole[51:35:-1] + whole[52:],
+            whole[:27] + whole[36:26:-1] + whole[37:],
+        ],
+        "one layer often": [
+            *(sorted([*whole, *[32] * (times - 1)]) for times in (3, 5, 10)),
+            *(sorted([*whole, *[layer] * 4]) for layer in (0, 63, 44)),
+        ],
+    }
+    made = [
+        [ref.layer for slot in e.plan(64).recipe.slots for ref, _ in slot.mix]
+        for e in ex.EXPERIMENTS
+        if e.group == "depth"
+    ]
+    assert [(what, k) for what, of in lists.items() for k, x in enumerate(of) if x not in made] == []
+    assert sum(map(len, lists.values())) == 32
 
 
 @pytest.mark.parametrize("depth", [64, 30, 2])
@@ -204,28 +315,28 @@ def test_placebos_permute_what_they_say_with_random_numbers_of_their_own():
 
 
 def test_the_order_of_priority():
-    """The first six as ever, then one placebo and the positive control; the other placebos last."""
+    """The first six tell a small whole story, with a placebo and the short positive control; other placebos
+    come last, after the surgeries of one model."""
     names = [e.name for e in ex.EXPERIMENTS]
     assert names[:6] == [
         "baseline_instruct",
         "baseline_base",
         "franken_instruct_first_32",
         "franken_base_first_32",
-        "swap_distant_10_55",
-        "shuffle_all",
+        "placebo_both_1",
+        "concept_injection_short",
     ]
-    assert names[6:8] == ["placebo_both_1", "concept_injection"] and names[-20:] == [
-        name for name in PLACEBOS if name != "placebo_both_1"
-    ]
+    assert names[6:9] == ["swap_distant_10_55", "shuffle_all", "concept_injection"]
+    assert names[-20:] == [name for name in PLACEBOS if name != "placebo_both_1"]
+    assert names[-21] == "parallel_16_48" and [NAMED[n].group for n in names[-26:-20]] == ["contribution"] * 6
     assert "sham_permute_all" not in names
 
 
 def test_all_names_are_covered_and_known():
     """Every experiment is tested above; the issue's own names, written out, are all there; names are file
     names."""
-    assert set(NAMED) == {*AT_64, *NOISE, *BASE_SHARE, "shuffle_all", *PLACEBOS} and len(NAMED) == len(
-        ex.EXPERIMENTS
-    )
+    tested = {*AT_64, *CONTRIBUTIONS, *NOISE, *BASE_SHARE, "shuffle_all", *PLACEBOS}
+    assert set(NAMED) == tested and len(NAMED) == len(ex.EXPERIMENTS)
     wanted = [
         "baseline_instruct",
         "baseline_base",
@@ -258,6 +369,23 @@ def test_all_names_are_covered_and_known():
         e.hypothesis and e.group for e in ex.EXPERIMENTS
     )
     assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in NAMED)
+
+
+def test_published_windows_of_base_layers():
+    """Every window that the page prints, and nothing at another depth or for another source."""
+    swept = ex.sweep("window", 64, [4, 8, 16, 32], 2)
+    rows = [SimpleNamespace(name=e.name, sweep=Sweep(**e.sweep)) for e in swept]
+    printed = {row.name: published.of(row, 64) for row in rows if published.of(row, 64)}
+    assert len(printed) == len(published.WINDOWS) == 14
+    assert (
+        printed["window_base_36_52"]
+        == (0.014, None, None)
+        == max(printed[f"window_base_{a}_{a + 16}"] for a in (28, 30, 32, 34, 36, 38, 40, 44))
+    )
+    assert printed["window_base_38_54"][0] == 0.011 and printed["window_base_28_44"][0] == 2e-4
+    assert not any(published.of(row, 48) for row in rows)
+    other = SimpleNamespace(name="x", sweep=Sweep("window", "other", 16, 36, 52))
+    assert published.of(other, 64) is None
 
 
 # ---- depth -------------------------------------------------------------------------------------------------
@@ -310,7 +438,7 @@ def test_experiments_that_collapse_say_so():
 def test_every_experiment_fits_every_depth(depth):
     for name, experiment in NAMED.items():
         recipe = experiment.plan(depth).recipe
-        assert 1 <= len(recipe) <= 2 * depth, name
+        assert 1 <= len(recipe) <= max(2 * depth, depth + 9), name
         assert all(0 <= ref.layer < depth for slot in recipe.slots for ref, _ in slot.mix), name
 
 
@@ -365,6 +493,14 @@ def test_window_sweeps():
     )
     assert [where(e) for e in found] == [("window", "base", 2, 0, 2, None), ("window", "base", 2, 3, 5, None)]
     assert len(ex.window_sweep(7, 7)) == 1
+    blocks = ex.sweep("delete", 9, [4], 2)
+    assert [(where(e)[0], *where(e)[2:5]) for e in blocks] == [("delete", 4, a, a + 4) for a in (0, 2, 4)]
+    assert blocks[1].plan(9).recipe.slots == tuple(plain(s, k) for s, k in inst(0, 1, 6, 7, 8))
+    again = ex.sweep("repeat", 6, step=3)
+    assert [where(e)[2:5] for e in again] == [(3, 0, 3), (6, 0, 6), (3, 3, 6)]
+    assert again[0].plan(6).recipe.slots == tuple(plain(s, k) for s, k in inst(0, 1, 2, *range(6)))
+    (beside,) = ex.sweep("parallel", 6)
+    assert where(beside)[2:5] == (4, 0, 4) and beside.plan(6).recipe.parallel == ((0, 4),)
     for width in (0, 8):
         with pytest.raises(FrankenError, match="does not fit a model of 7"):
             ex.window_sweep(width, 7)

@@ -50,6 +50,8 @@ ISSUE = [
     "perturb_all_1pct",
     "perturb_all_5pct",
 ]
+# of six layers one lies between 24 and 40 of 64, and between 28 and 36
+COLLAPSED = {"reverse_24_40", "reverse_27_37", "parallel_28_36", "parallel_24_40"}
 ALL_PROBES = len(prompts.BINARY_PROBES)  # before the small battery takes its place
 
 
@@ -90,18 +92,17 @@ def test_a_whole_run_leaves_everything_behind(everything):
             result["weights"]["original"] == result["weights"]["restored"] == manifest["original_fingerprint"]
         )
         asked = result["experiment"]["suites"]
-        expected = {"placebo": QUICK, "injection": ["injection"], None: small_run.SUITES}[
-            result["experiment"]["control"]
-        ]
-        assert list(result["measurements"]) == asked and set(asked) == set(expected), name
-        # of six layers only one lies between 24 and 40 of 64
-        untouched = (
-            "baseline_instruct",
-            "concept_injection",
-            "reverse_24_40",
-        )
+        expected = {
+            "placebo": QUICK,
+            "injection": ["injection_short" if name == "concept_injection_short" else "injection"],
+            None: small_run.SUITES,
+        }[result["experiment"]["control"]]
+        # the short form's results stand where the whole's do
+        kept = ["injection"] if result["experiment"]["control"] == "injection" else asked
+        assert list(result["measurements"]) == kept and set(asked) == set(expected), name
+        untouched = ("baseline_instruct", "concept_injection", "concept_injection_short", *COLLAPSED)
         assert (result["weights"]["modified"] == result["weights"]["original"]) == (name in untouched), name
-        assert result["experiment"]["collapsed"] == (name == "reverse_24_40"), name
+        assert result["experiment"]["collapsed"] == (name in COLLAPSED), name
         assert all(
             len(p["samples"]) == 2
             for suite in ("informed", "blind")
@@ -238,6 +239,22 @@ def test_what_is_chosen(tmp_path):
         "window_base_2_6",
         "window_base_2_3",
         "window_base_4_5",
+    ]
+    # windows of 4 by 2 and of 3 by 3 left out, a scan over blocks run once more, blocks side by side
+    assert chosen("--sweep", "delete", "--size", "4,3", "--no-baseline", "--step", "2", layers=8) == [
+        *("delete_window_0_3", "delete_window_0_4", "delete_window_2_5", "delete_window_2_6"),
+        *("delete_window_4_7", "delete_window_4_8"),
+    ]
+    assert chosen("--sweep", "repeat", "--no-baseline", layers=12) == [
+        f"repeat_window_{a}_{b}" for a, b in ((0, 4), (0, 8), (4, 8), (0, 12), (4, 12), (8, 12))
+    ]
+    assert chosen("--sweep", "repeat", "--step", "2", "--size", "4", "--no-baseline") == [
+        "repeat_window_0_4",
+        "repeat_window_2_6",
+    ]
+    assert chosen("--sweep", "parallel", "--no-baseline") == ["parallel_window_0_4"]
+    assert chosen("--sweep", "parallel", "--sweep", "double", "--size", "2", "--no-baseline") == [
+        f"{kind}_window_{a}_{a + 2}" for kind in ("parallel", "double") for a in (0, 2, 4)
     ]
     assert chosen(*one, "--priority-limit", 2) == ["baseline_instruct", "baseline_base", *windows]
     assert chosen(*one, "--experiments", "window_base_3_4") == ["baseline_instruct", "window_base_3_4"]

@@ -36,6 +36,18 @@ WRONG = {
         "unknown suite 'perplexty'; there are informed, blind, binary",
     ),
     "no suite": (["--suites", ","], "no suite is named"),
+    "nothing would be left": (
+        ["--sweep", "delete", "--size", "6"],
+        "--sweep delete: a block of 6 does not fit, of 6 it takes 1 to 5",
+    ),
+    "alone side by side": (
+        ["--sweep", "parallel", "--size", "1"],
+        "--sweep parallel: a block of 1 does not fit, of 6 it takes 2 to 6",
+    ),
+    "off the grid": (
+        ["--sweep", "repeat", "--size", "3", "--step", "2"],
+        "--sweep repeat: no such block of 6 layers lies on a grid of 2",
+    ),
     "wide sweep": (["--sweep", "window", "--size", "1,7"], "a window of 7 layers does not fit a model of 6"),
     "window of nothing": (
         ["--sweep", "window", "--size", "0"],
@@ -50,11 +62,11 @@ WRONG = {
     ),
     "old sweep": (
         ["--sweep", "4"],
-        "--sweep 4: expected one of window, replace, delete, double, noise, blend",
+        "--sweep 4: expected one of window, replace, delete, double, repeat, parallel, noise, blend",
     ),
     "size without windows": (
-        ["--sweep", "delete", "--size", "4"],
-        "--size is about windows: it goes with --sweep window",
+        ["--sweep", "replace", "--size", "4"],
+        "--size is about windows: it goes with --sweep window, delete, double, repeat, parallel",
     ),
     "step without a sweep": (["--step", "4"], "--step is about windows: it goes with --sweep window"),
     "source without a path": (["--source", "rune="], "--source rune=: expected NAME=PATH"),
