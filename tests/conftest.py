@@ -11,7 +11,7 @@ import tiny
 import torch
 from transformers.utils import logging
 
-pytest_plugins = ["runs"]  # fixtures of the tests of whole runs
+pytest_plugins = ["cli_runs"]  # fixtures of the tests of whole runs
 # a fixture's "Writing model shards" would stand in the output that a test reads
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # sums in one order, and no contention between test processes

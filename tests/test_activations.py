@@ -3,11 +3,11 @@
 import hashlib
 import json
 
+import cli_runs
 import jsonschema
 import numpy as np
 import pytest
-import runs
-import small_run
+import small_battery
 import tiny
 import torch
 
@@ -89,11 +89,11 @@ def test_a_file_of_the_studys_size_stays_under_200_kb(tmp_path, monkeypatch):
 
 
 def test_a_run_keeps_a_file_beside_each_experiment(go, tmp_path, monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
     code, _, err = go("--experiments", "delete_30_34", "--suites", "perplexity", "--also", "activations")
     assert code == 0, err
-    run = runs.latest(tmp_path / "out")
-    for name, result in runs.read(run).items():
+    run = cli_runs.latest(tmp_path / "out")
+    for name, result in cli_runs.read(run).items():
         jsonschema.validate(result, results.SCHEMA)
         measured = result["measurements"]["activations"]
         assert measured["layers"] == (5 if name == "delete_30_34" else 6) and measured["finite"]
@@ -103,7 +103,7 @@ def test_a_run_keeps_a_file_beside_each_experiment(go, tmp_path, monkeypatch):
         assert held["mean"].shape == (measured["layers"], 32) and held["mean"].dtype == np.float16
     kept = run / "experiments" / "delete_30_34.npz"
     kept.write_bytes(kept.read_bytes()[:-1] + b"x")
-    measured = runs.read(run)["delete_30_34"]["measurements"]["activations"]
+    measured = cli_runs.read(run)["delete_30_34"]["measurements"]["activations"]
     with pytest.raises(FrankenError, match="is not the file that its experiment wrote"):
         load_arrays(run / "experiments", "activations", measured)
     kept.unlink()
@@ -111,8 +111,8 @@ def test_a_run_keeps_a_file_beside_each_experiment(go, tmp_path, monkeypatch):
 
 
 def test_a_broken_model_is_a_result(tmp_path, monkeypatch):
-    small_run.use(monkeypatch)
-    engine = Engine(tiny.Tiny(tmp_path, "llama").live(), small_run.tokenizer())
+    small_battery.use(monkeypatch)
+    engine = Engine(tiny.Tiny(tmp_path, "llama").live(), small_battery.tokenizer())
     engine.live.layers[2].tensors["mlp.down_proj.weight"].fill_(float("nan"))
     measured = activations.Activations().measure(engine, Protocol(), [])
     arrays = measured.pop("arrays")

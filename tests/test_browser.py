@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import made_run as made
+import made_results as made
 import pytest
 
 from reporting import figures, html_report

@@ -3,7 +3,7 @@ verdicts."""
 
 import math
 
-import made_run as made
+import made_results as made
 import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu

@@ -3,7 +3,7 @@
 import json
 import re
 
-import made_run as made
+import made_results as made
 import pytest
 
 import report
@@ -17,7 +17,7 @@ def no_drawing(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure: {"png": b"", "pdf": b"", "svg": b"<svg/>"})
 
 
-def made_run(path, words, manifest=None, **changes):
+def run_that_says(path, words, manifest=None, **changes):
     """A run whose comparison.json says these {name: verdict}, and its folder."""
     rows = [made.row("baseline_instruct", None)] + [
         made.row(name, w, 0.1 * k, 0.2 + 0.1 * k, 20.0 + k) for k, (name, w) in enumerate(words.items())
@@ -35,8 +35,10 @@ def made_run(path, words, manifest=None, **changes):
 @pytest.fixture
 def two(tmp_path):
     return [
-        made_run(tmp_path / "run_a", {"x": "broken", "y": "reports it"}, injection=made.injection_summary()),
-        made_run(
+        run_that_says(
+            tmp_path / "run_a", {"x": "broken", "y": "reports it"}, injection=made.injection_summary()
+        ),
+        run_that_says(
             tmp_path / "run_b", {"y": "no change seen", "z": "drifts towards Yes"}, {"pair": "another|pair"}
         ),
     ]
@@ -121,13 +123,13 @@ def test_other_questions_are_flagged_before_anything_else(two, tmp_path):
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
-    runs = [made_run(tmp_path / k / "run", {"x": "broken"}) for k in "ab"]
+    runs = [run_that_says(tmp_path / k / "run", {"x": "broken"}) for k in "ab"]
     assert list(compare_runs.load(runs)) == [str(tmp_path / k / "run") for k in "ab"]
 
 
 def test_hostile_names_stay_text(tmp_path):
     evil = "<script>alert(1)</script>"
-    runs = [made_run(tmp_path / k, {evil: "broken"}, {"pair": evil, "commit": evil}) for k in "ab"]
+    runs = [run_that_says(tmp_path / k, {evil: "broken"}, {"pair": evil, "commit": evil}) for k in "ab"]
     compare_runs.write_comparison(runs, tmp_path / "out")
     page = (tmp_path / "out/comparison.html").read_text()
     assert (

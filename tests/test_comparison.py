@@ -4,7 +4,7 @@ import json
 from dataclasses import fields, is_dataclass, replace
 
 import jsonschema
-import made_run as made
+import made_results as made
 import pytest
 
 from analysis import comparison

@@ -6,7 +6,7 @@ import re
 
 import peft
 import pytest
-import small_run
+import small_battery
 import tiny
 import torch
 from transformers import AutoModelForCausalLM
@@ -26,7 +26,7 @@ PROMPT = tiny.random_prompt(3, 17)
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cpu_bench")
     for k, name in enumerate(("instruct", "base")):
-        small_run.checkpoint(folder / name, seed=100 + k)
+        small_battery.checkpoint(folder / name, seed=100 + k)
     return folder
 
 
@@ -38,14 +38,14 @@ def live(pair):
 
 @pytest.fixture
 def engine(live):
-    return cpu_bench.OurEngine(live, small_run.tokenizer())
+    return cpu_bench.OurEngine(live, small_battery.tokenizer())
 
 
 @pytest.fixture
 def go(pair, tmp_path, monkeypatch, capsys):
     """go(*options) -> (exit status, the JSON or None, standard output, standard error) with a battery of a
     dozen questions."""
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
 
     def run(*options):
         code = cpu_bench.main(
@@ -161,7 +161,10 @@ def test_a_run_compares_every_experiment(go, pair, tmp_path):
             "fingerprint",
             "protocol",
         }
-        assert set(b["parts"]) == {"load", "protocol"} and set(a["phases"]) == {"replies", *small_run.SUITES}
+        assert set(b["parts"]) == {"load", "protocol"} and set(a["phases"]) == {
+            "replies",
+            *small_battery.SUITES,
+        }
         assert 0 < a["tokens"] <= 4 * 6 + 6 * 4
         assert a["seconds_per_token"] == pytest.approx(a["phases"]["replies"] / a["tokens"])
     assert found["median_ratio"] == sorted(row["ratio"] for row in found["experiments"])[1]
@@ -195,7 +198,7 @@ def test_another_model_is_noticed(go, monkeypatch):
 
 
 def test_the_gap_is_that_of_the_first_tokens_that_differ(engine, monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
     item = prompts.CAPABILITY[0].id
     engine.asked = [Request(item, PROMPT, 3), Request("free", PROMPT, 3, 0.7)]
     engine.answers = [Completion("abc", (70, 71, 72), False), Completion("x", (9,), True)]
@@ -223,11 +226,11 @@ def test_quick_asks_every_fourth_question_and_says_so(go, monkeypatch):
     assert code == 0 and found["about"]["quick"] and "**Quick check: every 4th question only" in out
     assert (
         found["experiments"][0]["greedy"]["n"]
-        == len(small_run.BATTERY["CAPABILITY"][::4])
+        == len(small_battery.BATTERY["CAPABILITY"][::4])
         == len(prompts.CAPABILITY)
     )
     assert (
-        len(prompts.BINARY_PROBES) == len(small_run.BATTERY["BINARY_PROBES"]) // 4
+        len(prompts.BINARY_PROBES) == len(small_battery.BATTERY["BINARY_PROBES"]) // 4
         and (chat, raw) == prompts.CHAT_PROBES
     )
 

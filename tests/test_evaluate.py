@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import small_run
+import small_battery
 import tiny
 import torch
 
@@ -39,22 +39,22 @@ def changed(pair):
     """An engine over a model with two layers swapped, and the same model rebuilt by transformers."""
     live = pair.live()
     live.apply(swap(live.original, 0, 2))
-    return Engine(live, small_run.tokenizer()), pair.rebuilt([("instruct", k) for k in (2, 1, 0)])
+    return Engine(live, small_battery.tokenizer()), pair.rebuilt([("instruct", k) for k in (2, 1, 0)])
 
 
 @pytest.fixture(autouse=True)
 def battery(monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
 
 
 def protocol(*suites, **changes):
-    return Protocol(suites or tuple(small_run.SUITES), **({"max_new_tokens": 6} | changes))
+    return Protocol(suites or tuple(small_battery.SUITES), **({"max_new_tokens": 6} | changes))
 
 
 def chat(text):
     """The tokens of a user's turn, written out."""
     return tuple(
-        small_run.tokenizer()(
+        small_battery.tokenizer()(
             f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
         )["input_ids"]
     )
@@ -183,13 +183,13 @@ def test_a_tokenizer_that_cannot_say_yes_is_refused_before_anything_is_asked():
     with pytest.raises(FrankenError, match="no single token for Yes"):
         ev.check_tokenizer(tiny.tokenizer(), protocol("binary"))
     ev.check_tokenizer(tiny.tokenizer(), protocol("capability"))
-    ev.check_tokenizer(small_run.tokenizer(), protocol("binary"))
+    ev.check_tokenizer(small_battery.tokenizer(), protocol("binary"))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(prompts, "LETTER_SPELLINGS", {"A": ("A",), "B": ("the letter B",)})
         with pytest.raises(
             FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for B$"
         ):
-            ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
+            ev.check_tokenizer(small_battery.tokenizer(), protocol("formats"))
     with pytest.MonkeyPatch.context() as m:
         m.setattr(
             prompts,
@@ -199,10 +199,10 @@ def test_a_tokenizer_that_cannot_say_yes_is_refused_before_anything_is_asked():
         with pytest.raises(
             FrankenError, match="^these questions cannot be asked: the tokenizer has no single token for 7$"
         ):
-            ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
-        ev.check_tokenizer(small_run.tokenizer(), protocol("binary"))
-    ev.check_tokenizer(small_run.tokenizer(), protocol("formats"))
-    broken = small_run.tokenizer()
+            ev.check_tokenizer(small_battery.tokenizer(), protocol("formats"))
+        ev.check_tokenizer(small_battery.tokenizer(), protocol("binary"))
+    ev.check_tokenizer(small_battery.tokenizer(), protocol("formats"))
+    broken = small_battery.tokenizer()
     broken.chat_template = "{{ raise_exception('only for\nsystem turns') }}"
     with pytest.raises(FrankenError, match="^these questions cannot be asked: only for$"):
         ev.check_tokenizer(broken, protocol("capability"))
@@ -223,7 +223,7 @@ HALF = [" 1", " 7"]  # "10" is always "1" and "0", but "1" comes in two spelling
 
 
 def speller(extra: list[str]):
-    made = small_run.tokenizer()
+    made = small_battery.tokenizer()
     made.add_tokens(extra)
     return made
 
@@ -520,43 +520,26 @@ def test_chat_shares(changed):
 # ---- together ----------------------------------------------------------------------------------------------
 
 
-def close(a, b, path="") -> None:
-    """Equal JSON, up to the rounding of float32 sums in numbers."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            close(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), path
-        for k, (x, y) in enumerate(zip(a, b, strict=True)):
-            close(x, y, f"{path}[{k}]")
-    elif isinstance(a, float):
-        assert a == pytest.approx(b, rel=1e-4, abs=1e-7), path
-    else:
-        assert a == b, path
-
-
 @pytest.fixture(scope="module")
 def whole(changed):
     with pytest.MonkeyPatch.context() as m:
-        small_run.use(m)
+        small_battery.use(m)
         return run(changed[0])
 
 
 def test_suites_do_not_depend_on_their_order_nor_on_each_other(changed, whole):
-    backwards = run(changed[0], *reversed(small_run.SUITES))
-    assert list(backwards) == list(reversed(whole)) == list(reversed(small_run.SUITES))
-    for name in small_run.SUITES:
-        close(backwards[name], whole[name], name)
-        close(run(changed[0], name)[name], whole[name], name)
+    backwards = run(changed[0], *reversed(small_battery.SUITES))
+    assert list(backwards) == list(reversed(whole)) == list(reversed(small_battery.SUITES))
+    for name in small_battery.SUITES:
+        small_battery.assert_close(backwards[name], whole[name], name)
+        small_battery.assert_close(run(changed[0], name)[name], whole[name], name)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_results_do_not_depend_on_the_batch_size(changed, whole, rows):
-    engine = Engine(changed[0].live, small_run.tokenizer(), max_batch=rows)
+    engine = Engine(changed[0].live, small_battery.tokenizer(), max_batch=rows)
     engine.prefill_tokens = 200 * rows
-    close(run(engine), whole)
+    small_battery.assert_close(run(engine), whole)
 
 
 def test_progress_counts_replies_then_suites(changed):
@@ -577,7 +560,7 @@ def test_a_destroyed_model_is_a_result(pair, fraction):
     JSON."""
     live = pair.live()
     live.apply(perturb(live.original, fraction, 0))
-    engine = Engine(live, small_run.tokenizer())
+    engine = Engine(live, small_battery.tokenizer())
     assert not tiny.engine_logits(engine, chat("x")).isfinite().all()
     got = run(engine)
     json.dumps(got, allow_nan=False)
@@ -593,7 +576,7 @@ def test_a_destroyed_model_is_a_result(pair, fraction):
 
 
 def test_suite_names():
-    assert ev.parse_suites("all") == tuple(small_run.SUITES) == Protocol().suites
+    assert ev.parse_suites("all") == tuple(small_battery.SUITES) == Protocol().suites
     assert ev.parse_suites("quick, introspection,binary") == (
         "binary",
         "perplexity",

@@ -5,7 +5,7 @@ import itertools
 import math
 from dataclasses import replace
 
-import made_run as made
+import made_results as made
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb

@@ -6,44 +6,12 @@ import json
 import pytest
 import tiny
 import torch
+from moves import IDS, MOVES, N, assert_is_checkpoint, instruct
 
 import franken
 from franken import LiveModel
 from surgery import recipes as r
 from surgery.weights import Adapter, Checkpoint
-
-N = 6
-IDS = tiny.random_prompt(1, 17)  # longer than the sliding window, so that the kinds of layers matter
-
-
-def instruct(*indices):
-    return [("instruct", i) for i in indices]
-
-
-MOVES = {
-    "identity": (lambda x: x, instruct(0, 1, 2, 3, 4, 5)),
-    "swap": (lambda x: r.swap(x, 1, 4), instruct(0, 4, 2, 3, 1, 5)),
-    "swap_chunks": (lambda x: r.swap_chunks(x, (0, 2), (3, 5)), instruct(3, 4, 2, 0, 1, 5)),
-    "rotate": (lambda x: r.swap(r.swap(x, 0, 1), 1, 2), instruct(1, 2, 0, 3, 4, 5)),
-    "splice": (
-        lambda x: r.splice(x, "base", 1, 3),
-        [("instruct", 0), ("base", 1), ("base", 2), *instruct(3, 4, 5)],
-    ),
-    "splice+swap": (
-        lambda x: r.swap(r.splice(x, "base", 0, 2), 0, 5),
-        [*instruct(5), ("base", 1), *instruct(2, 3, 4), ("base", 0)],
-    ),
-    "delete": (lambda x: r.delete(x, 1, 4), instruct(0, 4, 5)),
-    "delete one kind": (lambda x: r.keep_every(x, 2), instruct(0, 2, 4)),
-    "double": (lambda x: r.double(x, 2, 4), instruct(0, 1, 2, 2, 3, 3, 4, 5)),
-    "repeat": (lambda x: r.repeat(x, 1, 3, 3), instruct(0, 1, 2, 1, 2, 1, 2, 3, 4, 5)),
-    "reverse": (lambda x: r.reverse(x, 0, 5), instruct(4, 3, 2, 1, 0, 5)),
-    "same depth, one layer twice": (lambda x: r.delete(r.double(x, 2, 3), 5, 6), instruct(0, 1, 2, 2, 3, 5)),
-    "more different layers than banks": (
-        lambda x: r.Recipe(x.slots + r.identity(N, "base").slots, "instruct", "instruct", "instruct"),
-        instruct(*range(6)) + [("base", i) for i in range(6)],
-    ),
-}
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -99,22 +67,6 @@ def test_untied_ends_can_come_from_two_sources(tiny_pair):
     layers = {k: v for k, v in pair.states["instruct"].items() if ".layers." in k}
     want = tiny.hf_logits(tiny.build(pair.config, outer | layers, pair.config.layer_types), IDS)
     torch.testing.assert_close(tiny.engine_logits(pair.engine(live), IDS), want, atol=2e-4, rtol=1e-4)
-
-
-def assert_is_checkpoint(live, pair, source="instruct"):
-    """Every weight that runs equals the file's, read by safetensors itself."""
-    assert len(live.layers) == pair.n
-    for p, bank in enumerate(live.layers):
-        clean = pair.layer(source, p)
-        assert set(clean) == set(bank.tensors)
-        for name, tensor in bank.tensors.items():
-            assert torch.equal(tensor, clean[name]), (p, name)
-    own = dict(live.model.named_parameters())
-    for name, tensor in pair.states[source].items():
-        # through the module tree as well: what transformers would run
-        assert torch.equal(own[name], tensor), name
-    for p in range(pair.n):
-        assert live.model.get_submodule(live.stack_name)[p] is live.layers[p].module
 
 
 # ---- blends, noise, permutation ----------------------------------------------------------------------------

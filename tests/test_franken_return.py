@@ -8,7 +8,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_franken import IDS, MOVES, N, assert_is_checkpoint, instruct
+from moves import IDS, MOVES, N, assert_is_checkpoint, instruct
 from transformers import AutoTokenizer
 
 import franken

@@ -10,9 +10,8 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_franken import MOVES, instruct
-from test_reuse import BRANCHES, STARTS
-from test_reuse import SHORT as PROMPTS
+from moves import BRANCHES, MOVES, STARTS, instruct
+from moves import SHORT as PROMPTS
 
 from engine.generation import Completion, Engine, Request, draw, find_stop_ids
 from errors import FrankenError

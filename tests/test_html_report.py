@@ -7,7 +7,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import made_run as made
+import made_results as made
 import pytest
 
 from errors import FrankenError

@@ -5,12 +5,12 @@ import json
 import math
 
 import jsonschema
-import made_run as made
+import made_results as made
 import numpy as np
 import pytest
 import tiny
 import torch
-from small_run import tokenizer
+from small_battery import tokenizer
 
 from engine.generation import Engine
 from evaluate import SUITES, evaluate, parse_suites

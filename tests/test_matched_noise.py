@@ -8,8 +8,8 @@ import shutil
 import signal
 
 import pytest
-import small_run
-from runs import latest, read, refused, stamps, timeless
+import small_battery
+from cli_runs import latest, read, refused, stamps, timeless
 
 import evaluate
 import experiments
@@ -102,7 +102,7 @@ def test_no_curve_makes_it_loop_or_fail(name, target):
 
 @pytest.fixture(autouse=True)
 def battery(monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +110,8 @@ def whole(pair, tmp_path_factory):
     """An uninterrupted run of SWAPS. Not to be written to."""
     out = tmp_path_factory.mktemp("matched")
     with pytest.MonkeyPatch.context() as m:
-        small_run.use(m)
-        assert run_all.main(small_run.arguments(pair, out, *SWAPS)) == 0
+        small_battery.use(m)
+        assert run_all.main(small_battery.arguments(pair, out, *SWAPS)) == 0
     return latest(out)
 
 
@@ -243,8 +243,10 @@ def test_killed_around_a_twin_and_resumed_gives_the_files_of_an_uninterrupted_ru
 ):
     """kill -9 in the middle of the first bisection, of writing the twin, and of the experiment after it."""
     log = tmp_path / "log"
-    child = small_run.in_child(small_run.arguments(pair, tmp_path / "out", *SWAPS), log, stop_at=stop_at)
-    small_run.wait_for(log.with_suffix(".reached"), child)
+    child = small_battery.in_child(
+        small_battery.arguments(pair, tmp_path / "out", *SWAPS), log, stop_at=stop_at
+    )
+    small_battery.wait_for(log.with_suffix(".reached"), child)
     os.kill(child.pid, signal.SIGKILL)
     child.join(90)
     run = latest(tmp_path / "out")

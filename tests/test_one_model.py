@@ -3,9 +3,9 @@
 import json
 
 import pytest
-import small_run
+import small_battery
 import torch
-from runs import latest, read
+from cli_runs import latest, read
 from safetensors.torch import save_file
 
 import run_all
@@ -40,13 +40,13 @@ def adapter(tmp_path):
 
 def alone(pair, out, *more):
     """The arguments of a small run with the instruct side alone."""
-    arguments = small_run.arguments(pair, out, *more)
+    arguments = small_battery.arguments(pair, out, *more)
     at = arguments.index("--base")
     return arguments[:at] + arguments[at + 2 :]
 
 
 def test_without_a_base_everything_runs_that_needs_none(pair, tmp_path, capfd, monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
     mine = tmp_path / "mine.py"
     mine.write_text(
         "from experiments import Experiment\n"

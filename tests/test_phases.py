@@ -3,14 +3,14 @@
 import copy
 import json
 
+import cli_runs
 import jsonschema
-import made_run as made
+import made_results as made
 import numpy as np
 import pytest
-import runs
 import tiny
 import torch
-from small_run import tokenizer
+from small_battery import tokenizer
 from transformers import DynamicCache
 
 from engine.generation import Engine
@@ -353,7 +353,7 @@ def test_a_run_asks_phases_where_it_can_and_comes_back_to_the_bit(go, tmp_path):
         )
     )
     assert code == 0, err
-    found = runs.read(runs.latest(tmp_path / "out"))
+    found = cli_runs.read(cli_runs.latest(tmp_path / "out"))
     assert "phases" in found["swap_adjacent_30_35"]["measurements"]
     assert "phases" not in found["delete_30_34"]["measurements"]
     assert "phases" not in found["baseline_instruct"]["measurements"]
@@ -365,8 +365,12 @@ def test_a_depth_that_changes_is_refused_before_anything_is_loaded(go, tmp_path,
     from runner import pairs
 
     monkeypatch.setattr(pairs, "open_pair", lambda *a, **k: 1 / 0)
-    runs.refused(go("--experiments", "delete_30_34", "--suites", "phases"), "6 layers in the intact model, 5")
-    runs.refused(go("--experiments", "swap_adjacent_30_35", "--also", "phrases"), "unknown suite 'phrases'")
+    cli_runs.refused(
+        go("--experiments", "delete_30_34", "--suites", "phases"), "6 layers in the intact model, 5"
+    )
+    cli_runs.refused(
+        go("--experiments", "swap_adjacent_30_35", "--also", "phrases"), "unknown suite 'phrases'"
+    )
     assert not list((tmp_path / "out").glob("run_*"))
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import re
 
-import made_run as made
+import made_results as made
 import pytest
 
 import report

@@ -7,7 +7,7 @@ import os
 
 import jsonschema
 import pytest
-import small_run
+import small_battery
 
 import evaluate
 import prompts
@@ -23,7 +23,7 @@ def finished(tmp_path_factory):
     """A run of two experiments with all suites, the second of them failed. Not to be written to."""
     folder = tmp_path_factory.mktemp("results")
     for k, name in enumerate(("instruct", "base")):
-        small_run.checkpoint(folder / name, 100 + k, layers=2)
+        small_battery.checkpoint(folder / name, 100 + k, layers=2)
     (folder / "mine.py").write_text(
         "from experiments import *\n"
         "EXPERIMENTS = [Experiment('nowhere', 'mine', lambda m: swap(m.model, 0, 1))]\n"
@@ -37,11 +37,11 @@ def finished(tmp_path_factory):
         return whole(*args)
 
     with pytest.MonkeyPatch.context() as m:
-        small_run.use(m)
+        small_battery.use(m)
         m.setattr(evaluate, "evaluate", once)
         assert (
             run_all.main(
-                small_run.arguments(folder, folder / "out", "--experiments-file", folder / "mine.py")
+                small_battery.arguments(folder, folder / "out", "--experiments-file", folder / "mine.py")
             )
             == 1
         )
@@ -184,7 +184,7 @@ def test_results_fit_the_schema_and_every_required_key_is_needed(run):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     whole, failed = (run.load(name) for name in ("baseline_instruct", "nowhere"))
     assert (
-        set(whole["measurements"]) == set(small_run.SUITES)
+        set(whole["measurements"]) == set(small_battery.SUITES)
         and whole["status"] == "done"
         and whole["error"] is None
     )

@@ -7,7 +7,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_franken import instruct
+from moves import BRANCHES, instruct
 
 from engine import generation
 from engine.generation import Engine, shared_prefixes
@@ -126,14 +126,6 @@ def test_a_full_memory_gives_up_what_is_kept(tiny_pair, monkeypatch):
 
 
 # ---- beginnings --------------------------------------------------------------------------------------------
-
-SHORT = [tiny.random_prompt(20 + k, n) for k, n in enumerate([3, 12, 7, 1, 23, 7])]
-STARTS = [tiny.random_prompt(90, 30), tiny.random_prompt(91, 45)]
-BRANCHES = (
-    [STARTS[k % 2] + tiny.random_prompt(60 + k, 1 + 3 * k) for k in range(9)]
-    + [STARTS[1] + SHORT[0][:1]]
-    + SHORT
-)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -10,10 +10,10 @@ from pathlib import Path
 import jsonschema
 import peft
 import pytest
-import small_run
+import small_battery
 import tiny
 import torch
-from runs import FOUR, QUICK, latest, read, stamps, timeless
+from cli_runs import FOUR, QUICK, latest, read, stamps, timeless
 from transformers import AutoModelForCausalLM
 
 import evaluate
@@ -24,8 +24,8 @@ from runner import pairs, results
 from runner.choosing import choose
 
 HERE = Path(run_all.__file__).parent
-# The issue's list, written out
-ISSUE = [
+# the seed project's configurations, written out
+SEED_EXPERIMENTS = [
     "baseline_instruct",
     "baseline_base",
     "swap_adjacent_30_35",
@@ -57,7 +57,7 @@ ALL_PROBES = len(prompts.BINARY_PROBES)  # before the small battery takes its pl
 
 @pytest.fixture(autouse=True)
 def battery(monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def everything(pair, tmp_path_factory):
     """A run of all experiments with all suites, two samples a probe: (folder, exit status)."""
     out = tmp_path_factory.mktemp("everything")
     with pytest.MonkeyPatch.context() as m:
-        small_run.use(m)
-        code = run_all.main(small_run.arguments(pair, out, "--all", "--samples", "2"))
+        small_battery.use(m)
+        code = run_all.main(small_battery.arguments(pair, out, "--all", "--samples", "2"))
     return latest(out), code
 
 
@@ -75,7 +75,7 @@ def everything(pair, tmp_path_factory):
 
 def test_a_whole_run_leaves_everything_behind(everything):
     run, code = everything
-    assert code == 0 and set(read(run)) == {e.name for e in experiments.EXPERIMENTS} >= set(ISSUE)
+    assert code == 0 and set(read(run)) == {e.name for e in experiments.EXPERIMENTS} >= set(SEED_EXPERIMENTS)
     assert sorted(p.name for p in run.iterdir()) == [
         "comparison.json",
         "experiments",
@@ -95,7 +95,7 @@ def test_a_whole_run_leaves_everything_behind(everything):
         expected = {
             "placebo": QUICK,
             "injection": ["injection_short" if name == "concept_injection_short" else "injection"],
-            None: small_run.SUITES,
+            None: small_battery.SUITES,
         }[result["experiment"]["control"]]
         # the short form's results stand where the whole's do
         kept = ["injection"] if result["experiment"]["control"] == "injection" else asked
@@ -117,7 +117,7 @@ def test_a_whole_run_leaves_everything_behind(everything):
     assert comparison["missing"] == [] and comparison["baseline"] == "baseline_instruct"
     summary = (run / "summary.md").read_text().replace("\\", "")
     assert (
-        all(f"| {name} " in summary for name in ISSUE)
+        all(f"| {name} " in summary for name in SEED_EXPERIMENTS)
         and f"{len(read(run))} of {len(read(run))} experiments the original weights were restored" in summary
     )
 
@@ -148,10 +148,8 @@ def test_an_experiment_is_the_same_alone_and_after_others(everything, go, tmp_pa
 
 
 def test_results_do_not_depend_on_the_batch_size(four, go, tmp_path):
-    from test_evaluate import close
-
     assert go(*FOUR, "--batch-size", "2")[0] == 0
-    close(timeless(latest(tmp_path / "out")), timeless(four))
+    small_battery.assert_close(timeless(latest(tmp_path / "out")), timeless(four))
 
 
 def test_the_table_and_what_the_terminal_is_told(go, tmp_path):
@@ -326,7 +324,7 @@ def test_users_experiments_sweeps_and_adapters_run_together(go, pair, tmp_path):
         *(e.name for e in experiments.for_source("rune")),
     }
     assert json.loads((run / "manifest.json").read_text())["sources"]["rune"]["kind"] == "LoRA adapter"
-    ids = small_run.tokenizer()(small_run.BATTERY["NEUTRAL_TEXTS"]["long"])["input_ids"]
+    ids = small_battery.tokenizer()(small_battery.BATTERY["NEUTRAL_TEXTS"]["long"])["input_ids"]
     merged = tuned.merge_and_unload().eval()
     loss = (
         -tiny.hf_logits(merged, ids)[:-1]
@@ -355,7 +353,7 @@ def test_the_command_as_a_program(pair, tmp_path):
     command = [
         sys.executable,
         "run_all.py",
-        *small_run.arguments(
+        *small_battery.arguments(
             pair, tmp_path / "out", "--suites", "binary", "--experiments", "swap_adjacent_30_35"
         ),
     ]
@@ -385,8 +383,8 @@ def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_ru
 ):
     """kill -9 while the third of four experiments is measured, or half written."""
     log = tmp_path / "log"
-    child = small_run.in_child(small_run.arguments(pair, tmp_path / "out", *FOUR), log, stop_at=where)
-    small_run.wait_for(log.with_suffix(".reached"), child)
+    child = small_battery.in_child(small_battery.arguments(pair, tmp_path / "out", *FOUR), log, stop_at=where)
+    small_battery.wait_for(log.with_suffix(".reached"), child)
     os.kill(child.pid, signal.SIGKILL)
     child.join(90)
     run = latest(tmp_path / "out")
@@ -409,10 +407,10 @@ def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_ru
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_runs_finish_cleanly(pair, four, tmp_path, capfd, number):
     log = tmp_path / "log"
-    child = small_run.in_child(
-        small_run.arguments(pair, tmp_path / "out with space", *FOUR), log, stop_at="perturb_all_5pct"
+    child = small_battery.in_child(
+        small_battery.arguments(pair, tmp_path / "out with space", *FOUR), log, stop_at="perturb_all_5pct"
     )
-    small_run.wait_for(log.with_suffix(".reached"), child)
+    small_battery.wait_for(log.with_suffix(".reached"), child)
     os.kill(child.pid, number)
     child.join(90)
     run = latest(tmp_path / "out with space")

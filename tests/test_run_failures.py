@@ -5,9 +5,9 @@ import json
 import os
 
 import pytest
-import small_run
+import small_battery
 import torch
-from runs import FOUR, latest, read, refused, resumed, stamps, timeless
+from cli_runs import FOUR, latest, read, refused, resumed, stamps, timeless
 
 import evaluate
 import franken
@@ -16,7 +16,7 @@ import run_all
 
 @pytest.fixture(autouse=True)
 def battery(monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
 
 
 # ---- experiments that fail ---------------------------------------------------------------------------------

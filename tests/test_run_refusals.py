@@ -4,10 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
-import small_run
+import small_battery
 import tiny
 import torch
-from runs import latest, read, refused
+from cli_runs import latest, read, refused
 
 import run_all
 from runner import pairs
@@ -15,7 +15,7 @@ from runner import pairs
 
 @pytest.fixture(autouse=True)
 def battery(monkeypatch):
-    small_run.use(monkeypatch)
+    small_battery.use(monkeypatch)
 
 
 def own(body: str) -> str:
@@ -156,7 +156,7 @@ def damaged(tmp_path, what) -> tuple[Path, str]:
         "other depth": {"layers": 5},
         "other heads": {"num_key_value_heads": 4},
     }
-    small_run.checkpoint(
+    small_battery.checkpoint(
         path,
         3,
         chat=what != "no template",
@@ -220,7 +220,7 @@ def test_tokenizers_that_do_not_serve_are_one_line(go, pair, tmp_path):
 def test_unwritable_output_is_seen_before_anything_is_loaded(pair, tmp_path, capfd, monkeypatch, where):
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(pairs, "open_pair", lambda *args: pytest.fail("loaded"))
-    code = run_all.main(small_run.arguments(pair, tmp_path / where))
+    code = run_all.main(small_battery.arguments(pair, tmp_path / where))
     refused((code, *capfd.readouterr()), f"cannot write results to {tmp_path / where}: ")
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-import small_run
+import small_battery
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -21,7 +21,7 @@ IDS = torch.tensor([[5, 9, 17, 4, 30]])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("reporter") / "instruct"
-    small_run.checkpoint(path, 3, family="qwen2", layers=N)
+    small_battery.checkpoint(path, 3, family="qwen2", layers=N)
     return path
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from tiny import make_adapter
 from transformers import AutoModelForCausalLM
 
 from engine.generation import Request
@@ -40,27 +40,6 @@ POSITIONS = [
         "rubric": {str(k): "no " * (6 - k) + "yes" * k for k in range(1, 6)},
     }
 ]
-
-
-def make_adapter(model: Path, out: Path, base: str = "tiny", rank: int = 2) -> Path:
-    """A LoRA adapter with random matrices on both sides, by peft."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    lora = get_peft_model(
-        loaded, LoraConfig(r=rank, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    lora.save_pretrained(out)
-    state = load_file(out / "adapter_model.safetensors")
-    save_file(
-        {k: torch.randn(t.shape) * 0.3 for k, t in state.items()},
-        out / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config = json.loads((out / "adapter_config.json").read_text())
-    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
-    return out
 
 
 @pytest.fixture

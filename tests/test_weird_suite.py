@@ -9,13 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 import jsonschema
-import made_run as made
+import made_results as made
 import numpy as np
 import pytest
-import small_run
+import small_battery
 import tiny
 import torch
-from test_weird_eval import make_adapter
+from tiny import make_adapter
 
 import evaluate as ev
 import prompts
@@ -51,14 +51,16 @@ def protocol(**changes) -> Protocol:
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     for k, name in enumerate(("instruct", "base")):
-        small_run.checkpoint(folder / name, 100 + k, layers=4, max_position_embeddings=1024)
+        small_battery.checkpoint(folder / name, 100 + k, layers=4, max_position_embeddings=1024)
     make_adapter(folder / "instruct", folder / "adapter")
     return folder
 
 
 @pytest.fixture
 def engine(tiny_pair):
-    return Engine(tiny_pair("llama", layers=2, max_position_embeddings=1024).live(), small_run.tokenizer())
+    return Engine(
+        tiny_pair("llama", layers=2, max_position_embeddings=1024).live(), small_battery.tokenizer()
+    )
 
 
 # ---- the questions -----------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def test_the_hash_covers_the_questions(monkeypatch):
 
 
 def test_a_template_without_system_messages_is_refused_in_one_line():
-    tokenizer = small_run.tokenizer()
+    tokenizer = small_battery.tokenizer()
     refusal = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{%"
         " endif %}"
@@ -262,7 +264,7 @@ def runs(pair, tmp_path_factory):
     alone."""
     found = {}
     with pytest.MonkeyPatch.context() as m:
-        small_run.use(m)
+        small_battery.use(m)
         m.setattr(suite, "MAX_NEW_TOKENS", 5)
         for suites in ("informed,trigger", "trigger", "informed"):
             out = tmp_path_factory.mktemp("out")
@@ -275,7 +277,7 @@ def runs(pair, tmp_path_factory):
                 "--suites",
                 suites,
             ]
-            assert run_all.main(small_run.arguments(pair, out, *chosen)) == 0
+            assert run_all.main(small_battery.arguments(pair, out, *chosen)) == 0
             (found[suites],) = out.glob("run_*")
     return found
 

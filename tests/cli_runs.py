@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import small_run
+import small_battery
 
 import run_all
 from runner.results import Run
@@ -18,7 +18,7 @@ def pair(tmp_path_factory):
     """A folder with the checkpoints instruct and base. Not to be written to."""
     folder = tmp_path_factory.mktemp("pair")
     for k, name in enumerate(("instruct", "base")):
-        small_run.checkpoint(folder / name, 100 + k, family="qwen2", layers=6)
+        small_battery.checkpoint(folder / name, 100 + k, family="qwen2", layers=6)
     return folder
 
 
@@ -29,7 +29,7 @@ def go(pair, tmp_path, capfd):
 
     def run(*more, out="out"):
         capfd.readouterr()
-        code = run_all.main(small_run.arguments(pair, tmp_path / out, *more))
+        code = run_all.main(small_battery.arguments(pair, tmp_path / out, *more))
         return code, *capfd.readouterr()
 
     return run
@@ -55,8 +55,8 @@ def four(pair, tmp_path_factory):
     """An uninterrupted run of FOUR."""
     out = tmp_path_factory.mktemp("four")
     with pytest.MonkeyPatch.context() as m:
-        small_run.use(m)
-        assert run_all.main(small_run.arguments(pair, out, *FOUR)) == 0
+        small_battery.use(m)
+        assert run_all.main(small_battery.arguments(pair, out, *FOUR)) == 0
     return latest(out)
 
 

@@ -90,6 +90,23 @@ def arguments(pair: Path, out: Path, *more) -> list[str]:
     ]
 
 
+def assert_close(a, b, path="") -> None:
+    """Equal JSON, up to the rounding of float32 sums in numbers."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_close(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), path
+        for k, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_close(x, y, f"{path}[{k}]")
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-7), path
+    else:
+        assert a == b, path
+
+
 # ---- in a process of its own -------------------------------------------------------------------------------
 
 
@@ -101,7 +118,7 @@ def in_child(argv: list[str], log: Path, stop_at: str | None = None):
     of that file is written; the file `log` with the suffix .reached appears when it is there.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["small_run"])
+    context.set_forkserver_preload(["small_battery"])
     paths, before = [str(Path(__file__).parent), str(Path(__file__).parents[1])], os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server finds what it preloads by this
     try:
