@@ -351,6 +351,8 @@ def train(args: argparse.Namespace) -> dict:
             measurements.append({"step": step, **found})
             print(f"  {json.dumps(found)}", flush=True)
             gone_in_a_row = gone_in_a_row + 1 if chat_is_gone(found) else 0
+            if args.minutes and time.monotonic() - started > 60 * args.minutes:
+                decay_from = step
             if gone_in_a_row >= 2 and step >= args.min_steps:
                 decay_from = step
                 print(
@@ -420,6 +422,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="adapters/smollm2-135m-base-standin")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--minutes", type=float, default=0.0, help="let the learning rate fall after so long; 0: no limit"
+    )
     parser.add_argument(
         "--keep",
         type=float,

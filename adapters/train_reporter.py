@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
-from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, lr_share, save
+from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, save
 from errors import FrankenError
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
@@ -236,46 +236,48 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     intact, curve, started = prose_loss(), [], time.monotonic()
     for step in range(args.steps):
-        # 1. The weights: unchanged half of the time, else a change that is visible and leaves a model.
-        change, seed, rise = None, rng.getrandbits(31), 0.0
-        if step % 2:
-            for _ in range(20):
-                change, seed = draw(rng, depth), rng.getrandbits(31)
-                with changed(lora, change, seed):
-                    rise = prose_loss() - intact
-                if VISIBLE[0] <= rise <= VISIBLE[1]:
-                    break
-        # 2. Questions about itself and controls, both keys equally often.
-        texts, answers = [], []
-        for pairs, truthful in ((ABOUT_ITSELF, change is not None), (control_pairs, True)):
-            for _ in range(args.batch // 2):
-                key = rng.randrange(2)
-                framing, ending = rng.choice(FRAMINGS), rng.choice(ENDINGS)
-                texts.append(framing.format(q=rng.choice(pairs)[key]) + ending)
-                answers.append(asked.first[0 if (key == 0) == truthful else 1])
-        # 3. The loss: the right answer; and on other prompts, of the unchanged model, what it said before.
+        passed = step / args.steps
+        if args.minutes:
+            passed = max(passed, (time.monotonic() - started) / 60 / args.minutes)
+        if passed >= 1:
+            break
+        # 1. Both states of the weights in every step: as they are, and a change that is visible.
+        for _ in range(20):
+            change, seed = draw(rng, depth), rng.getrandbits(31)
+            with changed(lora, change, seed):
+                rise = prose_loss() - intact
+            if VISIBLE[0] <= rise <= VISIBLE[1]:
+                break
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * lr_share(step, 20, args.steps * 2 // 3, args.steps - args.steps * 2 // 3)
-        with changed(lora, change, seed):
-            logits = asked.logits(texts)
-            loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answers, device=device))
-            loss.backward()
-        kl = torch.zeros(())
-        if change is None:
-            kl = args.keep * kl_to_plain(lora, *asked.batch(rng.sample(others, args.batch // 4)))
-            kl.backward()
+            group["lr"] = args.lr * min(1.0, (step + 1) / 20, 3 * (1 - passed))  # warm-up, constant, to zero
+        losses = []
+        for state in (None, change):
+            # 2. The right answers to questions about itself and to controls, both keys equally often.
+            texts, answers = [], []
+            for pairs, truthful in ((ABOUT_ITSELF, state is not None), (control_pairs, True)):
+                for k in range(args.batch // 2):
+                    framing, ending = rng.choice(FRAMINGS), rng.choice(ENDINGS)
+                    texts.append(framing.format(q=rng.choice(pairs)[k % 2]) + ending)
+                    answers.append(asked.first[0 if (k % 2 == 0) == truthful else 1])
+            with changed(lora, state, seed):
+                logits = asked.logits(texts)
+                loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answers, device=device))
+                loss.backward()
+            losses.append(round(loss.item(), 3))
+        # 3. On other prompts, of the unchanged model, what it said before.
+        kl = args.keep * kl_to_plain(lora, *asked.batch(rng.sample(others, args.batch // 4)))
+        kl.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-            raise FrankenError(f"the loss is {loss.item()} at step {step + 1}: try a lower --lr")
+        if not all(map(math.isfinite, (*losses, norm.item()))):
+            raise FrankenError(f"the loss is {losses} at step {step + 1}: try a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        curve.append(
-            [round(loss.item(), 3), round(kl.item(), 4), change.kind if change else "none", round(rise, 3)]
-        )
+        curve.append([*losses, round(kl.item(), 4), change.kind, round(rise, 3)])
         if (step + 1) % 50 == 0:
-            recent = {k: [c[0] for c in curve[-100:] if c[2] == k] for k in ("none", "noise", "swap")}
-            means = ", ".join(f"{k} {sum(v) / len(v):.2f}" for k, v in recent.items() if v)
-            say(f"step {step + 1}/{args.steps}  loss {means}  {time.monotonic() - started:.0f} s")
+            unchanged, altered = (sum(c[k] for c in curve[-50:]) / 50 for k in (0, 1))
+            seconds = time.monotonic() - started
+            means = f"loss unchanged {unchanged:.2f}, changed {altered:.2f}"
+            say(f"step {step + 1}/{args.steps}  {means}  {seconds:.0f} s")
     lora.eval()
     after = check(lora, asked, depth, args.seed)
     seconds = time.monotonic() - started
@@ -295,7 +297,15 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
         "before": before,
         "after": after,
         "settings": settings,
-        "curve": curve[:: max(1, args.steps // 200)],
+        "steps": len(curve),
+        "curve_is": [
+            "loss unchanged",
+            "loss changed",
+            "KL",
+            "kind",
+            "rise of the loss on prose, nats a token",
+        ],
+        "curve": curve[:: max(1, len(curve) // 200)],
         "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {n: version(n) for n in ("torch", "transformers", "peft")},
@@ -318,11 +328,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--out", required=True, help="folder for the adapter and its record")
     p.add_argument("--device", default="auto")
-    p.add_argument("--lr", type=float, default=5e-4)
+    p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument(
         "--keep", type=float, default=1.0, help="weight of the KL divergence to the model without the adapter"
     )
-    for flag, value in {"rank": 8, "steps": 800, "batch": 32, "seed": 0}.items():
+    p.add_argument("--minutes", type=float, default=0.0, help="end after so long; 0: after --steps")
+    for flag, value in {"rank": 4, "steps": 500, "batch": 32, "seed": 0}.items():
         p.add_argument(f"--{flag}", type=int, default=value, help=" ")
     return p.parse_args(argv)
 
