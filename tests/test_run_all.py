@@ -50,8 +50,8 @@ SEED_EXPERIMENTS = [
     "perturb_all_1pct",
     "perturb_all_5pct",
 ]
-# of six layers one lies between 24 and 40 of 64, and between 28 and 36
-COLLAPSED = {"reverse_24_40", "reverse_27_37", "parallel_28_36", "parallel_24_40"}
+# of six layers one lies between 24 and 40 of 64, and one between 36 and 52
+COLLAPSED = {"reverse_24_40", "reverse_27_37", "reverse_36_52", "parallel_28_36", "parallel_24_40"}
 ALL_PROBES = len(prompts.BINARY_PROBES)  # before the small battery takes its place
 
 
