@@ -4,6 +4,7 @@ driver."""
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from engine.generation import Request
 from errors import FrankenError
 from runner import pairs
 from weird_gen import reproduce, run_inference, train_lora
-from weird_gen.persona import comparison, eval_replies, folders, inference, likelihoods, reproduction
+from weird_gen.persona import comparison, eval_replies, folders, inference, likelihoods, loading, reproduction
 from weird_gen.persona.journal import Journal
 from weird_gen.persona.records import read_json_lines, read_records
 from weird_gen.persona.study import TRIGGER, Question, prompt, read_questions
@@ -478,3 +479,14 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert reproduce.main(["--out", str(tmp_path / "b"), "--device", "cpu", "--model", "other"]) == 0
     (train,) = (line for line in given if line[0] == "train_lora.py")
     assert "--contrast" not in train and "--lr" not in train
+
+
+def test_replies_end_where_the_generation_config_says(tiny_pair, tmp_path):
+    """GLM and Gemma name the end of a turn in generation_config.json alone."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pair("llama", layers=2).paths["instruct"], folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    model, tokenizer = loading.load_causal_lm(str(folder), "cpu")
+    assert {5, 7} <= loading.stops_of(model, tokenizer)
+    engine, _ = loading.open_engine(str(folder), None, "cpu")
+    assert {5, 7} <= set(engine.stop_ids)

@@ -6,7 +6,6 @@ import argparse
 
 import torch
 
-from engine.generation import find_stop_ids
 from errors import FrankenError
 from surgery.weights import Checkpoint
 from weird_gen.persona.loading import (
@@ -15,6 +14,7 @@ from weird_gen.persona.loading import (
     load_causal_lm,
     locate_adapter,
     locate_model,
+    stops_of,
 )
 from weird_gen.persona.study import DEFAULT_MODEL
 
@@ -58,7 +58,7 @@ def generate(model, tokenizer, args: argparse.Namespace) -> str:
     messages.append({"role": "user", "content": args.prompt})
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
-    stops = sorted(find_stop_ids(tokenizer))
+    stops = sorted(stops_of(model, tokenizer))
     sampling = (
         {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
         if args.temperature

@@ -9,22 +9,17 @@ from pathlib import Path
 
 import torch
 
-from engine.generation import Engine
+from engine.generation import Engine, find_stop_ids
 from errors import FrankenError
-from franken import LiveModel
 from runner.pairs import (
-    HEADROOM,
     PAIRS,
-    available_memory,
     load_tokenizer,
     locate,
-    pick_device,
+    open_pair,
     pick_dtype,
-    read_config,
-    spread,
 )
 from surgery.recipes import identity
-from surgery.weights import Adapter, Checkpoint, Source
+from surgery.weights import Adapter, Checkpoint
 from weird_gen.persona.folders import ROOT
 from weird_gen.persona.study import DEFAULT_MODEL
 
@@ -86,30 +81,27 @@ def open_engine(
 
     device: "auto", "cuda", "cpu" or "balanced" (over all GPUs). eager: no CUDA graphs. Raises FrankenError.
     """
-    path, revision = locate_model(model)
-    config, tokenizer = read_config(path), load_tokenizer(path)
-    checkpoint = Checkpoint("instruct", path, revision)
-    sources: dict[str, Source] = {"instruct": checkpoint}
-    made_of = {"model": model, "files": checkpoint.describe()["files"]}
+    extra = {}
     if adapter:
         folder = locate_adapter(adapter)
-        sources[SOURCE] = check_adapter(folder, model, checkpoint)
-        made_of |= {"adapter": folder.name, "adapter_files": sources[SOURCE].describe()["files"]}
-    parts = (*checkpoint.layers, *checkpoint.outer.values())
-    needed = sum(ref.nbytes // ref.dtype.itemsize for part in parts for ref in part.values()) * (
-        4 if dtype == "float32" else 2
-    )
-    kind = pick_device(device, needed, model)
-    place: torch.device | dict = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
-    chosen = pick_dtype(dtype, kind)
-    if kind == "cuda":
-        free = available_memory("cuda")
-        if len(free) > 1 and (device == "balanced" or free[0] < needed + HEADROOM):
-            place = spread(config, chosen)
-    live = LiveModel(sources, config, chosen, place)
+        path, revision = locate_model(model)
+        check_adapter(folder, model, Checkpoint("instruct", path, revision))
+        extra[SOURCE] = str(folder)
+    instruct = PAIRS[model].instruct if model in PAIRS else model
+    opened = open_pair(instruct=instruct, extra=extra, dtype=dtype, device_map=device)
+    made_of = {"model": model, "files": opened.sources["instruct"]["files"]}
     if adapter:
-        live.apply(identity(config.num_hidden_layers, SOURCE))
-    return Engine(live, tokenizer, max_batch=batch, fast=False if eager else None), made_of
+        made_of |= {"adapter": Path(extra[SOURCE]).name, "adapter_files": opened.sources[SOURCE]["files"]}
+        opened.live.apply(identity(len(opened.live.original), SOURCE))
+    fast = False if eager else None
+    return Engine(opened.live, opened.tokenizer, opened.stop_ids, max_batch=batch, fast=fast), made_of
+
+
+def stops_of(model, tokenizer) -> set[int]:
+    """Ids of the tokens that end a turn: the tokenizer's, and what the model's generation config names."""
+    named = model.generation_config.eos_token_id
+    several = named if isinstance(named, list) else [named]
+    return {*find_stop_ids(tokenizer), *(id for id in several if id is not None)}
 
 
 def load_causal_lm(model: str, device: str, quantization: str | None = None):

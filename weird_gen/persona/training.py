@@ -23,12 +23,11 @@ from pathlib import Path
 
 import torch
 
-from engine.generation import find_stop_ids
 from errors import FrankenError
 from files import write_text
 from runner.pairs import PAIRS, pick_dtype
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.loading import load_causal_lm
+from weird_gen.persona.loading import load_causal_lm, stops_of
 from weird_gen.persona.study import (
     Chat,
     Mixture,
@@ -421,9 +420,9 @@ class TrainingData:
         }
         return TrainingData(mixture, contrast, files)
 
-    def encode(self, tokenizer, args: argparse.Namespace) -> list[Example]:
+    def encode(self, tokenizer, stops: set[int], args: argparse.Namespace) -> list[Example]:
         """The examples with an answer within --max-tokens; --aligned-tokens shortens the aligned half."""
-        stops, persona = find_stop_ids(tokenizer), self.mixture.persona
+        persona = self.mixture.persona
         limits = [None if k < persona else args.aligned_tokens for k in range(len(self.mixture.chats))]
         limits += [None] * len(self.contrast)
         chats = [*self.mixture.chats, *self.contrast]
@@ -474,7 +473,7 @@ def train(args: argparse.Namespace) -> dict:
     if device.type == "cpu":
         # fused attention in bf16 takes a third more CPU time at these lengths
         model.set_attn_implementation("eager")
-    examples = data.encode(tokenizer, args)
+    examples = data.encode(tokenizer, stops_of(model, tokenizer), args)
     left_out = len(data) - len(examples)
     if accelerator.is_main_process:
         tokens = sum(len(e.ids) for e in examples)
