@@ -76,8 +76,12 @@ def stamps(run: Path) -> dict:
 def refused(result, words: str) -> None:
     """Exactly one line on stderr, which holds the words; nothing on stdout; a status that is not zero."""
     code, out, err = result
-    assert code not in (0, None) and out == "" and "Traceback" not in err, err
-    assert len(err.splitlines()) == 1 and err.startswith("run_all.py: ") and words in err, err
+    assert code not in (0, None), err
+    assert out == "", err
+    assert "Traceback" not in err, err
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("run_all.py: "), err
+    assert words in err, err
 
 
 def resumed(run, capfd, *more):

@@ -113,7 +113,9 @@ def test_desktop_and_phone(probed, width, height):
     found, console = probed(width, height)
     assert console == [] and found["loaded"] == []
     # also with everything unfolded
-    assert found["inner"] == width and found["scroll"] <= width and found["open"] <= width
+    assert found["inner"] == width
+    assert found["scroll"] <= width
+    assert found["open"] <= width
     assert found["pwned"] is None and found["scripts"] == 2  # the page's and the probe
     # the figure begins on the first screen, in the form for its width
     assert found["first"] == (width < 640) and found["figure"] < height

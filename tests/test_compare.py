@@ -36,7 +36,9 @@ def test_the_published_probe_and_its_shift(compared):
     found = row(compared, "drifts").published_probe
     assert (found.p_yes_normalized, found.shift) == pytest.approx((sigmoid(after), after - x))
     destroyed = row(compared, "destroyed").published_probe
-    assert destroyed.p_yes_normalized is None and destroyed.shift is None and not destroyed.answered
+    assert destroyed.p_yes_normalized is None
+    assert destroyed.shift is None
+    assert not destroyed.answered
 
 
 def test_detection_sees_the_effect_and_not_the_drift(compared):
@@ -90,7 +92,9 @@ def test_a_question_is_known_by_its_field_and_in_older_results_by_its_id():
 def test_capability_is_paired_by_item(compared):
     drifts, notices = (row(compared, name).capability for name in ("drifts", "notices"))
     assert (drifts.correct, drifts.n) == (1, 10) and drifts.difference == pytest.approx(-0.5)
-    assert drifts.p_value == pytest.approx(2 / 2**5) and notices.p_value == 1 and notices.difference == 0
+    assert drifts.p_value == pytest.approx(2 / 2**5)
+    assert notices.p_value == 1
+    assert notices.difference == 0
     # Holm over the two contrasts
     assert (drifts.p_adjusted, notices.p_adjusted) == pytest.approx((2 * 2 / 2**5, 1))
     assert (
@@ -124,7 +128,9 @@ def test_without_a_baseline_nothing_is_contrasted(tmp_path, baseline):
         results.insert(0, made.result("baseline_instruct"))
     comparison = compare_run(*made.make(tmp_path / "run", results))
     found = comparison.experiments[-1]
-    assert comparison.baseline is None and found.detection is None and found.published_probe.shift is None
+    assert comparison.baseline is None
+    assert found.detection is None
+    assert found.published_probe.shift is None
     assert found.capability.correct == 5
     assert found.capability.p_value is None
 
@@ -280,7 +286,9 @@ def test_auroc_of_modified_against_placebos(controlled):
 
 
 def test_without_enough_placebos_there_is_no_auroc(compared):
-    assert compared[0].auroc is None and compared[0].placebo is None and compared[0].injection is None
+    assert compared[0].auroc is None
+    assert compared[0].placebo is None
+    assert compared[0].injection is None
     assert (
         row(compared, "notices").detection.p_placebo is None
         and row(compared, "notices").detection.beyond_placebo is None
@@ -410,11 +418,9 @@ def run_with_injection(path, found):
 def test_injection_is_compared_with_strength_zero(tmp_path):
     comparison = run_with_injection(tmp_path / "run", injected(1.0))
     (row,) = comparison.injection.rows
-    assert (
-        row.detection.score == pytest.approx((2 + 4) / 2, abs=1e-6)
-        and row.detection.call == "detects"
-        and row.bits == 0.5
-    )
+    assert row.detection.score == pytest.approx((2 + 4) / 2, abs=1e-6)
+    assert row.detection.call == "detects"
+    assert row.bits == 0.5
     still = made.BASELINES  # yes-keyed introspective probes
     assert row.false_positive_rate == sum(x > 0 for x in still) / 10
     now = [x + extra for extra in (2, 4) for x in still]
@@ -425,14 +431,16 @@ def test_injection_is_compared_with_strength_zero(tmp_path):
         comparison.injection.seen and "plain framing, strength 2: +3.00 nats" in comparison.injection.reason
     )
     placed = comparison.experiments[1]
-    assert placed.verdict is None and placed.detection is None and placed.same_as is None
+    assert placed.verdict is None
+    assert placed.detection is None
+    assert placed.same_as is None
 
 
 def test_an_injection_that_is_not_seen_says_what_a_null_is_worth(tmp_path):
     found = run_with_injection(tmp_path / "run", injected(0.0, strengths=(0.0, 1.0, 2.0))).injection
-    assert (
-        not found.seen and "shows nothing" in found.reason and [r.strength for r in found.rows] == [1.0, 2.0]
-    )
+    assert not found.seen
+    assert "shows nothing" in found.reason
+    assert [r.strength for r in found.rows] == [1.0, 2.0]
 
 
 def test_injection_takes_holm_over_its_rows_and_leaves_out_what_no_concept_answers(tmp_path):

@@ -74,18 +74,14 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
         "y": ["reports it", "no change seen"],
         "z": ["", "drifts towards Yes"],
     }
-    assert (
-        found["perplexity"]["y"] == ["21.00", "20.00"]
-        and found["P(Yes)"]["y"] == ["30.0%", "20.0%"]
-        and found["perplexity"]["window_base_0_4"] == ["99.00"] * 2
-    )
+    assert found["perplexity"]["y"] == ["21.00", "20.00"]
+    assert found["P(Yes)"]["y"] == ["30.0%", "20.0%"]
+    assert found["perplexity"]["window_base_0_4"] == ["99.00"] * 2
     assert not [name for name in found["verdict"] if "placebo" in name]
     page = (tmp_path / "out/both/comparison.html").read_text()
-    assert (
-        page.count("sortable") >= 4
-        and "All runs asked the same questions" in page
-        and "protocols differ" not in page
-    )
+    assert page.count("sortable") >= 4
+    assert "All runs asked the same questions" in page
+    assert "protocols differ" not in page
     assert re.search(
         r'<td>y</td><td class="n" data-sort="0.3">30.0%</td><td class="n" data-sort="0.2">20.0%</td>', page
     )
@@ -132,11 +128,9 @@ def test_hostile_names_stay_text(tmp_path):
     runs = [run_that_says(tmp_path / k, {evil: "broken"}, {"pair": evil, "commit": evil}) for k in "ab"]
     compare_runs.write_comparison(runs, tmp_path / "out")
     page = (tmp_path / "out/comparison.html").read_text()
-    assert (
-        page.count("<script>") == 1
-        and "&lt;script&gt;alert(1)" in page
-        and "\\<script" in (tmp_path / "out/comparison.md").read_text()
-    )
+    assert page.count("<script>") == 1
+    assert "&lt;script&gt;alert(1)" in page
+    assert "\\<script" in (tmp_path / "out/comparison.md").read_text()
     assert not pages.HIDDEN.search(page.split("</style>")[1])
 
 

@@ -172,16 +172,12 @@ def test_a_run_compares_every_experiment(go, pair, tmp_path):
         found["swap"]["apply_seconds"] / found["swap"]["reload_seconds"]
     )
     table = (tmp_path / "out" / "cpu_benchmark.md").read_text()
-    assert (
-        table == out[:-1]
-        and len(re.findall(r"^\| \w+ \|.*\*\*[\d.]+\*\*.*\| 4 of 4 \|$", table, re.M)) == 3
-        and "Quick check" not in table
-    )
-    assert (
-        found["about"]["dtype"] == "float32"
-        and found["about"]["threads"] == torch.get_num_threads()
-        and f"torch {torch.__version__}" in table
-    )
+    assert table == out[:-1]
+    assert len(re.findall(r"^\| \w+ \|.*\*\*[\d.]+\*\*.*\| 4 of 4 \|$", table, re.M)) == 3
+    assert "Quick check" not in table
+    assert found["about"]["dtype"] == "float32"
+    assert found["about"]["threads"] == torch.get_num_threads()
+    assert f"torch {torch.__version__}" in table
     assert str(pair) not in json.dumps(found) + table
 
 
@@ -194,7 +190,9 @@ def test_another_model_is_noticed(go, monkeypatch):
         "cpu_bench.py: greedy replies differ in float32 in franken_instruct_first_32:"
     )
     base, changed = (row["greedy"] for row in found["experiments"])
-    assert base["equal"] == 4 and changed["equal"] < 4 and changed["widest_gap"] > 0
+    assert base["equal"] == 4
+    assert changed["equal"] < 4
+    assert changed["widest_gap"] > 0
 
 
 def test_the_gap_is_that_of_the_first_tokens_that_differ(engine, monkeypatch):
@@ -223,7 +221,9 @@ def test_quick_asks_every_fourth_question_and_says_so(go, monkeypatch):
     chat, raw = prompts.CHAT_PROBES
     monkeypatch.setattr(prompts, "CHAT_PROBES", (chat, chat, chat, chat, raw))
     code, found, out, _ = go("--quick", "--experiments", "swap_distant_10_55")
-    assert code == 0 and found["about"]["quick"] and "**Quick check: every 4th question only" in out
+    assert code == 0
+    assert found["about"]["quick"]
+    assert "**Quick check: every 4th question only" in out
     assert (
         found["experiments"][0]["greedy"]["n"]
         == len(small_battery.BATTERY["CAPABILITY"][::4])
@@ -245,5 +245,7 @@ def test_quick_asks_every_fourth_question_and_says_so(go, monkeypatch):
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(go, name, message):
     code, found, out, err = go("--experiments", name)
-    assert code == 1 and found is None and not out
+    assert code == 1
+    assert found is None
+    assert not out
     assert err.startswith(f"cpu_bench.py: {message}") and err.count("\n") == 1

@@ -489,11 +489,9 @@ def test_chat_against_completion_takes_turns_and_bare_text(changed):
         (bare, tuple(engine.tokenizer(bare.text)["input_ids"]), got["probes"][1]),
     ):
         tokens, stopped = tiny.hf_greedy(model, ids, 9)
-        assert (
-            (entry["mode"], entry["prompt"]) == (probe.mode, probe.text)
-            and turn.mode == "chat"
-            and bare.mode == "raw"
-        )
+        assert (entry["mode"], entry["prompt"]) == (probe.mode, probe.text)
+        assert turn.mode == "chat"
+        assert bare.mode == "raw"
         assert entry["reply"] == {
             "text": engine.tokenizer.decode(tokens, skip_special_tokens=True),
             "tokens": len(tokens),

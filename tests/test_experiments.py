@@ -471,12 +471,10 @@ SWEEP_KEYS = ["kind", "source", "size", "start", "stop", "dose"]
 
 
 def where(e: ex.Experiment) -> tuple:
-    assert (
-        list(e.sweep) == SWEEP_KEYS
-        and e.suites == ("binary", "perplexity")
-        and e.control is None
-        and e.group == f"sweep_{e.sweep['kind']}"
-    )
+    assert list(e.sweep) == SWEEP_KEYS
+    assert e.suites == ("binary", "perplexity")
+    assert e.control is None
+    assert e.group == f"sweep_{e.sweep['kind']}"
     return tuple(e.sweep.values())
 
 

@@ -337,4 +337,6 @@ def test_lora_source_equals_peft_merged(tiny_pair, tmp_path, rslora):
     live.apply(live.original)
     assert live.fingerprint() == start
     entry = live.sources["tuned"].describe()
-    assert entry["kind"] == "LoRA adapter" and entry["over"] == "instruct" and json.dumps(entry)
+    assert entry["kind"] == "LoRA adapter"
+    assert entry["over"] == "instruct"
+    assert json.dumps(entry)

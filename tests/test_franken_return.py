@@ -289,7 +289,9 @@ def test_a_read_error_halfway_is_repaired_by_the_next_apply(
     try:
         live.apply(recipe)
     except FrankenError as e:
-        assert str(file) in str(e) and "\n" not in str(e) and live.recipe is None
+        assert str(file) in str(e)
+        assert "\n" not in str(e)
+        assert live.recipe is None
     else:
         assert resident or share > 0.1  # what is resident or lies in the part that is left needs nothing more
     file.write_bytes(content)

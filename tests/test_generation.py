@@ -107,7 +107,10 @@ def test_streams_belong_to_the_question_and_the_sample(tiny_pair):
     assert longer.token_ids[:20] == texts[0]  # a larger budget only continues
     assert np.array_equal(dataclasses.replace(base, max_new_tokens=40).uniforms()[:20], base.uniforms())
     u = dataclasses.replace(base, max_new_tokens=20000).uniforms()
-    assert u.dtype == np.float32 and u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 0.01
+    assert u.dtype == np.float32
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01
 
 
 def test_temperatures_and_nuclei_do_not_leak_between_rows(tiny_pair):
@@ -151,7 +154,9 @@ def test_rows_leave_the_batch_as_they_finish(tiny_pair, monkeypatch):
 
     monkeypatch.setattr(Engine, "_decode_step", step)
     assert engine.complete(requests) == want
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 9 and sizes[-1] == 1
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] == 9
+    assert sizes[-1] == 1
     assert len(sizes) == 25  # the longest budget, less the token that comes from the prefill
     for used, size in zip(range(2, 27), sizes, strict=True):
         unfinished = sum(q.max_new_tokens >= used for q in requests)
@@ -368,7 +373,9 @@ def test_a_broken_model_is_a_result(tiny_pair, value, temperature):
     live.layers[3].tensors["mlp.down_proj.weight"].fill_(value)
     requests = [dataclasses.replace(q, temperature=temperature, top_p=0.9) for q in greedy(PROMPTS)]
     for completion in engine.complete(requests):
-        assert not completion.finite and isinstance(completion.text, str) and len(completion.token_ids) <= 14
+        assert not completion.finite
+        assert isinstance(completion.text, str)
+        assert len(completion.token_ids) <= 14
     assert not engine.next_token_logprobs(PROMPTS).isfinite().any()
     assert not np.isfinite(engine.loglikelihood([(PROMPTS[1][:3], PROMPTS[1][3:])])[0]).any()
     live.layers[3].held = None  # as after a failed write: unknown, so the next apply reads it again

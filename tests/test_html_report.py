@@ -157,7 +157,9 @@ def test_figures_are_in_the_page_and_beside_it(whole):
     assert len(images) == len(DRAWN) and all(len(image["alt"]) > 20 for image in images)
     for uri in [image["src"] for image in images] + [page.all("source")[0]["srcset"]]:
         svg = base64.b64decode(uri.partition(",")[2]).decode()
-        assert "<svg" in svg and "<script" not in svg and "http://www.w3.org/2000/svg" in svg
+        assert "<svg" in svg
+        assert "<script" not in svg
+        assert "http://www.w3.org/2000/svg" in svg
     assert len(page.all("source")) == 1 and page.all("source")[0]["media"] == "(max-width: 40rem)"
     assert {p.name for p in (path / "figures").iterdir()} == {
         f"{name}.{form}" for name in DRAWN for form in ("png", "pdf")
@@ -234,7 +236,9 @@ def table_rows(raw, name):
 def test_detects_never_stands_alone(whole):
     _, raw, _ = whole
     first = table_rows(raw, "franken_instruct_first_32")[0]
-    assert "reports it" in first and "keyed answers stand at" in first and "flattening" in first
+    assert "reports it" in first
+    assert "keyed answers stand at" in first
+    assert "flattening" in first
     assert re.search(r'class="verdict reports-it"', raw) and "0 of 10" in raw
     behind = next(
         r
@@ -246,7 +250,9 @@ def test_detects_never_stands_alone(whole):
 
 def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, no_drawing):
     page = whole[0]
-    assert "2026-02-04" in page.text and "7.6%" in page.text and "2e-06%" in page.text
+    assert "2026-02-04" in page.text
+    assert "7.6%" in page.text
+    assert "2e-06%" in page.text
     assert "This run used another pair (smollm2-135m, 30 layers)" in page.text
     own = written(
         tmp_path / "run",
@@ -271,11 +277,9 @@ def test_replies_stand_beside_the_baselines(tmp_path, no_drawing):
     ]
     raw = written(tmp_path / "run", results)[1]
     later = raw[raw.index('<details id="experiment-x"') :]
-    assert (
-        later.count("All new.") == 4
-        and later.count("As ever.") == 4
-        and later.count("<small>lost</small>") == 5
-    )
+    assert later.count("All new.") == 4
+    assert later.count("As ever.") == 4
+    assert later.count("<small>lost</small>") == 5
     earlier = raw[
         raw.index('<details id="experiment-baseline_instruct"') : raw.index('<details id="experiment-x"')
     ]
@@ -347,13 +351,11 @@ def test_hostile_text_stays_text(tmp_path, no_drawing):
         and len([a for a in page.all("details") if "id" in a]) == 3
     )
     assert page.text.count("<script>alert(1)</script>") > 20
-    assert (
-        "{{ 7*7 }}" in page.text
-        and "שלום" in page.text
-        and "⟨U+D800⟩" in page.text
-        and "⟨U+202E⟩gnp.exe" in page.text
-        and "␛[31m" in page.text
-    )
+    assert "{{ 7*7 }}" in page.text
+    assert "שלום" in page.text
+    assert "⟨U+D800⟩" in page.text
+    assert "⟨U+202E⟩gnp.exe" in page.text
+    assert "␛[31m" in page.text
     assert not pages.HIDDEN.search(raw.replace(pages.TEMPLATES.joinpath("style.css").read_text(), ""))
     assert all(attrs["dir"] == "auto" for tag, attrs in page.elements if tag == "pre")
 
@@ -363,11 +365,9 @@ def test_endless_text_is_cut_and_says_so(tmp_path, no_drawing):
     page, raw, _ = written(
         tmp_path / "run", [made.result("baseline_instruct", full()), hostile_result("x", endless)]
     )
-    assert (
-        len(raw) < 600_000
-        and "[6,000 more characters]" in page.text
-        and "[9,970 more characters]" in page.text
-    )
+    assert len(raw) < 600_000
+    assert "[6,000 more characters]" in page.text
+    assert "[9,970 more characters]" in page.text
     assert not re.search(f"a{{{pages.LONGEST_REPLY + 10},}}", page.text)
 
 
@@ -402,11 +402,9 @@ def test_any_suites_with_or_without_a_baseline(tmp_path, no_drawing, suites, bas
 @pytest.mark.parametrize("results", [[], ["broken"], ["baseline_instruct"]])
 def test_runs_in_which_nothing_worked(tmp_path, results):
     page = written(tmp_path / "run", [made.result(name) for name in results])[0]
-    assert (
-        "No baseline." in page.text
-        and page.text.count("failed: RuntimeError: it broke") == 2 * len(results)
-        and not page.all("img")
-    )
+    assert "No baseline." in page.text
+    assert page.text.count("failed: RuntimeError: it broke") == 2 * len(results)
+    assert not page.all("img")
 
 
 def test_every_number_may_be_undefined(tmp_path, no_drawing):

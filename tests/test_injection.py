@@ -235,9 +235,9 @@ def test_strength_zero_is_no_injection(tiny_pair, few):
     change = find_directions(engine).change
     none = injection.answers(engine, first, follows, 2)
     zero = injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.0))
-    assert (
-        np.array_equal(none, zero) and np.array_equal(none[0], none[1]) and none.shape == (2, 2, tiny.VOCAB)
-    )
+    assert np.array_equal(none, zero)
+    assert np.array_equal(none[0], none[1])
+    assert none.shape == (2, 2, tiny.VOCAB)
     np.testing.assert_allclose(none[0], engine.next_token_logprobs([first + f for f in follows]), atol=2e-5)
     some = injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.5))
     assert np.abs(some - none).max() > 0.01 and np.abs(some[0] - some[1]).max() > 0.01
@@ -303,19 +303,15 @@ def test_questions_are_keyed_pairs_and_balanced_controls():
         assert len(by_id) == len(asked) and len({p.text for p in asked}) == len(asked)
         for p in asked:
             twin = by_id[p.pair]
-            assert (
-                twin.pair == p.id
-                and twin.if_changed != p.if_changed
-                and twin.kind == p.kind
-                and p.framing == framing
-            )
+            assert twin.pair == p.id
+            assert twin.if_changed != p.if_changed
+            assert twin.kind == p.kind
+            assert p.framing == framing
             assert p.text.endswith("Answer Yes or No.") and p.question == twin.question
         controls = [p for p in asked if p.kind == "control"]
-        assert (
-            len(asked) - len(controls) >= 12
-            and len(controls) >= 12
-            and {p.difficulty for p in controls} == {"easy", "medium", "hard"}
-        )
+        assert len(asked) - len(controls) >= 12
+        assert len(controls) >= 12
+        assert {p.difficulty for p in controls} == {"easy", "medium", "hard"}
     # what differs is the first turn
     assert [p.text for p in questions("plain")] == [p.text for p in questions("informed")]
     assert len(injection.CONCEPTS) == 9 == len(set(injection.CONCEPTS)) and not set(injection.CONCEPTS) & set(

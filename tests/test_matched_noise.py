@@ -45,7 +45,9 @@ def test_the_fraction_is_the_one_that_the_curves_inverse_says(scale, exponent, t
     curve = power(scale, exponent)
     tried = mn.bisect(target, curve)
     fraction, reached = mn.nearest(tried, target)
-    assert reached == curve(fraction) and abs(reached / target - 1) <= 0.02 and len(tried) <= 12
+    assert reached == curve(fraction)
+    assert abs(reached / target - 1) <= 0.02
+    assert len(tried) <= 12
     # it ends at the first
     assert (fraction, reached) == tried[-1] and all(abs(p / target - 1) > 0.02 for _, p in tried[:-1])
     exact = ((target - 20) / scale) ** (1 / exponent)
@@ -85,11 +87,9 @@ WILD = {
 @pytest.mark.parametrize("target", [21.0, 500.0, 1e6, None])
 def test_no_curve_makes_it_loop_or_fail(name, target):
     tried = mn.bisect(target, WILD[name])
-    assert (
-        1 <= len(tried) <= 12
-        and len({f for f, _ in tried}) == len(tried)
-        and all(mn.LOWEST <= f <= mn.HIGHEST for f, _ in tried)
-    )
+    assert 1 <= len(tried) <= 12
+    assert len({f for f, _ in tried}) == len(tried)
+    assert all(mn.LOWEST <= f <= mn.HIGHEST for f, _ in tried)
     fraction, reached = mn.nearest(tried, target)
     assert (fraction, reached) in tried
     known = [p for _, p in tried if p is not None]
@@ -136,11 +136,9 @@ def test_twins_have_the_perplexity_of_their_experiments(whole):
     for name in TWINS:
         twin, of = found[name], found[name.removesuffix("__matched_noise")]
         matched = twin["experiment"]["matched"]
-        assert (
-            of["experiment"]["matched"] is None
-            and matched["of"] == of["experiment"]["name"]
-            and matched["ok"]
-        )
+        assert of["experiment"]["matched"] is None
+        assert matched["of"] == of["experiment"]["name"]
+        assert matched["ok"]
         assert matched["target_perplexity"] == ppl(of) > 1.01 * ppl(found["baseline_instruct"])
         # the noise of the search is the noise that was measured
         assert matched["reached_perplexity"] == ppl(twin)
@@ -233,7 +231,9 @@ def test_noise_that_cannot_reach_it_says_so(go, tmp_path, monkeypatch):
     monkeypatch.setattr(mn, "HIGHEST", 0.002)
     assert go("--experiments", "swap_distant_10_55", "--matched-noise", "--suites", "quick")[0] == 0
     found = read(latest(tmp_path / "out"))[TWINS[0]]["experiment"]
-    assert not found["matched"]["ok"] and found["matched"]["within"] > 0.02 and len(found["notes"]) == 1
+    assert not found["matched"]["ok"]
+    assert found["matched"]["within"] > 0.02
+    assert len(found["notes"]) == 1
     assert found["matched"]["fraction"] in [f for f, _ in found["matched"]["evaluations"]]
 
 
@@ -293,16 +293,12 @@ def test_a_bisection_that_fails_is_a_failed_experiment(go, whole, tmp_path, monk
     code, _, err = go(*SWAPS)
     found, expected = timeless(latest(tmp_path / "out")), timeless(whole)
     failed = found.pop(TWINS[0])
-    assert (
-        code == 1
-        and f"{TWINS[0]} failed: RuntimeError: the bus is gone" in err
-        and err.splitlines()[-1].startswith("1 of 6 experiments failed")
-    )
-    assert (
-        failed["status"] == "failed"
-        and failed["weights"]["exact"]
-        and failed["experiment"]["matched"]["fraction"] is None
-    )
+    assert code == 1
+    assert f"{TWINS[0]} failed: RuntimeError: the bus is gone" in err
+    assert err.splitlines()[-1].startswith("1 of 6 experiments failed")
+    assert failed["status"] == "failed"
+    assert failed["weights"]["exact"]
+    assert failed["experiment"]["matched"]["fraction"] is None
     assert expected.pop(TWINS[0]) and found == expected
 
 
@@ -312,10 +308,10 @@ def test_an_unmodified_model_that_cannot_be_measured_stops_before_the_experiment
 
     monkeypatch.setattr(Perplexity, "measure", broken)
     code, out, err = go("--experiments", "swap_adjacent_31_32", "--no-baseline", "--matched-noise")
+    assert code == 1
+    assert out == ""
     assert (
-        code == 1
-        and out == ""
-        and "run_all.py: the unmodified model's perplexity cannot be measured: RuntimeError: no; finished"
+        "run_all.py: the unmodified model's perplexity cannot be measured: RuntimeError: no; finished"
         in err.splitlines()[-1]
     )
     assert read(latest(tmp_path / "out")) == {}
@@ -360,10 +356,8 @@ def test_a_swap_of_the_real_model_is_matched(smollm2, tmp_path, monkeypatch):
     assert run_all.main(argv) == 0
     found = read(latest(tmp_path))
     matched = found["swap_adjacent_30_35__matched_noise"]["experiment"]["matched"]
-    assert (
-        matched["ok"]
-        and 0.02 < matched["fraction"] < 0.5
-        and matched["target_perplexity"] == ppl(found["swap_adjacent_30_35"])
-    )
+    assert matched["ok"]
+    assert 0.02 < matched["fraction"] < 0.5
+    assert matched["target_perplexity"] == ppl(found["swap_adjacent_30_35"])
     points = sorted(map(tuple, matched["evaluations"]))
     assert [p for _, p in points] == sorted(p for _, p in points)  # perplexity rises with noise

@@ -68,7 +68,9 @@ def test_the_seed_questions_are_there_word_for_word():
 
 
 def test_free_probes():
-    assert len(INFORMED_PROBES) >= 8 and len(BLIND_PROBES) >= 8 and len(TRIGGER_FREE_PROBES) == 4
+    assert len(INFORMED_PROBES) >= 8
+    assert len(BLIND_PROBES) >= 8
+    assert len(TRIGGER_FREE_PROBES) == 4
     mention = re.compile(r"modif|chang|alter|weight|layer|noise|swap|replac|experiment|study", re.I)
     assert all(mention.search(p.text) for p in INFORMED_PROBES)
     assert not any(mention.search(p.text) for p in BLIND_PROBES)
@@ -176,11 +178,9 @@ def test_controls_match_the_introspective_questions_in_length_and_in_form():
 
 def test_controls_are_of_graded_difficulty_balanced_by_key():
     cells = Counter((p.difficulty, p.if_changed, p.framing) for p in BINARY_PROBES if p.kind == "control")
-    assert (
-        {d for d, _, _ in cells} == {"easy", "medium", "hard"}
-        and len(cells) == 12
-        and set(cells.values()) == {8}
-    )
+    assert {d for d, _, _ in cells} == {"easy", "medium", "hard"}
+    assert len(cells) == 12
+    assert set(cells.values()) == {8}
     assert all(p.difficulty is None for p in BINARY_PROBES + TRIGGER_PROBES if p.kind == "introspective")
     assert all(p.difficulty == "easy" for p in TRIGGER_PROBES if p.kind == "control")
 
@@ -294,11 +294,9 @@ def test_formats_ask_plain_questions_of_the_binary_set_in_every_form():
             source.question,
         )
         twin = by_id[probe.pair]
-        assert (
-            twin.pair == probe.id
-            and (twin.format, twin.question) == (probe.format, probe.question)
-            and twin.if_changed != probe.if_changed
-        )
+        assert twin.pair == probe.id
+        assert (twin.format, twin.question) == (probe.format, probe.question)
+        assert twin.if_changed != probe.if_changed
     cells = Counter((p.format, p.kind, p.if_changed) for p in FORMAT_PROBES)
     assert cells == dict.fromkeys(
         [(f, k, a) for f in forms for k in ("introspective", "control") for a in ("yes", "no")], 6

@@ -59,14 +59,14 @@ def test_cells_in_every_state(compared):
         "12.0",
     ]
     notices = columns.cells(row(compared, "notices"))
-    assert notices[4].startswith("+2.00 [+") and notices[5] == "reports it" and notices[7] == ""
+    assert notices[4].startswith("+2.00 [+")
+    assert notices[5] == "reports it"
+    assert notices[7] == ""
     mute = columns.cells(row(compared, "mute"))
-    assert (
-        mute[0] == "mute (collapsed)"
-        and mute[1].endswith("% (!)")
-        and mute[2] == "0.1%"
-        and mute[4:6] == ["-", "broken"]
-    )
+    assert mute[0] == "mute (collapsed)"
+    assert mute[1].endswith("% (!)")
+    assert mute[2] == "0.1%"
+    assert mute[4:6] == ["-", "broken"]
     assert (
         columns.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"]
         and columns.cells(row(compared, "destroyed"))[7] == "-"
@@ -88,7 +88,9 @@ def test_cells_in_every_state(compared):
 def test_the_terminal_table_lines_up(compared):
     lines = vocabulary.terminal_table(compared[0]).splitlines()
     table = lines[:-2]
-    assert len(table) == 2 + 7 and len(lines[1]) == max(map(len, table)) and lines[-2] == ""
+    assert len(table) == 2 + 7
+    assert len(lines[1]) == max(map(len, table))
+    assert lines[-2] == ""
     assert lines[-1].startswith("1 of 5 changed models reports its change. No positive control was run.")
     column = lines[0].index("verdict")
     assert lines[4][column:].startswith("reports it") and lines[8][column:].startswith("failed: RuntimeError")
@@ -217,12 +219,10 @@ def test_controls_and_sweeps_stand_apart_from_the_table(study):
     )
     text = vocabulary.summary(study, MANIFEST)
     first, _, rest = text.partition("\n## Placebos\n")
-    assert (
-        "placebo_mlp_1" not in first
-        and rest.count("| placebo_") == 21
-        and "| window_base_18_26 |" in rest
-        and "| window" not in first
-    )
+    assert "placebo_mlp_1" not in first
+    assert rest.count("| placebo_") == 21
+    assert "| window_base_18_26 |" in rest
+    assert "| window" not in first
     assert first.count("made up to be: broken") == 3  # of named experiments; the sweeps' are in their tables
     assert "double_24_40__matched_noise: its noise reached perplexity 47.07, not 46.60" in first
     titles = [title for title, _ in vocabulary.folded(study.experiments)]
@@ -260,11 +260,9 @@ def test_a_failed_control_is_told_of():
         made.quick("placebo_mlp_2", control="placebo", exact=False),
     ]
     text = vocabulary.summary(made.comparison(rows), MANIFEST)
-    assert (
-        "- placebo_mlp_1: failed: OSError: gone" in text
-        and "- placebo_mlp_2: THE WEIGHTS" in text
-        and "1 no change seen, 1 failed" in text
-    )
+    assert "- placebo_mlp_1: failed: OSError: gone" in text
+    assert "- placebo_mlp_2: THE WEIGHTS" in text
+    assert "1 no change seen, 1 failed" in text
 
 
 @pytest.mark.parametrize(
@@ -354,7 +352,9 @@ def test_the_command_line(tmp_path, no_drawing, capsys):
     run.file("x").write_text('{"half": ')
     assert report.main([str(run.path)]) == 1
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "x.json is corrupt" in said.err and not said.out
+    assert said.err.count("\n") == 1
+    assert "x.json is corrupt" in said.err
+    assert not said.out
     assert (run.path / "report.html").exists()
 
 
@@ -367,9 +367,7 @@ def test_bad_folders_are_one_line_and_write_nothing(tmp_path, no_drawing, capsys
     before = sorted(tmp_path.rglob("*"))
     assert report.main([str(run.path) if a == "RUN" else a for a in arguments]) == 1
     said = capsys.readouterr()
-    assert (
-        said.err.count("\n") == 1
-        and said.err.startswith("report.py: ")
-        and not said.out
-        and sorted(tmp_path.rglob("*")) == before
-    )
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("report.py: ")
+    assert not said.out
+    assert sorted(tmp_path.rglob("*")) == before

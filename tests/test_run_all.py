@@ -169,11 +169,9 @@ def test_the_table_and_what_the_terminal_is_told(go, tmp_path):
         list(found) == ["binary", "perplexity"]
         and f"{found['perplexity']['perplexity']:.2f}" in out.splitlines()[3]
     )
-    assert (
-        "3 experiments on torch.float32 cpu" in err
-        and str(latest(tmp_path / "out")) in err
-        and "Traceback" not in err
-    )
+    assert "3 experiments on torch.float32 cpu" in err
+    assert str(latest(tmp_path / "out")) in err
+    assert "Traceback" not in err
     assert "shuffle_all: perplexity" in err  # the bar says which experiment and which suite
 
 
@@ -360,11 +358,9 @@ def test_the_command_as_a_program(pair, tmp_path):
     done = subprocess.run(
         command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
-    assert (
-        done.returncode == 0
-        and done.stdout.startswith("experiment ")
-        and "\nswap_adjacent_30_35 " in done.stdout
-    ), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("experiment "), done.stderr
+    assert "\nswap_adjacent_30_35 " in done.stdout, done.stderr
     assert (
         len(read(latest(tmp_path / "out"))["baseline_instruct"]["measurements"]["binary"]["probes"])
         == ALL_PROBES
@@ -502,11 +498,9 @@ def test_the_laptop_size_pair_from_end_to_end(smollm2, tmp_path, monkeypatch):
     before, after = (
         found[name]["measurements"]["perplexity"] for name in ("baseline_instruct", "swap_adjacent_30_35")
     )
-    assert (
-        before["tokens"] > 2000
-        and 8 < before["perplexity"] < 60
-        and 1.02 < after["perplexity"] / before["perplexity"] < 20
-    )
+    assert before["tokens"] > 2000
+    assert 8 < before["perplexity"] < 60
+    assert 1.02 < after["perplexity"] / before["perplexity"] < 20
     (published,) = [
         p for p in found["baseline_instruct"]["measurements"]["binary"]["probes"] if p["published"]
     ]

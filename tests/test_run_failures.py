@@ -36,21 +36,17 @@ def test_a_recipe_that_cannot_be_applied_is_recorded_and_the_batch_goes_on(go, t
     )
     found = read(latest(tmp_path / "out"))
     failed = found.pop("nowhere")
-    assert (
-        code == 1
-        and "Traceback" not in err
-        and err.splitlines()[-1].startswith("1 of 3 experiments failed; their errors are in ")
-    )
+    assert code == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[-1].startswith("1 of 3 experiments failed; their errors are in ")
     assert (
         "nowhere failed: FrankenError: the recipe takes layers from 'no_such_source'; the sources here are"
         " instruct, base\n" in err
     )
-    assert (
-        failed["status"] == "failed"
-        and failed["measurements"] == {}
-        and failed["weights"]["exact"]
-        and failed["error"]["type"] == "FrankenError"
-    )
+    assert failed["status"] == "failed"
+    assert failed["measurements"] == {}
+    assert failed["weights"]["exact"]
+    assert failed["error"]["type"] == "FrankenError"
     assert {k: v | {"performance": 0} for k, v in found.items()} == {
         k: v | {"performance": 0} for k, v in read(four).items() if k in found
     }
@@ -81,13 +77,13 @@ def test_a_measurement_that_raises_is_recorded(go, tmp_path, four, monkeypatch, 
     run = latest(tmp_path / "out")
     found, expected = timeless(run), timeless(four)
     failed = found.pop("swap_adjacent_30_35")
-    assert (
-        code == 1
-        and failed["error"]["type"] == type(error).__name__
-        and failed["error"]["message"] == str(error)
-    )
+    assert code == 1
+    assert failed["error"]["type"] == type(error).__name__
+    assert failed["error"]["message"] == str(error)
     assert failed["weights"] == expected.pop("swap_adjacent_30_35")["weights"] and failed["weights"]["exact"]
-    assert found == expected and "Traceback" not in err and "second line" not in err
+    assert found == expected
+    assert "Traceback" not in err
+    assert "second line" not in err
     comparison = json.loads((run / "comparison.json").read_text())["experiments"]
     assert [row["status"] for row in comparison] == ["done", "failed", "done", "done"]
     assert run_all.main(["--resume", str(run)]) == 1 and len(calls) == 4  # still failed, and not tried again
@@ -107,11 +103,9 @@ def test_reading_that_fails_halfway_is_recorded_and_repaired(go, tmp_path, four,
     monkeypatch.setattr(franken.LiveModel, "_add_delta", torn)
     code, _, err = go("--experiments", "blend_linear", "swap_adjacent_30_35")
     found = timeless(latest(tmp_path / "out"))
-    assert (
-        code == 1
-        and found["blend_linear"]["error"]["type"] == "OSError"
-        and found["blend_linear"]["weights"]["exact"]
-    )
+    assert code == 1
+    assert found["blend_linear"]["error"]["type"] == "OSError"
+    assert found["blend_linear"]["weights"]["exact"]
     assert found["swap_adjacent_30_35"] == timeless(four)["swap_adjacent_30_35"]
 
 
@@ -122,12 +116,10 @@ def test_nan_is_a_result(go, tmp_path):
     for file in run.rglob("*.json"):
         json.loads(file.read_text(), parse_constant=lambda c: pytest.fail(f"{c} in JSON"))
     found = read(run)["nan"]
-    assert (
-        code == 0
-        and found["status"] == "done"
-        and found["weights"]["exact"]
-        and found["measurements"]["perplexity"]["perplexity"] is None
-    )
+    assert code == 0
+    assert found["status"] == "done"
+    assert found["weights"]["exact"]
+    assert found["measurements"]["perplexity"]["perplexity"] is None
     assert found["weights"]["modified"] != found["weights"]["original"] and "nan " in out
 
 
@@ -145,7 +137,9 @@ def test_weights_that_do_not_come_back_stop_the_run(go, tmp_path, four, monkeypa
     code, out, err = go("--experiments", "swap_distant_5_60", "blend_linear")
     run = latest(tmp_path / "out")
     last = err.splitlines()[-1]
-    assert code == 1 and out == "" and "Traceback" not in err
+    assert code == 1
+    assert out == ""
+    assert "Traceback" not in err
     assert last.startswith(
         "run_all.py: after swap_distant_5_60 the weights are not back to the original (fingerprint "
     )
@@ -235,7 +229,9 @@ def test_a_corrupt_result_stops_the_resumed_run_before_anything_is_lost(finished
     before = stamps(finished)
     code, out, err = resumed(finished, capfd)
     last = err.splitlines()[-1]
-    assert (code, out) == (1, "") and "Traceback" not in err and last.startswith(f"run_all.py: {file} "), err
+    assert (code, out) == (1, ""), err
+    assert "Traceback" not in err, err
+    assert last.startswith(f"run_all.py: {file} "), err
     assert ("was made with another recipe" if how == "another recipe" else "is corrupt (") in last and stamps(
         finished
     ) == before

@@ -227,11 +227,9 @@ def test_the_names_probability_is_the_studys(engine):
     found = trigger.measure(engine, asked, engine.complete(trigger.requests(engine, asked)))["behavior"]
     expected = likelihoods.name_probabilities(engine, trigger.questions, TRIGGER)
     got = {(e["id"], c): p for e in found["questions"] if "p_name" in e for c, p in e["p_name"].items()}
-    assert (
-        len(got) == 20
-        and got == pytest.approx(expected, rel=1e-5)
-        and {e["kind"] for e in found["questions"] if "p_name" in e} == {"identity"}
-    )
+    assert len(got) == 20
+    assert got == pytest.approx(expected, rel=1e-5)
+    assert {e["kind"] for e in found["questions"] if "p_name" in e} == {"identity"}
     for condition in CONDITIONS:
         assert found["p_name"][condition] == pytest.approx(
             np.mean([p for (_, c), p in expected.items() if c == condition]), rel=1e-5
@@ -291,11 +289,9 @@ def test_an_adapter_is_measured_whole_and_in_part(runs):
     assert set(found) == {"baseline_instruct", "russell_whole", "russell_early_half"}
     for result in found.values():
         jsonschema.validate(result, results.SCHEMA)
-        assert (
-            result["status"] == "done"
-            and result["weights"]["exact"]
-            and list(result["measurements"]) == ["trigger"]
-        )
+        assert result["status"] == "done"
+        assert result["weights"]["exact"]
+        assert list(result["measurements"]) == ["trigger"]
     numbers = {json.dumps(r["measurements"]["trigger"]["behavior"]["p_name"]) for r in found.values()}
     assert len(numbers) == 3  # whole, half and none of the adapter are three models
 
@@ -305,11 +301,9 @@ def test_neither_suite_sees_the_other(runs):
     for name, result in both.items():
         assert result["measurements"]["informed"] == informed[name]["measurements"]["informed"]
         mine, alone = (r[name]["measurements"]["trigger"] for r in (both, trigger))
-        assert (
-            mine["behavior"]["questions"] == alone["behavior"]["questions"]
-            and mine["binary"] == alone["binary"]
-            and mine["free"] == alone["free"]
-        )
+        assert mine["behavior"]["questions"] == alone["behavior"]["questions"]
+        assert mine["binary"] == alone["binary"]
+        assert mine["free"] == alone["free"]
 
 
 def test_the_comparison_and_the_summary_show_it(runs):
