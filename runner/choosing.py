@@ -55,10 +55,12 @@ def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
     """Everything with a name: (named, of further sources, of sweeps, of the user's files), on a model of this
     depth.
 
-    Raises FrankenError for two experiments of one name in the files, and for what no file, source or sweep
-    can be.
+    The user's files are run once, whatever is called how often: what they define stays with `args`. Raises
+    FrankenError for two experiments of one name in the files, and for what no file, source or sweep can be.
     """
-    own = [e for path in args.experiments_file for e in ex.load_file(path)]
+    if not hasattr(args, "own_experiments"):
+        args.own_experiments = [e for path in args.experiments_file for e in ex.load_file(path)]
+    own = args.own_experiments
     sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
     sizes, step = sweep_windows(args)
     swept = {e.name: e for kind in args.sweep for e in ex.sweep(kind, n_layers, sizes, step)}

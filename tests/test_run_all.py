@@ -400,7 +400,7 @@ def test_killed_in_the_middle_and_resumed_gives_the_files_of_an_uninterrupted_ru
     assert "swap_adjacent_30_35" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_runs_finish_cleanly(pair, four, tmp_path, capfd, number):
     log = tmp_path / "log"
     child = small_battery.in_child(
