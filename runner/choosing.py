@@ -64,13 +64,13 @@ def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
     sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
     sizes, step = sweep_windows(args)
     swept = {e.name: e for kind in args.sweep for e in ex.sweep(kind, n_layers, sizes, step)}
-    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept.values()]}
+    known = {e.name: e for e in [*ex.EXPERIMENTS, *ex.GRIDS, *sourced, *swept.values()]}
     for e in own:  # results are kept by name
         if known.setdefault(e.name, e) is not e:
             raise ex.FrankenError(
                 f"there are two experiments called {e.name!r}; rename the one in your experiments file"
             )
-    return ex.EXPERIMENTS, sourced, list(swept.values()), own
+    return [*ex.EXPERIMENTS, *ex.GRIDS], sourced, list(swept.values()), own
 
 
 def choose(args, n_layers: int) -> list:
