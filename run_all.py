@@ -345,16 +345,15 @@ def execute(args) -> int:
     )
     resume = f"python run_all.py --resume {shlex.quote(str(run.path))}"
     try:
-        with run.alone():
-            failed = run_batch(
-                run,
-                manifest,
-                engine,
-                plans,
-                protocol,
-                original,
-                Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None,
-            )
+        failed = run_batch(
+            run,
+            manifest,
+            engine,
+            plans,
+            protocol,
+            original,
+            Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None,
+        )
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished experiments are kept; go on with:\n  {resume}", file=sys.stderr)
         write_reports(run)

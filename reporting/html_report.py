@@ -18,7 +18,7 @@ from analysis.compare import paired_probes
 from analysis.comparison import Comparison, Row
 from analysis.rows import by_verdict, controls, counts, many, named, sweeps, tally, word
 from errors import FrankenError, RecipeError
-from reporting import figures, figures_experiments, figures_sweeps, pages, vocabulary
+from reporting import figures, figures_experiments, figures_sweeps, inside, pages, vocabulary
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, place, titles
 from reporting.vocabulary import Remark
 from runner.results import Run, write_text
@@ -340,7 +340,10 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             "title": title,
             "caption": caption.strip(),
         }
-        for name, figure, title, caption in _figures(manifest, comparison, results)
+        for name, figure, title, caption in [
+            *_figures(manifest, comparison, results),
+            ("probe", inside.depth_figure(inside.on_disk(run)), "What is there to be read", inside.CAPTION),
+        ]
         if figure is not None
     ]
     for figure in drawn:

@@ -34,11 +34,16 @@ def write_reports(run: Run) -> str:
     from reporting.html_report import (
         write_html,  # here: matplotlib takes a second to import, for which no run should wait
     )
+    from reporting.inside import phases_section, probe_section, probed  # scikit-learn takes two seconds
 
     manifest = read_json(run.manifest_path)
     results = load_results(run, manifest)
     comparison = compare(results, manifest, run.path.name, BASELINE)
     write_json(run.path / "comparison.json", to_json(comparison))
-    write_text(run.path / "summary.md", summary(comparison, manifest))
+    told = phases_section(run, results, manifest["protocol"]["seed"])
+    told += probe_section(probed(run, results, comparison, manifest))
+    write_text(
+        run.path / "summary.md", summary(comparison, manifest) + "\n".join([*told, ""] if told else [])
+    )
     write_html(run, manifest, comparison, results)
     return f"{terminal_table(comparison)}\n\n{LEGEND}\n\nReport: {run.path / 'report.html'}"

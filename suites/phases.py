@@ -188,15 +188,6 @@ def questions() -> list[Question]:
     return asked
 
 
-def is_true(topic: str, begins: str, answers: str) -> bool:
-    """Whether a topic is true where `begins` and `answers` ("intact" or "changed") began and answered."""
-    return {
-        "reading": begins == "changed",
-        "now": answers == "changed",
-        "exchange": begins != answers,
-    }[topic]
-
-
 def fingerprint() -> str:
     """SHA-256 (hex) over every text of this suite and the lengths of its replies."""
     parts = (

@@ -13,6 +13,7 @@ import torch
 from small_battery import tokenizer
 from transformers import DynamicCache
 
+from analysis.phases import is_true, paired, phase_scores, summarized
 from engine.generation import Engine
 from errors import FrankenError
 from evaluate import evaluate, parse_suites
@@ -316,7 +317,7 @@ def test_questions_are_keyed_pairs_of_three_topics_and_the_controls(monkeypatch)
         for t in phases.PAIRS
         for b in ("intact", "changed")
         for a in ("intact", "changed")
-        if phases.is_true(t, b, a)
+        if is_true(t, b, a)
     }
     assert ("exchange", "changed", "changed") not in true and ("exchange", "intact", "changed") in true
     assert len(true) == 6 and not any(b == a == "intact" for _, b, a in true)
@@ -382,6 +383,71 @@ def test_the_fingerprint_covers_what_is_asked(monkeypatch, name, value):
     before = phases.fingerprint()
     monkeypatch.setattr(phases, name, value)
     assert phases.fingerprint() != before
+
+
+# ---- scores
+
+
+def shifted(reading=0.0, now=0.0, exchange=0.0, drift=0.0) -> dict:
+    """What `phases` measured where each topic moves by so much where it is true, and all of it by `drift`."""
+    rng, asked, cells = np.random.default_rng(0), [], []
+    for topic in ("reading", "now", "exchange", None):
+        for k in range(6 if topic else 12):
+            kind = "introspective" if topic else "control"
+            for key in ("yes", "no"):
+                asked.append({"id": f"{topic}-q{k}-{key}", "topic": topic, "kind": kind, "keyed": key})
+    move = {"reading": reading, "now": now, "exchange": exchange}
+    for begins, answers in (("changed", "changed"), ("changed", "intact"), ("intact", "changed")):
+        for conversation in ("plain", "informed"):
+            before = rng.normal(size=len(asked)) * 1.5
+            after = before + drift + rng.normal(size=len(asked)) * 0.05
+            for k, q in enumerate(asked):
+                if q["topic"] and is_true(q["topic"], begins, answers):
+                    after[k] += move[q["topic"]] * (1 if q["keyed"] == "yes" else -1)
+            ones = [0.9] * len(asked)
+            cells.append(
+                {
+                    "occasion": "after reading",
+                    "conversation": conversation,
+                    "begins": begins,
+                    "answers": answers,
+                    "log_odds": after.tolist(),
+                    "mass": ones,
+                    "intact_log_odds": before.tolist(),
+                    "intact_mass": ones,
+                }
+            )
+    return {"questions": asked, "cells": cells}
+
+
+def result(name, control=None, **moves) -> dict:
+    return {"experiment": {"name": name, "control": control}, "measurements": {"phases": shifted(**moves)}}
+
+
+def test_scores_say_which_topic_moved_in_which_combination():
+    results = {
+        "told": result("told", now=1.5, drift=0.7),
+        "silent": result("silent", drift=2.0),
+        "placebo": result("placebo", "placebo"),
+        "unasked": {"experiment": {"name": "unasked"}, "measurements": {}},
+    }
+    scores = phase_scores(results)
+    assert len(scores) == 3 * 3 * 3
+    detected = {(s.experiment, s.begins, s.answers, s.topic) for s in scores if s.score.call == "detects"}
+    assert detected == {("told", "changed", "changed", "now"), ("told", "intact", "changed", "now")}
+    assert all(s.true for s in scores if (s.experiment, s.begins, s.answers, s.topic) in detected)
+    assert all((s.score.p_adjusted is None) == (s.control == "placebo") for s in scores)
+    lines = {(line.begins, line.answers, line.topic): line for line in summarized(scores)}
+    line = lines["intact", "changed", "now"]
+    assert (line.n, line.detects, line.true) == (2, 1, True) and line.placebo_low == line.placebo_high
+    assert lines["changed", "intact", "now"].detects == 0 and not lines["changed", "intact", "now"].true
+
+
+def test_a_cluster_is_a_question_in_all_its_wordings_and_conversations():
+    measured = shifted()
+    probes = paired(measured, measured["cells"][:2], "now")
+    assert len(probes) == 2 * (12 + 24) and len({p.id for p in probes}) == len(probes)
+    assert len({p.pair for p in probes}) == 6 + 12 and {p.framing for p in probes} == {"plain", "informed"}
 
 
 @pytest.mark.real
