@@ -11,6 +11,7 @@ import prompts
 from engine.generation import Engine
 from errors import FrankenError, first_line
 from prompts import GROUPS
+from suites import injection_generation, injection_layers, localisation
 from suites.activations import Activations
 from suites.base import Protocol, Suite
 from suites.binary import Binary
@@ -19,6 +20,9 @@ from suites.chat import Chat
 from suites.formats import Formats
 from suites.free_text import FreeText
 from suites.injection import SHORT, Injection
+from suites.injection_generation import InjectionGeneration
+from suites.injection_layers import InjectionLayers
+from suites.localisation import Localisation
 from suites.perplexity import Perplexity
 from suites.phases import Phases
 
@@ -35,6 +39,12 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "injection_short": lambda: Injection(SHORT),
     "phases": Phases,
     "activations": Activations,
+    "injection_layers": InjectionLayers,
+    "injection_layers_grid": lambda: InjectionLayers(injection_layers.GRID),
+    "injection_generation": InjectionGeneration,
+    "injection_generation_grid": lambda: InjectionGeneration(injection_generation.GRID),
+    "localisation": Localisation,
+    "localisation_grid": lambda: Localisation(localisation.GRID),
 }
 
 

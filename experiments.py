@@ -392,6 +392,19 @@ def _contributions() -> list[Experiment]:
     ]
 
 
+def _injected(suite: str, hypothesis: str) -> Experiment:
+    """The unmodified model, asked one of the injection suites."""
+    return Experiment(
+        suite,
+        "control",
+        lambda m: m.recipe,
+        hypothesis,
+        changes_nothing=True,
+        suites=(suite,),
+        control="injection",
+    )
+
+
 E = Experiment
 # In order of priority: --priority-limit N takes the first N. The first six are a small whole story: both
 # unmodified sides, the study's headline splice either way round, a placebo, the positive control in short.
@@ -489,6 +502,19 @@ EXPERIMENTS: list[Experiment] = [
     E("repeat_24_40", "depth", _on_block(repeat, 24, 40, 2), "The middle block run twice"),
     E("reverse_24_40", "depth", _on_block(reverse, 24, 40), "Middle layers tolerate reordering"),
     E("keep_every_2nd", "depth", lambda m: keep_every(m.recipe, 2), "Half the depth: the even layers only"),
+    _injected(
+        "injection_layers",
+        "A concept's direction at single layers while the first turn is read, beside random directions and a"
+        " garbled first turn",
+    ),
+    _injected(
+        "injection_generation",
+        "A concept's direction at a single layer while the model writes: does it say so, and name it?",
+    ),
+    _injected(
+        "localisation",
+        "Which of ten sentences, and which of two the more strongly: a drift towards Yes gains nothing",
+    ),
     *_surgeries_of_one_model(),
     *_contributions(),
     *(
@@ -497,6 +523,11 @@ EXPERIMENTS: list[Experiment] = [
         for k in range(1, PLACEBO_SEEDS + 1)
         if (what, k) != ("both", 1)
     ),
+]
+# The injection suites over whole grids of depth and strength: a GPU's work, so they run only by name.
+GRIDS: list[Experiment] = [
+    _injected(f"{name}_grid", f"`{name}` over a whole grid of depths and strengths; for a GPU")
+    for name in ("injection_layers", "injection_generation", "localisation")
 ]
 
 

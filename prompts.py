@@ -37,6 +37,12 @@ SUITES = (
     "injection_short",
     "phases",
     "activations",
+    "injection_layers",
+    "injection_layers_grid",
+    "injection_generation",
+    "injection_generation_grid",
+    "localisation",
+    "localisation_grid",
 )
 # Suites that hand a cache from the changed to the intact model: both need the same number of layers.
 ONE_DEPTH = ("phases",)

@@ -345,15 +345,16 @@ def execute(args) -> int:
     )
     resume = f"python run_all.py --resume {shlex.quote(str(run.path))}"
     try:
-        failed = run_batch(
-            run,
-            manifest,
-            engine,
-            plans,
-            protocol,
-            original,
-            Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None,
-        )
+        with run.alone():
+            failed = run_batch(
+                run,
+                manifest,
+                engine,
+                plans,
+                protocol,
+                original,
+                Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None,
+            )
     except KeyboardInterrupt:
         print(f"\nInterrupted. Finished experiments are kept; go on with:\n  {resume}", file=sys.stderr)
         write_reports(run)

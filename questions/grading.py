@@ -118,7 +118,7 @@ NEGATED_AFTER = re.compile(
 )
 
 
-def _mentions(options: tuple[str, ...], sentence: str) -> list[str]:
+def mentions(options: tuple[str, ...], sentence: str) -> list[str]:
     """The options that the sentence asserts: named as whole words, any case, and not negated next to the
     name."""
     asserted = []
@@ -148,10 +148,10 @@ class Choice:
         parts = sentences(answer_part(reply))
         while parts and parts[0].endswith("?"):
             parts.pop(0)
-        told = [s for s in parts if _mentions(self.accepted + self.others, s)]
+        told = [s for s in parts if mentions(self.accepted + self.others, s)]
         if not told:
             return Grade(False, "names no option")
-        first, right, wrong = told[0], _mentions(self.accepted, told[0]), _mentions(self.others, told[0])
+        first, right, wrong = told[0], mentions(self.accepted, told[0]), mentions(self.others, told[0])
         if wrong or not right:
             return Grade(False, f"names {', '.join(right + wrong)}")
         word = "|".join(re.escape(a) for a in self.accepted)
@@ -164,7 +164,7 @@ class Choice:
         items = re.split(r",|\band\b", first)
         if len(items) >= 3 and all(len(i.split()) <= 2 for i in items):
             return Grade(False, "a list of words")
-        if any(len(WORD.findall(s)) <= 3 and _mentions(self.others, s) for s in told[1:]):
+        if any(len(WORD.findall(s)) <= 3 and mentions(self.others, s) for s in told[1:]):
             return Grade(False, "goes on to name another option")
         return Grade(True, f"names {right[0]}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import stat
 import sys
 import time
 import traceback
@@ -118,13 +119,22 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
     With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose
     name is added to the manifest as soon as it is known that there will be one. Raises FrankenError if a
     result on disk is corrupt or of another recipe, if going back was not exact or if results cannot be
-    written; KeyboardInterrupt on Ctrl-C or SIGTERM.
+    written; KeyboardInterrupt on Ctrl-C, SIGTERM or SIGHUP.
     """
 
     def stop(signum, frame):
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)  # a batch system's kill ends a run as cleanly as Ctrl-C
+    def hang_up(signum, frame):
+        for stream in (1, 2):  # the terminal is gone: writing there would fail
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        raise KeyboardInterrupt
+
+    # a batch system's kill and a dropped connection end a run as cleanly as Ctrl-C
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     finished = {name: run.load(name) for name in manifest["experiments"]}  # all checked before anything runs
     for plan in plans:
         result = finished[plan.experiment.name]
@@ -197,5 +207,6 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
             )
     finally:
         bar.close()
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return sum(r["status"] == "failed" for r in finished.values())

@@ -55,20 +55,22 @@ def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
     """Everything with a name: (named, of further sources, of sweeps, of the user's files), on a model of this
     depth.
 
-    Raises FrankenError for two experiments of one name in the files, and for what no file, source or sweep
-    can be.
+    The user's files are run once, whatever is called how often: what they define stays with `args`. Raises
+    FrankenError for two experiments of one name in the files, and for what no file, source or sweep can be.
     """
-    own = [e for path in args.experiments_file for e in ex.load_file(path)]
+    if not hasattr(args, "own_experiments"):
+        args.own_experiments = [e for path in args.experiments_file for e in ex.load_file(path)]
+    own = args.own_experiments
     sourced = [e for name in extra_sources(args.source) for e in ex.for_source(name)]
     sizes, step = sweep_windows(args)
     swept = {e.name: e for kind in args.sweep for e in ex.sweep(kind, n_layers, sizes, step)}
-    known = {e.name: e for e in [*ex.EXPERIMENTS, *sourced, *swept.values()]}
+    known = {e.name: e for e in [*ex.EXPERIMENTS, *ex.GRIDS, *sourced, *swept.values()]}
     for e in own:  # results are kept by name
         if known.setdefault(e.name, e) is not e:
             raise ex.FrankenError(
                 f"there are two experiments called {e.name!r}; rename the one in your experiments file"
             )
-    return ex.EXPERIMENTS, sourced, list(swept.values()), own
+    return [*ex.EXPERIMENTS, *ex.GRIDS], sourced, list(swept.values()), own
 
 
 def choose(args, n_layers: int) -> list:

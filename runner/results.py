@@ -11,6 +11,8 @@ runs of the same thing differ nowhere else.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -186,6 +188,31 @@ class Run:
             raise FrankenError(f"{run.manifest_path} is corrupt ({lost[0]} is missing or of another kind)")
         return run, manifest
 
+    @contextlib.contextmanager
+    def alone(self):
+        """Nobody else writes to this run inside; what dead processes left half-written is removed first.
+
+        The lock is the kernel's, on the folder: it ends with its process however that ends, so that none is
+        ever stale. Raises FrankenError if another process holds it.
+        """
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                raise FrankenError(
+                    f"another process is at work on {self.path}; wait for it, or end it"
+                ) from e
+            except OSError:
+                pass  # a file system without locks
+            for partial in self.path.rglob(".*.partial"):
+                owner = partial.name.split(".")[-2]
+                if owner.isdecimal() and not _alive(int(owner)):
+                    partial.unlink(missing_ok=True)
+            yield
+        finally:
+            os.close(folder)
+
     def file(self, name: str) -> Path:
         return self.path / "experiments" / f"{name}.json"
 
@@ -248,6 +275,16 @@ class Run:
             self._texts = texts
         write_json(self.file(name), packed)
         self._checked[name] = _stamp(self.file(name))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _new_folder(path: Path) -> Path:

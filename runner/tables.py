@@ -38,8 +38,9 @@ QUESTION = (
     "category",
     "mode",
 )
-# Readings off a next-token distribution, which is float32: further digits say nothing
-FLOAT32 = {"log_odds", "p_yes", "p_no", "mass", "p_yes_normalized", "entropy", "rating_mean", "p", "naming"}
+# Readings off a next-token distribution, which is float32: further digits say nothing. Log-odds keep theirs:
+# every statistic comes from them, and a bootstrap's bound may turn on the last digit.
+FLOAT32 = {"p_yes", "p_no", "mass", "p_yes_normalized", "entropy", "rating_mean", "p", "naming"}
 PARTS = {"from_texts", "same", "columns", "rows"}
 # Between these float32 holds 24 bits of a number
 SMALLEST, LARGEST = 1.2e-38, 3.4e38

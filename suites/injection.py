@@ -309,6 +309,11 @@ def answers(
     return np.stack(answers_after(engine, first, follows, rows, lambda _, logprobs: logprobs, layer))
 
 
+def float32(number: float | None) -> float | None:
+    """The number with the digits that float32 has: there are thousands of these readings in one result."""
+    return None if number is None else float(str(np.float32(number)))
+
+
 class Injection(Suite):
     """The suite: Yes/No questions and the naming of the concept, for every framing, strength and concept."""
 
@@ -337,7 +342,7 @@ class Injection(Suite):
                     probes = [
                         {"id": p.id, "question": p.question, "kind": p.kind, "keyed": p.if_changed}
                         | {"pair": p.pair}
-                        | {k: r[k] for k in ("log_odds", "mass", "answered")}
+                        | {"log_odds": float32(r["log_odds"]), "mass": r["mass"], "answered": r["answered"]}
                         for p, r in zip(asked, readings, strict=True)
                     ]
                     named.append(names.logprobs(logprobs[len(asked) :]))

@@ -26,7 +26,7 @@ from analysis.comparison import (
     Verdict,
 )
 from reporting.reports import compare_run
-from runner.results import Run, write_json
+from runner.results import SCHEMA_VERSION, Run, write_json
 
 CATEGORIES = ("arithmetic", "code")
 BASELINES = [-3.0, -2.2, -1.5, -0.9, -0.4, 0.3, 0.8, 1.4, 2.1, 2.9]  # log-odds of the unmodified model
@@ -219,7 +219,7 @@ def result(name: str, measurements: dict | None = None, **changes) -> dict:
     if measurements is None:
         error = {"type": "RuntimeError", "message": "it broke", "traceback": "Traceback: it broke"}
     made = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "status": "failed" if error else "done",
         "experiment": {
             "name": name,
@@ -269,7 +269,7 @@ def make(path, results: list[dict], missing: tuple[str, ...] = (), **manifest) -
     (path / "experiments").mkdir(parents=True)
     run = Run(path)
     written = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "created": "2026-01-02T03:04:05+0000",
         "command": ["run_all.py", "--pair", "smollm2-135m"],
         "commit": "abc123",

@@ -21,7 +21,7 @@ import tiny
 
 import prompts
 import run_all
-from suites import injection
+from suites import injection, injection_generation, injection_layers, localisation
 
 BATTERY = {
     "INFORMED_PROBES": prompts.INFORMED_PROBES[:2],
@@ -52,6 +52,11 @@ def use(monkeypatch) -> None:
         monkeypatch.setattr(prompts, name, value)
     monkeypatch.setattr(injection, "CONCEPTS", injection.CONCEPTS[:2])
     monkeypatch.setattr(injection, "STRENGTHS", (0.0, 0.3))
+    monkeypatch.setattr(injection_layers, "SHORT", injection_layers.Grid((0.5,), (0.5,), 1, 1, ("plain",)))
+    monkeypatch.setattr(injection_layers, "ORDERS", 1)
+    writing = injection_generation.Grid((0.5,), (2.0,), 1, 1, ("generation",), 1, 4)
+    monkeypatch.setattr(injection_generation, "SHORT", writing)
+    monkeypatch.setattr(localisation, "SHORT", localisation.Grid((0.5,), (1.0,), 1, 0, 1, 1))
     monkeypatch.setitem(
         sys.modules,
         "reporting.html_report",

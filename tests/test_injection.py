@@ -71,7 +71,7 @@ def chat(made_, messages, ask=True) -> list[int]:
 
 
 @torch.no_grad()
-def slow_directions(model, made_, n) -> dict:
+def slow_directions(model, made_, n, layers=None) -> dict:
     """{layer: {concept: what strength 1 adds}}, from one prompt at a time, layer outputs by hooks."""
 
     def last_states(word):
@@ -95,7 +95,7 @@ def slow_directions(model, made_, n) -> dict:
 
     neutral = [row for word in injection.NEUTRAL for row in last_states(word)]
     found = {}
-    for p in range(n // 3, 2 * n // 3):
+    for p in layers or range(n // 3, 2 * n // 3):
         center = sum(row[p] for row in neutral) / len(neutral)
         norm = sum(float(row[p].norm()) for row in neutral) / len(neutral)
         found[p] = {}

@@ -4,6 +4,8 @@ import copy
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import jsonschema
 import pytest
@@ -337,6 +339,42 @@ def test_a_manifest_that_is_none_is_refused(run, text):
     run.manifest_path.write_text(text)
     with pytest.raises(FrankenError, match="manifest.json is (corrupt|not a manifest)"):
         Run.resume(str(run.path))
+
+
+# ---- alone in the folder -----------------------------------------------------------------------------------
+
+
+def test_a_second_process_is_refused_and_a_dead_ones_lock_is_none(run):
+    held = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX);"
+            " print('held', flush=True); sys.stdin.read()",
+            run.path,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert held.stdout.readline() == b"held\n"
+    with pytest.raises(FrankenError, match="another process is at work on"), run.alone():
+        pytest.fail("two at once")
+    held.kill()
+    held.wait()
+    with run.alone():
+        pass
+
+
+def test_half_written_files_of_dead_processes_are_removed(run):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = run.path / "experiments" / f".a.json.{dead.pid}.partial"
+    ours = run.path / f".manifest.json.{os.getpid()}.partial"
+    for partial in (left, ours):
+        partial.write_text("{")
+    with run.alone():
+        assert not left.exists()
+        assert ours.exists()
 
 
 # ---- the manifest ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cli_runs import FOUR, latest, read, refused, resumed, stamps, timeless
 import evaluate
 import franken
 import run_all
+from errors import FrankenError
 
 
 @pytest.fixture(autouse=True)
@@ -29,28 +30,39 @@ EXPERIMENTS = [Experiment("nowhere", "mine", lambda m: splice(swap(m.model, 0, 1
 """
 
 
-def test_a_recipe_that_cannot_be_applied_is_recorded_and_the_batch_goes_on(go, tmp_path, four):
-    (tmp_path / "mine.py").write_text(MINE)
-    code, out, err = go(
-        "--experiments-file", tmp_path / "mine.py", "--experiments", "nowhere", "swap_adjacent_30_35"
-    )
-    found = read(latest(tmp_path / "out"))
-    failed = found.pop("nowhere")
+def test_a_recipe_that_cannot_be_applied_is_recorded_and_the_batch_goes_on(go, tmp_path, four, monkeypatch):
+    real, refused_ones = franken.LiveModel.apply, []
+
+    def once(self, recipe):
+        if recipe != self.original and not refused_ones:
+            refused_ones.append(recipe)
+            raise FrankenError("it cannot be applied")
+        return real(self, recipe)
+
+    monkeypatch.setattr(franken.LiveModel, "apply", once)
+    code, out, err = go("--experiments", "swap_adjacent_30_35", "blend_linear")
+    found = timeless(latest(tmp_path / "out"))
+    failed = found.pop("swap_adjacent_30_35")
     assert code == 1
     assert "Traceback" not in err
     assert err.splitlines()[-1].startswith("1 of 3 experiments failed; their errors are in ")
-    assert (
-        "nowhere failed: FrankenError: the recipe takes layers from 'no_such_source'; the sources here are"
-        " instruct, base\n" in err
-    )
-    assert failed["status"] == "failed"
-    assert failed["measurements"] == {}
-    assert failed["weights"]["exact"]
+    assert "swap_adjacent_30_35 failed: FrankenError: it cannot be applied\n" in err
+    assert (failed["status"], failed["measurements"]) == ("failed", {})
     assert failed["error"]["type"] == "FrankenError"
-    assert {k: v | {"performance": 0} for k, v in found.items()} == {
-        k: v | {"performance": 0} for k, v in read(four).items() if k in found
-    }
-    assert "nowhere" in out and "failed:" in out
+    assert failed["weights"]["exact"]
+    assert found == {k: v for k, v in timeless(four).items() if k in found}
+    assert "failed:" in out
+
+
+def test_a_users_file_is_run_once(go, tmp_path):
+    """It may take minutes, or draw at random; it says each time that it is run."""
+    (tmp_path / "mine.py").write_text(
+        "from pathlib import Path\nfrom experiments import Experiment, swap\n"
+        "Path(__file__).with_name('runs').open('a').write('x')\n"
+        "EXPERIMENTS = [Experiment('mine', 'mine', lambda m: swap(m.model, 0, 1))]\n"
+    )
+    assert go("--experiments-file", tmp_path / "mine.py", "--suites", "perplexity")[0] == 0
+    assert (tmp_path / "runs").read_text() == "x"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import prompts
 from runner import tables
 from runner.results import SCHEMA
+from surgery.weights import ROOT
 
 PROBES = [
     {
@@ -17,10 +19,19 @@ PROBES = [
         "text": "Is it?",
         "keyed": "yes",
         "log_odds": 1 / 3,
+        "mass": 1 / 3,
         "finite": True,
         "top": [{"token": "Yes", "p": 0.5}],
     },
-    {"id": "b", "text": "Is it not?", "keyed": "no", "log_odds": None, "finite": True, "top": []},
+    {
+        "id": "b",
+        "text": "Is it not?",
+        "keyed": "no",
+        "log_odds": None,
+        "mass": None,
+        "finite": True,
+        "top": [],
+    },
 ]
 
 
@@ -64,13 +75,13 @@ def test_whatever_a_suite_measures_comes_back_as_it_was(value):
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.none(), min_size=2))
 def test_readings_come_back_as_the_same_float32(numbers):
-    back = through_disk([{"id": str(k), "log_odds": x, "nll": x} for k, x in enumerate(numbers)])
+    back = through_disk([{"id": str(k), "mass": x, "nll": x} for k, x in enumerate(numbers)])
     for x, entry in zip(numbers, back, strict=True):
         assert entry["nll"] == x
         if x is None or not 1.2e-38 < abs(x) < 3.4e38:
-            assert entry["log_odds"] == x
+            assert entry["mass"] == x
         else:
-            assert float32(entry["log_odds"]) == float32(x)
+            assert float32(entry["mass"]) == float32(x)
 
 
 def test_a_reading_has_a_line_and_its_question_stands_among_the_texts():
@@ -84,11 +95,11 @@ def test_a_reading_has_a_line_and_its_question_stands_among_the_texts():
     assert packed["probes"] == {
         "from_texts": key,
         "same": {"finite": True},
-        "columns": ["log_odds", {"name": "top", "list": ["token", "p"]}],
-        "rows": [[0.33333334, [["Yes", 0.5]]], [None, []]],
+        "columns": ["log_odds", "mass", {"name": "top", "list": ["token", "p"]}],
+        "rows": [[1 / 3, 0.33333334, [["Yes", 0.5]]], [None, None, []]],
     }
     many = tables.layout(tables.pack({"probes": PROBES * 9}, {})).splitlines()
-    assert many.count('   [0.33333334,[["Yes",0.5]]],') == 9
+    assert many.count('   [0.3333333333333333,0.33333334,[["Yes",0.5]]],') == 9
 
 
 def test_equal_questions_stand_once_and_other_questions_beside_them():
@@ -115,8 +126,8 @@ BROKEN = {
     "a cell too few": lambda t: t["rows"][0].pop(),
     "a row that is none": lambda t: t["rows"].__setitem__(0, 3),
     "columns that are none": lambda t: t.update(columns="log_odds"),
-    "a column without a name": lambda t: t["columns"].__setitem__(1, {"list": ["token", "p"]}),
-    "a list that is none": lambda t: t["rows"][0].__setitem__(1, 0.5),
+    "a column without a name": lambda t: t["columns"].__setitem__(2, {"list": ["token", "p"]}),
+    "a list that is none": lambda t: t["rows"][0].__setitem__(2, 0.5),
     "no rows": lambda t: t.pop("rows"),
 }
 
@@ -134,3 +145,12 @@ def test_an_object_that_reads_as_a_table_is_not_written():
     for value in ({"columns": ["a"], "rows": []}, {"from_texts": "a"}):
         with pytest.raises(ValueError, match="reads as a table"):
             tables.pack({"suite": value}, {})
+
+
+def test_the_committed_runs_keep_to_their_sizes():
+    reference = ROOT / "results" / "reference"
+    for file in reference.glob("*/experiments/*.json"):
+        suites = json.loads(file.read_text())["experiment"]["suites"]
+        most = 40_000 if set(suites) <= set(prompts.GROUPS["quick"]) else 100_000
+        assert file.stat().st_size <= most, file.name
+    assert sum(file.stat().st_size for file in reference.rglob("*") if file.is_file()) <= 8_000_000
