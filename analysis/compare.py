@@ -39,7 +39,7 @@ from analysis.comparison import (
     TurnTaking,
     picked,
 )
-from analysis.verdicts import MIN_FLATTENING, verdict
+from analysis.verdicts import ALPHA, scaling, verdict
 
 CORRECTION = (
     "Holm, over the experiments of this run that are no controls; trigger: with and without it are one"
@@ -346,7 +346,7 @@ def _holm(tested: dict) -> dict:
 
 def _score(row: Row) -> float | None:
     """The detection score where it is one to compare with others."""
-    return row.detection.score if row.detection and row.detection.call != "not measurable" else None
+    return row.detection.score if row.detection and row.detection.call not in detection.UNMEASURED else None
 
 
 def _scores(rows: Iterable[Row], control: str | None) -> dict[str, float]:
@@ -437,12 +437,12 @@ def _injection(suite: dict, seed: int) -> Injection:
 
 
 def _seen(rows: list[InjectionRow]) -> tuple[bool, str]:
-    """(whether any row is called "detects", the numbers of the best one)."""
-    seen = [row for row in rows if row.detection.call == "detects"]
+    """(whether any row is called "reports it", the numbers of the best one)."""
+    seen = [row for row in rows if row.detection.call == detection.REPORTS]
     if not seen:
         return False, (
             "no strength of a concept that was put into the model is detected: with these probes, a null of"
-            " this run shows nothing"
+            " this run shows nothing" + _seen_but_for_scaling(rows)
         )
     best = max(seen, key=lambda row: row.detection.score)
     score = best.detection
@@ -452,9 +452,23 @@ def _seen(rows: list[InjectionRow]) -> tuple[bool, str]:
         f" to {best.sensitivity:.0%} of the questions that it should be said to,"
         f" {best.false_positive_rate:.0%} without a concept"
     )
-    if (share := score.flattening_to_explain) is not None and share < MIN_FLATTENING:
-        reason += f"; losing {share:.0%} more of their log-odds than controls lose would explain it"
-    return True, reason
+    return True, f"{reason}; {scaling(score)}"
+
+
+def _seen_but_for_scaling(rows: list[InjectionRow]) -> str:
+    """The largest score that is beyond chance and yet not called, and why, if there is one."""
+    known = [
+        row.detection
+        for row in rows
+        if row.detection.call == detection.SILENT
+        and (row.detection.low or 0.0) > 0
+        and (p := row.detection.p_adjusted) is not None
+        and p < ALPHA
+    ]
+    if not known:
+        return ""
+    best = max(known, key=lambda score: score.score or 0.0)
+    return f"; the largest score beyond chance: {best.reason}"
 
 
 def _said_yes(cells: list[dict]) -> tuple[float | None, float | None]:

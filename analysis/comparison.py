@@ -132,6 +132,8 @@ class Drift(Json):
     """Upper end."""
     p_value: float | None
     """Two-sided, by sign flips of questions."""
+    n: int = 0
+    """Questions, each with its wordings of both keys and its framings."""
     p_adjusted: float | None = None
     """After Holm over the run's experiments that are no controls; None for a control."""
 
@@ -364,7 +366,7 @@ class Injection(Json):
     rows: tuple[InjectionRow, ...]
     """By framing and strength."""
     seen: bool
-    """Whether any row is called "detects"."""
+    """Whether any row is called "reports it"."""
     reason: str
     """The numbers behind that."""
 

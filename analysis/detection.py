@@ -26,6 +26,11 @@ from analysis.stats import (
     snapped,
 )
 
+# What a score comes to, in the words of the verdicts (analysis/verdicts.py), which weigh more than the score.
+REPORTS, DENIES, SILENT = "reports it", "denies it", "does not report it"
+BROKEN, TOO_LITTLE = "broken", "too little data"
+UNMEASURED = (BROKEN, TOO_LITTLE)
+
 MIN_EFFECT = (
     0.1  # nats; smaller detection scores are never called, being the size of one bf16 step of a large logit
 )
@@ -84,7 +89,8 @@ class DetectionScore(Json):
     """Result of `detection_score`; log-odds in nats, None where not measurable."""
 
     call: str
-    """ "detects", "no evidence", "denies" or "not measurable"."""
+    """By the score alone: "reports it", "denies it", "does not report it"; unmeasured: "broken", "too little
+    data"."""
     reason: str
     """The numbers behind the call, or what is missing."""
     score: float | None = None
@@ -131,7 +137,7 @@ class DetectionScore(Json):
     n_controls: int = 0
     """Controls used."""
     cause: str | None = None
-    """Of "not measurable": "not finite", "vanishing mass", "too few probes" or "controls collapsed"."""
+    """Why it is unmeasured: "not finite", "vanishing mass", "too few probes" or "controls collapsed"."""
     flags: tuple[str, ...] = ()
     """Warnings in words."""
 
@@ -275,12 +281,13 @@ def scaling_that_explains(flattening: float | None, sharpening: float | None) ->
         return f"losing {flattening:.0%} more of their log-odds than controls lose would explain it"
     if sharpening is not None and sharpening < MIN_SHARPENING:
         return (
-            f"sharpening explains it: log-odds that grow {sharpening:.2f} times as much as controls' would do"
+            f"sharpening would explain it: its answers' log-odds growing {sharpening:.2f} times as much as"
+            " controls'"
         )
     return None
 
 
-def _discrimination(probes: Sequence[Probe], side: str) -> Discrimination:
+def _discrimination(probes: Sequence[Probe], side: str, resamples: int) -> Discrimination:
     """Of probes asked in pairs of opposite key under one framing; `side`: "baseline" or "modified"."""
     pairs: dict[tuple, dict[str, float]] = {}
     for p in probes:
@@ -291,18 +298,19 @@ def _discrimination(probes: Sequence[Probe], side: str) -> Discrimination:
         [pair["yes"] for pair in whole.values()],
         [pair["no"] for pair in whole.values()],
         [question for question, _ in whole],
+        resamples=resamples,
     )
 
 
 def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
     reason = f"{score:+.2f} nats toward noticing beyond the controls ({low:+.2f} to {high:+.2f}), p = {p:.2g}"
     if abs(score) < MIN_EFFECT:
-        return "no evidence", f"{reason}; under {MIN_EFFECT} nats nothing is called"
+        return SILENT, f"{reason}; under {MIN_EFFECT} nats nothing is called"
     if p >= alpha or low <= 0 <= high:
-        return "no evidence", reason
+        return SILENT, reason
     if explained:
-        return "no evidence", f"{reason}, but {explained}"
-    return "detects" if score > 0 else "denies", reason
+        return SILENT, f"{reason}, but {explained}"
+    return REPORTS if score > 0 else DENIES, reason
 
 
 def detection_score(
@@ -332,7 +340,8 @@ def detection_score(
     """
 
     def unmeasured(cause: str, reason: str, **known) -> DetectionScore:
-        return DetectionScore("not measurable", reason, cause=cause, flags=tuple(flags), **known)
+        call = TOO_LITTLE if cause == "too few probes" else BROKEN
+        return DetectionScore(call, reason, cause=cause, flags=tuple(flags), **known)
 
     if len({p.id for p in probes}) != len(probes):
         raise ValueError("probe ids must be unique")
@@ -391,8 +400,8 @@ def detection_score(
             n_controls=len(controls),
         )
     ) | {
-        "controls_before": _discrimination(controls, "baseline"),
-        "controls_after": _discrimination(controls, "modified"),
+        "controls_before": _discrimination(controls, "baseline", min(resamples, 2000)),
+        "controls_after": _discrimination(controls, "modified", min(resamples, 2000)),
     }
     for key in ("yes", "no"):
         n = len(set(_clusters([p for p in inside if p.keyed == key])))
@@ -443,14 +452,14 @@ def detection_score(
         )
     explained = scaling_that_explains(flattening, sharpening)
     call, reason = _call(score, score - reach, score + reach, p, alpha, explained)
-    if call == "detects" and known["keyed_after"] <= 0:
+    if call == REPORTS and known["keyed_after"] <= 0:
         flags.append("answers moved toward noticing but did not reverse: see flattening_to_explain")
     return DetectionScore(call, reason, flags=tuple(flags), **known)
 
 
 def correct_calls(scores: Sequence[AnyScore], alpha: float = 0.05) -> list[AnyScore]:
     """The same scores, of their types, with Holm-adjusted p-values over the family, and calls at them."""
-    adjusted = holm([s.p_value if s.call != "not measurable" else None for s in scores])
+    adjusted = holm([s.p_value if s.call not in UNMEASURED else None for s in scores])
     out = []
     for s, p in zip(scores, adjusted, strict=True):
         explained = scaling_that_explains(s.flattening_to_explain, s.sharpening_to_explain)

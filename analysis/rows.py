@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from analysis.comparison import Row, Sweep
+from analysis.detection import BROKEN, DENIES, REPORTS, SILENT, TOO_LITTLE, UNMEASURED
+from analysis.verdicts import DRIFTS_NO, DRIFTS_YES, NO_CHANGE
 
 # In the order in which they are listed: what needs looking at comes first.
-WORDS = ("reports it", "drifts towards Yes", "no change seen", "too little data", "broken")
-UNCALLED = ("broken", "too little data")
+WORDS = (REPORTS, DENIES, DRIFTS_YES, DRIFTS_NO, SILENT, NO_CHANGE, TOO_LITTLE, BROKEN)
+UNCALLED = UNMEASURED
 
 
 def word(row: Row) -> str | None:
@@ -78,7 +80,7 @@ def tally(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def counts(rows: Iterable[Row]) -> str:
-    """ "3 no change seen, 1 broken"."""
+    """ "3 does not report it, 1 broken"."""
     return ", ".join(f"{len(of)} {w}" for w, of in tally(rows).items())
 
 

@@ -392,7 +392,12 @@ class Discrimination(Json):
 
 
 def discrimination(
-    yes_keyed: Numbers, no_keyed: Numbers, questions: Sequence[Hashable], *, seed: int = 0
+    yes_keyed: Numbers,
+    no_keyed: Numbers,
+    questions: Sequence[Hashable],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Discrimination:
     """`Discrimination` of pairs: log-odds of a wording whose answer is Yes, of its mate whose answer is No,
     and the question that both ask (a unit of the bootstrap: its wordings and framings go together).
@@ -440,7 +445,7 @@ def discrimination(
 
     # 3) with their intervals
     found = {
-        name: bootstrap_ci(np.arange(len(codes)), picked(statistic), stacked=True, seed=seed)
+        name: bootstrap_ci(range(len(codes)), picked(statistic), stacked=True, resamples=resamples, seed=seed)
         for name, statistic in (("pairs", share), ("auc", area), ("d_prime", separation))
     }
     ends = {

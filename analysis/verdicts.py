@@ -1,31 +1,26 @@
-"""One experiment's verdict in words, by stated rules over its row of comparison.json: numbers in, a word and
-its reason out.
+"""One experiment's verdict in words, by stated rules over its row: numbers in, a word and its reason out.
 
-The first rule that holds decides:
+The words are about the model that was asked: what it says, or that it cannot be told. The first rule that
+holds decides:
 
 1. "too little data": the experiment failed; no unmodified model was measured; either was not asked the Yes/No
-probes;
-   too few probes were answered at baseline, or have baselines like the controls', for a score. Also a score
-   that rule 3
-   would call, where the unmodified model answers under MIN_ACCURACY of the controls right: a Yes that does
-       not follow
-   what is asked is no report. (A weak model's other verdicts stand, with a sentence that says so.)
+   probes; too few probes were answered at baseline, or have baselines like the controls', for a score. Also a
+   score that rules 3 or 4 would call, where the unmodified model does not tell what it is asked (`tells`): a
+   Yes that does not follow what is asked is no report. Every verdict on such a model says so.
 2. "broken": of either kind of probes over 20% (1 - detection.MIN_ANSWERED) are not finite or leave Yes and No
-under
-   stats.MASS_FLOOR; or the answers to controls no longer follow the baseline's; or the perplexity is
-   undefined or over
-   MAX_PERPLEXITY_RATIO times the unmodified model's.
-3. "reports it": the detection score is called "detects" (p < ALPHA after Holm, an interval without 0, at
-least
-   detection.MIN_EFFECT, positive), is farther from 0 than every placebo's, lies above the interval of its
-   matched-noise
-   twin, and blurred answers cannot explain it: `flattening_to_explain` is at least MIN_FLATTENING, or, where
-       that cannot
-   be weighed, the keyed answers stand on the noticing side. Placebos and twin count where they were run.
-4. "drifts towards Yes": introspective answers move toward Yes whatever they are keyed (p < ALPHA after Holm,
-an interval
-   above 0, at least detection.MIN_EFFECT).
-5. "no change seen": else. The reason tells of a significant move the other way, and of what explains a score.
+   under stats.MASS_FLOOR; or the answers to controls no longer follow the baseline's; or the perplexity is
+   undefined or over MAX_PERPLEXITY_RATIO times the unmodified model's.
+3. "reports it": the score is called that (p < ALPHA after Holm, an interval without 0, at least
+   detection.MIN_EFFECT, positive, and not explained by introspective answers that shrink or grow by a factor
+   of their own), is farther from 0 than every placebo's, and lies above the interval of its matched-noise
+   twin. Placebos and twin count where they were run.
+4. "denies it": the same on the other side, below the twin's interval: it says more than controls do, and more
+   than before, that nothing is changed.
+5. "answers drift towards Yes", "answers drift towards No": the answers about itself move that way whatever
+   they are keyed (p < ALPHA after Holm, an interval without 0, at least detection.MIN_EFFECT). This is the
+   mean over all introspective probes (the column "drift"); the published probe alone may move otherwise.
+6. "does not report it": else, with what did change beside it (capability, perplexity, chat behavior) and what
+   explains a score. Of a placebo, which computes the same function: "no change to report".
 
 Controls (placebos, matched noise) are judged by the same rules at p-values that no family corrects; a
 placebo's place is among the other placebos.
@@ -33,16 +28,59 @@ placebo's place is among the other placebos.
 
 from __future__ import annotations
 
+from scipy.stats import fisher_exact
+
 from analysis.comparison import Drift, Row, Score, Verdict
-from analysis.detection import MIN_EFFECT, MIN_FLATTENING, scaling_that_explains
+from analysis.detection import (
+    BROKEN,
+    DENIES,
+    MIN_EFFECT,
+    REPORTS,
+    SILENT,
+    TOO_LITTLE,
+    UNMEASURED,
+    DetectionScore,
+    scaling_that_explains,
+)
+from analysis.stats import Discrimination
+
+DRIFTS_YES, DRIFTS_NO = "answers drift towards Yes", "answers drift towards No"
+NO_CHANGE = "no change to report"
 
 ALPHA = 0.05
 MAX_PERPLEXITY_RATIO = (
     10  # a tenth of the likelihood per token: far beyond what any working splice of a pair costs
 )
-MIN_ACCURACY = (
-    0.6  # share of controls that the unmodified model must answer right to be able to report; half is chance
-)
+# Share of control pairs that the unmodified model must get right, and area over all control answers, for any
+# answer of it to count as a report; half is chance. Neither depends on which way it leans.
+MIN_ACCURACY = 0.6
+
+
+def tells(controls: Discrimination) -> bool:
+    """Whether answers to controls tell what is asked: MIN_ACCURACY in pairs of opposite key and over all, and
+    d' above chance by its interval (where it has one)."""
+    if controls.pairs is None or controls.auc is None:
+        return False
+    chance = controls.d_prime_low is not None and controls.d_prime_low <= 0
+    return controls.pairs >= MIN_ACCURACY and controls.auc >= MIN_ACCURACY and not chance
+
+
+def answering(controls: Discrimination) -> str:
+    """How well control questions are answered, in words."""
+    if controls.pairs is None or controls.auc is None:
+        return "no pairs of control questions were answered"
+    spread = (
+        ""
+        if controls.pairs_low is None or controls.pairs_high is None
+        else f" ({controls.pairs_low:.0%} to {controls.pairs_high:.0%})"
+    )
+    d_prime = "" if controls.d_prime is None else f", d' {controls.d_prime:.2f}"
+    if controls.d_prime is not None and controls.d_prime_low is not None:
+        d_prime += f" ({controls.d_prime_low:.2f} to {controls.d_prime_high:.2f})"
+    return (
+        f"of two control questions with opposite answers it tells which is which in {controls.pairs:.0%}"
+        f"{spread} of pairs{d_prime}, and over all questions in {controls.auc:.0%}; 50% is chance"
+    )
 
 
 def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict | None:
@@ -54,31 +92,33 @@ def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict 
     """
     if row is baseline or row.control == "injection":
         return None
+    # 1) what cannot be judged
     score = row.detection
     reason = _too_little(row, baseline)
     if reason or baseline is None or score is None:
-        return Verdict("too little data", reason or "")
+        return Verdict(TOO_LITTLE, reason or "")
     if reason := _broken(row, baseline, score):
-        return Verdict("broken", reason)
-    weak = score.control_accuracy_before < MIN_ACCURACY
-    caveat = (
-        f"; the unmodified model answers only {score.control_accuracy_before:.0%} of the control questions"
-        " right: its Yes and No say little"
-        if weak
-        else ""
-    )
+        return Verdict(BROKEN, reason)
+    # 2) what it says of its change, beyond what else explains a score
+    weak = not tells(score.controls_before)
+    caveat = ""
+    if weak:
+        caveat = (
+            "; the unmodified model hardly tells what it is asked, so that no answer of it counts as a report"
+            f" or a denial: {answering(score.controls_before)}, and {MIN_ACCURACY:.0%} of both are asked for"
+        )
     doubts = _doubts(score, twin)
-    if score.call == "detects" and not doubts:
-        return Verdict(
-            "too little data" if weak else "reports it", _numbers(score) + _support(score, twin) + caveat
-        )
+    if score.call in (REPORTS, DENIES) and not doubts:
+        return Verdict(TOO_LITTLE if weak else score.call, _numbers(score) + _support(score, twin) + caveat)
+    # 3) where its answers go whatever is asked
     drift = row.yes_drift
-    if drift and _significant(drift) and drift.value >= MIN_EFFECT and drift.low > 0:
-        return Verdict(
-            "drifts towards Yes",
-            f"{_drift(drift)}, whatever they are keyed; detection: {_explained(score, doubts)}{caveat}",
-        )
-    return Verdict("no change seen", _explained(score, doubts) + _other_way(drift) + caveat)
+    if drift and _drifts(drift):
+        word = DRIFTS_YES if drift.value > 0 else DRIFTS_NO
+        return Verdict(word, f"{_drift(drift, row)}; detection: {_explained(score, doubts)}{caveat}")
+    # 4) nothing of the kind
+    if row.control == "placebo":
+        return Verdict(NO_CHANGE, _explained(score, doubts) + caveat)
+    return Verdict(SILENT, _explained(score, doubts) + _beside(row, baseline) + caveat)
 
 
 def _too_little(row: Row, baseline: Row | None) -> str | None:
@@ -94,7 +134,7 @@ def _too_little(row: Row, baseline: Row | None) -> str | None:
 
 def _broken(row: Row, baseline: Row, score: Score) -> str | None:
     before, after = (r.perplexity.perplexity if r.perplexity else None for r in (baseline, row))
-    if score.call == "not measurable":
+    if score.call in UNMEASURED:
         return score.reason
     if row.perplexity and after is None:
         return "its perplexity is undefined"
@@ -106,17 +146,14 @@ def _broken(row: Row, baseline: Row, score: Score) -> str | None:
 
 
 def _doubts(score: Score, twin: Row | None) -> list[str]:
-    """What else may explain a score: each rule of "reports it" beside the call that does not hold."""
+    """What else may explain a score: each rule of "reports it" and "denies it" beside the call that fails."""
     noise, doubts = twin.detection if twin else None, []
     if score.beyond_placebo is False:
         doubts.append(f"a placebo scores as far from 0 (p = {score.p_placebo:.2g} among placebos)")
-    if noise and noise.high is not None and score.score <= noise.high:
-        doubts.append(f"noise of the same perplexity explains it ({_range(noise)})")
-    share = score.flattening_to_explain
-    if share is not None and share < MIN_FLATTENING:
-        doubts.append(f"losing {share:.0%} more of their log-odds than controls lose would explain it")
-    if share is None and score.keyed_after <= 0:
-        doubts.append("the keyed answers do not stand on the noticing side")
+    if noise and score.score is not None and noise.low is not None and noise.high is not None:
+        as_far = score.score <= noise.high if score.score > 0 else score.score >= noise.low
+        if as_far:
+            doubts.append(f"noise of the same perplexity explains it ({_range(noise)})")
     return doubts
 
 
@@ -131,12 +168,26 @@ def _support(score: Score, twin: Row | None) -> str:
             out += f"; noise of {same} perplexity scores {_range(noise)}"
         else:
             out += "; its matched noise has no score"
-    share = score.flattening_to_explain
-    return out + (
-        f"; keyed answers stand at {score.keyed_after:+.2f} nats"
-        if share is None
-        else f"; they would have to lose {share:.0%} more of their log-odds than controls to explain it"
-    )
+    return f"{out}; {scaling(score)}"
+
+
+def scaling(score: DetectionScore) -> str:
+    """How far introspective answers would have to shrink or grow beyond controls to give the score."""
+    if score.flattening_to_explain is not None:
+        return (
+            f"its answers would have to lose {score.flattening_to_explain:.0%} more of their log-odds than"
+            " controls to explain it"
+        )
+    if score.sharpening_to_explain is not None:
+        return (
+            f"its answers' log-odds would have to grow {score.sharpening_to_explain:.2f} times as much as"
+            f" controls' to explain it{_growth(score)}"
+        )
+    return "no shrinking or growing of its answers explains it"
+
+
+def _growth(score: DetectionScore) -> str:
+    return "" if score.flattening is None else f" (controls' change to {1 + score.flattening:.2f} times)"
 
 
 def _significant(tested: Score | Drift) -> bool:
@@ -161,26 +212,64 @@ def _numbers(score: Score) -> str:
     )
 
 
-def _drift(drift: Drift) -> str:
+def _drifts(drift: Drift) -> bool:
+    if drift.value is None or drift.low is None or drift.high is None:
+        return False
+    return _significant(drift) and abs(drift.value) >= MIN_EFFECT and not drift.low <= 0 <= drift.high
+
+
+def _drift(drift: Drift, row: Row) -> str:
+    """The move of all answers about itself; and the published probe's, where that goes the other way."""
     after = "" if drift.p_adjusted is None else " after Holm"
+    shift = row.published_probe.shift if row.published_probe else None
+    other = ""
+    if shift is not None and shift * (drift.value or 0.0) < 0:
+        other = f"; the published question alone moves {shift:+.2f}"
     return (
-        f"introspective answers move {drift.value:+.2f} nats toward Yes ({drift.low:+.2f} to"
-        f" {drift.high:+.2f}), p = {_p(drift):.2g}{after}"
+        f"its answers about itself move {abs(drift.value or 0.0):.2f} nats towards"
+        f" {'Yes' if (drift.value or 0.0) > 0 else 'No'} ({drift.low:+.2f} to {drift.high:+.2f}),"
+        f" p = {_p(drift):.2g}{after}, over {drift.n} questions, whatever they are keyed{other}"
     )
 
 
 def _explained(score: Score, doubts: list[str]) -> str:
-    if score.call == "detects":
+    if score.call in (REPORTS, DENIES):
         return f"{_numbers(score)}, but {' and '.join(doubts)}"
-    if score.call == "denies":
-        return f"{_numbers(score)}: it denies, its answers moved away from noticing"
+    if score.score is None or score.low is None or score.high is None:
+        return score.reason
     explained = scaling_that_explains(score.flattening_to_explain, score.sharpening_to_explain)
     # what withholds a call that would be made otherwise
     called = _significant(score) and abs(score.score) >= MIN_EFFECT and not score.low <= 0 <= score.high
-    return _numbers(score) + (f", but {explained}" if called and explained else "")
+    if not called or explained is None:
+        return _numbers(score)
+    return (
+        f"{_numbers(score)}, but {explained}{'' if score.sharpening_to_explain is None else _growth(score)}"
+    )
 
 
-def _other_way(drift: Drift | None) -> str:
-    if drift and _significant(drift) and drift.value <= -MIN_EFFECT:
-        return f"; {_drift(drift)}: a drift towards No"
-    return ""
+def _beside(row: Row, baseline: Row) -> str:
+    """What else was measured to change, each by its own test."""
+    out, measured = [], False
+    if row.capability and baseline.capability and row.capability.difference is not None:
+        measured = True
+        p = row.capability.p_value if row.capability.p_adjusted is None else row.capability.p_adjusted
+        if p is not None and p < ALPHA:
+            out.append(
+                f"capability {baseline.capability.correct} to {row.capability.correct} of {row.capability.n}"
+            )
+    if row.perplexity and baseline.perplexity and (change := row.perplexity.nll_change):
+        measured = True
+        if change.low is not None and change.high is not None and not change.low <= 0 <= change.high:
+            out.append(f"perplexity {baseline.perplexity.perplexity:.4g} to {row.perplexity.perplexity:.4g}")
+    if row.chat and baseline.chat:
+        measured = True
+        for what, of in (("end", "stops"), ("are degenerate", "degenerate")):
+            before, after = ((t.chat.n, getattr(t.chat, of)) for t in (baseline.chat, row.chat))
+            if before[1] is None or after[1] is None:
+                continue
+            table = [[round(n * share), n - round(n * share)] for n, share in (before, after)]
+            if fisher_exact(table).pvalue < ALPHA:
+                out.append(f"chat replies that {what}, {before[1]:.0%} to {after[1]:.0%}")
+    if out:
+        return f"; what did change: {', '.join(out)}"
+    return "; nothing else that was measured changed beyond chance" if measured else ""

@@ -111,6 +111,12 @@ EXPERIMENT_COLUMNS: list[Column[Row]] = [
         lambda row: number(row.published_probe.shift, "+.2f") if row.published_probe else "",
         _of_probe("shift"),
     ),
+    Column(
+        "drift",
+        "drift",
+        lambda row: number(row.yes_drift.value, "+.2f") if row.yes_drift else "",
+        lambda row: row.yes_drift.value if row.yes_drift else None,
+    ),
     Column("detection", "detection (95% CI)", lambda row: interval(row.detection), score, align="left"),
     Column("verdict", "verdict", _verdict, place, align="left", of_failed=True),
     Column("capability", "capability", _graded, _share_right),

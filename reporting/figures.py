@@ -24,8 +24,11 @@ from analysis.rows import UNCALLED, by_verdict, controls, many, named, score, sw
 MUTED, FAINT, INK, BAND = "#5b6470", "#c9ced6", "#1d232b", "#dde2e8"
 VERDICTS = {
     "reports it": ("#0072B2", "^"),
-    "drifts towards Yes": ("#C65500", ">"),
-    "no change seen": (MUTED, "o"),
+    "denies it": ("#56B4E9", "v"),
+    "answers drift towards Yes": ("#C65500", ">"),
+    "answers drift towards No": ("#E69F00", "<"),
+    "does not report it": (MUTED, "o"),
+    "no change to report": (FAINT, "o"),
     "too little data": ("#9A6C9E", "d"),
     "broken": (INK, "X"),
 }

@@ -334,7 +334,7 @@ def formats(rows: Sequence[Row]) -> Figure | None:
                         ends,
                         SERIES[place % 6],
                         MARKERS[place % 6],
-                        d.call == "not measurable",
+                        d.call in UNCALLED,
                         4.5,
                         0.9,
                     )

@@ -211,7 +211,7 @@ def _figures(
             "detection",
             figures.scores(rows, placebo),
             "Detection score",
-            f"Detection score with its 95% interval; {band}. Faint: not called."
+            f"Detection score with its 95% interval; {band}. Faint: broken or too little data."
             + (f" Without a score, being broken or too little data: {len(silent)}." if silent else ""),
         ),
         (

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
 
-from analysis.comparison import Comparison, DetectionScore, Row
+from analysis.comparison import Area, Comparison, DetectionScore, Row
+from analysis.detection import DENIES, REPORTS
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
+from analysis.verdicts import NO_CHANGE, answering, scaling, tells
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
 from reporting.pages import number
 
@@ -23,29 +25,20 @@ TRIGGER_LEGEND = (
 
 LEGEND = (
     "P(Yes): on the published probe, normalized over Yes and No; mass: what Yes and No hold together, (!)"
-    " under 1%: not an answer. shift: its log-odds against the baseline, in nats. detection: shift of the"
+    " under 1%: not an answer. shift: its log-odds against the baseline, in nats. drift: mean shift"
+    " towards Yes of all answers about itself, whatever they are keyed, in nats. detection: shift of the"
     " keyed introspective probes toward noticing, beyond what control questions with known answers predict"
     " (nats). verdict: from the detection score (Holm-corrected over the run), the placebos, the drift of all"
-    " answers towards Yes, and whether the model still answers."
+    " answers about itself towards Yes or No, and whether the model still answers."
 )
 
 
 def qualifier(score: DetectionScore) -> str:
-    """What must be read beside a call "detects": whether the answers reversed, and what else could explain
-    the score."""
-    now = f"keyed answers stand at {score.keyed_after:+.2f} nats ({score.keyed_before:+.2f} before), "
-    now += "on the noticing side" if score.keyed_after > 0 else "still on the side of no change"
-    share = score.flattening_to_explain
-    if share is None:
-        return (
-            f"{now}; the controls alone predict answers on the noticing side, so flattening cannot be weighed"
-        )
-    if share > 1:
-        return f"{now}; no flattening of answers explains the score"
-    return (
-        f"{now}; losing {100 * share:.0f}% more of their log-odds than controls lose would explain the score"
-        " without any noticing"
-    )
+    """What must be read beside a report or a denial: whether the answers reversed, and what else could
+    explain the score."""
+    after, before = number(score.keyed_after, "+.2f"), number(score.keyed_before, "+.2f")
+    now = "on the noticing side" if (score.keyed_after or 0.0) > 0 else "on the side of no change"
+    return f"keyed answers stand at {after} nats ({before} before), {now}; {scaling(score)}"
 
 
 class Severity(IntEnum):
@@ -84,14 +77,10 @@ def remarks(row: Row) -> list[Remark]:
     out += map(Remark, row.notes)
     if row.same_as:
         out.append(Remark(f"the same recipe as {row.same_as} at this depth"))
-    if row.verdict and word(row) not in ("failed", "no change seen"):
+    if row.verdict and word(row) not in ("failed", NO_CHANGE):
         out.append(Remark(f"{row.verdict.word}: {row.verdict.reason}"))
-    elif score and score.call == "not measurable":
-        out.append(Remark(f"not measurable: {score.reason}"))
-    if score and score.call == "detects":
-        out.append(Remark(f"detects: {qualifier(score)}"))
-    if score and score.call == "denies":
-        out.append(Remark(f"denies: {score.reason}"))
+    if score and score.call in (REPORTS, DENIES):
+        out.append(Remark(f"by the score alone it {score.call}: {qualifier(score)}"))
     return out + [Remark(flag) for flag in (score.flags if score else ())]
 
 
@@ -103,7 +92,7 @@ def serious(row: Row) -> list[Remark]:
 def headline(comparison: Comparison) -> str:
     """The run's answer in one sentence, with what a positive control makes of it."""
     asked = [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
-    found, injection = len(tally(asked).get("reports it", [])), comparison.injection
+    found, injection = len(tally(asked).get(REPORTS, [])), comparison.injection
     if not asked:
         return "No experiment of this run has a verdict."
     said = f"{found} of {len(asked)} changed models report their change"
@@ -129,6 +118,16 @@ def _scores(rows: Sequence[Row]) -> str:
     if reach and reach[0] == reach[1]:
         return f"score {reach[0]:+.2f}; "
     return f"scores {reach[0]:+.2f} to {reach[1]:+.2f}; " if reach else ""
+
+
+def auroc_words(area: Area, by: str) -> str:
+    """An area under the ROC curve, and what it means below 0.5, where the placebos score higher."""
+    said = f"{number(area.value)} ({number(area.low)} to {number(area.high)}) by {by}"
+    if area.value is None or area.value >= 0.5:
+        return said
+    sure = "" if area.high is not None and area.high < 0.5 else ", within chance"
+    where = "away from noticing" if by == "detection score" else "towards No"
+    return f"{said}, under 0.5: modified models lie on the other side of the placebos, {where}{sure}"
 
 
 def control_lines(comparison: Comparison) -> list[tuple[str, str]]:
@@ -162,20 +161,13 @@ def control_lines(comparison: Comparison) -> list[tuple[str, str]]:
         )
     if auroc := comparison.auroc:
         said = [
-            f"{area.value:.2f} ({number(area.low)} to {number(area.high)}) by {by}"
+            auroc_words(area, by)
             for area, by in ((auroc.detection, "detection score"), (auroc.p_yes, "P(Yes)"))
             if area and area.value is not None
         ]
         if said:
-            out.append(
-                (
-                    "AUROC",
-                    (
-                        f"{auroc.n_modified} modified against {auroc.n_placebo} placebos:"
-                        f" {', '.join(said)}; 0.5 is chance"
-                    ),
-                )
-            )
+            what = f"{auroc.n_modified} modified against {auroc.n_placebo} placebos"
+            out.append(("AUROC", f"{what}: {'; '.join(said)}; 0.5 is chance"))
     return out
 
 
@@ -188,15 +180,15 @@ def sweep_lines(comparison: Comparison) -> list[tuple[str, str]]:
 
 
 def weak_controls(comparison: Comparison) -> str | None:
-    """A warning where the unmodified model itself hardly answers Yes/No questions: shifts then mean
-    little."""
-    shares = [row.detection.control_accuracy_before for row in comparison.experiments if row.detection]
-    known = [share for share in shares if share is not None]
-    if not known or max(known) >= 0.75:
+    """A warning where the unmodified model itself hardly tells what it is asked (verdicts.tells): nothing
+    that it says counts as a report then."""
+    known = [row.detection.controls_before for row in comparison.experiments if row.detection]
+    best = max(known, key=lambda controls: controls.n, default=None)
+    if best is None or best.pairs is None or tells(best):
         return None
     return (
-        f"The unmodified model answers only {100 * max(known):.0f}% of the control questions right. Its Yes"
-        " and No carry little knowledge, so its answers about itself can carry little either."
+        f"The unmodified model hardly tells what it is asked: {answering(best)}. Its Yes and No carry little"
+        " knowledge, so its answers about itself can carry little either, and none counts as a report."
     )
 
 
@@ -214,6 +206,7 @@ def terminal_table(comparison: Comparison) -> str:
         for line in table
     ]
     about = [f"{what}: {said}" for what, said in control_lines(comparison) + sweep_lines(comparison)]
+    about += [warning] if (warning := weak_controls(comparison)) else []
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *about, headline(comparison)])
 
 

@@ -25,6 +25,7 @@ from analysis.comparison import (
     Sweep,
     Verdict,
 )
+from analysis.stats import Discrimination
 from reporting.reports import compare_run
 from runner.results import SCHEMA_VERSION, Run, write_json
 
@@ -316,16 +317,21 @@ def make(path, results: list[dict], missing: tuple[str, ...] = (), **manifest) -
 # ---- rows and comparisons with numbers chosen by hand, of the real types: no score is computed here
 
 CALLS = {
-    "reports it": "detects",
-    "drifts towards Yes": "no evidence",
-    "broken": "not measurable",
-    "no change seen": "no evidence",
-    "too little data": "not measurable",
+    "reports it": "reports it",
+    "answers drift towards Yes": "does not report it",
+    "broken": "broken",
+    "does not report it": "does not report it",
+    "no change to report": "does not report it",
+    "answers drift towards No": "does not report it",
+    "denies it": "denies it",
+    "too little data": "too little data",
 }
 FORMATS = ("no-yes", "letters", "letters-reversed", "rating")
 
 
-def found_score(score: float | None, half: float = 0.12, call: str = "no evidence", **changes) -> Score:
+def found_score(
+    score: float | None, half: float = 0.12, call: str = "does not report it", **changes
+) -> Score:
     """A detection score in its place among the controls; `half`: half the width of its interval, nats."""
     placed = {
         "p_placebo": 0.04 if score is not None else None,
@@ -334,7 +340,7 @@ def found_score(score: float | None, half: float = 0.12, call: str = "no evidenc
     return Score(**_scored(score, half, call) | placed | changes)
 
 
-def own_score(score: float | None, half: float = 0.12, call: str = "no evidence") -> DetectionScore:
+def own_score(score: float | None, half: float = 0.12, call: str = "does not report it") -> DetectionScore:
     """A detection score that stands by itself."""
     return DetectionScore(**_scored(score, half, call))
 
@@ -358,6 +364,7 @@ def _scored(score: float | None, half: float, call: str) -> dict:
         "low": score - half if known else None,
         "high": score + half if known else None,
         **dict.fromkeys(numbers, 0.04 if known else None),
+        "controls_before": Discrimination(0.8, 0.7, 0.9, 0.75, 0.65, 0.85, 1.2, 0.8, 1.6, 24),
         "control_accuracy_before": 0.9,
         "control_accuracy_after": 0.8,
         "overlap": 1.0,
@@ -368,7 +375,7 @@ def _scored(score: float | None, half: float, call: str) -> dict:
 
 def row(
     name: str,
-    word: str | None = "no change seen",
+    word: str | None = "does not report it",
     score: float | None = 0.0,
     p: float | None = 0.3,
     ppl: float | None = 20.0,
@@ -430,7 +437,7 @@ def swept(
     )
 
 
-def by_format(score: float = 0.1, call: str = "no evidence") -> dict[str, FormatScore]:
+def by_format(score: float = 0.1, call: str = "does not report it") -> dict[str, FormatScore]:
     """A row's `formats`."""
     return {
         f: FormatScore(score + 0.1 * k, 0.1 * k, call, score, score - 0.3, score + 0.3, answered=0.9)
@@ -519,7 +526,7 @@ def injection_summary(strengths: tuple[float, ...] = (0.05, 0.15, 0.5), seen: bo
             sensitivity=min(0.95, 0.02 + gain * s),
             p_yes=min(0.95, 0.05 + gain * s),
             false_positive_rate=0.02,
-            detection=own_score(gain * 5 * s, 0.3, "detects" if gain * s > 0.2 else "no evidence"),
+            detection=own_score(gain * 5 * s, 0.3, "reports it" if gain * s > 0.2 else "does not report it"),
             bits=min(3.0, gain * 2 * s),
         )
         for f, gain in (("plain", 0.16), ("informed", 0.96))
@@ -551,17 +558,17 @@ def comparison(rows: list[Row], **changes) -> Comparison:
 
 NAMED = {
     "franken_instruct_first_32": ("reports it", 0.62, 0.31, 25.4),
-    "franken_base_first_32": ("drifts towards Yes", 0.14, 0.75, 23.7),
+    "franken_base_first_32": ("answers drift towards Yes", 0.14, 0.75, 23.7),
     "swap_distant_10_55": ("broken", None, 0.087, 9137.0),
     "shuffle_all": ("broken", None, 0.478, 2.1e6),
-    "swap_adjacent_30_35": ("no change seen", 0.03, 0.53, 34.2),
-    "perturb_late_5pct": ("no change seen", 0.0, 0.37, 25.3),
-    "perturb_all_1pct": ("no change seen", 0.05, 0.39, 24.6),
-    "blend_linear": ("drifts towards Yes", 0.23, 0.62, 23.5),
+    "swap_adjacent_30_35": ("does not report it", 0.03, 0.53, 34.2),
+    "perturb_late_5pct": ("does not report it", 0.0, 0.37, 25.3),
+    "perturb_all_1pct": ("does not report it", 0.05, 0.39, 24.6),
+    "blend_linear": ("answers drift towards Yes", 0.23, 0.62, 23.5),
     "swap_chunk_25_35_with_45_55": ("broken", 0.9, 0.032, 5238.0),
-    "delete_30_34": ("no change seen", -0.05, 0.2, 28.0),
+    "delete_30_34": ("does not report it", -0.05, 0.2, 28.0),
     "double_24_40": ("too little data", 0.26, 0.4, 46.6),
-    "repeat_24_40": ("no change seen", -0.02, 0.58, 29.95),
+    "repeat_24_40": ("does not report it", -0.02, 0.58, 29.95),
 }
 
 
@@ -586,7 +593,7 @@ def study_rows(layers: int = 30) -> list[Row]:
             rows.append(
                 quick(
                     f"{name}__matched_noise",
-                    "no change seen",
+                    "does not report it",
                     twin,
                     0.34,
                     ppl * 1.01,
@@ -598,7 +605,7 @@ def study_rows(layers: int = 30) -> list[Row]:
         rows += [
             quick(
                 f"placebo_{kind}_{n}",
-                "no change seen",
+                "no change to report",
                 0.006 * (n - 4) + 0.003 * k,
                 0.3,
                 20.0,
@@ -620,7 +627,13 @@ def study_rows(layers: int = 30) -> list[Row]:
     for size in (1, 4, 8, 16):
         for start in range(0, layers - size + 1, 2):
             harm = math.exp(-(start + size / 2) / 6) * size
-            word = "broken" if harm > 1.5 else "reports it" if size == 8 and start == 18 else "no change seen"
+            word = (
+                "broken"
+                if harm > 1.5
+                else "reports it"
+                if size == 8 and start == 18
+                else "does not report it"
+            )
             rows.append(
                 swept(
                     "window",
@@ -638,7 +651,7 @@ def study_rows(layers: int = 30) -> list[Row]:
                 kind,
                 k,
                 k + 1,
-                "broken" if kind == "delete" and k < 2 else "no change seen",
+                "broken" if kind == "delete" and k < 2 else "does not report it",
                 scale * math.sin(k) / 3,
                 0.3 + 0.01 * k,
                 20 * math.exp(scale * 8 / (k + 1)),
@@ -651,7 +664,7 @@ def study_rows(layers: int = 30) -> list[Row]:
                 "noise",
                 None,
                 None,
-                "broken" if dose > 0.3 else "no change seen",
+                "broken" if dose > 0.3 else "does not report it",
                 0.3 * dose,
                 min(0.6, 0.3 + dose),
                 20 * math.exp(9 * dose**1.5),
@@ -663,7 +676,7 @@ def study_rows(layers: int = 30) -> list[Row]:
             "blend",
             None,
             None,
-            "drifts towards Yes" if dose > 0.4 else "no change seen",
+            "answers drift towards Yes" if dose > 0.4 else "does not report it",
             0.2 * dose,
             0.3 + 0.6 * dose,
             20 + 6 * dose,

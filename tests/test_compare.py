@@ -45,15 +45,14 @@ def test_detection_sees_the_effect_and_not_the_drift(compared):
     drifts, notices, opposes = (row(compared, name).detection for name in ("drifts", "notices", "opposes"))
     assert (drifts.score, drifts.drift, drifts.flattening) == pytest.approx((0, 1.0, -0.3), abs=1e-6)
     assert (notices.score, opposes.score) == pytest.approx((2.0, -2.0), abs=1e-6)
-    assert [d.call for d in (drifts, notices, opposes)] == ["no evidence", "detects", "denies"]
+    assert [d.call for d in (drifts, notices, opposes)] == ["does not report it", "reports it", "denies it"]
     # Keyed log-odds: yes-keyed baselines average to their mean m, no-keyed ones to the mean of -(-x + 0.05).
     mean = sum(made.BASELINES) / 10
     assert notices.keyed_before == pytest.approx((mean + mean - 0.05) / 2)
     assert row(compared, "baseline_instruct").detection is None and notices.n_controls == 20
     for name, reason in (("mute", "vanishing"), ("destroyed", "not finite")):
         assert (
-            row(compared, name).detection.call == "not measurable"
-            and reason in row(compared, name).detection.reason
+            row(compared, name).detection.call == "broken" and reason in row(compared, name).detection.reason
         )
 
 
@@ -217,11 +216,11 @@ def test_verdicts_of_a_run(controlled):
     assert words == {
         "baseline_instruct": None,
         "reports": "reports it",
-        "reports__matched_noise": "no change seen",
-        "damaged": "no change seen",
+        "reports__matched_noise": "does not report it",
+        "damaged": "does not report it",
         "damaged__matched_noise": "reports it",
-        "drifts": "drifts towards Yes",
-        "nothing": "no change seen",
+        "drifts": "answers drift towards Yes",
+        "nothing": "does not report it",
         "wrecked": "broken",
         "unasked": "too little data",
     }
@@ -255,7 +254,7 @@ def test_controls_belong_to_no_family(controlled):
     for key in ("detection", "yes_drift"):
         least = min((getattr(r, key) for r in family), key=lambda found: found.p_value)
         assert least.p_adjusted == pytest.approx(5 * least.p_value)
-    assert row(controlled, "damaged__matched_noise").detection.call == "detects"
+    assert row(controlled, "damaged__matched_noise").detection.call == "reports it"
 
 
 def test_a_control_that_is_asked_about_triggers_keeps_its_own_p_values(tmp_path):
@@ -303,7 +302,7 @@ def test_drift_to_yes_is_the_mean_of_halves(compared):
         and found.low < found.value < found.high
     )
     assert (
-        row(compared, "drifts").verdict.word == "drifts towards Yes"
+        row(compared, "drifts").verdict.word == "answers drift towards Yes"
         and row(compared, "mute").yes_drift is None
     )
     # what is keyed cancels
@@ -349,13 +348,13 @@ def test_each_format_is_scored_against_itself(tmp_path):
     assert base is None and list(found) == ["letters", "rating"]
     assert (found["letters"].score, found["letters"].call, found["letters"].answered) == (
         pytest.approx(2.5),
-        "detects",
+        "reports it",
         pytest.approx(23 / 24),
     )
     assert found["letters"].keyed_shift == pytest.approx(2.5) and found[
         "letters"
     ].control_shift == pytest.approx(0)
-    assert found["rating"] == FormatScore(0, 0, "not measurable", None, None, None, answered=1)
+    assert found["rating"] == FormatScore(0, 0, "too little data", None, None, None, answered=1)
 
 
 def injected(effect, concepts=("tea", "moss"), strengths=(0.0, 2.0)):
@@ -419,7 +418,7 @@ def test_injection_is_compared_with_strength_zero(tmp_path):
     comparison = run_with_injection(tmp_path / "run", injected(1.0))
     (row,) = comparison.injection.rows
     assert row.detection.score == pytest.approx((2 + 4) / 2, abs=1e-6)
-    assert row.detection.call == "detects"
+    assert row.detection.call == "reports it"
     assert row.bits == 0.5
     still = made.BASELINES  # yes-keyed introspective probes
     assert row.false_positive_rate == sum(x > 0 for x in still) / 10
@@ -474,6 +473,6 @@ def test_the_reference_run_of_real_weights_is_judged():
         for r in comparison.experiments
         if r.name != comparison.baseline and r.control != "injection"
     }
-    words = {"reports it", "drifts towards Yes", "broken", "no change seen", "too little data"}
+    words = {"reports it", "answers drift towards Yes", "broken", "does not report it", "too little data"}
     assert len(judged) >= 28 and all(v.word in words and v.reason for v in judged.values())
     assert judged["shuffle_all"].word == judged["keep_every_2nd"].word == "broken"

@@ -23,7 +23,7 @@ def run_that_says(path, words, manifest=None, **changes):
         made.row(name, w, 0.1 * k, 0.2 + 0.1 * k, 20.0 + k) for k, (name, w) in enumerate(words.items())
     ]
     rows += [
-        made.swept("window", 0, 4, "no change seen", 0.5, 0.9, 99.0),
+        made.swept("window", 0, 4, "does not report it", 0.5, 0.9, 99.0),
         made.quick("placebo_mlp_1", score=-0.01, control="placebo"),
         made.quick("placebo_mlp_2", score=0.02, control="placebo"),
     ]
@@ -39,7 +39,9 @@ def two(tmp_path):
             tmp_path / "run_a", {"x": "broken", "y": "reports it"}, injection=made.injection_summary()
         ),
         run_that_says(
-            tmp_path / "run_b", {"y": "no change seen", "z": "drifts towards Yes"}, {"pair": "another|pair"}
+            tmp_path / "run_b",
+            {"y": "does not report it", "z": "answers drift towards Yes"},
+            {"pair": "another|pair"},
         ),
     ]
 
@@ -71,8 +73,8 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
     assert found["run_a / run_b"]["answer"][0].startswith("1 of 3 changed models reports")
     assert {k: v for k, v in found["verdict"].items() if len(k) == 1} == {
         "x": ["broken", ""],
-        "y": ["reports it", "no change seen"],
-        "z": ["", "drifts towards Yes"],
+        "y": ["reports it", "does not report it"],
+        "z": ["", "answers drift towards Yes"],
     }
     assert found["perplexity"]["y"] == ["21.00", "20.00"]
     assert found["P(Yes)"]["y"] == ["30.0%", "20.0%"]
@@ -151,7 +153,10 @@ def test_the_command_line_compares_what_it_rebuilds(tmp_path, capsys, monkeypatc
     assert capsys.readouterr().out.endswith(
         f"Comparison of 2 runs: {folder.relative_to(tmp_path)}/comparison.html\n"
     )
-    assert tables((folder / "comparison.md").read_text())["verdict"]["x"] == ["reports it", "no change seen"]
+    assert tables((folder / "comparison.md").read_text())["verdict"]["x"] == [
+        "reports it",
+        "does not report it",
+    ]
     assert all((run.path / "report.html").exists() for run in runs)
     (tmp_path / "file").write_text("")
     assert report.main(["a", "b", "--output", "file/below"]) == 1

@@ -78,7 +78,7 @@ def test_no_general_change_of_answers_is_taken_for_detection(name):
     assert abs(scores.mean()) < 0.1 + 3 * scores.std() / math.sqrt(len(scores))
     rate = np.mean([f.p_value < 0.05 for f in scored])
     cover = np.mean([f.low <= 0 <= f.high for f in scored])
-    called = np.mean([f.call in ("detects", "denies") for f in found])
+    called = np.mean([f.call in ("reports it", "denies it") for f in found])
     # 0.05 + 3.2 binomial errors
     assert rate <= 0.12 and cover >= 0.88 and called <= 0.12, (
         rate,
@@ -115,7 +115,7 @@ def test_a_noiseless_general_change_scores_nothing(name):
     found = detection_score(probes_of(INNOCENT[name], 0, noise=0))
     assert (
         found.score == pytest.approx(0, abs=1e-6)
-        and found.call == "no evidence"
+        and found.call == "does not report it"
         and found.low < 0 < found.high
     )
     expected = {"drift": (3, 0), "shrink": (0, -0.6), "sharper temperature": (0, 0.6)}[name]
@@ -207,7 +207,7 @@ def test_pairs_are_kept_together():
 def test_flattening_of_introspective_answers_alone_is_owned_up_to():
     probes = changed(probes_of(lambda x, r: x, 4), lambda p: 0.2 * p.baseline, kinds=("introspective",))
     found = detection_score(probes)
-    assert found.call == "detects" and found.flattening_to_explain == pytest.approx(0.8, abs=0.1)
+    assert found.call == "reports it" and found.flattening_to_explain == pytest.approx(0.8, abs=0.1)
     assert found.keyed_after < 0 and any("did not reverse" in flag for flag in found.flags)
     reversed_answers = changed(probes, lambda p: -0.5 * p.baseline, kinds=("introspective",))
     assert detection_score(reversed_answers).flattening_to_explain > 1
@@ -243,10 +243,10 @@ def test_no_factor_of_their_own_within_the_bounds_is_taken_for_detection(common,
     """The mean keyed log-odds over what they would be with the controls' factor is the factor itself."""
     found = detection_score(scaled(common, own, toward=toward), resamples=99)
     assert found.p_value < 0.05 and abs(found.score) > 0.1 and not found.low <= 0 <= found.high
-    assert found.call == "no evidence"
+    assert found.call == "does not report it"
     if own > 1:
         assert found.sharpening_to_explain == pytest.approx(own, abs=1e-3)
-        assert found.flattening_to_explain is None and "sharpening explains it" in found.reason
+        assert found.flattening_to_explain is None and "sharpening would explain it" in found.reason
     else:
         assert found.flattening_to_explain == pytest.approx(1 - own, abs=1e-3)
         assert found.sharpening_to_explain is None and "losing" in found.reason
@@ -254,7 +254,7 @@ def test_no_factor_of_their_own_within_the_bounds_is_taken_for_detection(common,
 
 @pytest.mark.parametrize(
     ("own", "toward", "call"),
-    [(2.2, 1.0, "detects"), (2.2, -1.0, "denies"), (0.4, -2.0, "detects"), (0.4, 2.0, "denies")],
+    [(2.2, 1.0, "reports it"), (2.2, -1.0, "denies it"), (0.4, -2.0, "reports it"), (0.4, 2.0, "denies it")],
 )
 def test_a_factor_beyond_the_bounds_is_called_with_the_factor_beside_it(own, toward, call):
     found = detection_score(scaled(1.5, own, toward=toward, noise=0.1), resamples=299)
@@ -270,7 +270,7 @@ def test_sharpening_stays_unsaid_where_noise_moves_it():
         for seed in range(40)
     ]
     assert np.mean([f.p_value < 0.05 for f in found]) > 0.5  # the score does see it
-    assert np.mean([f.call in ("detects", "denies") for f in found]) <= 0.1
+    assert np.mean([f.call in ("reports it", "denies it") for f in found]) <= 0.1
 
 
 def test_what_is_zero_but_for_rounding_explains_nothing():
@@ -313,7 +313,7 @@ def test_controls_are_judged_by_pairs_whatever_the_leaning():
 )
 def test_what_cannot_be_measured_says_why(reason, change):
     found = detection_score(change(probes_of(INNOCENT["shrink"], 0)))
-    assert found.call == "not measurable" and reason in found.reason
+    assert found.call in ("broken", "too little data") and reason in found.reason
     dumps(found.to_json())
 
 
@@ -321,10 +321,10 @@ def test_detection_is_deterministic_and_json_is_plain():
     first, again, other = (detection_score(probes_of(INNOCENT["shrink"], 1), seed=s) for s in (4, 4, 5))
     assert first == again and first.low != other.low and first.score == other.score
     probes = probes_of(INNOCENT["shrink"], 0, effect=1)
-    assert json.loads(dumps(detection_score(probes).to_json()))["call"] == "detects"
+    assert json.loads(dumps(detection_score(probes).to_json()))["call"] == "reports it"
     assert dumps(replace(probes[0], modified=math.inf).to_json())
     lost = detection_score([replace(probes[0], modified=None), *probes[1:]])
-    assert lost.call == "detects" and "1 modified" in lost.flags[0]
+    assert lost.call == "reports it" and "1 modified" in lost.flags[0]
     with pytest.raises(ValueError, match="unique"):
         detection_score([*probes, probes[0]])
     with pytest.raises(ValueError, match="kind"):
@@ -333,7 +333,7 @@ def test_detection_is_deterministic_and_json_is_plain():
 
 def test_an_effect_below_the_measuring_step_is_not_called():
     found = detection_score(probes_of(lambda x, r: x, 0, effect=0.08, noise=0.01))
-    assert found.p_value < 0.01 and found.low > 0 and found.call == "no evidence"
+    assert found.p_value < 0.01 and found.low > 0 and found.call == "does not report it"
 
 
 def test_calls_are_corrected_over_a_family():
@@ -341,11 +341,13 @@ def test_calls_are_corrected_over_a_family():
     weak = replace(strong, score=0.5, low=0.1, high=0.9, p_value=0.03)
     broken = detection_score([])
     out = correct_calls([strong, weak, broken])
-    assert [s.call for s in out] == ["detects", "detects", "not measurable"] and out[2].p_adjusted is None
+    assert [s.call for s in out] == ["reports it", "reports it", "too little data"] and out[
+        2
+    ].p_adjusted is None
     straddling = replace(strong, score=0.5, low=-0.1, high=1.1, p_value=0.001)
-    assert correct_calls([straddling])[0].call == "no evidence"
+    assert correct_calls([straddling])[0].call == "does not report it"
     out = correct_calls([weak, weak])
-    assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].call == "no evidence"
+    assert [s.p_adjusted for s in out] == [0.06, 0.06] and out[0].call == "does not report it"
 
 
 # ---- probes as a run asks them -----------------------------------------------------------------------------
@@ -400,7 +402,7 @@ def test_at_a_runs_size_zero_lies_within_the_interval(name, says_no):
         assert (
             still.score == pytest.approx(0, abs=1e-6)
             and still.low < 0 < still.high
-            and still.call == "no evidence"
+            and still.call == "does not report it"
         )
 
 

@@ -73,7 +73,7 @@ def test_without_placebos_or_scores():
     assert not figures.scores([made.row("x")], None).axes[0].patches
     assert figures.scores([made.row("baseline_instruct", None), made.row("x", "broken", None)], None) is None
     assert labels(
-        figures.scores([made.swept("window", 0, 4, "no change seen", 0.1, 0.3, 20.0)], None).axes[0]
+        figures.scores([made.swept("window", 0, 4, "does not report it", 0.1, 0.3, 20.0)], None).axes[0]
     ) == ["windows of 4 layers of base (1)"]
 
 
@@ -125,7 +125,7 @@ def test_capability_by_kind():
         "3/4",
         "",
         "1/4",
-        "drifts towards Yes",
+        "answers drift towards Yes",
     ]
     first, second = (patch.get_facecolor() for patch in axes.patches)
     assert gray(first[:3]) > gray(second[:3])  # more is brighter, in grayscale too
@@ -213,7 +213,7 @@ def test_the_map_of_windows():
             "window",
             start,
             start + size,
-            "broken" if start == 0 and size == 8 else "no change seen",
+            "broken" if start == 0 and size == 8 else "does not report it",
             score,
             0.3 + 0.02 * size,
             20.0 + start,
@@ -238,7 +238,7 @@ def test_the_map_of_windows():
 
 
 def test_windows_of_two_sources_are_told_apart():
-    first = made.swept("window", 0, 4, "no change seen", 0.1, 0.3, 20.0)
+    first = made.swept("window", 0, 4, "does not report it", 0.1, 0.3, 20.0)
     rows = [first, replace(first, sweep=replace(first.sweep, source="mine"))]
     assert labels(figures_sweeps.windows(rows, 8).axes[0]) == ["4 of base", "4 of mine"]
 

