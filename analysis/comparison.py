@@ -132,10 +132,10 @@ class Drift(Json):
     """Upper end."""
     p_value: float | None
     """Two-sided, by sign flips of questions."""
-    n: int = 0
-    """Questions, each with its wordings of both keys and its framings."""
     p_adjusted: float | None = None
     """After Holm over the run's experiments that are no controls; None for a control."""
+    n: int = 0
+    """Questions, each with its wordings of both keys and its framings."""
 
 
 @dataclass(frozen=True)
