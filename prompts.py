@@ -240,12 +240,14 @@ def answer_token_ids(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
     Raises ValueError if an answer has no token or shares one with the other.
     """
-    return _answers(tokenizer, {"Yes": YES_SPELLINGS, "No": NO_SPELLINGS})
+    yes, no = _answers(tokenizer, {"Yes": YES_SPELLINGS, "No": NO_SPELLINGS})
+    return yes, no
 
 
 def letter_token_ids(tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(ids of A, ids of B). Raises ValueError as `answer_token_ids` does."""
-    return _answers(tokenizer, LETTER_SPELLINGS)
+    a, b = _answers(tokenizer, LETTER_SPELLINGS)
+    return a, b
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
+
+from scipy import special
 
 import prompts
 from engine.generation import Completion, Engine, Request
@@ -22,6 +25,8 @@ from surgery.recipes import Recipe
 
 # Under this key a suite's measurements may hold numpy arrays by name, which a file beside the JSON keeps.
 ARRAYS = "arrays"
+
+logsumexp: Any = special.logsumexp  # by its stubs it may also return signs, which nobody here asks for
 
 
 @dataclass(frozen=True)

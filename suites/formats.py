@@ -11,7 +11,7 @@ from scipy import special
 import prompts
 from analysis.stats import MASS_FLOOR, log_odds_from_logprobs, readings_to_json
 from engine.generation import Engine
-from suites.base import Protocol, Suite, Work, finite
+from suites.base import Protocol, Suite, Work, finite, logsumexp
 
 
 def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.RatingTokens) -> np.ndarray:
@@ -23,14 +23,14 @@ def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.Ra
     """
     with np.errstate(all="ignore"):
         first = first.astype(np.float64)
-        first -= special.logsumexp(first)
+        first -= logsumexp(first)
         ones, tens = {i: first[i] for i in tokens.one_to_nine[0]}, [first[i] for i in tokens.ten]
         for one, row in zip(tokens.open_ones, after_one, strict=True):
-            zero = min(special.logsumexp(special.log_softmax(row.astype(np.float64))[list(tokens.zero)]), 0.0)
+            zero = min(logsumexp(special.log_softmax(row.astype(np.float64))[list(tokens.zero)]), 0.0)
             tens.append(ones[one] + zero)
             ones[one] += np.log1p(-np.exp(zero))
-        between = [special.logsumexp(first[list(ids)]) for ids in tokens.one_to_nine[1:]]
-        return np.array([special.logsumexp([*ones.values()]), *between, special.logsumexp(tens)])
+        between = [logsumexp(first[list(ids)]) for ids in tokens.one_to_nine[1:]]
+        return np.array([logsumexp([*ones.values()]), *between, logsumexp(tens)])
 
 
 def ask_formats(engine: Engine, probes: Sequence[prompts.FormatProbe]) -> list[dict]:
@@ -65,7 +65,7 @@ def ask_formats(engine: Engine, probes: Sequence[prompts.FormatProbe]) -> list[d
             p = rating_logprobs(row, np.array([next(rest) for _ in ratings.open_ones]), ratings)
             with np.errstate(all="ignore"):
                 log_odds, mean = (
-                    special.logsumexp(p[5:]) - special.logsumexp(p[:5]),
+                    logsumexp(p[5:]) - logsumexp(p[:5]),
                     special.softmax(p) @ np.arange(1, 11),
                 )
             answered = math.isfinite(log_odds) and (reading["mass"] or 0) >= MASS_FLOOR

@@ -26,7 +26,7 @@ from engine.generation import Engine
 from engine.layers import run_layer
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES, BinaryProbe
-from suites.base import Protocol, Suite, Work
+from suites.base import Protocol, Suite, Work, logsumexp
 from suites.steering import answers_after
 
 CONCEPTS = ("bread", "ocean", "wolf", "music", "winter", "castle", "doctor", "war", "gold")
@@ -280,11 +280,11 @@ class Names:
         model's numbers are."""
         after = dict(zip(self.beginnings, rows.astype(np.float64), strict=True))
         total = [
-            special.logsumexp([sum(after[ids[:k]][ids[k]] for k in range(len(ids))) for ids in both])
+            logsumexp([sum(after[ids[:k]][ids[k]] for k in range(len(ids))) for ids in both])
             for both in self.spellings
         ]
         with np.errstate(all="ignore"):
-            return total - special.logsumexp(total)
+            return total - logsumexp(total)
 
 
 def mutual_information(logprobs: np.ndarray) -> float:

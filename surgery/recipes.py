@@ -282,8 +282,8 @@ def blend(recipe: Recipe, source: str, share: Sequence[float] | Callable[[float]
             raise RecipeError(f"position {p} is already perturbed: blend first, perturb afterwards")
         weights: dict[Ref, float] = {ref: w * (1 - s) for ref, w in recipe.slots[p].mix}
         weights[Ref(source, p)] = weights.get(Ref(source, p), 0.0) + s
-        mix = tuple((ref, w) for ref, w in weights.items() if w != 0)
-        changed[p] = replace(recipe.slots[p], mix=mix if len(mix) > 1 else ((mix[0][0], 1.0),))
+        mix = [(ref, w) for ref, w in weights.items() if w != 0]
+        changed[p] = replace(recipe.slots[p], mix=tuple(mix) if len(mix) > 1 else ((mix[0][0], 1.0),))
     return _edit(recipe, changed)
 
 
@@ -420,7 +420,7 @@ def _how(slot: Slot, before: Slot, p: int) -> tuple[str, int | None, str]:
     edits = str(slot)[len(str(replace(slot, edits=(), scale=1.0))) :]
     if len(slot.mix) > 1:
         return "blended of " + " and ".join(dict.fromkeys(r.source for r, _ in slot.mix)), None, edits
-    ref = slot.mix[0][0]
+    ref, _ = next(iter(slot.mix))
     return ("", None, edits) if slot.mix == before.mix else (ref.source, ref.layer - p, edits)
 
 
