@@ -49,6 +49,38 @@ INJECTION_SOURCE = (
 )
 INJECTION = {"plain": 0.003, "informed": 0.392}  # sensitivity by framing
 
+# Tasks of the further injection suites: (task and measure of analysis/injection.py, value, chance or false
+# positives, source).
+INJECTION_EFFECTS = (
+    (
+        ("in words", "detects and names it"),
+        0.88,
+        0.0,
+        "open-introspection (ostegm, 2026-02-02): Qwen2.5-Coder-32B-Instruct, best cell, layer 44 (0.69 of"
+        " the depth), strength 3, n = 80; hits as its judge reads them",
+    ),
+    (
+        ("in words", "detects and names it"),
+        0.597,
+        0.012,
+        "the same over layers 38, 41, 44 and strengths 3, 4, 5",
+    ),
+    (
+        ("questions", "says Yes"),
+        0.392,
+        None,
+        "arXiv 2602.20031, mechanism explained, layers 21-42, at 0.6 points more false positives",
+    ),
+    (
+        ("naming", "bits"),
+        1.05,
+        None,
+        "arXiv 2602.20031, nine concepts, five shuffled orders; 0.62 unexplained",
+    ),
+    (("localisation", "likeliest"), 0.88, 0.1, "Hahami et al., arXiv 2512.12411, Llama-3.1-8B"),
+    (("comparison", "as it stands"), 0.83, 0.5, "Hahami et al., arXiv 2512.12411, Llama-3.1-8B"),
+)
+
 
 def of(row: Row, layers: int) -> tuple[float, int | None, float | None] | None:
     """The published numbers of a row's experiment: P(Yes), capability of 6, perplexity; None where there are

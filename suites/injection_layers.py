@@ -98,7 +98,7 @@ class InjectionLayers(Suite):
 
         for framing in self.grid.framings:
             opening, asked = injection.FRAMINGS[framing], questions(framing)
-            probes += [{k: getattr(p, k) for k in ("id", "kind", "pair", "text")} for p in asked]
+            probes += [{k: getattr(p, k) for k in ("id", "kind", "pair", "text", "question")} for p in asked]
             for probe, p in zip(probes[-len(asked) :], asked, strict=True):
                 probe |= {"keyed": p.if_changed, "framing": framing}
             texts = [p.text for p in asked] + [naming(order) for order in listed]
