@@ -235,6 +235,13 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
     intact, curve, started = prose_loss(), [], time.monotonic()
+
+    def draw_change():
+        """(a change, its seed, nats a token by which it raises the loss on neutral prose)."""
+        change, seed = draw(rng, depth), rng.getrandbits(31)
+        with changed(lora, change, seed):
+            return change, seed, prose_loss() - intact
+
     for step in range(args.steps):
         passed = step / args.steps
         if args.minutes:
@@ -242,12 +249,9 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
         if passed >= 1:
             break
         # 1. Both states of the weights in every step: as they are, and a change that is visible.
-        for _ in range(20):
-            change, seed = draw(rng, depth), rng.getrandbits(31)
-            with changed(lora, change, seed):
-                rise = prose_loss() - intact
-            if VISIBLE[0] <= rise <= VISIBLE[1]:
-                break
+        left, (change, seed, rise) = 19, draw_change()
+        while left and not VISIBLE[0] <= rise <= VISIBLE[1]:
+            left, (change, seed, rise) = left - 1, draw_change()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 20, 3 * (1 - passed))  # warm-up, constant, to zero
         losses = []
