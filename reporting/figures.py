@@ -24,11 +24,11 @@ from analysis.rows import UNCALLED, by_verdict, controls, many, named, score, sw
 MUTED, FAINT, INK, BAND = "#5b6470", "#c9ced6", "#1d232b", "#dde2e8"
 VERDICTS = {
     "reports it": ("#0072B2", "^"),
-    "denies it": ("#56B4E9", "v"),
+    "denies it": ("#2F7FA8", "v"),
     "answers drift towards Yes": ("#C65500", ">"),
-    "answers drift towards No": ("#E69F00", "<"),
+    "answers drift towards No": ("#8A6500", "<"),
     "does not report it": (MUTED, "o"),
-    "no change to report": (FAINT, "o"),
+    "no change to report": (MUTED, "h"),
     "too little data": ("#9A6C9E", "d"),
     "broken": (INK, "X"),
 }

@@ -45,6 +45,25 @@ def test_noise_is_shared_within_a_question_as_stated():
     )
 
 
+def test_shared_parts_are_found_again_in_what_was_simulated_with_them():
+    rng = np.random.default_rng(3)
+    index = {asked: k for k, asked in enumerate(calibration.ASKED)}
+    questions = dict.fromkeys((kind, q) for kind, *_, q in calibration.ASKED)
+    cells = [
+        [[index[i, k, f, q] for f in ("plain", "informed")] for k in ("yes", "no")] for i, q in questions
+    ]
+    for parts in (calibration.SHARED, (0.0, 0.1, 0.4, 0.5)):
+        draws = np.array([2.5 * calibration._correlated(rng, parts)[cells] for _ in range(600)])
+        assert calibration.shared_parts(draws) == pytest.approx(parts, abs=0.03)
+
+
+def test_a_folder_that_holds_no_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["calibration.py", "--noise-from", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        calibration.main()
+    assert stopped.value.code == 2 and "holds no run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("baseline", calibration.BASELINES)
 def test_baselines_say_what_their_names_say(baseline):
     probes = calibration.simulate(replace(QUIET, baseline=baseline), np.random.default_rng(2))
@@ -57,6 +76,7 @@ def test_baselines_say_what_their_names_say(baseline):
         "firm": (-4, 4, 4, -4),
         "No to all about itself": (-4, -4, 4, -4),
         "undecided": (-0.6, -0.6, -0.7, -1.1),
+        "leaning to Yes and to noticing": (2.1, 0.9, 2.0, 0.0),
     }[baseline]
     assert list(mean.values()) == pytest.approx(expected, abs=1.3)
 

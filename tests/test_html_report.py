@@ -238,14 +238,14 @@ def test_detects_never_stands_alone(whole):
     first = table_rows(raw, "franken_instruct_first_32")[0]
     assert "reports it" in first
     assert "keyed answers stand at" in first
-    assert "flattening" in first
+    assert "more of their log-odds than controls" in first
     assert re.search(r'class="verdict reports-it"', raw) and "0 of 10" in raw
     behind = next(
         r
         for r in table_rows(raw, "franken_instruct_first_32")
         if "+2.00" in r and "reversed" not in r and "CI" not in r and "nats toward" in r
     )
-    assert "reports it" in behind and "reports it" in behind
+    assert behind.count("reports it") == 2  # the verdict, and the call of the score alone
 
 
 def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, no_drawing):
