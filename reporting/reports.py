@@ -5,6 +5,7 @@ from __future__ import annotations
 from analysis.compare import compare
 from analysis.comparison import Comparison, from_json, to_json
 from experiments import BASELINE
+from reporting.injected import injected_section
 from reporting.vocabulary import LEGEND, summary, terminal_table
 from runner.results import Run, read_json, write_json, write_text
 
@@ -42,6 +43,7 @@ def write_reports(run: Run) -> str:
     write_json(run.path / "comparison.json", to_json(comparison))
     told = phases_section(run, results, manifest["protocol"]["seed"])
     told += probe_section(probed(run, results, comparison, manifest))
+    told += injected_section(run, results, manifest["protocol"]["seed"])
     write_text(
         run.path / "summary.md", summary(comparison, manifest) + "\n".join([*told, ""] if told else [])
     )

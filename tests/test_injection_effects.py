@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from analysis.injection import (
     question_effects,
     word_effects,
 )
+from reporting.injected import injected_section
 
 NOWHERE = {"depth": None, "layers": None, "strength": 0.0}
 HERE = {"depth": 0.69, "layers": [19, 20], "strength": 2.0}
@@ -194,3 +196,21 @@ def test_all_of_a_run_in_order_and_published_tasks_are_ones_of_ours():
     }
     ours |= {(r.task, r.measure) for r in both}
     assert {what for what, *_ in published.INJECTION_EFFECTS} <= ours
+
+
+def test_the_summary_shows_the_best_condition_of_each_kind_beside_others(tmp_path):
+    run = SimpleNamespace(path=tmp_path)
+    results = {
+        "baseline_instruct": {"measurements": {"binary": {}}},
+        "failed": {"measurements": None},
+        "injection_generation": {"measurements": {"injection_generation": WORDS}},
+    }
+    lines = injected_section(run, results, 0)
+    (hit,) = [line for line in lines if "detects and names it | concept" in line]
+    assert "| in words, detect |" in hit and "0.25 " in hit and "| 0.88, 0.597 |" in hit
+    (none,) = [line for line in lines if "detects and names it | none" in line]
+    assert "0.00 " in none and "0.88" not in none
+    rows = json.loads((tmp_path / "injection.json").read_text())["effects"]
+    assert rows == [row.to_json() for row in word_effects(WORDS)]
+    assert injected_section(run, {"failed": {"measurements": None}}, 0) == []
+    assert any("open-introspection" in line for line in lines)

@@ -79,8 +79,10 @@ def test_a_whole_run_leaves_everything_behind(everything):
     assert sorted(p.name for p in run.iterdir()) == [
         "comparison.json",
         "experiments",
+        "injection.json",
         "manifest.json",
         "summary.md",
+        "texts.json",
     ]
     manifest, comparison = (
         json.loads((run / name).read_text()) for name in ("manifest.json", "comparison.json")
