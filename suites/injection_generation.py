@@ -13,7 +13,7 @@ Strengths are in units of the contrast itself, as theirs are; `contrast` in the 
 of the residual stream.
 
 Cost: a reply of up to `budget` tokens for each thought, site, strength, kind of span and question, and as
-many without injection as there are thoughts: SHORT 44 replies of 40 tokens, GRID 3,240 of 60.
+many without injection as there are thoughts: SHORT 60 replies of 40 tokens, GRID 2,448 of 60.
 """
 
 from __future__ import annotations

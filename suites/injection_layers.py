@@ -7,7 +7,7 @@ odd model). Every cell is asked all questions and control questions, and the nam
 list, so that a name's place in it is not what is read.
 
 Cost: one reading of a first turn and, on it, of every question and naming, for each cell: SHORT has 19 cells
-of one framing, GRID 578 cells of two.
+of one framing, GRID 291 of each of two.
 """
 
 from __future__ import annotations
