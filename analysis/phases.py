@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.detection import DetectionScore, Probe, correct_calls, detection_score
+from analysis.detection import DENIES, REPORTS, DetectionScore, Probe, correct_calls, detection_score
 from analysis.stats import Json
 
 TOPICS = {
@@ -103,7 +103,7 @@ def _adjusted(scores: list[PhaseScore]) -> list[PhaseScore]:
 @dataclass(frozen=True)
 class PhaseSummary(Json):
     """One topic in one combination over a run's changed models: their number, median score (nats), how many
-    detect or deny it; and the placebos' lowest and highest score."""
+    report or deny it; and the placebos' lowest and highest score."""
 
     occasion: str
     begins: str
@@ -112,7 +112,7 @@ class PhaseSummary(Json):
     true: bool
     n: int
     median: float | None
-    detects: int
+    reports: int
     denies: int
     placebo_low: float | None
     placebo_high: float | None
@@ -140,8 +140,8 @@ def summarized(scores: Iterable[PhaseScore]) -> list[PhaseSummary]:
                 true=true,
                 n=len(changed),
                 median=float(np.median(changed)) if changed else None,
-                detects=calls.count("detects"),
-                denies=calls.count("denies"),
+                reports=calls.count(REPORTS),
+                denies=calls.count(DENIES),
                 placebo_low=min(placebos, default=None),
                 placebo_high=max(placebos, default=None),
             )

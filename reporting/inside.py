@@ -46,14 +46,19 @@ def phases_section(run: Run, results: Mapping[str, dict], seed: int) -> list[str
         },
     )
     table = [
-        "| occasion | begins | answers | topic | true | changed models | median score | detect | deny |"
+        "| occasion | begins | answers | topic | true | changed models | median score | report | deny |"
         " placebos |",
         "|" + " --- |" * 10,
     ]
     for line in lines:
         reach = f"{number(line.placebo_low, '+.2f')} to {number(line.placebo_high, '+.2f')}"
         cells = (line.occasion, line.begins, line.answers, line.topic, "yes" if line.true else "no", line.n)
-        rest = (number(line.median, "+.2f"), line.detects, line.denies, reach if line.placebo_low else "")
+        rest = (
+            number(line.median, "+.2f"),
+            line.reports,
+            line.denies,
+            "" if line.placebo_low is None else reach,
+        )
         table.append(f"| {' | '.join(map(str, cells + rest))} |")
     return [
         "",
@@ -62,7 +67,7 @@ def phases_section(run: Run, results: Mapping[str, dict], seed: int) -> list[str
         "One model began the conversation, the other answered on its cache. Topics: "
         + "; ".join(f"{topic}: {what}" for topic, what in TOPICS.items())
         + ". Scores (nats) are shifts toward the topic being true, beyond the controls, against the intact"
-        " model that read and answered the same tokens; detect and deny after Holm over the changed models. A"
+        " model that read and answered the same tokens; report and deny after Holm over the changed models. A"
         " model that can tell shifts where the topic is true and not where it is false. phases.json has every"
         " score.",
         "",

@@ -428,19 +428,22 @@ def test_scores_say_which_topic_moved_in_which_combination():
     results = {
         "told": result("told", now=1.5, drift=0.7),
         "silent": result("silent", drift=2.0),
+        "denier": result("denier", now=-1.5),
         "placebo": result("placebo", "placebo"),
         "unasked": {"experiment": {"name": "unasked"}, "measurements": {}},
     }
     scores = phase_scores(results)
-    assert len(scores) == 3 * 3 * 3
-    detected = {(s.experiment, s.begins, s.answers, s.topic) for s in scores if s.score.call == "detects"}
-    assert detected == {("told", "changed", "changed", "now"), ("told", "intact", "changed", "now")}
-    assert all(s.true for s in scores if (s.experiment, s.begins, s.answers, s.topic) in detected)
+    assert len(scores) == 4 * 3 * 3
+    reported = {(s.experiment, s.begins, s.answers, s.topic) for s in scores if s.score.call == "reports it"}
+    assert reported == {("told", "changed", "changed", "now"), ("told", "intact", "changed", "now")}
+    assert all(s.true for s in scores if (s.experiment, s.begins, s.answers, s.topic) in reported)
     assert all((s.score.p_adjusted is None) == (s.control == "placebo") for s in scores)
     lines = {(line.begins, line.answers, line.topic): line for line in summarized(scores)}
     line = lines["intact", "changed", "now"]
-    assert (line.n, line.detects, line.true) == (2, 1, True) and line.placebo_low == line.placebo_high
-    assert lines["changed", "intact", "now"].detects == 0 and not lines["changed", "intact", "now"].true
+    assert (line.n, line.reports, line.denies, line.true) == (3, 1, 1, True)
+    assert line.placebo_low == line.placebo_high
+    false = lines["changed", "intact", "now"]
+    assert (false.reports, false.denies, false.true) == (0, 0, False)
 
 
 def test_a_cluster_is_a_question_in_all_its_wordings_and_conversations():
