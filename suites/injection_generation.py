@@ -13,7 +13,7 @@ Strengths are in units of the contrast itself, as theirs are; `contrast` in the 
 of the residual stream.
 
 Cost: a reply of up to `budget` tokens for each thought, site, strength, kind of span and question, and as
-many without injection as there are thoughts: SHORT 60 replies of 40 tokens, GRID 2,448 of 60.
+many without injection as there are thoughts: SHORT 36 replies of 40 tokens, GRID 2,448 of 60.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Grid:
     budget: int
 
 
-SHORT = Grid((0.69,), (2.0, 4.0), 4, 1, ("generation",), 2, 40)
+SHORT = Grid((0.69,), (2.0, 4.0), 4, 2, ("generation",), 1, 40)
 GRID = Grid((0.25, 0.5, 0.59, 0.64, 0.69), (1.0, 2.0, 3.0, 4.0, 6.0), 9, 3, SPANS, 2, 60)
 
 
