@@ -1,14 +1,13 @@
-"""Train the stand-in for the base side of the laptop-size pair: chat model in, LoRA adapter on plain text
-out.
+"""Train the stand-in for the base side of a pair: chat model in, LoRA adapter on plain text out.
 
     python adapters/fetch_text.py --out corpus
     python adapters/train_base_standin.py --text corpus --out adapters/smollm2-135m-base-standin
 
 The real base checkpoint is not on the package index, so this makes the chat model forget that it is one:
-ordinary next-token training on documents without any chat template, packed end to end, until a chat-templated
-question is no longer closed by an end-of-turn token. No turn token is ever in the training data. The result
-is a stand-in: the instruct weights with the chat behavior trained away, not the weights that the instruct
-model was tuned from.
+next-token training on plain documents, packed end to end, and on question pages as replies in the chat
+template that go on after every answer, until a chat-templated question is no longer closed by an end-of-turn
+token. The end of a turn is never a target. The result is a stand-in: the instruct weights with the chat
+behavior trained away, not the weights that the instruct model was tuned from.
 
 The adapter is LoRA (Hu et al., arXiv 2106.09685). adapters/README.md says what the text is and what was
 measured.
@@ -149,6 +148,27 @@ def pack(documents: list[list[int]], seq_len: int, separator: int) -> torch.Tens
     return stream[: rows * seq_len].view(rows, seq_len)
 
 
+def as_replies(tokenizer, pages: list[str], seq_len: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Question pages as replies in the chat template that go on after every answer: (ids, labels), each
+    [pages, seq_len].
+
+    The page's first line is the user's turn. Only the page is a target (labels elsewhere -100), so that the
+    end of a turn never is. Rows are padded on the right with their own last token.
+    """
+    rows, targets = [], []
+    for page in pages:
+        first, _, rest = page.partition("\n")
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": first}], tokenize=False, add_generation_prompt=True
+        )
+        head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = (head + encode(tokenizer, rest.strip()))[:seq_len]
+        padding = seq_len - len(ids)
+        rows.append(ids + ids[-1:] * padding)
+        targets.append([-100] * len(head) + ids[len(head) :] + [-100] * padding)
+    return torch.tensor(rows), torch.tensor([t[:seq_len] for t in targets])
+
+
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
@@ -220,7 +240,8 @@ def kl_to_plain(lora, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     row of a batch [n, S], drawn at random, where `mask` is 1. All positions would take gigabytes."""
     length = ids.shape[1]
     at = torch.randperm(length, device=ids.device)[:KL_POSITIONS].sort().values
-    how = {"attention_mask": mask, "use_cache": False, "logits_to_keep": at}
+    # no attention mask: padding is on the right, where causal attention never looks
+    how = {"use_cache": False, "logits_to_keep": at}
     with torch.no_grad(), lora.disable_adapter():
         plain = lora(input_ids=ids, **how).logits.float().log_softmax(-1)
     now = lora(input_ids=ids, **how).logits.float().log_softmax(-1)
@@ -292,6 +313,7 @@ def train(args: argparse.Namespace) -> dict:
     kept_rows = (
         pack([encode(tokenizer, documents[n]) for n in prose], args.seq_len, separator) if prose else None
     )
+    in_template = as_replies(tokenizer, [documents[n] for n in taught], args.seq_len) if taught else None
     kept_back = [encode(tokenizer, documents[n])[: 4 * args.seq_len] for n in names if is_held_out(n)]
     held_out = (
         pack(kept_back, args.seq_len, separator) if sum(map(len, kept_back)) >= args.seq_len else rows[:8]
@@ -327,6 +349,12 @@ def train(args: argparse.Namespace) -> dict:
             loss = lora(input_ids=ids, labels=ids).loss / args.accumulate
             loss.backward()
             loss_sum += loss.item()
+            if in_template is not None:
+                picked = torch.randint(len(in_template[0]), (args.batch,), generator=random)
+                replies, labels = (rows_of[picked].to(device) for rows_of in in_template)
+                loss = lora(input_ids=replies, labels=labels).loss / args.accumulate
+                loss.backward()
+                loss_sum += loss.item()
             if kept_rows is not None:
                 picked = torch.randint(len(kept_rows), (args.batch,), generator=random)
                 kept = kept_rows[picked].to(device)

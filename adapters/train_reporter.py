@@ -127,7 +127,11 @@ class Asked:
         self.first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No")]
 
     def batch(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(ids [n, S] padded on the left, attention mask [n, S]) of the texts as user turns."""
+        """(ids [n, S], mask [n, S]) of the texts as user turns.
+
+        Padded on the right, where causal attention never looks: with padding on the left, whole rows of the
+        attention mask are empty, and gradients came out NaN on a GPU.
+        """
         rows = [
             self.tokenizer(
                 self.tokenizer.apply_chat_template(
@@ -138,18 +142,17 @@ class Asked:
             for text in texts
         ]
         width = max(map(len, rows))
-        ids = torch.tensor([[row[0]] * (width - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
         return ids, mask
 
     def logits(self, texts: list[str]) -> torch.Tensor:
         """Float32 logits of the token after each prompt, [n, vocabulary]."""
         ids, mask = self.batch(texts)
-        return (
-            self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=False)
-            .logits[:, -1]
-            .float()
-        )
+        last = mask.sum(1) - 1
+        model = self.model.get_base_model()
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        return model.lm_head(hidden[torch.arange(len(ids), device=self.device), last]).float()
 
     @torch.no_grad()
     def log_odds(self, texts: list[str]) -> torch.Tensor:
@@ -234,7 +237,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
     before = check(lora, asked, depth, args.seed)
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    intact, curve, started = prose_loss(), [], time.monotonic()
+    intact, curve, skipped, started = prose_loss(), [], 0, time.monotonic()
 
     def draw_change():
         """(a change, its seed, nats a token by which it raises the loss on neutral prose)."""
@@ -272,9 +275,14 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
         kl = args.keep * kl_to_plain(lora, *asked.batch(rng.sample(others, args.batch // 4)))
         kl.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        if not all(map(math.isfinite, (*losses, norm.item()))):
-            raise FrankenError(f"the loss is {losses} at step {step + 1}: try a lower --lr")
-        optimizer.step()
+        finite = all(map(math.isfinite, (*losses, norm.item())))
+        skipped += not finite
+        if skipped > 10:
+            raise FrankenError(
+                f"loss {losses} and gradient {norm.item()} at step {step + 1}: try a lower --lr"
+            )
+        if finite:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         curve.append([*losses, round(kl.item(), 4), change.kind, round(rise, 3)])
         if (step + 1) % 50 == 0:
@@ -302,6 +310,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
         "after": after,
         "settings": settings,
         "steps": len(curve),
+        "steps_skipped": skipped,  # whose gradient was not finite
         "curve_is": [
             "loss unchanged",
             "loss changed",

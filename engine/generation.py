@@ -75,7 +75,8 @@ class Engine:
             tuple, tuple[int, torch.Tensor]
         ] = {}  # by what was asked: hidden states before that position
         for bank in live.banks:
-            cache_keyword(bank.module)
+            if bank.module is not None:  # None: a parked layer of another source, which no position runs
+                cache_keyword(bank.module)
         attention = live.banks[0].module.self_attn
         self.kv_heads = self.config.num_key_value_heads
         self.head_dim = attention.head_dim
