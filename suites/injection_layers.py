@@ -6,7 +6,7 @@ Cells of four kinds: `none` (nothing added), `concept`, `random` (directions of 
 odd model). Every cell is asked all questions and control questions, and the naming in shuffled orders of the
 list, so that a name's place in it is not what is read.
 
-Cost: one reading of a first turn and, on it, of every question and naming, for each cell: SHORT has 19 cells
+Cost: one reading of a first turn and, on it, of every question and naming, for each cell: SHORT has 9 cells
 of one framing, GRID 291 of each of two.
 """
 
@@ -43,7 +43,7 @@ class Grid:
     framings: tuple[str, ...] = field(default_factory=lambda: tuple(injection.FRAMINGS))
 
 
-SHORT = Grid((0.5, 0.69), (0.5, 2.0), 3, 1, ("informed",))
+SHORT = Grid((0.69,), (0.5, 2.0), 2, 1, ("informed",))
 GRID = Grid((0.25, 0.5, 0.59, 0.64, 0.69, None), (0.25, 0.5, 1.0, 2.0), 9, 3)
 
 

@@ -8,7 +8,7 @@ distribution. The orders move each sentence to another place, and what the model
 kept beside it: a model that always says 3 is right in a tenth of the cases.
 
 Cost: ten first turns of about 170 tokens and the question for each order, thought, site and strength, and two
-of 80 tokens for each pair of a comparison; SHORT has 80 + 48 first turns, GRID 6,000 + 720.
+of 80 tokens for each pair of a comparison; SHORT has 30 + 12 first turns, GRID 6,000 + 720.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Grid:
     pairs: int
 
 
-SHORT = Grid((0.25, 0.69), (1.0,), 3, 1, 1, 3)
+SHORT = Grid((0.25,), (1.0,), 2, 1, 1, 2)
 GRID = Grid((0.1, 0.25, 0.5, 0.59, 0.69), (0.5, 1.0, 2.0, 4.0), 4, 2, 5, 3)
 
 
