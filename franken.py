@@ -51,7 +51,7 @@ from surgery.recipes import (  # noqa: F401  the operations are offered here too
     swap_chunks,
     with_outer,
 )
-from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part, tensor_hash
+from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part, read_tensor, tensor_hash
 
 
 @dataclass
@@ -434,10 +434,17 @@ class LiveModel:
         return [(have[name], tensor) for name, tensor in into.items()]
 
     def _add_delta(self, ref: Ref, into: Layer) -> None:
+        source = self.sources[ref.source]
         for name, tensor in into.items():
-            delta = self.sources[ref.source].delta(ref.layer, name, tensor.device)
-            if delta is not None:
-                tensor.copy_(tensor.float() + delta)
+            delta = source.delta(ref.layer, name, tensor.device)
+            if delta is None:
+                continue
+            stored, under = source.layers[ref.layer][name], tensor
+            if (
+                stored.dtype.itemsize > tensor.dtype.itemsize
+            ):  # was rounded on the way: the sum is rounded once
+                under = read_tensor(stored).to(tensor.device)
+            tensor.copy_(under.float() + delta)
 
     def _mix_and_edit(self, bank: Bank, slot: Slot, report: Surgery) -> None:
         """Turn the plain first layer of the mixture, already in the bank, into the mixture with its edits."""

@@ -19,8 +19,9 @@ BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # what a checkpoint has besi
 def merged(adapter: Adapter) -> Path:
     """A folder with the checkpoint under the adapter, its layers changed by it.
 
-    Each tensor is read, scale * B @ A is added in float32 and the sum rounded once to the tensor's own dtype,
-    as it is for an adapter that is a source of layers. The folder is named by the hashes of all that goes in.
+    Each tensor is read, scale * B @ A is added in float32 and the sum rounded once to the tensor's own dtype.
+    In a model of that dtype, and in any model where the checkpoint is float32, these are the bits of the
+    adapter as a source of layers. The folder is named by the hashes of all that goes in.
     Raises FrankenError if a file cannot be read or the cache cannot be written.
     """
     under = adapter.under

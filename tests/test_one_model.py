@@ -91,8 +91,11 @@ def test_which_experiments_need_a_base_is_read_off_their_recipes():
         make_plans(run_all.parse_arguments(["--experiments", "no_such"]), 24, {"instruct"})
 
 
-def test_an_adapter_merged_in_is_the_adapter_as_a_source(pair, adapter):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_merged_in_is_the_adapter_as_a_source(pair, adapter, dtype):
+    """The checkpoint is float32: in a bfloat16 model either way rounds the sum once."""
     places = {"base": str(pair / "base"), "instruct": str(pair / "instruct"), "device_map": "cpu"}
+    places["dtype"] = dtype
     merged = open_pair(**places, instruct_adapter=str(adapter))
     beside = open_pair(**places, extra={"tuned": str(adapter)})
     plain = beside.live.fingerprint()
