@@ -88,9 +88,13 @@ def test_the_plain_way_makes_the_same_model(pair, live, recipe, layers, outer):
     state = {k: v for k, v in states[outer].items() if ".layers." not in k}
     for p, (source, k) in enumerate(layers):
         state |= {f"model.layers.{p}.{name}": t for name, t in tiny.layer_state(states[source], k).items()}
-    want = tiny.hf_logits(tiny.build(live.config, state), PROMPT)
+    want = tiny.build(live.config, state)
     model, loading = cpu_bench.plain_model(live, recipe(live.original))
-    torch.testing.assert_close(tiny.hf_logits(model, PROMPT), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.state_dict(), want.state_dict(), atol=0, rtol=0)
+    # equal weights that lie elsewhere in memory may be multiplied by another kernel
+    torch.testing.assert_close(
+        tiny.hf_logits(model, PROMPT), tiny.hf_logits(want, PROMPT), atol=1e-4, rtol=1e-4
+    )
     assert loading > 0
 
 
