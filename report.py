@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Make a run's pages again from the experiments' JSON; nothing is measured here.
 
-`python report.py results/run_...`; several runs are put side by side as well.
+`python report.py results/run_...`; several runs are put side by side as well. `--pack` puts the JSON of
+finished runs into one compressed file each, which is read just as well; `--unpack` takes it out again.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from errors import FrankenError
-from reporting.reports import write_reports
-from runner.results import Run
+from reporting.reports import load_results, write_reports
+from runner.results import Run, read_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder for the comparison of several runs (default: results/comparison_<time>)",
     )
+    packing = p.add_mutually_exclusive_group()
+    packing.add_argument(
+        "--pack",
+        action="store_true",
+        help="only put each run's experiments/*.json into one compressed file, experiments.tar.xz",
+    )
+    packing.add_argument(
+        "--unpack", action="store_true", help="only take them out again, as before a run is resumed"
+    )
     args = p.parse_args(argv)
     try:
+        if args.output and (args.pack or args.unpack):
+            raise FrankenError("--output is for the comparison of several runs, not for --pack or --unpack")
         if args.output and len(args.runs) == 1:
             raise FrankenError(
                 "--output is for the comparison of several runs; a run's own report goes to its folder"
@@ -36,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [Run.resume(path)[0] for path in args.runs]  # all of them, before anything is written
         if len({run.path.resolve() for run in runs}) < len(runs):
             raise FrankenError("the same run is given twice")
+        if args.pack or args.unpack:
+            for run in runs:
+                print(_pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked")
+            return 0
         for run in runs:
             print(write_reports(run))
         if len(runs) > 1:
@@ -50,6 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"report.py: {e}", file=sys.stderr)
         return 1
     return 0
+
+
+def _pack(run: Run) -> str:
+    """Pack a run whose results can all be read; what was done in a line."""
+    load_results(run, read_json(run.manifest_path))
+    count, before, after = run.pack()
+    return f"{run.path}: {count} experiments packed, {before:,} bytes in {after:,}"
 
 
 if __name__ == "__main__":

@@ -275,6 +275,7 @@ def execute(args) -> int:
     run = manifest = None
     if args.resume:
         run, manifest = Run.resume(args.resume)
+        run.refuse_packed()
         if lost := set(SETTINGS) - set(manifest["settings"]):
             raise FrankenError(f"{run.manifest_path} is corrupt (the setting {min(lost)} is missing)")
         for name in SETTINGS:

@@ -117,10 +117,11 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
     """Run what has not been run yet. Returns how many experiments failed, over the whole run.
 
     With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose
-    name is added to the manifest as soon as it is known that there will be one. Raises FrankenError if a
-    result on disk is corrupt or of another recipe, if going back was not exact or if results cannot be
-    written; KeyboardInterrupt on Ctrl-C, SIGTERM or SIGHUP.
+    name is added to the manifest as soon as it is known that there will be one. Raises FrankenError if the
+    run is packed, a result on disk is corrupt or of another recipe, if going back was not exact or if results
+    cannot be written; KeyboardInterrupt on Ctrl-C, SIGTERM or SIGHUP.
     """
+    run.refuse_packed()  # which may have been done while the model was loaded
 
     def stop(signum, frame):
         raise KeyboardInterrupt

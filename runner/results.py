@@ -4,6 +4,8 @@
     results/run_<time>/experiments/<name>.json  one experiment; `schema/experiment.json` documents and checks
                                                 it, `runner/tables.py` makes it small
     results/run_<time>/texts.json               the questions that are the same in every experiment
+    results/run_<time>/experiments.tar.xz       all of experiments/*.json, once the run is packed by
+                                                `runner/packing.py`
 
 Everything that depends on the clock or the machine is under "performance" (and in the manifest), so that two
 runs of the same thing differ nowhere else.
@@ -17,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -32,7 +35,7 @@ import prompts
 from errors import FrankenError
 from evaluate import SUITES
 from files import write_text
-from runner import tables
+from runner import packing, tables
 from suites.base import Protocol
 from surgery.weights import ROOT
 
@@ -78,11 +81,18 @@ def check_writable(folder: str) -> None:
 def read_json(path: Path) -> dict:
     """Raises FrankenError naming the file if it is missing or not JSON without NaN."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        data = path.read_bytes()
     except OSError as e:
         raise FrankenError(f"cannot read {path}: {e.strerror}") from e
+    return _parse(data, str(path))
+
+
+def _parse(data: bytes, place: str) -> dict:
+    """JSON without NaN. Raises FrankenError naming the place it comes from if it is none."""
+    try:
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse)
     except ValueError as e:
-        raise FrankenError(f"{path} is corrupt ({e})") from e
+        raise FrankenError(f"{place} is corrupt ({e})") from e
 
 
 def _refuse(constant: str):
@@ -155,6 +165,7 @@ def commit() -> str | None:
 
 
 AGAIN = "; move it away and resume to run that experiment again"
+AGAIN_PACKED = "; unpack the run, move that file away and resume to run the experiment again"
 
 
 class Run:
@@ -166,6 +177,7 @@ class Run:
         self.texts_path = path / "texts.json"
         self._texts: dict | None = None
         self._checked: dict[str, tuple] = {}  # by experiment: the file that the schema has been held against
+        self._archive: tuple[tuple, dict[str, bytes]] | None = None  # its stamp and what it holds
 
     @staticmethod
     def create(output: str, manifest: dict) -> Run:
@@ -214,7 +226,60 @@ class Run:
             os.close(folder)
 
     def file(self, name: str) -> Path:
-        return self.path / "experiments" / f"{name}.json"
+        return self.path / packing.member(name)
+
+    @property
+    def archive(self) -> Path:
+        """Where the experiments are if the run is packed."""
+        return self.path / packing.ARCHIVE
+
+    def refuse_packed(self) -> None:
+        """Raises FrankenError if the run is packed: nothing is added to an archive."""
+        if self.archive.exists():
+            raise FrankenError(
+                f"{self.path} is packed; `python report.py --unpack {shlex.quote(str(self.path))}` first"
+            )
+
+    def pack(self) -> tuple[int, int, int]:
+        """packing.pack, with nobody else at work on the run."""
+        with self.alone():
+            return packing.pack(self.path)
+
+    def unpack(self) -> int:
+        """packing.unpack, with nobody else at work on the run."""
+        with self.alone():
+            return packing.unpack(self.path)
+
+    def _packed(self) -> tuple[tuple, dict[str, bytes]]:
+        """(stamp, experiments) of the archive, read again only where it has changed; of none, nothing.
+
+        Raises FrankenError naming it if it is corrupt.
+        """
+        if not self.archive.exists():
+            return (), {}
+        stamp = _stamp(self.archive)
+        if self._archive is None or self._archive[0] != stamp:
+            self._archive = stamp, packing.read_archive(self.archive)
+        return self._archive
+
+    def _read(self, name: str) -> tuple[bytes, tuple, str, str] | None:
+        """(content, stamp of the file it stands in, what to call that, the way on if it is corrupt) of an
+        experiment, or None if it has not run. Raises FrankenError if it cannot be read."""
+        file, (stamp, held) = self.file(name), self._packed()
+        packed = held.get(packing.member(name))
+        if not file.exists():
+            if packed is None:
+                return None
+            return packed, stamp, f"{file.name} in {self.archive}", AGAIN_PACKED
+        try:
+            content, stamp = file.read_bytes(), _stamp(file)
+        except OSError as e:
+            raise FrankenError(f"cannot read {file}: {e.strerror}") from e
+        if packed not in (None, content):  # equal after a kill while packing
+            raise FrankenError(
+                f"{file} is not what {self.archive.name} has of that name; move one of them away"
+            )
+        return content, stamp, str(file), AGAIN
 
     def texts(self) -> dict:
         """What texts.json holds; nothing where no result has been written yet, or none of version 2.
@@ -237,36 +302,39 @@ class Run:
     def load(self, name: str) -> dict | None:
         """A finished or failed experiment's result, tables written out, or None if it has not run.
 
-        The schema is held against a file once, not again while it stays as it is. Raises FrankenError naming
-        the file if it is corrupt or breaks the schema.
+        A packed run's archive is read once for all its experiments. The schema is held against a file once,
+        not again while it stays as it is. Raises FrankenError naming the file, or the archive, if it is
+        corrupt or breaks the schema.
         """
-        file = self.file(name)
-        if not file.exists():
+        read = self._read(name)
+        if read is None:
             return None
+        content, stamp, place, again = read
         texts = self.texts()
         try:
-            result, stamp = read_json(file), _stamp(file)
+            result = _parse(content, place)
             if isinstance(result, dict) and result.get("schema_version") != 1 and "measurements" in result:
                 result["measurements"] = tables.unpack(result["measurements"], texts)
             if self._checked.get(name) != stamp:
                 VALIDATOR.validate(result)
             if result["experiment"]["name"] != name:
-                raise FrankenError(f"{file} is corrupt (it holds {result['experiment']['name'][:80]!r})")
+                raise FrankenError(f"{place} is corrupt (it holds {result['experiment']['name'][:80]!r})")
         except jsonschema.ValidationError as e:
             reason = f"{e.json_path}: {e.message.splitlines()[0][:120]}"
-            raise FrankenError(f"{file} is corrupt ({reason}){AGAIN}") from e
+            raise FrankenError(f"{place} is corrupt ({reason}){again}") from e
         except tables.Corrupt as e:
-            raise FrankenError(f"{file} is corrupt ({e}){AGAIN}") from e
+            raise FrankenError(f"{place} is corrupt ({e}){again}") from e
         except FrankenError as e:
-            raise FrankenError(f"{e}{AGAIN}") from e
+            raise FrankenError(f"{e}{again}") from e
         self._checked[name] = stamp
         return result
 
     def save(self, result: dict) -> None:
         """Check a result against the schema and write it, its questions first where they are new to the run.
 
-        Raises FrankenError if the disk refuses.
+        Raises FrankenError if the run is packed or the disk refuses.
         """
+        self.refuse_packed()
         VALIDATOR.validate(result)
         name, texts = result["experiment"]["name"], dict(self.texts())
         packed = result | {"measurements": tables.pack(result["measurements"], texts)}

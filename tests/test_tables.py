@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prompts
-from runner import tables
+from runner import packing, tables
 from runner.results import SCHEMA
 from surgery.weights import ROOT
 
@@ -149,8 +149,12 @@ def test_an_object_that_reads_as_a_table_is_not_written():
 
 def test_the_committed_runs_keep_to_their_sizes():
     reference = ROOT / "results" / "reference"
-    for file in reference.glob("*/experiments/*.json"):
-        suites = json.loads(file.read_text())["experiment"]["suites"]
+    contents = {str(file): file.read_bytes() for file in reference.glob("*/experiments/*.json")}
+    for archive in reference.glob(f"*/{packing.ARCHIVE}"):
+        contents |= {f"{archive}: {name}": data for name, data in packing.read_archive(archive).items()}
+    assert len(contents) > 100
+    for name, data in contents.items():
+        suites = json.loads(data)["experiment"]["suites"]
         most = 40_000 if set(suites) <= set(prompts.GROUPS["quick"]) else 100_000
-        assert file.stat().st_size <= most, file.name
+        assert len(data) <= most, name
     assert sum(file.stat().st_size for file in reference.rglob("*") if file.is_file()) <= 8_000_000
