@@ -141,7 +141,7 @@ def _loose(folder: Path) -> dict[str, bytes]:
     """The experiments that are files of their own; others' half-written files have a dot in front."""
     paths = (folder / "experiments").glob("*.json")
     named = {f"experiments/{path.name}": path for path in paths}
-    return {name: _read(path) for name, path in sorted(named.items()) if MEMBER.fullmatch(name)}
+    return {name: _read(path) for name, path in named.items() if MEMBER.fullmatch(name)}
 
 
 def _refuse_others(archive: Path, held: dict[str, bytes], loose: dict[str, bytes]) -> None:

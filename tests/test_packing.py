@@ -83,6 +83,8 @@ def test_equal_files_make_an_equal_archive(run, tmp_path):
     for file in (other.path / "experiments").iterdir():
         os.utime(file, (10**9, 10**9))
     assert packed(run) == packed(other)
+    held = packing.read_archive(run.archive)
+    assert packing.archive_bytes(dict(reversed(held.items()))) == run.archive.read_bytes()
 
 
 def test_packing_again_and_a_folder_without_arrays(run):
