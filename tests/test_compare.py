@@ -473,6 +473,7 @@ def test_the_reference_run_of_real_weights_is_judged():
         for r in comparison.experiments
         if r.name != comparison.baseline and r.control != "injection"
     }
-    words = {"reports it", "answers drift towards Yes", "broken", "does not report it", "too little data"}
+    words = {"answers drift towards Yes", "answers drift towards No", "broken", "does not report it"}
+    words |= {"reports it", "too little data", "no change to report"}
     assert len(judged) >= 28 and all(v.word in words and v.reason for v in judged.values())
     assert judged["shuffle_all"].word == judged["keep_every_2nd"].word == "broken"
