@@ -108,8 +108,8 @@ def assert_close(a, b, path="") -> None:
         for k, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_close(x, y, f"{path}[{k}]")
     elif isinstance(a, float):
-        step = 1e-7
-        if a and all(x == float(f"{x:.4g}") for x in (a, b)):  # written with four digits: rounded either way
+        step, written = 1e-7, all(x == float(f"{x:.4g}") for x in (a, b))
+        if written and a and math.isfinite(a):  # four digits may be rounded either way: one in the last
             step = 1.001 * 10.0 ** (math.floor(math.log10(abs(a))) - 3)
         assert a == pytest.approx(b, rel=1e-4, abs=step), path
     else:
