@@ -15,6 +15,7 @@ import made_results as made
 import pytest
 
 from reporting import figures, html_report
+from reporting.columns import EXPERIMENT_COLUMNS
 from reporting.reports import load_results
 
 BROWSER = next(
@@ -135,7 +136,7 @@ def test_tables_sort_by_number_and_by_name(study, probed):
     assert [re.sub(r"\d( \d)*$", "", n)[:8] for n in found["names"]] == [
         re.sub(r"\d( \d)*$", "", n)[:8] for n in sorted(r.name for r in rows)
     ]
-    assert found["states"] == ["ascending"] + [None] * 8
+    assert found["states"] == ["ascending"] + [None] * (len(EXPERIMENT_COLUMNS) - 1)
 
 
 def test_the_policy_is_what_stops_scripts(study, tmp_path):

@@ -293,9 +293,10 @@ def test_what_is_chosen(tmp_path):
 def test_list_names_every_experiment(capsys):
     assert run_all.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == [e.name for e in experiments.EXPERIMENTS]
-    assert [line.split()[2] for line in lines] == [e.group for e in experiments.EXPERIMENTS]
-    assert [line.split()[3] for line in lines] == [e.control or "-" for e in experiments.EXPERIMENTS]
+    known = [*experiments.EXPERIMENTS, *experiments.GRIDS]  # also those that run only by name
+    assert [line.split()[1] for line in lines] == [e.name for e in known]
+    assert [line.split()[2] for line in lines] == [e.group for e in known]
+    assert [line.split()[3] for line in lines] == [e.control or "-" for e in known]
     assert run_all.main(["--list", "--pair", "smollm2-135m", "--sweep", "double"]) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[len(lines) :]] == [
         f"double_{k}" for k in range(30)
@@ -358,7 +359,14 @@ def test_a_token_of_the_hub_is_written_nowhere(go, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
     assert go("--experiments", "baseline_instruct", "--suites", "binary")[0] == 0
     files = [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
-    assert len(files) == 4 and not any(b"secretsecret" in p.read_bytes() for p in files)
+    assert {p.name for p in files} == {
+        "baseline_instruct.json",
+        "comparison.json",
+        "manifest.json",
+        "summary.md",
+        "texts.json",
+    }
+    assert not any(b"secretsecret" in p.read_bytes() for p in files)
 
 
 def test_the_command_as_a_program(pair, tmp_path):
