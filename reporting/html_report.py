@@ -208,6 +208,13 @@ def _figures(
     )
     return [
         (
+            "side_by_side",
+            figures_experiments.side_by_side(rows, baseline),
+            "P(Yes) beside the detection score",
+            "Each changed model that is not broken: left what it says, right what remains once the control "
+            "questions' shifts are taken off. Dashed: the unmodified model.",
+        ),
+        (
             "detection",
             figures.scores(rows, placebo),
             "Detection score",

@@ -115,6 +115,22 @@ def test_every_experiment_is_a_point_of_p_yes_against_perplexity():
     assert all(a - b > 0.05 for a, b in itertools.pairwise(heights))  # names do not overlap
 
 
+def test_what_a_model_says_stands_beside_what_is_left_of_it():
+    baseline = replace(ROWS[0], published_probe=replace(ROWS[0].published_probe, p_yes_normalized=0.25))
+    left, right = figures_experiments.side_by_side(ROWS, baseline).axes
+    names = labels(left)
+    said = [BY_NAME[name].published_probe.p_yes_normalized for name in names]
+    assert said == sorted(said, reverse=True)
+    assert {w for name in names if (w := BY_NAME[name].verdict.word)}.isdisjoint(
+        {"broken", "too little data"}
+    )
+    for line, name in enumerate(names):
+        assert points(left, line)[0][0] == pytest.approx(said[line])
+        assert points(right, line)[0][0] == pytest.approx(BY_NAME[name].detection.score)
+    assert any(list(p.get_xdata()) == [0.25, 0.25] for p in left.lines)
+    assert figures_experiments.side_by_side(ROWS[:1], None) is None
+
+
 def test_capability_by_kind():
     by = {
         "baseline_instruct": {"code": {"correct": 3, "n": 4}, "format": {"correct": 0, "n": 0}},
