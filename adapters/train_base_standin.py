@@ -296,6 +296,7 @@ def train(args: argparse.Namespace) -> dict:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     # 1) what is trained on, held out, and measured before
+    # 1) the text as rows: what is taught, what is only held in place, what is held out
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = torch.device(
@@ -322,6 +323,7 @@ def train(args: argparse.Namespace) -> dict:
     neutral = [torch.tensor([separator, *encode(tokenizer, text)]) for text in NEUTRAL]
     print(f"{rows.numel():,} training tokens, {held_out.numel():,} held out, on {device}", flush=True)
 
+    # 2) how it behaves before, and the adapter
     torch.manual_seed(args.seed)
     before = measure(model, tokenizer, held_out, neutral, args.show)
     print(f"before: {json.dumps(before)}", flush=True)
@@ -334,6 +336,7 @@ def train(args: argparse.Namespace) -> dict:
     # peft keeps them in float32 beside bf16 weights
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    # 3) training, until the chat behavior is gone or the steps are used up
     order, random = [], torch.Generator().manual_seed(args.seed)
     decay = min(args.decay, args.steps // 2)
     decay_from, gone_in_a_row, step = args.steps - decay, 0, 0
@@ -389,6 +392,7 @@ def train(args: argparse.Namespace) -> dict:
                 )
 
     # 3) the saved adapter, measured merged into fresh weights
+    # 4) the adapter as saved, merged into fresh weights as the harness uses it
     seconds = time.monotonic() - started
     save(lora, out, args.base_name)
     model, _ = load(args.model, device)
@@ -399,6 +403,7 @@ def train(args: argparse.Namespace) -> dict:
     )
 
     # 4) the record
+    # 5) the record
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "text", "out", "device", "show")}
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())
     record = {

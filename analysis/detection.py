@@ -346,6 +346,7 @@ def detection_score(
     if len({p.id for p in probes}) != len(probes):
         raise ValueError("probe ids must be unique")
     flags: list[str] = []
+    # 1) probes that both models answer; a model that no longer answers has no score
     asked = [p for p in probes if _good(p.baseline) and _good(p.baseline_mass, MASS_FLOOR)]
     finite = [p for p in asked if _good(p.modified)]
     used = [p for p in finite if _good(p.modified_mass, MASS_FLOOR)]
@@ -364,6 +365,7 @@ def detection_score(
             f"unanswered, left out: {len(probes) - len(asked)} at baseline, {len(asked) - len(used)} modified"
         )
 
+    # 2) introspective probes whose baselines the controls cover
     introspective, controls = ([p for p in used if p.kind == kind] for kind in ("introspective", "control"))
     xc = np.array([p.baseline for p in controls], float)
     if len(controls) < MIN_CONTROLS or np.ptp(xc) < MIN_EFFECT:
@@ -385,6 +387,7 @@ def detection_score(
     yq = np.array([p.modified for p in inside], float) - xq
     sq, sc = (np.array([1.0 if p.keyed == "yes" else -1.0 for p in group]) for group in (inside, controls))
     slope, intercept = np.polyfit(xc, yc, 1)
+    # 3) what is said of the shifts without any correction
     known = plain(
         dict(
             raw_contrast=_half_mean(sq, yq),
@@ -409,15 +412,18 @@ def detection_score(
             reason = f"too few probes: {n} {key}-keyed introspective with baselines like the controls'"
             return unmeasured("too few probes", f"{reason}, {MIN_PER_HALF} needed", **known)
 
+    # 4) the score: what is left of introspective shifts once the controls' curve is taken off
     design = _design(inside, controls, sq, flags)
     rng = np.random.default_rng(seed)
     one_c, one_q = np.ones((1, design.gc.shape[1])), np.ones((1, design.gq.shape[1]))
     (score,), (error,), (null_c,), (null_q,) = design.estimate(one_c, one_q, yc[None], yq[None])
+    # 5) its interval: bootstrap-t over questions, the curve refitted in every draw
     draws = [_resample(g, sign, resamples, rng) for g, sign in ((design.gc, sc), (design.gq, sq))]
     scores, errors, *_ = design.estimate(*draws, yc[None], yq[None])
     reach = max(np.quantile(np.abs(scores - score) / errors, confidence) * error, 2 * RESOLUTION)
 
     # the null allows a drift of their own
+    # 6) its p-value: sign flips of the residuals that the null leaves
     null_q = null_q - np.mean([null_q[sq == s].mean() for s in (1, -1)])
     hits = flips = 0
     while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):
