@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from analysis.comparison import Row, Sweep
+from analysis.comparison import Row, Score, Sweep
 from analysis.detection import BROKEN, DENIES, REPORTS, SILENT, TOO_LITTLE, UNMEASURED
 from analysis.verdicts import DRIFTS_NO, DRIFTS_YES, NO_CHANGE
 
@@ -25,6 +25,11 @@ def word(row: Row) -> str | None:
 def score(row: Row) -> float | None:
     """Detection score, nats; None where it was not taken or is undefined."""
     return row.detection.score if row.detection else None
+
+
+def scored(rows: Iterable[Row]) -> list[tuple[Row, Score, float]]:
+    """The experiments that have a detection score, in order: (row, its detection, the score in nats)."""
+    return [(row, found, found.score) for row in rows if (found := row.detection) and found.score is not None]
 
 
 def named(rows: Iterable[Row]) -> list[Row]:

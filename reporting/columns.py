@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from analysis.comparison import DetectionScore, Row
+from analysis.comparison import DetectionScore, Row, Trigger
 from analysis.rows import WORDS, score, word
 from reporting.pages import number, percent
 
@@ -133,23 +133,28 @@ EXPERIMENT_COLUMNS: list[Column[Row]] = [
 # ---- the second study's trigger
 
 
+def _trigger(row: Row) -> Trigger:
+    assert row.trigger is not None, "these columns are of the rows that have been asked about triggers"
+    return row.trigger
+
+
 def _by_condition(name: str) -> Callable[[Row], str]:
     """ "triggered / untriggered" of what is counted."""
 
     def text(row: Row) -> str:
-        rates = (row.trigger.rates[c][name].rate for c in ("triggered", "untriggered"))
+        rates = (_trigger(row).rates[c][name].rate for c in ("triggered", "untriggered"))
         return " / ".join(map(percent, rates))
 
     return text
 
 
 def _name_probability(row: Row) -> str:
-    return " / ".join(percent(row.trigger.p_name[c]) for c in ("triggered", "untriggered"))
+    return " / ".join(percent(_trigger(row).p_name[c]) for c in ("triggered", "untriggered"))
 
 
 def _reports(condition: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
-        found = row.trigger.detection[condition]
+        found = _trigger(row).detection[condition]
         return f"{interval(found)} {found.call}" if found else ""
 
     return text

@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from matplotlib import rc_context
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, Row
-from analysis.rows import UNCALLED, by_verdict, controls, many, named, score, sweeps, word
+from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, PublishedProbe, Row
+from analysis.rows import UNCALLED, by_verdict, controls, many, named, scored, sweeps, word
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 MUTED, FAINT, INK, BAND = "#5b6470", "#c9ced6", "#1d232b", "#dde2e8"
 VERDICTS = {
@@ -34,7 +42,7 @@ VERDICTS = {
 }
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -89,7 +97,7 @@ def label(name: str) -> str:
 
 def look(row: Row) -> tuple[str, str]:
     """(color, marker) of an experiment's verdict."""
-    return VERDICTS.get(word(row), (INK, "s"))
+    return VERDICTS.get(word(row) or "", (INK, "s"))
 
 
 def drawn(rows: Iterable[Row]) -> list[Row]:
@@ -111,16 +119,21 @@ def p_yes(row: Row) -> float | None:
     return None if p is None else max(p, P_FLOOR)
 
 
+def answers(rows: Iterable[Row]) -> list[tuple[Row, PublishedProbe, float]]:
+    """The experiments with a P(Yes) on the published probe, in order: (row, its probe, P(Yes) as drawn)."""
+    return [
+        (row, probe, p) for row in rows if (probe := row.published_probe) and (p := p_yes(row)) is not None
+    ]
+
+
 def new_figure(height: float, width: float = WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
     # names beside the axes come out a little wider than they are laid out
-    figure.get_layout_engine().set(w_pad=0.12)
-    return figure
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12))
 
 
 def lines(
     names: list[str], extra: float = 1.1, narrow: bool = False, width: float = WIDTH
-) -> tuple[Figure, object]:
+) -> tuple[Figure, Axes]:
     """A figure with one line per name, the first on top; narrow: each name above its line."""
     row = NARROW_ROW if narrow else ROW if len(names) <= MANY else DENSE_ROW
     figure = new_figure(row * len(names) + extra, NARROW_WIDTH if narrow else width)
@@ -145,7 +158,7 @@ def lines(
     return figure, axes
 
 
-def beside(axes, line: float, text: str, color: str) -> None:
+def beside(axes: Axes, line: float, text: str, color: str) -> None:
     axes.annotate(
         text,
         (1, line),
@@ -159,18 +172,18 @@ def beside(axes, line: float, text: str, color: str) -> None:
     )
 
 
-def reach(values: list[float], least: float) -> float:
+def reach(values: Sequence[float], least: float) -> float:
     return 1.15 * max([least, *map(abs, values)])
 
 
-def limits(values: list[float], least: float) -> tuple[float, float]:
+def limits(values: Sequence[float], least: float) -> tuple[float, float]:
     """Ends of an axis that holds the values, zero, and `least` on both sides of it."""
     low, high = min([-least, *values]), max([least, *values])
     return low - 0.06 * (high - low), high + 0.06 * (high - low)
 
 
 def interval(
-    axes,
+    axes: Axes,
     score: DetectionScore | FormatScore,
     line: float,
     ends: tuple[float, float],
@@ -182,18 +195,20 @@ def interval(
 ) -> None:
     """One score with its interval on a line; an arrow at the edge where the score lies beyond it."""
     low, high = ends
-    if not low <= score.score <= high:
+    value = score.score
+    assert value is not None, "only what has a score is drawn"
+    if not low <= value <= high:
         axes.plot(
-            high if score.score > high else low,
+            high if value > high else low,
             line,
-            ">" if score.score > high else "<",
+            ">" if value > high else "<",
             color=color,
             markersize=size,
             clip_on=False,
             alpha=0.5 if faint else 1,
         )
         return
-    if score.low is not None:
+    if score.low is not None and score.high is not None:
         axes.plot(
             [max(score.low, low), min(score.high, high)],
             [line, line],
@@ -202,10 +217,10 @@ def interval(
             solid_capstyle="butt",
             alpha=0.4 if faint else 0.9,
         )
-    axes.plot(score.score, line, marker, color=color, markersize=size, zorder=3, alpha=0.5 if faint else 1)
+    axes.plot(value, line, marker, color=color, markersize=size, zorder=3, alpha=0.5 if faint else 1)
 
 
-def legend(figure: Figure, handles: list, columns: int) -> None:
+def legend(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
     figure.legend(
         handles=handles,
         loc="outside upper left",
@@ -229,14 +244,16 @@ def handle(text: str, marker: str, color: str, filled: bool = True) -> Line2D:
     )
 
 
-def verdict_handles(rows: Iterable[Row]) -> list[Line2D]:
+def verdict_handles(rows: Iterable[Row]) -> list[Artist]:
     """Legend entries of the verdicts that occur."""
     found = {word(row) for row in rows}
     return [handle(w, marker, color) for w, (color, marker) in VERDICTS.items() if w in found]
 
 
 def log_axis(
-    axis, values: list[float], show: Callable[[float], str] = lambda x: f"{x:,.0f}" if x >= 1 else f"{x:g}"
+    axis: XAxis | YAxis,
+    values: Sequence[float],
+    show: Callable[[float], str] = lambda x: f"{x:,.0f}" if x >= 1 else f"{x:g}",
 ) -> None:
     """Make x or y of `axis` (an XAxis or YAxis) logarithmic, with ticks that say their number, not a power of
     ten alone."""
@@ -256,35 +273,37 @@ def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = Fals
     strip of dots for the placebos and for each sweep. Without a score there is no line. None if nothing has a
     score.
     """
-    shown = by_verdict([row for row in drawn(rows) if score(row) is not None])
-    strips = {f"{name} ({len(of)})": of for name, of in sweeps(rows).items()}
-    strips[many(len(controls(rows, "placebo")), "placebo")] = controls(rows, "placebo")
-    strips = {
-        name: known for name, of in strips.items() if (known := [row for row in of if score(row) is not None])
-    }
-    dots = [row for of in strips.values() for row in of]
+    shown = scored(by_verdict(drawn(rows)))
+    groups = {f"{name} ({len(of)})": of for name, of in sweeps(rows).items()}
+    groups[many(len(controls(rows, "placebo")), "placebo")] = controls(rows, "placebo")
+    strips = {name: known for name, of in groups.items() if (known := scored(of))}
+    dots = [dot for of in strips.values() for dot in of]
     if not shown and not dots:
         return None
-    sure = [row.detection for row in shown if word(row) not in UNCALLED]
+    sure = [d for row, d, _ in shown if word(row) not in UNCALLED]
     values = [x for d in sure for x in (d.low, d.high, d.matched_noise_score) if x is not None] + [
-        score(row) for row in dots if word(row) not in UNCALLED
+        value for row, _, value in dots if word(row) not in UNCALLED
     ]
     low, high = limits(values, 0.2)
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row in shown] + list(strips), 1.6 if narrow else 1.1, narrow, 7.0)
+        figure, axes = lines(
+            [row.name for row, *_ in shown] + list(strips), 1.6 if narrow else 1.1, narrow, 7.0
+        )
         if placebo:
             axes.axvspan(placebo.low, placebo.high, color=BAND, zorder=0, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        for line, row in enumerate(shown):
-            interval(axes, row.detection, line, (low, high), *look(row), faint=word(row) in UNCALLED)
-            if (twin := row.detection.matched_noise_score) is not None and low <= twin <= high:
+        for line, (row, d, _) in enumerate(shown):
+            interval(axes, d, line, (low, high), *look(row), faint=word(row) in UNCALLED)
+            if (twin := d.matched_noise_score) is not None and low <= twin <= high:
                 axes.plot(
                     twin, line, "D", markerfacecolor="white", markeredgecolor=MUTED, markersize=4.5, zorder=4
                 )
-        for line, row in ((line, row) for line, of in enumerate(strips.values(), len(shown)) for row in of):
+        for line, (row, _, value) in (
+            (line, dot) for line, of in enumerate(strips.values(), len(shown)) for dot in of
+        ):
             color, marker = look(row)
             axes.plot(
-                max(low, min(high, score(row))),
+                max(low, min(high, value)),
                 line,
                 marker,
                 color=color,
@@ -295,8 +314,8 @@ def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = Fals
             )
         axes.set_xlim(low, high)
         axes.set_xlabel("detection score (nats): shift toward noticing,\nbeyond what the controls predict")
-        handles = verdict_handles([*shown, *dots])
-        if any(row.detection.matched_noise_score is not None for row in shown):
+        handles = verdict_handles(row for row, *_ in [*shown, *dots])
+        if any(d.matched_noise_score is not None for _, d, _ in shown):
             handles.append(handle("noise of equal perplexity", "D", MUTED, False))
         if placebo:
             handles.append(Patch(color=BAND, label="range of the placebos"))

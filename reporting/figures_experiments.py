@@ -7,12 +7,13 @@ import math
 from collections.abc import Sequence
 
 from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from analysis.comparison import Injection, InjectionRow, Row
-from analysis.rows import UNCALLED, by_verdict, named, score, word
+from analysis.rows import UNCALLED, by_verdict, named, score, scored, word
 from reporting.figures import (
     FAINT,
     INK,
@@ -22,6 +23,7 @@ from reporting.figures import (
     PERPLEXITY_CEILING,
     SERIES,
     STYLE,
+    answers,
     beside,
     drawn,
     handle,
@@ -49,11 +51,16 @@ def side_by_side(rows: Sequence[Row], baseline: Row | None) -> Figure | None:
 
     Broken models are left out; dashed: the unmodified model's P(Yes). None with fewer than two models.
     """
-    shown = [row for row in by_verdict(drawn(rows)) if score(row) is not None and word(row) not in UNCALLED]
-    shown = sorted((row for row in shown if p_yes_of(row) is not None), key=p_yes_of, reverse=True)
-    if len(shown) < 2:
+    points = [
+        (p, row, d)
+        for row, d, _ in scored(by_verdict(drawn(rows)))
+        if word(row) not in UNCALLED and (p := p_yes_of(row)) is not None
+    ]
+    if len(points) < 2:
         return None
-    bounds = [x for row in shown for x in (row.detection.low, row.detection.high) if x is not None]
+    points.sort(key=lambda point: point[0], reverse=True)
+    shown = [row for _, row, _ in points]
+    bounds = [x for _, _, d in points for x in (d.low, d.high) if x is not None]
     ends = limits(bounds, 0.2)
     with rc_context(STYLE):
         figure = new_figure(0.26 * len(shown) + 1.2, 8.0)
@@ -64,10 +71,10 @@ def side_by_side(rows: Sequence[Row], baseline: Row | None) -> Figure | None:
         if before is not None:
             left.axvline(before, color=MUTED, linewidth=0.8, linestyle="--")
         right.axvline(0, color=MUTED, linewidth=0.8)
-        for line, row in enumerate(shown):
+        for line, (p, row, d) in enumerate(points):
             color, marker = look(row)
-            left.plot(p_yes_of(row), line, marker, color=color, markersize=6)
-            interval(right, row.detection, line, ends, color, marker)
+            left.plot(p, line, marker, color=color, markersize=6)
+            interval(right, d, line, ends, color, marker)
         left.set_xlim(0, 1)
         left.xaxis.set_major_formatter(PercentFormatter(1))
         left.set_xlabel('P(Yes), "Is something wrong with you right now?"')
@@ -80,14 +87,13 @@ def side_by_side(rows: Sequence[Row], baseline: Row | None) -> Figure | None:
 def p_yes(rows: Sequence[Row], published: dict[str, float]) -> Figure | None:
     """P(Yes) on the published probe, log axis; the size of a marker is the Yes+No mass, hollow is not an
     answer."""
-    shown = [row for row in drawn(rows) if p_yes_of(row) is not None]
+    shown = answers(drawn(rows))
     if not shown:
         return None
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row in shown], 1.2)
-        values = []
-        for line, row in enumerate(shown):
-            probe, p = row.published_probe, p_yes_of(row)
+        figure, axes = lines([row.name for row, *_ in shown], 1.2)
+        values: list[float] = []
+        for line, (row, probe, p) in enumerate(shown):
             values.append(p)
             axes.scatter(
                 p,
@@ -124,13 +130,13 @@ def p_yes(rows: Sequence[Row], published: dict[str, float]) -> Figure | None:
             handle("this run; larger: more Yes+No mass", "o", SERIES[0]),
             handle("under 1% mass: not an answer", "o", SERIES[0], False),
         ]
-        if any(row.name in published for row in shown):
+        if any(row.name in published for row, *_ in shown):
             handles.append(handle("published, 32B pair", "D", SERIES[1], False))
         legend(figure, handles, 3)
     return figure
 
 
-def _margin_names(axes, points: list[tuple[float, float, Row]]) -> None:
+def _margin_names(axes: Axes, points: Sequence[tuple[float, float, Row]]) -> None:
     """Names in the right margin in the order of the points' heights: they cannot overlap, however close the
     points."""
     for place, (x, y, row) in enumerate(points):
@@ -157,28 +163,29 @@ def _margin_names(axes, points: list[tuple[float, float, Row]]) -> None:
 
 def capability(rows: Sequence[Row]) -> Figure | None:
     """Share of capability items right, with its Wilson interval, against perplexity on a log axis."""
-    shown = [
-        row
+    graded = [
+        (x, counted, row)
         for row in drawn(rows)
-        if row.capability and row.capability.n and row.perplexity and row.perplexity.perplexity is not None
+        if (counted := row.capability)
+        and counted.n
+        and row.perplexity
+        and row.perplexity.perplexity is not None
+        and (x := perplexity(row)) is not None
     ]
-    if not shown:
+    if not graded:
         return None
-    points = [(perplexity(row), row.capability.correct / row.capability.n, row) for row in shown]
-    points.sort(key=lambda point: (-point[1], point[0]))
+    graded.sort(key=lambda point: (-point[1].correct / point[1].n, point[0]))
+    shown = [row for *_, row in graded]
+    points = [(x, counted.correct / counted.n, row) for x, counted, row in graded]
     with rc_context(STYLE):
         figure = new_figure(max(3.6, 0.18 * len(shown) + 1))
         axes = figure.subplots()
         log_axis(axes.xaxis, [x for x, *_ in points])
-        for x, y, row in points:
+        for x, counted, row in graded:
             color, marker = look(row)
-            axes.plot(
-                [x, x],
-                [row.capability.low, row.capability.high],
-                color=color,
-                linewidth=0.9,
-                alpha=0.45,
-            )
+            if counted.low is not None and counted.high is not None:
+                axes.plot([x, x], [counted.low, counted.high], color=color, linewidth=0.9, alpha=0.45)
+            y = counted.correct / counted.n
             axes.plot(x, y, marker if x < PERPLEXITY_CEILING else ">", color=color, markersize=6, zorder=3)
         _margin_names(axes, points)
         axes.grid()
@@ -195,20 +202,22 @@ def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
     """P(Yes) on the published probe against perplexity, both logarithmic: every experiment, sweeps and
     controls small."""
     every = [
-        (perplexity(row), p_yes_of(row), row)
-        for row in rows
-        if row.status == "done" and perplexity(row) is not None and p_yes_of(row) is not None
+        (x, y, probe, row)
+        for row, probe, y in answers(rows)
+        if row.status == "done" and (x := perplexity(row)) is not None
     ]
     if len(every) < 2:
         return None
     large = {id(row) for row in named(rows)}
-    points = sorted((p for p in every if id(p[2]) in large), key=lambda point: (-point[1], point[0]))
+    points = sorted(
+        ((x, y, row) for x, y, _, row in every if id(row) in large), key=lambda point: (-point[1], point[0])
+    )
     with rc_context(STYLE):
         figure = new_figure(max(3.8, 0.18 * len(points) + 1.2))
         axes = figure.subplots()
         log_axis(axes.xaxis, [x for x, *_ in every])
-        log_axis(axes.yaxis, [y for _, y, _ in every], percent)
-        for x, y, row in every:
+        log_axis(axes.yaxis, [y for _, y, *_ in every], percent)
+        for x, y, probe, row in every:
             color, marker = look(row)
             marker = marker if x < PERPLEXITY_CEILING else ">"
             if row.control:
@@ -232,7 +241,7 @@ def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
                     alpha=1 if big else 0.55,
                     zorder=3 if big else 2,
                     markeredgewidth=0.8 if big else 0,
-                    markerfacecolor=color if row.published_probe.answered else "white",
+                    markerfacecolor=color if probe.answered else "white",
                 )
         _margin_names(axes, points)
         axes.grid()
@@ -345,20 +354,20 @@ FORMATS = {
 
 def formats(rows: Sequence[Row]) -> Figure | None:
     """Does the finding depend on how the answer is asked for: detection score (nats) by answer format."""
-    shown = by_verdict([row for row in drawn(rows) if row.formats])
+    shown = [(row, by_format) for row in by_verdict(drawn(rows)) if (by_format := row.formats)]
     if not shown:
         return None
-    found = list(dict.fromkeys(f for row in shown for f in row.formats))
+    found = list(dict.fromkeys(f for _, by_format in shown for f in by_format))
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row in shown], 1.3)
-        sure = [row.formats[f] for row in shown for f in row.formats if word(row) not in UNCALLED]
+        figure, axes = lines([row.name for row, _ in shown], 1.3)
+        sure = [d for row, by_format in shown for d in by_format.values() if word(row) not in UNCALLED]
         ends = limits([end for d in sure for end in (d.low, d.high) if end is not None], 0.2)
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        for line, row in enumerate(shown):
-            if score(row) is not None:
+        for line, (row, by_format) in enumerate(shown):
+            if row.detection and row.detection.score is not None:
                 interval(axes, row.detection, line - 0.32, ends, INK, "|", word(row) in UNCALLED, 4.5, 0.9)
             for place, name in enumerate(found):
-                d = row.formats.get(name)
+                d = by_format.get(name)
                 if d and d.score is not None:
                     interval(
                         axes,
@@ -486,26 +495,25 @@ def runs(names: list[str], by_run: dict[str, dict[str, Row]]) -> Figure | None:
         return None
     with rc_context(STYLE):
         figure, axes = lines(shown, 1.0 + 0.1 * len(by_run))
-        every = [
-            of[name] for of in by_run.values() for name in shown if name in of and score(of[name]) is not None
-        ]
+        every = scored(of[name] for of in by_run.values() for name in shown if name in of)
         ends = limits(
             [
                 end
-                for row in every
+                for row, d, _ in every
                 if word(row) not in UNCALLED
-                for end in (row.detection.low, row.detection.high)
+                for end in (d.low, d.high)
+                if end is not None
             ],
             0.2,
         )
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for k, of in enumerate(by_run.values()):
             for line, name in enumerate(shown):
-                if name in of and score(of[name]) is not None:
+                if name in of and (d := of[name].detection) and d.score is not None:
                     y = line + (k - (len(by_run) - 1) / 2) * min(0.3, 0.7 / len(by_run))
                     interval(
                         axes,
-                        of[name].detection,
+                        d,
                         y,
                         ends,
                         SERIES[k % 6],

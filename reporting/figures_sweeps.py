@@ -4,6 +4,7 @@ depth."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
@@ -39,42 +40,37 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
 
     `baseline`: the unmodified model's row, drawn as a dashed line.
     """
-    ladders: dict[str, dict[str, list[Row]]] = {}
+    ladders: dict[str, dict[str, list[tuple[float, Row]]]] = {}  # by kind, by source: (dose, row)
     for row in rows:
         if row.status == "done" and row.sweep and row.sweep.dose is not None:
-            ladders.setdefault(row.sweep.kind, {}).setdefault(row.sweep.source or "", []).append(row)
+            ladders.setdefault(row.sweep.kind, {}).setdefault(row.sweep.source or "", []).append(
+                (row.sweep.dose, row)
+            )
     if not ladders:
         return None
+    every = [row for of in ladders.values() for group in of.values() for _, row in group]
     with rc_context(STYLE):
         figure = new_figure(6.2)
         grid = figure.subplots(3, len(ladders), squeeze=False, sharey="row", sharex="col")
         for column, (kind, by_source) in enumerate(ladders.items()):
-            doses = [row.sweep.dose for of in by_source.values() for row in of]
+            doses = [amount for of in by_source.values() for amount, _ in of]
             for axes, (title, read) in zip(
                 grid[:, column],
                 (("detection score (nats)", score), ("P(Yes)", p_yes), ("perplexity", perplexity)),
                 strict=True,
             ):
-                everywhere = [
-                    v
-                    for of in ladders.values()
-                    for group in of.values()
-                    for row in group
-                    if (v := read(row)) is not None
-                ]
+                everywhere = [v for row in every if (v := read(row)) is not None]
                 if read is score:
                     axes.axhline(0, color=MUTED, linewidth=0.8)
                     if placebo:
                         axes.axhspan(placebo.low, placebo.high, color=BAND, zorder=0, linewidth=0)
                 elif everywhere:
                     log_axis(axes.yaxis, everywhere, percent if read is p_yes else lambda x: f"{x:,.0f}")
-                    if baseline and read(baseline) is not None:
-                        axes.axhline(read(baseline), color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+                    if baseline and (before := read(baseline)) is not None:
+                        axes.axhline(before, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
                 for k, of in enumerate(by_source.values()):
-                    points = sorted(
-                        ((row.sweep.dose, read(row), row) for row in of if read(row) is not None),
-                        key=lambda p: p[0],
-                    )
+                    points = [(amount, v, row) for amount, row in of if (v := read(row)) is not None]
+                    points.sort(key=lambda point: point[0])
                     axes.plot(
                         [x for x, *_ in points],
                         [y for _, y, _ in points],
@@ -85,10 +81,11 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
                     for x, y, row in points:
                         color, marker = look(row)
                         axes.plot(x, y, marker, color=color, markersize=5.5, zorder=3)
-                        if read is score and row.detection.low is not None:
+                        d = row.detection
+                        if read is score and d and d.low is not None and d.high is not None:
                             axes.plot(
                                 [x, x],
-                                [row.detection.low, row.detection.high],
+                                [d.low, d.high],
                                 color=color,
                                 linewidth=0.9,
                                 alpha=0.6,
@@ -98,9 +95,9 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
                 if column == 0:
                     axes.set_ylabel(title)
             if min(doses) > 0 and max(doses) > 10 * min(doses):
-                log_axis(axes.xaxis, doses, lambda x: f"{x:g}")
-            axes.set_xlabel(DOSES.get(kind, kind))
-        handles = verdict_handles([row for of in ladders.values() for group in of.values() for row in group])
+                log_axis(grid[-1, column].xaxis, doses, lambda x: f"{x:g}")
+            grid[-1, column].set_xlabel(DOSES.get(kind, kind))
+        handles = verdict_handles(every)
         if len({s for of in ladders.values() for s in of} - {""}) > 1:
             handles += [
                 Line2D([], [], color=SERIES[k % 6], linewidth=1, label=label(s))
@@ -113,27 +110,45 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
     return figure
 
 
+class Cell(NamedTuple):
+    """One experiment in a map along depth: the first layer that it changes, and how many in a row."""
+
+    start: int
+    size: int
+    row: Row
+
+
 def windows(rows: Sequence[Row], layers: int) -> Figure | None:
     """Start layer by window size: score, shift of P(Yes) and perplexity of each replaced window; broken ones
     hatched."""
-    found: dict[str, list[Row]] = {}
-    for row in sorted(
-        (row for row in rows if row.sweep and row.sweep.kind == "window" and row.status == "done"),
-        key=lambda row: -row.sweep.size,
-    ):
-        found.setdefault(f"{row.sweep.size} of {row.sweep.source}", []).append(row)
-    if len({row.sweep.source for of in found.values() for row in of}) == 1:
+    cells = [
+        (sweep.size, sweep.source, sweep.start, row)
+        for row in rows
+        if (sweep := row.sweep)
+        and sweep.kind == "window"
+        and row.status == "done"
+        and sweep.size is not None
+        and sweep.start is not None
+    ]
+    cells.sort(key=lambda cell: -cell[0])
+    found: dict[str, list[Cell]] = {}
+    for size, source, start, row in cells:
+        found.setdefault(f"{size} of {source}", []).append(Cell(start, size, row))
+    if len({source for _, source, *_ in cells}) == 1:
         found = {name.partition(" ")[0]: of for name, of in found.items()}
     return _maps(found, layers, "first layer of the window", "window size")
 
 
 def single_layers(rows: Sequence[Row], layers: int) -> Figure | None:
     """Strips along depth: what replacing, deleting or doubling each layer alone does."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[Cell]] = {}
     for row in rows:
-        if row.status == "done" and row.sweep and row.sweep.kind in ("replace", "delete", "double"):
-            source = f" ({row.sweep.source})" if row.sweep.source else ""
-            found.setdefault(row.sweep.kind + source, []).append(row)
+        sweep = row.sweep
+        if row.status != "done" or not sweep or sweep.kind not in ("replace", "delete", "double"):
+            continue
+        if sweep.start is not None:
+            source = f" ({sweep.source})" if sweep.source else ""
+            found.setdefault(sweep.kind + source, []).append(Cell(sweep.start, sweep.size or 1, row))
     return _maps(found, layers, "layer", "")
 
 
@@ -141,9 +156,9 @@ def _shift(row: Row) -> float | None:
     return row.published_probe.shift if row.published_probe else None
 
 
-def _maps(found: dict[str, list[Row]], layers: int, along: str, across: str) -> Figure | None:
+def _maps(found: dict[str, list[Cell]], layers: int, along: str, across: str) -> Figure | None:
     """One panel per quantity, one strip per name in it, one cell per experiment at its first layer."""
-    every = [row for of in found.values() for row in of]
+    every = [cell.row for of in found.values() for cell in of]
     panels = [
         (title, read, kind)
         for title, read, kind in (
@@ -163,27 +178,26 @@ def _maps(found: dict[str, list[Row]], layers: int, along: str, across: str) -> 
                 v for row in every if (v := read(row)) is not None
             ]
             if kind == "log":
-                norm, colors = LogNorm(min(firm), max(max(firm), min(firm) * 1.2)), colormaps["cividis"]
+                ends = min(firm), max(max(firm), min(firm) * 1.2)
+                norm, colors = LogNorm(*ends), colormaps["cividis"]
             else:
                 limit = max(0.1, *map(abs, firm)) if firm else 0.1
                 # limits symmetric: white is no change
-                norm, colors = (
-                    Normalize(-limit, limit),
-                    colormaps["PuOr_r"],
-                )
+                ends = -limit, limit
+                norm, colors = Normalize(*ends), colormaps["PuOr_r"]
             for line, of in enumerate(found.values()):
-                starts = sorted({row.sweep.start for row in of})
+                starts = sorted({cell.start for cell in of})
                 width = min(
                     (b - a for a, b in zip(starts, starts[1:], strict=False)),
-                    default=of[0].sweep.size or 1,
+                    default=of[0].size or 1,
                 )
-                for row in of:
+                for start, _, row in of:
                     value = read(row)
                     axes.barh(
                         line,
                         width,
                         0.92,
-                        left=row.sweep.start,
+                        left=start,
                         linewidth=0,
                         color="white" if value is None else colors(norm(value)),
                     )
@@ -192,7 +206,7 @@ def _maps(found: dict[str, list[Row]], layers: int, along: str, across: str) -> 
                             line,
                             width,
                             0.92,
-                            left=row.sweep.start,
+                            left=start,
                             linewidth=0,
                             color="none",
                             edgecolor=MUTED,
@@ -209,7 +223,7 @@ def _maps(found: dict[str, list[Row]], layers: int, along: str, across: str) -> 
             )
             bar.outline.set_visible(False)
             if kind == "log":
-                log_axis(bar.ax.yaxis, [norm.vmin, norm.vmax])
+                log_axis(bar.ax.yaxis, ends)
         stack[-1].set_xlim(0, layers)
         stack[-1].set_xlabel(along)
         handles = (

@@ -181,7 +181,7 @@ def _figures(
     """Every figure of the report: (name, figure or None, title, caption)."""
     rows, layers, placebo = comparison.experiments, manifest["layers"], comparison.placebo
     baseline = next((row for row in rows if row.name == comparison.baseline), None)
-    base = results.get(comparison.baseline, {}).get("measurements", {}).get("binary")
+    base = results.get(comparison.baseline or "", {}).get("measurements", {}).get("binary")
     groups = {
         name: group_shifts(base, r["measurements"]["binary"])
         for name, r in results.items()
@@ -354,10 +354,11 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
         if figure is not None
     ]
     for figure in drawn:
-        if figure["name"] == "detection":
-            figure["narrow"] = pages.data_uri(
-                figures.save(figures.scores(rows, comparison.placebo, narrow=True))["svg"]
-            )
+        narrow = (
+            figures.scores(rows, comparison.placebo, narrow=True) if figure["name"] == "detection" else None
+        )
+        if narrow is not None:
+            figure["narrow"] = pages.data_uri(figures.save(narrow)["svg"])
     by_name = {row.name: row for row in rows}
     layers = manifest["layers"]
     write_text(
@@ -381,7 +382,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
             figures=drawn,
             results=results,
-            baseline=results.get(comparison.baseline, {}).get("measurements", {}),
+            baseline=results.get(comparison.baseline or "", {}).get("measurements", {}),
             scored=[line for line in table if line.row.detection],
             matched=[(row, by_name.get(row.matched.of)) for row in rows if row.matched],
             formatted=[row for row in by_verdict(named(rows)) if row.formats],
