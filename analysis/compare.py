@@ -131,8 +131,10 @@ def _published(measured: dict, before: dict, seed: int) -> PublishedProbe | None
     probe, old = reading(measured), reading(before)
     if probe is None:
         return None
-    known = old is not None and old["log_odds"] is not None and probe["log_odds"] is not None
-    return picked(PublishedProbe, probe, shift=probe["log_odds"] - old["log_odds"] if known else None)
+    shift = None
+    if old is not None and old["log_odds"] is not None and probe["log_odds"] is not None:
+        shift = probe["log_odds"] - old["log_odds"]
+    return picked(PublishedProbe, probe, shift=shift)
 
 
 def _detection(measured: dict, before: dict, seed: int) -> Score | None:
@@ -444,7 +446,7 @@ def _seen(rows: list[InjectionRow]) -> tuple[bool, str]:
             "no strength of a concept that was put into the model is detected: with these probes, a null of"
             " this run shows nothing" + _seen_but_for_scaling(rows)
         )
-    best = max(seen, key=lambda row: row.detection.score)
+    best = max(seen, key=lambda row: row.detection.score or 0.0)  # who reports it has a score
     score = best.detection
     reason = (
         f"{best.framing} framing, strength {best.strength:g}: {score.score:+.2f} nats toward noticing beyond"

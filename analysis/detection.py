@@ -313,6 +313,12 @@ def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
     return REPORTS if score > 0 else DENIES, reason
 
 
+def _rank_p_value(x: np.ndarray, y: np.ndarray) -> float:
+    """One-sided p-value of a Spearman correlation above 0."""
+    found = ss.spearmanr(snapped(x), snapped(y), alternative="greater")
+    return float(found.pvalue)  # pyright: ignore[reportAttributeAccessIssue] (scipy sets it at run time)
+
+
 def detection_score(
     probes: Sequence[Probe],
     *,
@@ -418,8 +424,8 @@ def detection_score(
     one_c, one_q = np.ones((1, design.gc.shape[1])), np.ones((1, design.gq.shape[1]))
     (score,), (error,), (null_c,), (null_q,) = design.estimate(one_c, one_q, yc[None], yq[None])
     # 5) its interval: bootstrap-t over questions, the curve refitted in every draw
-    draws = [_resample(g, sign, resamples, rng) for g, sign in ((design.gc, sc), (design.gq, sq))]
-    scores, errors, *_ = design.estimate(*draws, yc[None], yq[None])
+    drawn_c, drawn_q = (_resample(g, sign, resamples, rng) for g, sign in ((design.gc, sc), (design.gq, sq)))
+    scores, errors, *_ = design.estimate(drawn_c, drawn_q, yc[None], yq[None])
     reach = max(np.quantile(np.abs(scores - score) / errors, confidence) * error, 2 * RESOLUTION)
 
     # the null allows a drift of their own
@@ -449,10 +455,7 @@ def detection_score(
         )
     )
     after = xc + yc
-    if (
-        np.ptp(after) < MIN_EFFECT
-        or ss.spearmanr(snapped(xc), snapped(after), alternative="greater").pvalue >= 0.05
-    ):
+    if np.ptp(after) < MIN_EFFECT or _rank_p_value(xc, after) >= 0.05:
         return unmeasured(
             "controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known
         )
@@ -494,7 +497,8 @@ def keyed_shift(probes: Sequence[Probe], kind: str) -> float | None:
     return plain(
         _half_mean(
             np.array([1.0 if p.keyed == "yes" else -1.0 for p in used]),
-            np.array([p.modified - p.baseline for p in used]),
+            np.array([p.modified for p in used], dtype=float)
+            - np.array([p.baseline for p in used], dtype=float),
         )
     )
 
@@ -521,7 +525,7 @@ def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0)
         for side in ([p.baseline for p in used], [p.modified for p in used])
     )
     found = paired_difference(before, after, resamples=resamples, seed=seed)
-    low, high = (found.low, found.high) if found.low is not None else (found.value, found.value)
-    return replace(
-        found, low=min(low, found.value - 2 * RESOLUTION), high=max(high, found.value + 2 * RESOLUTION)
-    )
+    value = found.value
+    assert value is not None, "what is answered has finite log-odds"
+    low, high = value if found.low is None else found.low, value if found.high is None else found.high
+    return replace(found, low=min(low, value - 2 * RESOLUTION), high=max(high, value + 2 * RESOLUTION))

@@ -88,11 +88,8 @@ def of(row: Row, layers: int) -> tuple[float, int | None, float | None] | None:
     sweep = row.sweep
     if sweep is None:
         return EXPERIMENTS.get(row.name)
-    if (
-        sweep.kind == "window"
-        and sweep.source == "base"
-        and layers == WINDOW_LAYERS
-        and (sweep.start, sweep.stop) in WINDOWS
-    ):
-        return WINDOWS[sweep.start, sweep.stop], None, None
-    return None
+    if sweep.kind != "window" or sweep.source != "base" or layers != WINDOW_LAYERS:
+        return None
+    if sweep.start is None or sweep.stop is None or (sweep.start, sweep.stop) not in WINDOWS:
+        return None
+    return WINDOWS[sweep.start, sweep.stop], None, None

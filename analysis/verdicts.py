@@ -112,7 +112,7 @@ def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict 
         return Verdict(TOO_LITTLE if weak else score.call, _numbers(score) + _support(score, twin) + caveat)
     # 3) where its answers go whatever is asked
     drift = row.yes_drift
-    if drift and _drifts(drift):
+    if drift and drift.value is not None and _drifts(drift):
         word = DRIFTS_YES if drift.value > 0 else DRIFTS_NO
         return Verdict(word, f"{_drift(drift, row)}; detection: {_explained(score, doubts)}{caveat}")
     # 4) nothing of the kind
@@ -268,7 +268,8 @@ def _beside(row: Row, baseline: Row) -> str:
             if before[1] is None or after[1] is None:
                 continue
             table = [[round(n * share), n - round(n * share)] for n, share in (before, after)]
-            if fisher_exact(table).pvalue < ALPHA:
+            # scipy sets a result's fields at run time, where pyright does not see them
+            if fisher_exact(table).pvalue < ALPHA:  # pyright: ignore[reportAttributeAccessIssue]
                 out.append(f"chat replies that {what}, {before[1]:.0%} to {after[1]:.0%}")
     if out:
         return f"; what did change: {', '.join(out)}"
