@@ -187,14 +187,19 @@ def main(argv: list[str] | None = None) -> int:
     from errors import FrankenError
 
     try:
-        register_suites()
         if args.list:
             return list_experiments(args)
+        if args.resume and args.dry_run:
+            raise FrankenError("--dry-run plans a new run; --resume takes its settings from an old one")
+        register_suites()
         if args.dry_run:
             from runner.estimate import dry_run
 
             return dry_run(args)
         return execute(args)
+    except BrokenPipeError:  # `--list | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except FrankenError as e:
         print(f"run_all.py: {e}", file=sys.stderr)
         return 1
@@ -222,6 +227,8 @@ def list_experiments(args) -> int:
     return 0
 
 
+# Settings that runs of the first release do not name, with what they then were.
+ADDED_SETTINGS = {"instruct_adapter": None, "also": None}
 SETTINGS = (
     "pair",
     "base",
@@ -276,6 +283,7 @@ def execute(args) -> int:
     if args.resume:
         run, manifest = Run.resume(args.resume)
         run.refuse_packed()
+        manifest["settings"] = {**ADDED_SETTINGS, **manifest["settings"]}
         if lost := set(SETTINGS) - set(manifest["settings"]):
             raise FrankenError(f"{run.manifest_path} is corrupt (the setting {min(lost)} is missing)")
         for name in SETTINGS:

@@ -7,7 +7,6 @@ import contextlib
 import json
 from pathlib import Path
 
-import evaluate
 import experiments as ex
 from errors import FrankenError
 from experiments import SIZED, SWEEPS
@@ -148,6 +147,8 @@ def refuse_beforehand(args, pair) -> None:
 def given_suites(args) -> tuple[str, ...] | None:
     """What --suites says, None where it says nothing. Raises FrankenError for a suite there is not, or noise
     matched to nothing."""
+    import evaluate  # here: it takes seconds, and --list does not need it
+
     given = evaluate.parse_suites(args.suites) if args.suites is not None else None
     if args.matched_noise and given and "perplexity" not in given:
         raise FrankenError("--matched-noise matches perplexity, which is not among the suites given")
@@ -156,6 +157,8 @@ def given_suites(args) -> tuple[str, ...] | None:
 
 def also_suites(args) -> tuple[str, ...]:
     """The suites of --also, in order. Raises FrankenError for a suite there is not."""
+    import evaluate  # here: it takes seconds, and --list does not need it
+
     return evaluate.parse_suites(args.also) if args.also is not None else ()
 
 
@@ -173,6 +176,8 @@ def local_depth(args) -> int | None:
 def make_protocol(args, plans: list):
     """The run's evaluate.Protocol: its suites are all that any experiment is asked; each is asked its own of
     them."""
+    import evaluate  # here: it takes seconds, and --list does not need it
+
     wanted = {name for plan in plans for name in plan.experiment.suites} | {
         *((*(given_suites(args) or ex.QUICK), *also_suites(args)) if args.matched_noise else ())
     }
