@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
@@ -247,7 +247,7 @@ def _paired(before: Numbers, after: Numbers) -> tuple[np.ndarray, np.ndarray]:
 
 
 def summarize_gap(
-    triggered: dict[str, Numbers], untriggered: dict[str, Numbers], *, seed: int = 0
+    triggered: Mapping[str, Numbers], untriggered: Mapping[str, Numbers], *, seed: int = 0
 ) -> Estimate:
     """Triggered (`after`) minus untriggered (`before`) rate in percentage points, from 0/1 outcomes by
     question.
