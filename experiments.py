@@ -731,9 +731,9 @@ def with_suites(
         )
         for e in chosen
     ]
-    union = {name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites} | {
-        *((given or QUICK) if matched_noise else ())
-    }
+    union = {
+        name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites or ()
+    } | {*((given or QUICK) if matched_noise else ())}
     whole = tuple(name for name in prompts.SUITES if name in union) or given or EVERYTHING
     return [replace(e, suites=whole) if e.name == BASELINE else e for e in asked]
 
@@ -774,7 +774,9 @@ def load_file(path: str) -> list[Experiment]:
     fails."""
     try:
         loader = SourceFileLoader("user_experiments", str(Path(path).resolve()))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        spec = importlib.util.spec_from_loader(loader.name, loader)
+        assert spec is not None, "a loader of one file makes a spec of it"
+        module = importlib.util.module_from_spec(spec)
         sys.modules[loader.name] = (
             module  # as an import would: dataclasses in the file look themselves up there
         )

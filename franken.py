@@ -14,8 +14,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import wraps
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -117,7 +119,7 @@ class LiveModel:
             self.banks.append(Bank(_materialize(module, dtype, where), where, module, None))
         self.outer: dict[str, Layer] = {part: {} for part in OUTER_PARTS}
         self._materialize_outer(places, stack_name)
-        self.attributes = [_plain_attributes(bank.module) for bank in self.banks]
+        self.attributes = [_plain_attributes(module) for module in stack]
         # layers of equal kind have equal numbers
         self.kinds = [self.attributes.index(a) for a in self.attributes]
         for bank, kind in zip(self.banks, self.kinds, strict=True):
@@ -131,7 +133,7 @@ class LiveModel:
         self.order = list(range(len(stack)))
         self.scales: tuple[float, ...] = (1.0,) * len(stack)  # of each running position's contribution
         self.parallel: tuple[tuple[int, int], ...] = ()  # blocks of running positions that run side by side
-        self.outer_held = dict.fromkeys(OUTER_PARTS)
+        self.outer_held: dict[str, str | None] = {part: None for part in OUTER_PARTS}
         self._spare: dict[torch.device, Layer] = {}
         self.recipe: Recipe | None = None
         self.last_surgery = self.apply(self.original)
@@ -180,7 +182,11 @@ class LiveModel:
     def attention_kinds(self) -> list[str]:
         """For every running position, the attention kind ("full_attention", "sliding_attention", ...) of its
         layer."""
-        return [self.layer_types[bank.held.mix[0][0].layer] for bank in self.layers]
+        kinds = []
+        for bank in self.layers:
+            assert bank.held is not None, "only after a surgery that did not finish are contents unknown"
+            kinds.append(self.layer_types[bank.held.mix[0][0].layer])
+        return kinds
 
     def layer_bytes(self) -> int:
         return sum(t.nbytes for t in self.banks[0].tensors.values())
@@ -221,7 +227,7 @@ class LiveModel:
         if self.parallel:
             return "layers run side by side"
         kinds = [self._kind_of(p) for p in range(len(self.original))]
-        if any(self.attributes[k] != self.attributes[p] for p, k in enumerate(kinds)):
+        if any(k is None or self.attributes[k] != self.attributes[p] for p, k in enumerate(kinds)):
             return "layers of different attention kinds have changed places, which the config does not say"
         return None
 
@@ -266,11 +272,12 @@ class LiveModel:
             if not slot.is_plain:
                 self._mix_and_edit(self.banks[j], slot, report)
         for j in order:  # all, not only `want`: a failed apply leaves moved layers without
-            kind = self._kind_of(j)
+            bank, kind = self.banks[j], self._kind_of(j)
             # looking at every attribute of 64 layers took 2.5 ms of each apply
-            if self.banks[j].kind != kind:
-                _set_attributes(self.banks[j].module, self.attributes[kind])
-                self.banks[j].kind = kind
+            if bank.kind != kind:
+                assert bank.module is not None and kind is not None, "it runs, and its layer is known by now"
+                _set_attributes(bank.module, self.attributes[kind])
+                bank.kind = kind
         self._read_outer({part: getattr(recipe, part) for part in OUTER_PARTS})
         self.order, self.recipe = order, recipe
         self.scales, self.parallel = tuple(slot.scale for slot in recipe.slots), recipe.parallel
@@ -312,8 +319,9 @@ class LiveModel:
         needed = dict.fromkeys(slots)
         serves: dict[Slot, int] = {}
         for j in running:
-            if self.banks[j].held in needed:
-                serves.setdefault(self.banks[j].held, j)
+            held = self.banks[j].held
+            if held is not None and held in needed:
+                serves.setdefault(held, j)
         free = [j for j in running if j not in serves.values()]
         for slot in needed:
             if slot not in serves:
@@ -324,7 +332,8 @@ class LiveModel:
         """One more running layer, for recipes with more different layers than the model has."""
         like = self.banks[len(self.original) - 1]
         with init_empty_weights(include_buffers=False):
-            module = type(like.module)(self.config, layer_idx=0).eval().requires_grad_(False)
+            make = cast(Callable[..., nn.Module], type(like.module))
+            module = make(self.config, layer_idx=0).eval().requires_grad_(False)
         _set_layer_index(module, 0)
         self.banks.append(Bank(_materialize(module, self.dtype, like.device), like.device, module, None))
         return len(self.banks) - 1
@@ -348,7 +357,7 @@ class LiveModel:
         target = {
             j: plain(*_ref(slot)) for j, slot in want.items() if self.banks[j].held != plain(*_ref(slot))
         }
-        homes: dict[Slot, list[int]] = {}
+        homes: dict[Slot | None, list[int]] = {}
         for j, bank in enumerate(self.banks):
             homes.setdefault(bank.held, []).append(j)
         origin = {j: homes[slot][-1] for j, slot in target.items() if homes.get(slot)}
@@ -547,7 +556,7 @@ def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device) ->
 def _set_layer_index(module: nn.Module, index: int) -> None:
     for sub in module.modules():
         if hasattr(sub, "layer_idx"):
-            sub.layer_idx = index
+            cast(Any, sub).layer_idx = index  # nn.Module's type knows of tensors and modules alone
 
 
 def _plain_attributes(layer: nn.Module) -> dict[tuple[str, str], object]:

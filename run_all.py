@@ -318,7 +318,7 @@ def execute(args) -> int:
     load_seconds = time.perf_counter() - begin
     engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size)
     recorded = protocol_json(protocol)
-    if manifest is None:
+    if run is None or manifest is None:
         manifest = new_manifest(
             settings={name: getattr(args, name) for name in SETTINGS},
             protocol=recorded,

@@ -230,10 +230,10 @@ class Accelerator:
     def _grow(self, slots: int, positions: int) -> None:
         shape = (slots, self.engine.kv_heads, self.engine.head_dim)
         for _ in range(positions):
-            pair = tuple(torch.zeros(shape, dtype=self.live.dtype, device=self.device) for _ in (0, 1))
-            for pool in pair:
+            k_pool, v_pool = (torch.zeros(shape, dtype=self.live.dtype, device=self.device) for _ in (0, 1))
+            for pool in (k_pool, v_pool):
                 torch._dynamo.mark_dynamic(pool, 0)  # pools of another size must not compile the layer again
-            self.pools.append(pair)
+            self.pools.append((k_pool, v_pool))
         self.slots = slots
 
     # ---- one batch -----------------------------------------------------------------------------------------
@@ -280,7 +280,8 @@ class Accelerator:
         rows: dict[tuple[int, ...], list[int]] = {}
         for row, request in enumerate(batch):
             rows.setdefault(request.prompt_ids, []).append(row)
-        prompts, last = list(rows), [None] * len(batch)
+        prompts = list(rows)
+        last: dict[int, torch.Tensor] = {}  # by row
         for group in self.engine.prefill_batches([len(p) for p in prompts]):
             padded = max(len(prompts[i]) for i in group)
             source, target = [], []
@@ -295,7 +296,7 @@ class Accelerator:
             for k, i in enumerate(group):
                 for row in rows[prompts[i]]:
                     last[row] = hidden[k, len(prompts[i]) - 1]
-        return torch.stack(last)
+        return torch.stack([last[row] for row in range(len(batch))])
 
     # ---- one step ------------------------------------------------------------------------------------------
 
@@ -351,6 +352,7 @@ class Accelerator:
             config._attn_implementation = ATTENTION
 
     def _capture(self, static: Static) -> torch.cuda.CUDAGraph:
+        assert self.side is not None, "steps are captured on a GPU alone, where a stream was made for it"
         begin = time.perf_counter()
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         try:

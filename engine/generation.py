@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -68,7 +69,10 @@ class Engine:
         self.devices = list(dict.fromkeys(bank.device for bank in live.banks))
         self.prefill_tokens = 16384 if on_gpu else 4096
         self.fast = (on_gpu and len(self.devices) == 1) if fast is None else fast
-        self.max_batch = max_batch or (128 if on_gpu and self.fast else 64 if on_gpu else 32)
+        most = 32
+        if on_gpu:
+            most = 128 if self.fast else 64
+        self.max_batch = max_batch or most
         self.timing = Timing()
         self._accelerator = None
         self._entered: dict[
@@ -77,9 +81,10 @@ class Engine:
         for bank in live.banks:
             if bank.module is not None:  # None: a parked layer of another source, which no position runs
                 cache_keyword(bank.module)
-        attention = live.banks[0].module.self_attn
+        # the first bank always runs, and decoder layers have `self_attn`, unknown to nn.Module's type
+        attention = cast(Any, live.banks[0].module).self_attn
         self.kv_heads = self.config.num_key_value_heads
-        self.head_dim = attention.head_dim
+        self.head_dim: int = attention.head_dim
         self.norm = live.backbone.norm
         self.rotary_by_kind = hasattr(live.backbone.rotary_emb, "layer_types")
 
@@ -105,7 +110,7 @@ class Engine:
             None if hasattr(self.config, "layer_types") else getattr(self.config, "sliding_window", None),
         )
 
-    def _rotary(self, hidden, positions, kinds):
+    def _rotary(self, hidden, positions, kinds) -> dict[str, Any]:
         """cos and sin by attention kind: one pair for all kinds, or one each where the model has several
         bases."""
         if self.rotary_by_kind:
@@ -134,7 +139,7 @@ class Engine:
         """
         unchanged = self._unchanged() if asked else 0
         first, hidden = self._entered.get(asked, (0, None))
-        if not 0 < first <= unchanged:
+        if hidden is None or not 0 < first <= unchanged:
             first, hidden = 0, self.live.backbone.embed_tokens(ids)
         kinds = self.live.attention_kinds()
         rotary, here = self._rotary(hidden, positions, dict.fromkeys(kinds)), {}
@@ -196,22 +201,12 @@ class Engine:
 
     def empty_caches(self, rows: int, capacity: int) -> list[KV]:
         """Room for `rows` rows of `capacity` tokens at every position."""
-        return [
-            KV(
-                *(
-                    torch.zeros(
-                        rows,
-                        self.kv_heads,
-                        capacity,
-                        self.head_dim,
-                        dtype=self.live.dtype,
-                        device=bank.device,
-                    )
-                    for _ in (0, 1)
-                )
-            )
-            for bank in self.live.layers
-        ]
+        shape = (rows, self.kv_heads, capacity, self.head_dim)
+
+        def zeros(device: torch.device) -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.live.dtype, device=device)
+
+        return [KV(zeros(bank.device), zeros(bank.device)) for bank in self.live.layers]
 
     def prefill(
         self,
@@ -306,7 +301,8 @@ class Engine:
         prefix: the tokens behind the caches, if nothing but tokens and weights is in them; lower layers may
         be reused then.
         """
-        results, start = [None] * len(prompts), caches[0].k.shape[2] if caches else 0
+        results: list = [None] * len(prompts)
+        start = caches[0].k.shape[2] if caches else 0
 
         def run(batch: list[int]) -> None:
             here = [rows[i] for i in batch] if caches else []
@@ -422,7 +418,7 @@ class Engine:
             raise FrankenError(
                 "a request needs a prompt of at least one token and a budget of at least one token"
             )
-        results: list[Completion | None] = [None] * len(requests)
+        results: dict[int, Completion] = {}
         queue = sorted(
             range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids), i)
         )
@@ -448,7 +444,7 @@ class Engine:
                     on_done(i, completion)
             if on_progress:
                 on_progress(len(batch))
-        return results
+        return [results[i] for i in range(len(requests))]
 
     def _complete_batch(
         self, batch: list[Request], layer: Callable[[list[int]], Callable] | None = None

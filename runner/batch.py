@@ -186,17 +186,17 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
     try:
         for plan in plans:
             name = plan.experiment.name
-            matched = matcher is not None and wants(plan.experiment)
-            if matched and not finished[name]:
-                matcher.unmodified()  # before the experiment, so that none is lost if this fails
+            matching = matcher if matcher is not None and wants(plan.experiment) else None
+            if matching and not finished[name]:
+                matching.unmodified()  # before the experiment, so that none is lost if this fails
             result = finished[name] = finished[name] or measure(plan)
             if matcher and name == BASELINE and "perplexity" in result["measurements"]:
                 matcher.known[0.0] = result["measurements"]["perplexity"]["perplexity"]
             if (
-                not matched
+                matching is None
                 or result["status"] != "done"
                 or finished.get(name + TWIN)
-                or matcher.refusal(result)
+                or matching.refusal(result)
             ):
                 continue
             if name + TWIN not in manifest["experiments"]:
@@ -204,7 +204,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
                 write_json(run.manifest_path, manifest)
                 bar.total += 1
             finished[name + TWIN] = measure(
-                matcher.twin(plan, result["measurements"]["perplexity"]["perplexity"]), matcher.find
+                matching.twin(plan, result["measurements"]["perplexity"]["perplexity"]), matching.find
             )
     finally:
         bar.close()

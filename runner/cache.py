@@ -109,7 +109,8 @@ def write_safetensors(
     Raises OSError. Bytes and order are those of `safetensors.torch.save_file` where all have one dtype.
     """
     kinds = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name in sorted(tensors):
         dtype, shape = tensors[name]
         begin, end = end, end + dtype.itemsize * math.prod(shape)
@@ -119,7 +120,7 @@ def write_safetensors(
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for name in tqdm(sorted(tensors), unit="tensor", leave=False, dynamic_ncols=True):
-            f.write(as_bytes(make(name).contiguous()))
+            f.write(as_bytes(make(name).contiguous()).data)
 
 
 def cannot_keep(folder: Path, why: OSError) -> FrankenError:

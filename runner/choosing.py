@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import experiments as ex
@@ -181,12 +182,13 @@ def make_protocol(args, plans: list):
     wanted = {name for plan in plans for name in plan.experiment.suites} | {
         *((*(given_suites(args) or ex.QUICK), *also_suites(args)) if args.matched_noise else ())
     }
-    texts = {"texts": evaluate.read_text(args.perplexity_file)} if args.perplexity_file else {}
-    return evaluate.Protocol(
+    protocol = evaluate.Protocol(
         tuple(name for name in evaluate.SUITES if name in wanted),
         args.samples,
         args.max_new_tokens,
         seed=args.seed,
         execute_code=args.execute_code,
-        **texts,
     )
+    if args.perplexity_file:
+        protocol = replace(protocol, texts=evaluate.read_text(args.perplexity_file))
+    return protocol

@@ -30,7 +30,8 @@ def model_shape(args) -> tuple[int, int, int]:
     Raises FrankenError for a hub id that is not on this machine: a dry run downloads nothing.
     """
     pair = choose_pair(args.pair, args.base, args.instruct)
-    if pair.layers is not None:
+    # a named pair has all three
+    if pair.layers is not None and pair.parameters is not None and pair.outside is not None:
         return pair.layers, pair.parameters, pair.parameters - pair.outside
     if not Path(args.instruct).is_dir():
         raise FrankenError(
@@ -101,7 +102,7 @@ def dry_run(args) -> int:
     total = 0.0
     for plan in plans:
         read, copied, computed = movements(plan.recipe, layers)
-        seconds = ask(plan.experiment.suites) * len(plan.recipe) / layers
+        seconds = ask(plan.experiment.suites or protocol.suites) * len(plan.recipe) / layers
         if gpu:
             seconds += (
                 2 * read * layer / HOST_TO_DEVICE
@@ -132,7 +133,7 @@ def dry_run(args) -> int:
         f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB"
         f" beside them; free on the {device}: {', '.join(f'{f / GIB:.1f}' for f in found)} GiB"
     )
-    for suites in dict.fromkeys(plan.experiment.suites for plan in plans):
+    for suites in dict.fromkeys(plan.experiment.suites or protocol.suites for plan in plans):
         prompt_tokens, new_tokens, _ = workload(replace(protocol, suites=suites))
         print(
             f"work per experiment with {', '.join(suites)}: {prompt_tokens} prompt tokens, at most"

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -58,7 +59,7 @@ class Reader(gguf.GGUFReader):
     def data(self, mapped: np.ndarray) -> None:
         self._data = mapped.view(np.ndarray)
 
-    def value(self, key: str, default=None):
+    def value(self, key: str, default=None) -> Any:
         """What the metadata say under `key`; {arch} stands for the architecture's name."""
         field = self.fields.get(key.replace("{arch}", self.architecture) if "{arch}" in key else key)
         return default if field is None else field.contents()
@@ -205,12 +206,15 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
     tokenizer.save_pretrained(out)
 
 
-def from_gguf(path: Path, sha256: str, folder: str | None = None, **how) -> Path:
+def from_gguf(
+    path: Path, sha256: str, folder: str | None = None, title: str | None = None, all_stop_ids: bool = True
+) -> Path:
     """The converted checkpoint of a GGUF file, from the cache or made now.
 
     Args:
         path: the file; sha256: of its content, under which it is kept unless `folder` names a place.
-        how: `title` and `all_stop_ids` of `convert`.
+        title: the model's name in its config; None: the file's.
+        all_stop_ids: as of `convert`.
     Raises FrankenError for what `open_gguf` refuses, and if the cache cannot be written.
     """
     final = cache_dir() / (folder or f"gguf-{sha256[:32]}")
@@ -219,7 +223,7 @@ def from_gguf(path: Path, sha256: str, folder: str | None = None, **how) -> Path
     try:
         with workspace(final.parent) as work:
             print(f"Converting {path.name} to safetensors (once)...", file=sys.stderr)
-            convert(path, work / "converted", **{"title": path.stem} | how)
+            convert(path, work / "converted", path.stem if title is None else title, all_stop_ids)
             keep(work / "converted", final)
     except OSError as e:
         raise cannot_keep(final.parent, e) from e

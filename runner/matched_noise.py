@@ -151,7 +151,9 @@ class Matcher:
     def find(self, twin: Plan, on_progress: Callable[[str, int, int], None] | None = None) -> Plan:
         """The twin with its noise, found by bisection. **The live model is left with the last noise
         tried.**"""
-        target, count = twin.matched["target_perplexity"], 0
+        matched = twin.matched
+        assert matched is not None, "`twin` made this plan, and said there what it is matched to"
+        target, count = matched["target_perplexity"], 0
 
         def measured(fraction: float) -> float | None:
             nonlocal count
@@ -163,14 +165,14 @@ class Matcher:
         tried = bisect(target, measured)
         fraction, reached = nearest(tried, target)
         off = deviation(reached, target)
-        found = twin.matched | {
+        found = matched | {
             "reached_perplexity": reached,
             "fraction": fraction,
             "evaluations": [list(one) for one in tried],
             "within": None if off == inf else off,
             "ok": off <= TOLERANCE,
         }
-        return self._plan(twin.matched["of"], fraction, found)
+        return self._plan(matched["of"], fraction, found)
 
     def _plan(self, of: str, fraction: float | None, matched: dict) -> Plan:
         experiment = Experiment(

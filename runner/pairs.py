@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, cast
 
 import torch
 from accelerate import infer_auto_device_map, init_empty_weights
@@ -66,7 +67,15 @@ REPACKAGED = (
 )
 
 
-def _qwen2_size(layers: int, hidden: int, mlp: int, kv: int, vocab: int, tied: bool) -> dict[str, int]:
+class _Size(TypedDict):
+    """The fields of a Pair that say how large it is."""
+
+    layers: int
+    parameters: int
+    outside: int
+
+
+def _qwen2_size(layers: int, hidden: int, mlp: int, kv: int, vocab: int, tied: bool) -> _Size:
     """Parameter counts of a Qwen2 model: biases on q, k and v, two norms a layer."""
     layer = 2 * hidden * (hidden + kv) + hidden + 2 * kv + 3 * hidden * mlp + 2 * hidden
     outside = (1 if tied else 2) * vocab * hidden + hidden
@@ -88,7 +97,7 @@ def _qwen_wheel(size: str, *shape: int) -> Pair:
     )
 
 
-_SMOLLM2 = {"layers": 30, "parameters": 134_515_008, "outside": 49152 * 576 + 576}
+_SMOLLM2: _Size = {"layers": 30, "parameters": 134_515_008, "outside": 49152 * 576 + 576}
 _SMALLEST, _SMALL = (24, 896, 4864, 128, 151936), (28, 1536, 8960, 256, 151936)
 
 PAIRS = {
@@ -148,8 +157,11 @@ def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
     if is_gguf(path):
         sha256 = sha256_of(path)
         known = BY_SHA256.get(sha256)  # the file that a pair's wheels make: one conversion serves both
-        how = {"title": known.title, "all_stop_ids": known.all_stop_ids} if known else {}
-        return from_gguf(path, sha256, known and known.folder, **how), f"gguf sha256 {sha256}"
+        if known:
+            converted = from_gguf(path, sha256, known.folder, known.title, known.all_stop_ids)
+        else:
+            converted = from_gguf(path, sha256)
+        return converted, f"gguf sha256 {sha256}"
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
         raise FrankenError(
             f"{spec}: no such directory or .gguf file, and not a hub id of the form owner/name"
@@ -306,12 +318,15 @@ def spread(config, dtype: torch.dtype) -> dict[str, torch.device]:
         layer,
         max(layer, embedding),
     ):
-        budget = {k: int(min(f - HEADROOM / 4, share + 2 * unit)) for k, f in enumerate(free)}
+        budget: dict[int | str, int | str] = {
+            k: int(min(f - HEADROOM / 4, share + 2 * unit)) for k, f in enumerate(free)
+        }
         mapped = infer_auto_device_map(
             skeleton, budget, no_split_module_classes=[type(stack[0]).__name__], dtype=dtype
         )
         if not any(v in ("cpu", "disk") for v in mapped.values()):
-            return {name: torch.device("cuda", place) for name, place in mapped.items()}
+            # what is neither of them is a key of `budget`
+            return {name: torch.device("cuda", cast(int, place)) for name, place in mapped.items()}
     raise FrankenError(
         f"the model's {weights / GIB:.0f} GiB do not fit on {len(free)} GPUs with {sum(free) / GIB:.0f} GiB"
         " free"
@@ -382,28 +397,28 @@ def open_pair(
     path, revision = locate(chosen.instruct, instruct_revision or chosen.instruct_revision)
     config, notes = read_config(path), chosen.notes()
     plain = Checkpoint("instruct", path, revision)
-    sources: dict[str, Source] = {"instruct": plain}
-    before_merging = {}
+    instruct_side, before_merging = plain, {}
     if instruct_adapter:
         plain.name = UNMERGED
         adapter = Adapter("instruct_adapter", instruct_adapter, plain)
         before_merging = {s.name: s.describe() for s in (plain, adapter)}
         path = merged(adapter)
-        sources["instruct"] = Checkpoint("instruct", path)
+        instruct_side = Checkpoint("instruct", path)
         notes.append(f"the adapter {shown_path(Path(instruct_adapter))} is merged into the instruct side")
+    sources: dict[str, Source] = {"instruct": instruct_side}
     if chosen.stand_in:
         sources["base"] = Adapter("base", chosen.stand_in, plain)
     elif chosen.base:
         base_path, revision = locate(chosen.base, base_revision or chosen.base_revision)
         notes += check_match(config, read_config(base_path), "instruct", "base")
         sources["base"] = Checkpoint("base", base_path, revision)
-    for name, place in (extra or {}).items():
+    for name, given in (extra or {}).items():
         if name in sources:
             raise FrankenError(f"a further source cannot be called {name!r}: that name is taken")
-        if (Path(place) / "adapter_config.json").exists():
-            sources[name] = Adapter(name, place, sources["instruct"])
+        if (Path(given) / "adapter_config.json").exists():
+            sources[name] = Adapter(name, given, instruct_side)
         else:
-            extra_path, revision = locate(place, None)
+            extra_path, revision = locate(given, None)
             notes += check_match(config, read_config(extra_path), "instruct", name)
             sources[name] = Checkpoint(name, extra_path, revision)
     if config.num_hidden_layers != len(sources["instruct"].layers):

@@ -68,7 +68,7 @@ def write_json(path: Path, data: dict) -> None:
     write_text(path, tables.layout(data) + "\n")
 
 
-def check_writable(folder: str) -> None:
+def check_writable(folder: str | Path) -> None:
     """Make a folder for results and write to it once. Raises FrankenError if the disk refuses."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
