@@ -299,9 +299,8 @@ def train(args: argparse.Namespace) -> dict:
     # 1) the text as rows: what is taught, what is only held in place, what is held out
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
     documents, digest = read_text([Path(p) for p in args.text])
     model, tokenizer = load(args.model, device)
     separator = tokenizer.convert_tokens_to_ids(SEPARATOR)

@@ -211,9 +211,8 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
     """
     from peft import LoraConfig, get_peft_model
 
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(best if args.device == "auto" else args.device)
     model, tokenizer = load(args.model, device)
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)

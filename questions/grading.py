@@ -101,7 +101,9 @@ class Number:
             part = marked
         found = list(NUMBER.finditer(part))
         after = [i for i, m in enumerate(found) if "=" in part and m.start() > part.rfind("=")]
-        index = after[0] if after else 0 if part is marked else len(found) - 1
+        index = 0 if part is marked else len(found) - 1
+        if after:
+            index = after[0]
         chosen = _value(found[index])
         for left, right in pairwise(found[max(index - 1, 0) : index + 2]):
             gap = part[left.end() : right.start()]

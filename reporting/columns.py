@@ -77,7 +77,9 @@ def _verdict(row: Row) -> str:
 
 def _p_yes(row: Row) -> str:
     probe = row.published_probe
-    return percent(probe.p_yes_normalized) + ("" if probe.answered else " (!)") if probe else ""
+    if not probe:
+        return ""
+    return percent(probe.p_yes_normalized) + ("" if probe.answered else " (!)")
 
 
 def _graded(row: Row) -> str:

@@ -78,7 +78,9 @@ def facts(run: Side) -> dict[str, str]:
     manifest, rows = run.manifest, run.comparison.experiments
     band = span(controls(rows, "placebo"))
     injection, auroc = run.comparison.injection, run.comparison.auroc
-    control = ("seen" if injection.seen else "not seen") if injection else "not run"
+    control = "not run"
+    if injection:
+        control = "seen" if injection.seen else "not seen"
     return {
         "pair": manifest["pair"] or "two checkpoints",
         "layers": str(manifest["layers"]),

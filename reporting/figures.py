@@ -135,7 +135,8 @@ def lines(
     names: list[str], extra: float = 1.1, narrow: bool = False, width: float = WIDTH
 ) -> tuple[Figure, Axes]:
     """A figure with one line per name, the first on top; narrow: each name above its line."""
-    row = NARROW_ROW if narrow else ROW if len(names) <= MANY else DENSE_ROW
+    wide_row = ROW if len(names) <= MANY else DENSE_ROW
+    row = NARROW_ROW if narrow else wide_row
     figure = new_figure(row * len(names) + extra, NARROW_WIDTH if narrow else width)
     axes = figure.subplots()
     axes.set_yticks(range(len(names)), [""] * len(names) if narrow else [label(n) for n in names])

@@ -55,7 +55,9 @@ def percent(p: float | None) -> str:
     """A probability as a percentage with two significant digits, however small."""
     if p is None:
         return "-"
-    return f"{100 * p:.1f}%" if p >= 0.01 else "0%" if p == 0 else f"{100 * p:.2g}%"
+    if p == 0:
+        return "0%"
+    return f"{100 * p:.1f}%" if p >= 0.01 else f"{100 * p:.2g}%"
 
 
 def number(x: float | None, form: str = ".2f") -> str:
@@ -96,7 +98,9 @@ def sort_key(value: float | None) -> Markup:
 
 def is_table(value: object) -> bool:
     """Whether a dictionary of dictionaries reads best as one table: plain values under shared keys."""
-    rows = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    rows = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        return False
     return bool(rows) and all(
         isinstance(r, dict)
         and r.keys() == rows[0].keys()

@@ -444,7 +444,8 @@ def open_pair(
         if device_map == "balanced" or (device_map == "auto" and free[0] < needed + HEADROOM):
             place = spread(config, chosen_dtype) if len(free) > 1 else place
         fits = not isinstance(place, dict) and free[0] >= needed * 2 + HEADROOM
-        keep = ("base",) if "base" in sources and (fits if resident is None else resident) else ()
+        wants_base = fits if resident is None else resident
+        keep = ("base",) if "base" in sources and wants_base else ()
     live = LiveModel(sources, config, chosen_dtype, place, keep)
     described = {name: source.describe() for name, source in sources.items()} | before_merging
     return Opened(live, tokenizer, stop_ids(path), notes, described)
@@ -456,7 +457,9 @@ def stop_ids(path: Path) -> list[int]:
         found = json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) else [] if found is None else [found]
+    if found is None:
+        return []
+    return found if isinstance(found, list) else [found]
 
 
 def check_tensors(reference: Source, other: Source, name: str, tied: bool) -> None:

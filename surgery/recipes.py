@@ -273,7 +273,7 @@ def with_outer(recipe: Recipe, source: str) -> Recipe:
 def blend(recipe: Recipe, source: str, share: Sequence[float] | Callable[[float], float]) -> Recipe:
     """Position i becomes (1 - s) * itself + s * source[i], with s = share[i] or share(i / (n - 1))."""
     n = len(recipe)
-    shares = [share(p / (n - 1) if n > 1 else 0.0) for p in range(n)] if callable(share) else list(share)
+    shares = [share(p / max(n - 1, 1)) for p in range(n)] if callable(share) else list(share)
     if len(shares) != n or not all(isfinite(s) for s in shares):
         raise RecipeError(f"a blend needs {n} finite shares, one a layer, and got {len(shares)}")
     changed = {}

@@ -34,13 +34,18 @@ def number(cell: dict | None, percent: bool = True) -> str:
         text = f"{value:{'+' if signed else ''}.1e}"
         interval = "" if cell["low"] is None else f" [{cell['low']:.1e}, {cell['high']:.1e}]"
         return text + interval
-    text = f"{value:{'+' if signed else ''}.{digits}f}" + ((" pp" if signed else "%") if percent else "")
+    unit = ""
+    if percent:
+        unit = " pp" if signed else "%"
+    text = f"{value:{'+' if signed else ''}.{digits}f}{unit}"
     return text + ("" if cell["low"] is None else f" [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]")
 
 
 def p_value(p: float | None) -> str:
     """A p-value as "< 0.001" or with three digits; "–" for none."""
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
+    if p is None:
+        return "–"
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def verdict(met: bool | None) -> str:
