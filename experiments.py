@@ -323,6 +323,7 @@ def _surgeries_of_one_model() -> list[Experiment]:
     Its critical region is layers 36 to 51 of 64: the 16 that, taken from the base, raised P(Yes) most in its
     first version.
     """
+    # 1. which layers, and why
     deleted = {
         "delete_first_4": (0, 4, "The first layers are fragile"),
         "delete_first_8": (0, 8, "The first eighth"),
@@ -360,6 +361,7 @@ def _surgeries_of_one_model() -> list[Experiment]:
         "repeat_63_x5": (63, 5, "The last layer five times"),
         "repeat_44_x5": (44, 5, "A layer of the critical region five times"),
     }
+    # 2. experiments of them
     return [
         *(_depth(name, _on_block(delete, a, b), why) for name, (a, b, why) in deleted.items()),
         _depth("keep_every_3rd", lambda m: keep_every(m.recipe, 3), "A third of the depth"),
@@ -609,6 +611,7 @@ def sweep(
     step: layers from one window to the next (if None, the size), or between the grid's lines (4). Raises
     FrankenError for sizes that do not fit the model.
     """
+    # 1. blocks of layers, and single ones
     if kind == "window":
         windows = [w for size in sizes or (WINDOW,) for w in window_sweep(size, n_layers, stride=step)]
         # in this order the layers below a window need not be computed again
@@ -630,6 +633,7 @@ def sweep(
         ]
     if kind in BLOCKS:
         return _block_sweep(kind, n_layers, sizes or (WINDOW if kind == "parallel" else 1,), step)
+    # 2. doses over all layers
     if kind == "noise":
         return [
             _step(

@@ -354,6 +354,7 @@ class LiveModel:
         still has to read it, and what remains are cycles, each broken with the spare layer. Where a parked
         layer comes to run, its storage takes a layer that is displaced, so that both stay on the device.
         """
+        # 1. which banks must change, and which bank has what they want
         target = {
             j: plain(*_ref(slot)) for j, slot in want.items() if self.banks[j].held != plain(*_ref(slot))
         }
@@ -361,6 +362,7 @@ class LiveModel:
         for j, bank in enumerate(self.banks):
             homes.setdefault(bank.held, []).append(j)
         origin = {j: homes[slot][-1] for j, slot in target.items() if homes.get(slot)}
+        # 2. parked banks take what would be lost
         after = Counter(want.get(j, bank.held) for j, bank in enumerate(self.banks))
         parked = [k for k, bank in enumerate(self.banks) if bank.module is None]
         for j, bank in enumerate(self.banks):
@@ -375,6 +377,7 @@ class LiveModel:
                 after[bank.held] += 1
                 parked.remove(k)
                 origin[k], target[k] = j, bank.held
+        # 3. copies, cycles last; then the disk
         readers = Counter(origin.values())
         ready = [j for j in origin if not readers[j]]
         while origin:

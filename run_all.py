@@ -22,6 +22,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+    # 1. the model
     model = p.add_argument_group("model")
     model.add_argument(
         "--pair",
@@ -71,6 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="keep the base layers on the GPU too; default: if they fit",
     )
+    # 2. what to run
     what = p.add_argument_group("what to run")
     what.add_argument("--experiments", nargs="+", metavar="NAME", help="these experiments, in this order")
     what.add_argument(
@@ -151,6 +153,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="run code answers in a limited process instead of only parsing them",
     )
+    # 3. the run
     run = p.add_argument_group("the run")
     run.add_argument("--output", default="results", help="a folder run_<time> is made in it")
     run.add_argument(
@@ -279,6 +282,7 @@ def execute(args) -> int:
     from runner.pairs import PAIRS, choose_pair, open_pair
     from runner.results import Run, check_writable, new_manifest, protocol_json
 
+    # 1. what is asked, of a new run or one to go on with, and whether it can be done
     run = manifest = None
     if args.resume:
         run, manifest = Run.resume(args.resume)
@@ -295,6 +299,7 @@ def execute(args) -> int:
     given = given_suites(args)
     refuse_beforehand(args, choose_pair(args.pair, args.base, args.instruct))
     check_writable(run.path / "experiments" if run else args.output)
+    # 2. the model, the plans that fit its depth, and the engine
     set_threads()
     begin = time.perf_counter()
     opened = open_pair(
@@ -317,6 +322,7 @@ def execute(args) -> int:
     original = live.fingerprint()
     load_seconds = time.perf_counter() - begin
     engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size)
+    # 3. the manifest: written for a new run, compared for one that goes on
     recorded = protocol_json(protocol)
     if run is None or manifest is None:
         manifest = new_manifest(
@@ -345,6 +351,7 @@ def execute(args) -> int:
         ):
             if then != now:
                 raise FrankenError(f"{args.resume} was made with other {what}; start a new run")
+    # 4. the batch, and the reports whichever way it ends
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     print(

@@ -144,6 +144,7 @@ if triton is not None:
         STAGES: tl.constexpr,
     ):
         # One program reads COLUMNS rows of one weight matrix, once, and all of x, which lies in the L2 cache.
+        # 1. whose tile this is
         tile = tl.program_id(0)
         if tile < tiles0:
             w = w0
@@ -162,6 +163,7 @@ if triton is not None:
             y = y2
             width = n2
             tile -= tiles0 + tiles1
+        # 2. the product, along the depth
         w = tl.multiple_of(w, 16)
         row, column, at = tl.arange(0, ROWS), tile * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
         real, inside = (row < rows)[None], (column < width)[:, None]
@@ -172,6 +174,7 @@ if triton is not None:
             weight = tl.load(w_at + k, mask=inside, other=0.0, eviction_policy="evict_first")
             part = tl.load(x_at + k, mask=real, other=0.0, eviction_policy="evict_last")
             total = tl.dot(weight, part, total)
+        # 3. the bias, and out
         if BIAS:
             total += tl.load(b + column[:, None], mask=inside, other=0.0).to(tl.float32)
         tl.store(y + row[None] * width + column[:, None], total.to(y.dtype.element_ty), mask=real & inside)

@@ -52,6 +52,7 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None, find
     `find(plan, on_progress)`, if given, measures first what the plan's recipe is to be, and returns the whole
     plan.
     """
+    # 1. apply and measure
     live, begin = engine.live, time.perf_counter()
     engine.timing, surgery, undo = Timing(), Surgery(), Surgery()
     if torch.cuda.is_available():
@@ -71,11 +72,13 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None, find
             "traceback": "".join(traceback.format_exception(e)[-3:])[-4000:],
         }
         measurements = {}
+    # 2. go back
     try:
         undo = live.apply(live.original)
         restored = live.fingerprint()
     except Exception as e:
         error = error or {"type": type(e).__name__, "message": f"going back failed: {e}"[:2000]}
+    # 3. what came of it, and what it cost
     timing = asdict(engine.timing)
     rate = timing["decode_tokens"] / timing["decode_seconds"] if timing["decode_seconds"] else None
     performance = {
@@ -121,6 +124,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
     run is packed, a result on disk is corrupt or of another recipe, if going back was not exact or if results
     cannot be written; KeyboardInterrupt on Ctrl-C, SIGTERM or SIGHUP.
     """
+    # 1. signals that end a run cleanly
     run.refuse_packed()  # which may have been done while the model was loaded
 
     def stop(signum, frame):
@@ -136,6 +140,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
+    # 2. what has been run already, and whether it is what is asked now
     finished = {name: run.load(name) for name in manifest["experiments"]}  # all checked before anything runs
     for plan in plans:
         result = finished[plan.experiment.name]
@@ -146,6 +151,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
                     f" {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a"
                     " new run"
                 )
+    # 3. one experiment: measured, written, and the weights proved to be back
     bar = tqdm(
         total=len(finished),
         initial=sum(r is not None for r in finished.values()),
@@ -183,6 +189,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
         bar.update()
         return result
 
+    # 4. all of them, each with its noise twin
     try:
         for plan in plans:
             name = plan.experiment.name

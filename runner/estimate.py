@@ -82,6 +82,7 @@ def workload(protocol) -> tuple[int, int, int]:
 
 def dry_run(args) -> int:
     """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
+    # 1. what is asked, and of what
     layers, parameters, inside = model_shape(args)
     sources = known_sources(args, choose_pair(args.pair, args.base, args.instruct))
     plans, notes = make_plans(args, layers, sources)
@@ -92,6 +93,7 @@ def dry_run(args) -> int:
     print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(protocol.suites)}\n")
     for note in notes:
         print(f"{note}\n")
+    # 2. each experiment: its surgery, its questions and its noise twin
     flops, bandwidth = machine_rates(dtype)
 
     def ask(suites: tuple[str, ...]) -> float:
@@ -127,6 +129,7 @@ def dry_run(args) -> int:
                 f"  {'  and ' + TWIN:32} noise on all layers, found by at most {matched_noise.EVALUATIONS}"
                 f" measurements of perplexity; at most about {seconds:.0f} s"
             )
+    # 3. memory, work and time of the whole
     device = "GPU" if gpu else "CPU"
     found = available_memory("cuda" if gpu else "cpu")
     print(
