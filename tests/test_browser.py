@@ -120,7 +120,7 @@ def test_desktop_and_phone(probed, width, height):
     assert found["pwned"] is None and found["scripts"] == 2  # the page's and the probe
     # the figure begins on the first screen, in the form for its width
     assert found["first"] == (width < 640) and found["figure"] < height
-    assert len(found["images"]) == 11 and min(found["images"]) > 100
+    assert len(found["images"]) == 12 and min(found["images"]) > 100
     assert found["opened"]
 
 
