@@ -346,3 +346,33 @@ def test_downloaded_archive_with_another_hash_is_not_used(tmp_path, monkeypatch)
         "--require-hashes" in asked[0]
         and "sympy==1.14.0 --hash=sha256:" in (tmp_path / "pins.txt").read_text()
     )
+
+
+def test_question_pages_become_replies_whose_end_is_never_a_target(tokenizer):
+    ids, labels = standin.as_replies(tokenizer, ["Where is it?\nIn Asia.\n\nHow large?\nSmall."], 256)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Where is it?"}], tokenize=False, add_generation_prompt=True
+    )
+    head = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    targets = labels[0][labels[0] != -100].tolist()
+    assert tokenizer.decode(targets) == "In Asia.\n\nHow large?\nSmall."
+    assert (labels[0][:head] == -100).all()
+    assert labels[0][head : head + len(targets)].tolist() == ids[0][head : head + len(targets)].tolist()
+    assert tokenizer.convert_tokens_to_ids(standin.END_OF_TURN) not in targets
+
+
+def test_with_question_pages_prose_is_held_and_not_trained_on(checkpoint, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(standin, "REPLY_BUDGET", 4)
+    text = tmp_path / "text"
+    for k in range(8):
+        page = text / f"x-questions-{k}.txt"
+        page.parent.mkdir(exist_ok=True)
+        page.write_text("Where is it?\n" + "In Asia. How large? Small.\n" * 12)
+    flags = "--device cpu --steps 4 --batch 2 --seq-len 48 --eval-every 20 --show 0"
+    args = ["--model", str(checkpoint), "--text", str(text), str(corpus), "--out", str(tmp_path / "a")]
+    assert standin.main([*args, *flags.split()]) == 0
+    held = json.loads((tmp_path / "a" / "training.json").read_text())["text"]
+    assert standin.main([*args, *flags.split(), "--keep", "0"]) == 0
+    whole = json.loads((tmp_path / "a" / "training.json").read_text())["text"]
+    assert held["kept_tokens"] > 0 == whole["kept_tokens"]
+    assert held["training_tokens"] < whole["training_tokens"]
