@@ -787,7 +787,7 @@ def load_file(path: str) -> list[Experiment]:
         loader.exec_module(module)
         if not hasattr(module, "EXPERIMENTS"):
             raise FrankenError(f"{path}: there is no EXPERIMENTS in it")
-        found = list(module.EXPERIMENTS)
+        experiments = list(module.EXPERIMENTS)
     except FrankenError:
         raise
     except ModuleNotFoundError as e:
@@ -796,7 +796,7 @@ def load_file(path: str) -> list[Experiment]:
     except Exception as e:
         raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}") from e
     names = set()
-    for entry in found:
+    for entry in experiments:
         if (
             not isinstance(entry, Experiment)
             or not isinstance(entry.name, str)
@@ -821,20 +821,20 @@ def load_file(path: str) -> list[Experiment]:
         if entry.name in names:
             raise FrankenError(f"{path}: there are two experiments called {entry.name!r}")
         names.add(entry.name)
-    return found
+    return experiments
 
 
-def _are_suites(found: object) -> bool:
-    return found is None or (
-        isinstance(found, tuple) and bool(found) and all(name in prompts.SUITES for name in found)
+def _are_suites(value: object) -> bool:
+    return value is None or (
+        isinstance(value, tuple) and bool(value) and all(name in prompts.SUITES for name in value)
     )
 
 
-def _is_sweep(found: object) -> bool:
-    return found is None or (
-        isinstance(found, dict)
-        and set(found) == set(SWEEP_FIELDS)
-        and all(isinstance(found[k], t) for k, t in SWEEP_FIELDS.items())
+def _is_sweep(value: object) -> bool:
+    return value is None or (
+        isinstance(value, dict)
+        and set(value) == set(SWEEP_FIELDS)
+        and all(isinstance(value[k], t) for k, t in SWEEP_FIELDS.items())
     )
 
 

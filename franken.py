@@ -516,7 +516,7 @@ def find_layers(model: nn.Module, config) -> tuple[str, nn.ModuleList]:
     Raises FrankenError if there is none or more than one.
     """
     n = config.num_hidden_layers
-    found = [
+    stacks = [
         (name, m)
         for name, m in model.named_modules()
         if isinstance(m, nn.ModuleList)
@@ -524,7 +524,7 @@ def find_layers(model: nn.Module, config) -> tuple[str, nn.ModuleList]:
         and "vision" not in name
         and next(m[0].parameters(), None) is not None
     ]
-    outermost = [(a, m) for a, m in found if not any(a.startswith(b + ".") for b, _ in found)]
+    outermost = [(a, m) for a, m in stacks if not any(a.startswith(b + ".") for b, _ in stacks)]
     if len(outermost) != 1:
         raise FrankenError(
             f"{type(model).__name__}: expected one list of {n} decoder layers, found {len(outermost)}"

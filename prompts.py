@@ -207,8 +207,8 @@ RATING_SPELLINGS = tuple((str(n), f" {n}", f"\n{n}") for n in range(1, 11))
 def _entry(tokenizer, form: str) -> int | None:
     """The id of the vocabulary entry, if there is one; asked singly, as a list of only 49k takes 27 ms to
     make."""
-    found = tokenizer.convert_tokens_to_ids(form)
-    return None if found == tokenizer.unk_token_id else found
+    entry = tokenizer.convert_tokens_to_ids(form)
+    return None if entry == tokenizer.unk_token_id else entry
 
 
 def _token_ids(tokenizer, *spellings: str) -> tuple[int, ...]:
@@ -218,17 +218,17 @@ def _token_ids(tokenizer, *spellings: str) -> tuple[int, ...]:
     entries are looked up too ("Ġ" and "▁" stand for a leading space, "Ċ" for a newline), because
     SentencePiece tokenizers put a space before any text that they encode.
     """
-    found = {e[0] for s in spellings if len(e := tokenizer.encode(s, add_special_tokens=False)) == 1}
+    ids = {e[0] for s in spellings if len(e := tokenizer.encode(s, add_special_tokens=False)) == 1}
     for s in spellings:
         forms = (s, s.replace(" ", "Ġ"), s.replace(" ", "▁"), s.replace("\n", "Ċ"))
-        found.update(_entry(tokenizer, form) for form in forms)
-    return tuple(sorted(found - {None, tokenizer.unk_token_id}))
+        ids.update(_entry(tokenizer, form) for form in forms)
+    return tuple(sorted(ids - {None, tokenizer.unk_token_id}))
 
 
 def _answers(tokenizer, spellings: dict[str, tuple[str, ...]]) -> tuple[tuple[int, ...], ...]:
     """Token ids of each answer. Raises ValueError if an answer has no token or shares one with another."""
     ids = {answer: _token_ids(tokenizer, *forms) for answer, forms in spellings.items()}
-    if missing := [answer for answer, found in ids.items() if not found]:
+    if missing := [answer for answer, tokens in ids.items() if not tokens]:
         raise ValueError(f"the tokenizer has no single token for {missing[0]}")
     if len(set().union(*ids.values())) < sum(map(len, ids.values())):
         raise ValueError(f"the tokenizer gives two of {', '.join(ids)} the same token")

@@ -315,8 +315,8 @@ def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
 
 def _rank_p_value(x: np.ndarray, y: np.ndarray) -> float:
     """One-sided p-value of a Spearman correlation above 0."""
-    found = ss.spearmanr(snapped(x), snapped(y), alternative="greater")
-    return float(found.pvalue)  # pyright: ignore[reportAttributeAccessIssue] (scipy sets it at run time)
+    correlation = ss.spearmanr(snapped(x), snapped(y), alternative="greater")
+    return float(correlation.pvalue)  # pyright: ignore[reportAttributeAccessIssue] (scipy sets it at run time)
 
 
 def detection_score(
@@ -524,8 +524,8 @@ def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0)
         groups.T @ (share * np.array(side))
         for side in ([p.baseline for p in used], [p.modified for p in used])
     )
-    found = paired_difference(before, after, resamples=resamples, seed=seed)
-    value = found.value
+    shift = paired_difference(before, after, resamples=resamples, seed=seed)
+    value = shift.value
     assert value is not None, "what is answered has finite log-odds"
-    low, high = value if found.low is None else found.low, value if found.high is None else found.high
-    return replace(found, low=min(low, value - 2 * RESOLUTION), high=max(high, value + 2 * RESOLUTION))
+    low, high = value if shift.low is None else shift.low, value if shift.high is None else shift.high
+    return replace(shift, low=min(low, value - 2 * RESOLUTION), high=max(high, value + 2 * RESOLUTION))

@@ -62,7 +62,7 @@ def effects(measured: Iterable[Mapping[str, Any]], seed: int = 0) -> tuple[Effec
 
 
 def _share(task, measure: str, cell: Cell, condition: str, hits: Sequence[bool], chance=None) -> Effect:
-    found = wilson_interval(int(sum(hits)), len(hits))
+    interval = wilson_interval(int(sum(hits)), len(hits))
     return Effect(
         task=task,
         measure=measure,
@@ -70,10 +70,10 @@ def _share(task, measure: str, cell: Cell, condition: str, hits: Sequence[bool],
         condition=condition,
         depth=cell.get("depth"),
         strength=cell["strength"],
-        n=found.n,
-        value=found.value,
-        low=found.low,
-        high=found.high,
+        n=interval.n,
+        value=interval.value,
+        low=interval.low,
+        high=interval.high,
         chance=chance,
     )
 
@@ -186,8 +186,8 @@ def naming_effects(suite: Cell) -> list[Effect]:
             ]
             out.append(_share("naming", measure, head, head["framing"], hits, 1 / len(concepts)))
         bits = np.mean([_bits(named[:, order]) for order in range(named.shape[1])])
-        told = replace(out[-1], measure="bits", value=plain(bits), low=None, high=None, chance=0.0)
-        out.append(replace(told, n=len(group)))
+        effect = replace(out[-1], measure="bits", value=plain(bits), low=None, high=None, chance=0.0)
+        out.append(replace(effect, n=len(group)))
     return out
 
 

@@ -82,9 +82,9 @@ def phase_scores(results: Mapping[str, dict], seed: int = 0) -> list[PhaseScore]
             combinations.setdefault(key, []).append(cell)
         for (occasion, begins, answers), cells in combinations.items():
             for topic in TOPICS:
-                found = detection_score(paired(measured, cells, topic), resamples=RESAMPLES, seed=seed)
+                score = detection_score(paired(measured, cells, topic), resamples=RESAMPLES, seed=seed)
                 control, true = result["experiment"].get("control"), is_true(topic, begins, answers)
-                scores.append(PhaseScore(name, control, occasion, begins, answers, topic, true, found))
+                scores.append(PhaseScore(name, control, occasion, begins, answers, topic, true, score))
     return _adjusted(scores)
 
 

@@ -100,26 +100,26 @@ class Probed:
 def kinds_of(recipe: dict, original: dict) -> frozenset[str]:
     """The ingredients of a surgery, from recipes as JSON: "noise", "permutation of ...", "blend", "splice",
     "order", "fewer layers", "more layers", "scale", "parallel"; empty for the unmodified model."""
-    home, found, layers = original["embed"], set(), []
+    home, kinds, layers = original["embed"], set(), []
     for slot in recipe["slots"]:
         sources = [source for source, _, _ in slot["mix"]]
-        found |= {"blend"} if len(sources) > 1 else set()
-        found |= {"splice"} if len(sources) == 1 and sources[0] != home else set()
+        kinds |= {"blend"} if len(sources) > 1 else set()
+        kinds |= {"splice"} if len(sources) == 1 and sources[0] != home else set()
         for edit in slot.get("edits", ()):
             permutes = edit["kind"] == "permute"
-            found.add(f"permutation of {edit.get('what', 'both')}" if permutes else edit["kind"])
-        found |= {key for key in slot if key not in ("mix", "edits")}
+            kinds.add(f"permutation of {edit.get('what', 'both')}" if permutes else edit["kind"])
+        kinds |= {key for key in slot if key not in ("mix", "edits")}
         if len(sources) == 1 and sources[0] == home:
             layers.append(slot["mix"][0][1])
-    found |= {key for key, value in recipe.items() if key not in ("slots", "embed", "norm", "head") and value}
+    kinds |= {key for key, value in recipe.items() if key not in ("slots", "embed", "norm", "head") and value}
     if any(recipe[part] != home for part in ("embed", "norm", "head")):
-        found.add("splice")
+        kinds.add("splice")
     gained = len(recipe["slots"]) - len(original["slots"])
     if gained:
-        found.add("more layers" if gained > 0 else "fewer layers")
+        kinds.add("more layers" if gained > 0 else "fewer layers")
     elif layers != sorted(set(layers)):
-        found.add("order")
-    return frozenset(found)
+        kinds.add("order")
+    return frozenset(kinds)
 
 
 def at_depth(states: np.ndarray, depth: int) -> np.ndarray:
@@ -268,8 +268,8 @@ def _null(
     labels, sides = [kinds[i] for i in whole], changed[whole]
 
     def largest(order: np.ndarray) -> float | None:
-        found = [area(pair_wins(one[order], labels, sides)) for one in x]
-        return max((a for a in found if a is not None), default=None)
+        areas = [area(pair_wins(one[order], labels, sides)) for one in x]
+        return max((a for a in areas if a is not None), default=None)
 
     rng = np.random.default_rng(seed)
     observed = largest(np.arange(len(whole)))

@@ -29,7 +29,11 @@ def score(row: Row) -> float | None:
 
 def scored(rows: Iterable[Row]) -> list[tuple[Row, Score, float]]:
     """The experiments that have a detection score, in order: (row, its detection, the score in nats)."""
-    return [(row, found, found.score) for row in rows if (found := row.detection) and found.score is not None]
+    return [
+        (row, detection, detection.score)
+        for row in rows
+        if (detection := row.detection) and detection.score is not None
+    ]
 
 
 def named(rows: Iterable[Row]) -> list[Row]:
@@ -52,23 +56,23 @@ def sweep_name(sweep: Sweep) -> str:
         return f"blocks of {size} layers {done}"
     if sweep.kind == "window":
         return f"windows of {size} layer{'s' if size != 1 else ''} of {source}"
-    told = {
+    texts = {
         "replace": f"each layer replaced by {source}",
         "delete": "each layer deleted",
         "double": "each layer doubled",
         "noise": "noise ladder",
         "blend": f"ladder of blends with {source}",
     }
-    return told.get(sweep.kind, sweep.kind)
+    return texts.get(sweep.kind, sweep.kind)
 
 
 def sweeps(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The experiments of the sweeps, by `sweep_name`, in the order of the run."""
-    found: dict[str, list[Row]] = {}
+    by_name: dict[str, list[Row]] = {}
     for row in rows:
         if row.sweep and not row.control:
-            found.setdefault(sweep_name(row.sweep), []).append(row)
-    return found
+            by_name.setdefault(sweep_name(row.sweep), []).append(row)
+    return by_name
 
 
 def by_verdict(rows: Iterable[Row]) -> list[Row]:
@@ -80,8 +84,8 @@ def by_verdict(rows: Iterable[Row]) -> list[Row]:
 def tally(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """The experiments that have a verdict or failed, by its word, in the order of WORDS; words without any
     are left out."""
-    found = {w: [row for row in by_verdict(rows) if word(row) == w] for w in (*WORDS, "failed")}
-    return {w: of for w, of in found.items() if of}
+    by_word = {w: [row for row in by_verdict(rows) if word(row) == w] for w in (*WORDS, "failed")}
+    return {w: of for w, of in by_word.items() if of}
 
 
 def counts(rows: Iterable[Row]) -> str:

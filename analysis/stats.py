@@ -216,9 +216,9 @@ def paired_difference(before: Numbers, after: Numbers, *, resamples: int = 9999,
     difference is assumed as likely to have the other sign.
     """
     old, new = _paired(before, after)
-    found = bootstrap_ci(new - old, seed=seed)
-    if found.value is None:
-        return found
+    difference = bootstrap_ci(new - old, seed=seed)
+    if difference.value is None:
+        return difference
     scale = np.abs([old, new]).max()  # a flip that ties with the observed mean must tie in its last bit, too
 
     def mean(x, y, axis):
@@ -227,7 +227,7 @@ def paired_difference(before: Numbers, after: Numbers, *, resamples: int = 9999,
     test = ss.permutation_test(
         (new, old), mean, vectorized=True, permutation_type="samples", n_resamples=resamples, rng=seed
     )
-    return replace(found, before=float(old.mean()), after=float(new.mean()), p_value=float(test.pvalue))
+    return replace(difference, before=float(old.mean()), after=float(new.mean()), p_value=float(test.pvalue))
 
 
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> Estimate:
@@ -337,7 +337,7 @@ def auroc(
             x.shape[axis] * y.shape[axis]
         )
 
-    found = ss.bootstrap(
+    resampled = ss.bootstrap(
         (ours, theirs),
         area,
         vectorized=True,
@@ -346,11 +346,15 @@ def auroc(
         confidence_level=confidence,
         rng=seed,
     )
-    value, n, draws = float(area(ours, theirs)), len(ours) + len(theirs), found.bootstrap_distribution
+    value, n, draws = float(area(ours, theirs)), len(ours) + len(theirs), resampled.bootstrap_distribution
     if np.ptp(draws) < 1e-12:
         return Estimate(value, None, None, n, "none")
     return Estimate(
-        value, float(found.confidence_interval.low), float(found.confidence_interval.high), n, "percentile"
+        value,
+        float(resampled.confidence_interval.low),
+        float(resampled.confidence_interval.high),
+        n,
+        "percentile",
     )
 
 
@@ -446,13 +450,13 @@ def discrimination(
         return math.sqrt(2) * mean / spread
 
     # 3) with their intervals
-    found = {
+    intervals = {
         name: bootstrap_ci(range(len(codes)), picked(statistic), stacked=True, resamples=resamples, seed=seed)
         for name, statistic in (("pairs", share), ("auc", area), ("d_prime", separation))
     }
     ends = {
         name + end: getattr(one, key)
-        for name, one in found.items()
+        for name, one in intervals.items()
         for end, key in (("", "value"), ("_low", "low"), ("_high", "high"))
     }
     return Discrimination(**ends, n=len(codes))

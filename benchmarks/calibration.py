@@ -175,7 +175,7 @@ def measure(path: Path) -> Measured:
         raise FrankenError(f"{path}: the unmodified model was asked other probes, or did not answer some")
 
     # 2) what the change does to any answer is a line through the controls; what remains is noise
-    found = {}
+    residuals = {}
     for name, result in results.items():
         binary = result["measurements"].get("binary")
         control = result["experiment"].get("control")
@@ -188,8 +188,8 @@ def measure(path: Path) -> Measured:
         residual = y - x - intercept - slope * x
         for group in (ITSELF, ~ITSELF):
             residual[group] -= residual[group].mean()
-        found[name] = residual
-    if not found:
+        residuals[name] = residual
+    if not residuals:
         raise FrankenError(f"{path} has no experiment that leaves the model answering every probe")
 
     # 3) its parts, and the unmodified model's own levels
@@ -205,8 +205,8 @@ def measure(path: Path) -> Measured:
     return Measured(
         manifest["pair"] or path.name,
         (own, right, (levels[0] + levels[1]) / 2, (levels[2] + levels[3]) / 2, float(spread)),
-        {name: float(residual.std()) for name, residual in found.items()},
-        shared_parts(np.stack([residual[cells] for residual in found.values()])),
+        {name: float(residual.std()) for name, residual in residuals.items()},
+        shared_parts(np.stack([residual[cells] for residual in residuals.values()])),
     )
 
 
@@ -252,10 +252,10 @@ def share(hits, expected: float | None = None) -> str:
     return f"{rate.value:.1%} ({rate.low:.1%} to {rate.high:.1%}){' (!)' if off else ''}"
 
 
-def null_line(case: Case, found: list) -> str:
-    scores = [f for f, _ in found if f.score is not None and f.call not in UNMEASURED]
+def null_line(case: Case, outcomes: list) -> str:
+    scores = [f for f, _ in outcomes if f.score is not None and f.call not in UNMEASURED]
     drift = (
-        share([p < ALPHA for _, p in found], ALPHA)
+        share([p < ALPHA for _, p in outcomes], ALPHA)
         if case.baseline == "firm" and case.change in NO_DRIFT
         else ""
     )
@@ -264,7 +264,7 @@ def null_line(case: Case, found: list) -> str:
         f" {share([not f.low <= 0 <= f.high for f in scores], ALPHA)} |"
         f" {share([f.call in (REPORTS, DENIES) for f in scores])} |"
         f" {np.mean([f.score for f in scores]):+.3f} |"
-        f" {len(found) - len(scores)} | {drift} |"
+        f" {len(outcomes) - len(scores)} | {drift} |"
     )
 
 
@@ -272,8 +272,8 @@ def found_at(f, alpha: float) -> bool:
     return f.p_value is not None and f.p_value < alpha and f.low > 0 and f.score >= MIN_EFFECT
 
 
-def limit_line(case: Case, found: list) -> str:
-    scores = [f for f, _ in found if f.score is not None and f.call not in UNMEASURED]
+def limit_line(case: Case, outcomes: list) -> str:
+    scores = [f for f, _ in outcomes if f.score is not None and f.call not in UNMEASURED]
     return (
         f"| {case.change} | {case.baseline} | {share([f.p_value < ALPHA for f in scores])} |"
         f" {share([f.call == REPORTS for f in scores])} | {share([f.call == DENIES for f in scores])} |"
@@ -302,10 +302,10 @@ def measured_lines(measured: Measured, nulls: dict, limits: dict) -> list[str]:
         ),
         "",
         *NULL_HEAD,
-        *(null_line(case, found) for case, found in nulls.items()),
+        *(null_line(case, outcomes) for case, outcomes in nulls.items()),
         "",
         *LIMIT_HEAD,
-        *(limit_line(case, found) for case, found in limits.items()),
+        *(limit_line(case, outcomes) for case, outcomes in limits.items()),
         "",
     ]
 
@@ -348,7 +348,7 @@ def report(nulls: dict, power: dict, limits: dict, command: str, measured: list[
         ),
         "",
         *NULL_HEAD,
-        *(null_line(case, found) for case, found in nulls.items()),
+        *(null_line(case, outcomes) for case, outcomes in nulls.items()),
         "",
         (
             'firm: 4 +- 1.5 nats for "nothing is changed" and for the right answer; No to all about itself:'
@@ -394,7 +394,7 @@ def report(nulls: dict, power: dict, limits: dict, command: str, measured: list[
         " one.",
         "",
         *LIMIT_HEAD,
-        *(limit_line(case, found) for case, found in limits.items()),
+        *(limit_line(case, outcomes) for case, outcomes in limits.items()),
         "",
         *(measured or []),
     ]
@@ -448,11 +448,11 @@ def main() -> int:
                 for noise in (np.median(noises), np.quantile(noises, NOISY))
                 for change in ("noise alone", "shrinkage to 0.5", "growth to 1.5", *SCALED)
             ]
-            found = {
+            by_case = {
                 case: run(case, options.power_runs if case.change in SCALED else options.runs)
                 for case in like
             }
-            sides = ({c: f for c, f in found.items() if (c.change in SCALED) is s} for s in (False, True))
+            sides = ({c: f for c, f in by_case.items() if (c.change in SCALED) is s} for s in (False, True))
             lines = measured_lines(measured, *sides)
     command = f"python benchmarks/calibration.py --runs {options.runs} --power-runs {options.power_runs}"
     command += f" --noise-from {options.noise_from}" if measured else ""

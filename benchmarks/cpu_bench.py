@@ -116,13 +116,13 @@ class OneByOne:
 
     @torch.inference_mode()
     def loglikelihood(self, pairs) -> list:
-        found = []
+        logprobs = []
         for prefix, target in pairs:
             logits = self.model(torch.tensor([[*prefix, *target]])).logits[0, len(prefix) - 1 : -1]
-            found.append(
+            logprobs.append(
                 logits.float().log_softmax(-1).gather(1, torch.tensor(target)[:, None])[:, 0].numpy()
             )
-        return found
+        return logprobs
 
 
 class OurEngine(Recorder, Engine):

@@ -333,14 +333,14 @@ class Engine:
             caches = self.empty_caches(1, start) if start else []
             if caches:
                 self.prefill([sequences[group[0]][:start]], caches)
-            found = self._follow(
+            of_group = self._follow(
                 [sequences[i][start:] for i in group],
                 caches,
                 [0] * len(group),
                 lambda k, hidden, g=group: read(g[k], hidden),
                 sequences[group[0]][:start],
             )
-            for i, result in zip(group, found, strict=True):
+            for i, result in zip(group, of_group, strict=True):
                 results[i] = result
         return results
 
@@ -385,11 +385,11 @@ class Engine:
         def read(i, hidden):
             target = pairs[i][1]
             states, ids = hidden[-len(target) - 1 : -1], torch.tensor(target, device=hidden.device)
-            found = [
+            logprobs = [
                 self.logits(s).log_softmax(-1).gather(1, t[:, None])[:, 0]
                 for s, t in zip(states.split(256), ids.split(256), strict=True)
             ]
-            return torch.cat(found).cpu().numpy()
+            return torch.cat(logprobs).cpu().numpy()
 
         needed = [len(target) + 1 for _, target in pairs]
         return self._prefill_map([(*prefix, *target) for prefix, target in pairs], needed, read)

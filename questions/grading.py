@@ -64,14 +64,14 @@ def _value(match: re.Match) -> float:
 
 def _bare_number(line: str) -> float | None:
     """The value of a line that is one number with at most two words of unit, else None."""
-    found = list(NUMBER.finditer(line))
+    numbers = list(NUMBER.finditer(line))
     if (
-        len(found) != 1
-        or WORD.search(line[: found[0].start()])
-        or len(WORD.findall(line[found[0].end() :])) > 2
+        len(numbers) != 1
+        or WORD.search(line[: numbers[0].start()])
+        or len(WORD.findall(line[numbers[0].end() :])) > 2
     ):
         return None
-    return _value(found[0])
+    return _value(numbers[0])
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,13 @@ class Number:
         marked = next(iter(sentences(text[marks[-1] :])), "") if marks else ""
         if NUMBER.search(marked):
             part = marked
-        found = list(NUMBER.finditer(part))
-        after = [i for i, m in enumerate(found) if "=" in part and m.start() > part.rfind("=")]
-        index = 0 if part is marked else len(found) - 1
+        numbers = list(NUMBER.finditer(part))
+        after = [i for i, m in enumerate(numbers) if "=" in part and m.start() > part.rfind("=")]
+        index = 0 if part is marked else len(numbers) - 1
         if after:
             index = after[0]
-        chosen = _value(found[index])
-        for left, right in pairwise(found[max(index - 1, 0) : index + 2]):
+        chosen = _value(numbers[index])
+        for left, right in pairwise(numbers[max(index - 1, 0) : index + 2]):
             gap = part[left.end() : right.start()]
             if _value(left) != _value(right) and len(gap) < 12 and LISTED.fullmatch(gap):
                 return Grade(False, f"{chosen:g} stands in a list of numbers")
@@ -150,10 +150,10 @@ class Choice:
         parts = sentences(answer_part(reply))
         while parts and parts[0].endswith("?"):
             parts.pop(0)
-        told = [s for s in parts if mentions(self.accepted + self.others, s)]
-        if not told:
+        naming = [s for s in parts if mentions(self.accepted + self.others, s)]
+        if not naming:
             return Grade(False, "names no option")
-        first, right, wrong = told[0], mentions(self.accepted, told[0]), mentions(self.others, told[0])
+        first, right, wrong = naming[0], mentions(self.accepted, naming[0]), mentions(self.others, naming[0])
         if wrong or not right:
             return Grade(False, f"names {', '.join(right + wrong)}")
         word = "|".join(re.escape(a) for a in self.accepted)
@@ -166,7 +166,7 @@ class Choice:
         items = re.split(r",|\band\b", first)
         if len(items) >= 3 and all(len(i.split()) <= 2 for i in items):
             return Grade(False, "a list of words")
-        if any(len(WORD.findall(s)) <= 3 and mentions(self.others, s) for s in told[1:]):
+        if any(len(WORD.findall(s)) <= 3 and mentions(self.others, s) for s in naming[1:]):
             return Grade(False, "goes on to name another option")
         return Grade(True, f"names {right[0]}")
 
@@ -318,19 +318,19 @@ class Code:
             answer_part(reply)
         ]
         for module in filter(None, map(_longest_module, blocks)):
-            found = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == self.function]
-            if found:
+            functions = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == self.function]
+            if functions:
                 break
         else:
             return Grade(False, f"no function {self.function} that parses")
-        a = found[-1].args
+        a = functions[-1].args
         most, fewest = len(a.posonlyargs) + len(a.args), len(a.posonlyargs) + len(a.args) - len(a.defaults)
         if not fewest <= self.arguments <= (math.inf if a.vararg else most) or any(
             d is None for d in a.kw_defaults
         ):
             return Grade(False, f"{self.function} does not take {self.arguments} arguments")
         names = {p.arg for p in [*a.posonlyargs, *a.args, *filter(None, [a.vararg])]}
-        nodes = [n for statement in found[-1].body for n in ast.walk(statement)]
+        nodes = [n for statement in functions[-1].body for n in ast.walk(statement)]
         if not any(isinstance(n, ast.Name) and n.id in names for n in nodes):
             return Grade(False, f"{self.function} ignores its arguments")
         if not any(isinstance(n, ast.Return) and n.value is not None for n in nodes):

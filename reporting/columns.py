@@ -156,8 +156,8 @@ def _name_probability(row: Row) -> str:
 
 def _reports(condition: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
-        found = _trigger(row).detection[condition]
-        return f"{interval(found)} {found.call}" if found else ""
+        score = _trigger(row).detection[condition]
+        return f"{interval(score)} {score.call}" if score else ""
 
     return text
 

@@ -247,8 +247,8 @@ def handle(text: str, marker: str, color: str, filled: bool = True) -> Line2D:
 
 def verdict_handles(rows: Iterable[Row]) -> list[Artist]:
     """Legend entries of the verdicts that occur."""
-    found = {word(row) for row in rows}
-    return [handle(w, marker, color) for w, (color, marker) in VERDICTS.items() if w in found]
+    words = {word(row) for row in rows}
+    return [handle(w, marker, color) for w, (color, marker) in VERDICTS.items() if w in words]
 
 
 def log_axis(

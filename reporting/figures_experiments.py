@@ -357,7 +357,7 @@ def formats(rows: Sequence[Row]) -> Figure | None:
     shown = [(row, by_format) for row in by_verdict(drawn(rows)) if (by_format := row.formats)]
     if not shown:
         return None
-    found = list(dict.fromkeys(f for _, by_format in shown for f in by_format))
+    names = list(dict.fromkeys(f for _, by_format in shown for f in by_format))
     with rc_context(STYLE):
         figure, axes = lines([row.name for row, _ in shown], 1.3)
         sure = [d for row, by_format in shown for d in by_format.values() if word(row) not in UNCALLED]
@@ -366,7 +366,7 @@ def formats(rows: Sequence[Row]) -> Figure | None:
         for line, (row, by_format) in enumerate(shown):
             if row.detection and row.detection.score is not None:
                 interval(axes, row.detection, line - 0.32, ends, INK, "|", word(row) in UNCALLED, 4.5, 0.9)
-            for place, name in enumerate(found):
+            for place, name in enumerate(names):
                 d = by_format.get(name)
                 if d and d.score is not None:
                     interval(
@@ -385,7 +385,7 @@ def formats(rows: Sequence[Row]) -> Figure | None:
         legend(
             figure,
             [handle("Yes or No, as in the other figures", "|", INK)]
-            + [handle(FORMATS.get(f, label(f)), MARKERS[k % 6], SERIES[k % 6]) for k, f in enumerate(found)],
+            + [handle(FORMATS.get(f, label(f)), MARKERS[k % 6], SERIES[k % 6]) for k, f in enumerate(names)],
             3,
         )
     return figure
@@ -403,15 +403,15 @@ def _bits(row: InjectionRow) -> float | None:
     return row.bits
 
 
-def injection(found: Injection | None, published: dict[str, float]) -> Figure | None:
+def injection(control: Injection | None, published: dict[str, float]) -> Figure | None:
     """The positive control: how often the model says Yes, its detection score and what it says of the
     concept, by strength of the injection, for each framing; at strength 0 stand the false positives.
 
     `published`: {framing: sensitivity} of the published experiment, drawn as lines across.
     """
-    if not found or not found.rows:
+    if not control or not control.rows:
         return None
-    framings = list(dict.fromkeys(row.framing for row in found.rows))
+    framings = list(dict.fromkeys(row.framing for row in control.rows))
     panels = (
         ("says Yes (at 0: nothing injected)", _sensitivity),
         ("detection score (nats)", _injection_score),
@@ -426,7 +426,7 @@ def injection(found: Injection | None, published: dict[str, float]) -> Figure | 
             axes.set_xlabel("strength")
             for k, framing in enumerate(framings):
                 rows = sorted(
-                    (row for row in found.rows if row.framing == framing),
+                    (row for row in control.rows if row.framing == framing),
                     key=lambda row: row.strength,
                 )
                 points = [(row.strength, read(row)) for row in rows]

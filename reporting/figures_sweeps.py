@@ -131,34 +131,34 @@ def windows(rows: Sequence[Row], layers: int) -> Figure | None:
         and sweep.start is not None
     ]
     cells.sort(key=lambda cell: -cell[0])
-    found: dict[str, list[Cell]] = {}
+    strips: dict[str, list[Cell]] = {}
     for size, source, start, row in cells:
-        found.setdefault(f"{size} of {source}", []).append(Cell(start, size, row))
+        strips.setdefault(f"{size} of {source}", []).append(Cell(start, size, row))
     if len({source for _, source, *_ in cells}) == 1:
-        found = {name.partition(" ")[0]: of for name, of in found.items()}
-    return _maps(found, layers, "first layer of the window", "window size")
+        strips = {name.partition(" ")[0]: of for name, of in strips.items()}
+    return _maps(strips, layers, "first layer of the window", "window size")
 
 
 def single_layers(rows: Sequence[Row], layers: int) -> Figure | None:
     """Strips along depth: what replacing, deleting or doubling each layer alone does."""
-    found: dict[str, list[Cell]] = {}
+    strips: dict[str, list[Cell]] = {}
     for row in rows:
         sweep = row.sweep
         if row.status != "done" or not sweep or sweep.kind not in ("replace", "delete", "double"):
             continue
         if sweep.start is not None:
             source = f" ({sweep.source})" if sweep.source else ""
-            found.setdefault(sweep.kind + source, []).append(Cell(sweep.start, sweep.size or 1, row))
-    return _maps(found, layers, "layer", "")
+            strips.setdefault(sweep.kind + source, []).append(Cell(sweep.start, sweep.size or 1, row))
+    return _maps(strips, layers, "layer", "")
 
 
 def _shift(row: Row) -> float | None:
     return row.published_probe.shift if row.published_probe else None
 
 
-def _maps(found: dict[str, list[Cell]], layers: int, along: str, across: str) -> Figure | None:
+def _maps(strips: dict[str, list[Cell]], layers: int, along: str, across: str) -> Figure | None:
     """One panel per quantity, one strip per name in it, one cell per experiment at its first layer."""
-    every = [cell.row for of in found.values() for cell in of]
+    every = [cell.row for of in strips.values() for cell in of]
     panels = [
         (title, read, kind)
         for title, read, kind in (
@@ -171,7 +171,7 @@ def _maps(found: dict[str, list[Cell]], layers: int, along: str, across: str) ->
     if not panels:
         return None
     with rc_context(STYLE):
-        figure = new_figure((0.24 * len(found) + 0.45) * len(panels) + 0.8)
+        figure = new_figure((0.24 * len(strips) + 0.45) * len(panels) + 0.8)
         stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (title, read, kind) in zip(stack, panels, strict=True):
             firm = [v for row in every if word(row) != "broken" and (v := read(row)) is not None] or [
@@ -185,7 +185,7 @@ def _maps(found: dict[str, list[Cell]], layers: int, along: str, across: str) ->
                 # limits symmetric: white is no change
                 ends = -limit, limit
                 norm, colors = Normalize(*ends), colormaps["PuOr_r"]
-            for line, of in enumerate(found.values()):
+            for line, of in enumerate(strips.values()):
                 starts = sorted({cell.start for cell in of})
                 width = min(
                     (b - a for a, b in zip(starts, starts[1:], strict=False)),
@@ -212,14 +212,14 @@ def _maps(found: dict[str, list[Cell]], layers: int, along: str, across: str) ->
                             edgecolor=MUTED,
                             hatch="//////",
                         )
-            axes.set_yticks(range(len(found)), [label(name) for name in found])
-            axes.set_ylim(len(found) - 0.5, -0.5)
+            axes.set_yticks(range(len(strips)), [label(name) for name in strips])
+            axes.set_ylim(len(strips) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
             axes.set_ylabel(across)
             axes.set_facecolor("#f5f7f9")
             axes.set_title(title.replace("\n", " "), fontsize=9, loc="left")
             bar = figure.colorbar(
-                ScalarMappable(norm, colors), ax=axes, pad=0.01, aspect=8 if len(found) < 3 else 12
+                ScalarMappable(norm, colors), ax=axes, pad=0.01, aspect=8 if len(strips) < 3 else 12
             )
             bar.outline.set_visible(False)
             if kind == "log":

@@ -27,11 +27,11 @@ from surgery.recipes import Recipe
 
 def group_shifts(before: dict, after: dict) -> dict[tuple[str, str], float]:
     """Mean shift of log-odds(Yes:No), nats, of each group of probes: {(kind, keyed): shift}."""
-    found = defaultdict(list)
+    shifts = defaultdict(list)
     for probe in paired_probes(before, after):
         if probe.baseline is not None and probe.modified is not None:
-            found[probe.kind, probe.keyed].append(probe.modified - probe.baseline)
-    return {key: float(np.mean(values)) for key, values in found.items()}
+            shifts[probe.kind, probe.keyed].append(probe.modified - probe.baseline)
+    return {key: float(np.mean(values)) for key, values in shifts.items()}
 
 
 def injected(suite: dict) -> list[dict]:
@@ -387,7 +387,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             matched=[(row, by_name.get(row.matched.of)) for row in rows if row.matched],
             formatted=[row for row in by_verdict(named(rows)) if row.formats],
             published=[
-                (row, found) for row in rows if row.published_probe and (found := published.of(row, layers))
+                (row, values) for row in rows if row.published_probe and (values := published.of(row, layers))
             ],
             published_source=published.SOURCE,
             other_pair=_other_pair(manifest),

@@ -117,21 +117,21 @@ def probed(run: Run, results: Mapping[str, dict], comparison: Comparison, manife
         return kept if kept["inputs"] == inputs else kept | {"stale": True}
     if missing:
         return None
-    found = probe.probe(units, depth, seed=manifest["protocol"]["seed"])
-    if found is None:
+    outcome = probe.probe(units, depth, seed=manifest["protocol"]["seed"])
+    if outcome is None:
         return None
     scores = {row.name: row.detection.score for row in comparison.experiments if row.detection}
     sides = [
         [score for u in units if u.changed == side and (score := scores.get(u.name)) is not None]
         for side in (True, False)
     ]
-    told = stats.auroc(*sides, seed=manifest["protocol"]["seed"])
+    detection = stats.auroc(*sides, seed=manifest["protocol"]["seed"])
     data = {
         "schema_version": PROBE_VERSION,
         "inputs": inputs,
         "left_out": left_out,
-        "probe": found.to_json(),
-        "detection": told and {key: getattr(told, key) for key in ("value", "low", "high", "n")},
+        "probe": outcome.to_json(),
+        "detection": detection and {key: getattr(detection, key) for key in ("value", "low", "high", "n")},
     }
     write_json(path, data)
     return data
@@ -145,13 +145,14 @@ def on_disk(run: Run) -> dict | None:
 
 def finding(data: dict) -> str:
     """In one sentence whether a change is represented, and whether it is reported."""
-    found, told = Probed.from_json(data["probe"]), data["detection"]
+    outcome, detection = Probed.from_json(data["probe"]), data["detection"]
     counted = (
-        f"{found.n_changed} changed models of {len(found.kinds)} kinds from {found.n_placebo} unchanged ones"
+        f"{outcome.n_changed} changed models of {len(outcome.kinds)} kinds from {outcome.n_placebo}"
+        " unchanged ones"
     )
-    if found.null is None:
+    if outcome.null is None:
         return f"A linear probe could not be judged on {counted}."
-    null = found.null
+    null = outcome.null
     said = (
         f"On kinds of surgery that it has not seen, a linear probe tells {counted} with an AUROC of"
         f" {null.observed:.2f} at the best of layers {', '.join(map(str, null.layers))} (95% of"
@@ -159,10 +160,11 @@ def finding(data: dict) -> str:
     )
     if null.p_value >= ALPHA:
         return f"{said}: the change is not seen to be represented in a way that kinds share."
-    if told is None or told["value"] is None:
+    if detection is None or detection["value"] is None:
         return f"{said}: it is represented. There is no detection score to set beside it."
-    beside = f"the detection score with {told['value']:.2f} ({number(told['low'])} to {number(told['high'])})"
-    reported = told["low"] is not None and told["low"] > 0.5
+    ends = f"{number(detection['low'])} to {number(detection['high'])}"
+    beside = f"the detection score with {detection['value']:.2f} ({ends})"
+    reported = detection["low"] is not None and detection["low"] > 0.5
     return f"{said}, {beside}: it is represented{', and reported' if reported else ', and not reported'}."
 
 
@@ -170,11 +172,11 @@ def probe_section(data: dict | None) -> list[str]:
     """Lines for summary.md."""
     if data is None:
         return []
-    found = Probed.from_json(data["probe"])
+    outcome = Probed.from_json(data["probe"])
     lines = ["", "## What is there to be read", "", finding(data), ""]
     if data.get("stale"):
         lines += ["probe.json was made of other results than those that stand here now.", ""]
-    kinds = ", ".join(f"{name} {count}" for name, count in found.kinds.items())
+    kinds = ", ".join(f"{name} {count}" for name, count in outcome.kinds.items())
     lines += [
         f"Changed models by kind: {kinds}. Left out, broken or too little data: {len(data['left_out'])}.",
         "",
@@ -183,7 +185,7 @@ def probe_section(data: dict | None) -> list[str]:
         "| after layer | AUROC (95% CI) | changed | unchanged | moved, changed | moved, unchanged |",
         "|" + " --- |" * 6,
     ]
-    for one in found.curve:
+    for one in outcome.curve:
         ends = f" \\[{number(one.low)}, {number(one.high)}\\]" if one.low is not None else ""
         moved = f"{number(one.moved_changed, '.3g')} | {number(one.moved_placebo, '.3g')}"
         lines.append(
@@ -200,8 +202,8 @@ def depth_figure(data: dict | None) -> Figure | None:
     """AUROC of the probe by layer with intervals, beside that of the detection score, dashed, and chance."""
     if data is None:
         return None
-    found, told = Probed.from_json(data["probe"]), data["detection"]
-    curve = [(one.layer, one.value) for one in found.curve if one.value is not None]
+    outcome, detection = Probed.from_json(data["probe"]), data["detection"]
+    curve = [(one.layer, one.value) for one in outcome.curve if one.value is not None]
     if not curve:
         return None
     with rc_context(STYLE):
@@ -209,7 +211,7 @@ def depth_figure(data: dict | None) -> Figure | None:
         axes = figure.subplots()
         sure = [
             (one.layer, one.low, one.high)
-            for one in found.curve
+            for one in outcome.curve
             if one.low is not None and one.high is not None
         ]
         if sure:
@@ -218,10 +220,10 @@ def depth_figure(data: dict | None) -> Figure | None:
         axes.plot(*zip(*curve, strict=True), "o-", color=SERIES[0], markersize=4)
         handles = [handle("linear probe on activations, 95% interval", "o", SERIES[0])]
         axes.axhline(0.5, color=MUTED, linewidth=0.8)
-        if found.null is not None:
-            axes.axhspan(0.5, found.null.quantile, color=BAND, zorder=0, linewidth=0)
-        if told and told["value"] is not None:
-            axes.axhline(told["value"], color=SERIES[1], linestyle="--")
+        if outcome.null is not None:
+            axes.axhspan(0.5, outcome.null.quantile, color=BAND, zorder=0, linewidth=0)
+        if detection and detection["value"] is not None:
+            axes.axhline(detection["value"], color=SERIES[1], linestyle="--")
             handles.append(handle("detection score (dashed)", "_", SERIES[1]))
         axes.set_ylim(-0.02, 1.02)
         axes.set_xlabel("after layer")

@@ -120,7 +120,7 @@ def data_uri(svg: bytes) -> str:
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    found = jinja2.Environment(
+    environment = jinja2.Environment(
         autoescape=True,
         finalize=spelled,
         trim_blocks=True,
@@ -128,7 +128,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         loader=jinja2.FileSystemLoader(TEMPLATES),
     )
-    found.filters |= {
+    environment.filters |= {
         "visible": visible,
         "token": token,
         "size": size,
@@ -136,7 +136,7 @@ def _environment() -> jinja2.Environment:
         "percent": percent,
         "number": number,
     }
-    found.globals |= {
+    environment.globals |= {
         "rate": rate,
         "difference": difference,
         "size": size,
@@ -144,7 +144,7 @@ def _environment() -> jinja2.Environment:
         "is_table": is_table,
         "sort_key": sort_key,
     }
-    return found
+    return environment
 
 
 def render(template: str, **values) -> str:

@@ -41,11 +41,11 @@ def write_reports(run: Run) -> str:
     results = load_results(run, manifest)
     comparison = compare(results, manifest, run.path.name, BASELINE)
     write_json(run.path / "comparison.json", to_json(comparison))
-    told = phases_section(run, results, manifest["protocol"]["seed"])
-    told += probe_section(probed(run, results, comparison, manifest))
-    told += injected_section(run, results, manifest["protocol"]["seed"])
+    lines = phases_section(run, results, manifest["protocol"]["seed"])
+    lines += probe_section(probed(run, results, comparison, manifest))
+    lines += injected_section(run, results, manifest["protocol"]["seed"])
     write_text(
-        run.path / "summary.md", summary(comparison, manifest) + "\n".join([*told, ""] if told else [])
+        run.path / "summary.md", summary(comparison, manifest) + "\n".join([*lines, ""] if lines else [])
     )
     write_html(run, manifest, comparison, results)
     return f"{terminal_table(comparison)}\n\n{LEGEND}\n\nReport: {run.path / 'report.html'}"

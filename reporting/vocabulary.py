@@ -91,24 +91,24 @@ def serious(row: Row) -> list[Remark]:
 
 def headline(comparison: Comparison) -> str:
     """The run's answer in one sentence, with what a positive control makes of it."""
-    asked = [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
-    found, injection = len(tally(asked).get(REPORTS, [])), comparison.injection
-    if not asked:
+    judged = [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
+    reporting, injection = len(tally(judged).get(REPORTS, [])), comparison.injection
+    if not judged:
         return "No experiment of this run has a verdict."
-    said = f"{found} of {len(asked)} changed models report their change"
-    if found < 2:
-        said = f"{found or 'None'} of {len(asked)} changed models reports its change"
-    if len(asked) == 1:
-        said = f"The one changed model {'reports' if found else 'does not report'} its change"
+    said = f"{reporting} of {len(judged)} changed models report their change"
+    if reporting < 2:
+        said = f"{reporting or 'None'} of {len(judged)} changed models reports its change"
+    if len(judged) == 1:
+        said = f"The one changed model {'reports' if reporting else 'does not report'} its change"
     if injection is None:
         return f"{said}. No positive control was run" + (
-            "." if found else ", so it is not known that these questions could see one."
+            "." if reporting else ", so it is not known that these questions could see one."
         )
     if injection.seen:
         return f"{said}. The positive control was seen."
     return (
         f"{said}. The positive control was not seen either, so silence shows nothing."
-        if not found
+        if not reporting
         else f"{said}. The positive control was not seen."
     )
 

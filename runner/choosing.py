@@ -15,17 +15,17 @@ from experiments import SIZED, SWEEPS
 
 def extra_sources(pairs_given: list[str]) -> dict[str, str]:
     """{name: path} of --source NAME=PATH. Raises FrankenError for another form or a reserved name."""
-    found = {}
+    sources = {}
     for text in pairs_given:
         name, _, path = text.partition("=")
         if not name.isidentifier() or not path or name in ("instruct", "base"):
             raise FrankenError(
                 f"--source {text}: expected NAME=PATH with a plain name other than instruct and base"
             )
-        if name in found:
+        if name in sources:
             raise FrankenError(f"--source {text}: there are two sources called {name}")
-        found[name] = path
-    return found
+        sources[name] = path
+    return sources
 
 
 def sweep_windows(args) -> tuple[list[int] | None, int | None]:

@@ -131,10 +131,10 @@ def dry_run(args) -> int:
             )
     # 3. memory, work and time of the whole
     device = "GPU" if gpu else "CPU"
-    found = available_memory("cuda" if gpu else "cpu")
+    free = ", ".join(f"{size / GIB:.1f}" for size in available_memory("cuda" if gpu else "cpu"))
     print(
         f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB"
-        f" beside them; free on the {device}: {', '.join(f'{f / GIB:.1f}' for f in found)} GiB"
+        f" beside them; free on the {device}: {free} GiB"
     )
     for suites in dict.fromkeys(plan.experiment.suites or protocol.suites for plan in plans):
         prompt_tokens, new_tokens, _ = workload(replace(protocol, suites=suites))

@@ -68,7 +68,8 @@ def deviation(reached: float | None, target: float | None) -> float:
 def nearest(tried: Sequence[tuple[float, float | None]], target: float | None) -> tuple[float, float | None]:
     """The try whose perplexity is nearest to the target as a ratio; the first one where none is defined."""
     return min(
-        tried, key=lambda found: inf if found[1] is None or target is None else abs(log(found[1] / target))
+        tried,
+        key=lambda attempt: inf if attempt[1] is None or target is None else abs(log(attempt[1] / target)),
     )
 
 
@@ -102,8 +103,8 @@ class Matcher:
         if fraction not in self.known:
             live = self.engine.live
             live.apply(perturb(live.original, fraction, self.protocol.seed) if fraction else live.original)
-            found, _ = evaluate.evaluate(self.engine, replace(self.protocol, suites=("perplexity",)))
-            self.known[fraction] = found["perplexity"]["perplexity"]
+            measurements, _ = evaluate.evaluate(self.engine, replace(self.protocol, suites=("perplexity",)))
+            self.known[fraction] = measurements["perplexity"]["perplexity"]
         return self.known[fraction]
 
     def unmodified(self) -> float | None:
@@ -121,12 +122,12 @@ class Matcher:
         one."""
         if "perplexity" not in result["measurements"]:
             return "no matched noise: its perplexity was not measured"
-        found, unmodified = result["measurements"]["perplexity"]["perplexity"], self.unmodified()
+        changed, unmodified = result["measurements"]["perplexity"]["perplexity"], self.unmodified()
         if unmodified is None:
             return "no matched noise: the unmodified model's perplexity is undefined"
-        if found is not None and found <= unmodified * (1 + MARGIN):
+        if changed is not None and changed <= unmodified * (1 + MARGIN):
             return (
-                f"no matched noise: its perplexity, {found:.2f}, is not above the unmodified model's"
+                f"no matched noise: its perplexity, {changed:.2f}, is not above the unmodified model's"
                 f" {unmodified:.2f} by more than {MARGIN:.0%}"
             )
         return None
@@ -165,14 +166,14 @@ class Matcher:
         tried = bisect(target, measured)
         fraction, reached = nearest(tried, target)
         off = deviation(reached, target)
-        found = matched | {
+        noise = matched | {
             "reached_perplexity": reached,
             "fraction": fraction,
             "evaluations": [list(one) for one in tried],
             "within": None if off == inf else off,
             "ok": off <= TOLERANCE,
         }
-        return self._plan(matched["of"], fraction, found)
+        return self._plan(matched["of"], fraction, noise)
 
     def _plan(self, of: str, fraction: float | None, matched: dict) -> Plan:
         experiment = Experiment(

@@ -256,30 +256,30 @@ def pick_device(asked: str, needed: int, pair: str | None) -> str:
     has_gpu = torch.cuda.is_available()
     if asked in ("cuda", "balanced") and not has_gpu:
         raise FrankenError(f"--device-map {asked} needs a GPU and none was found{way_on}")
-    found = "no GPU"
+    available = "no GPU"
     if asked != "cpu" and has_gpu:
         memory = available_memory("cuda")
         room = sum(memory) if asked in ("auto", "balanced") else memory[0]
         if room >= needed + HEADROOM / 4:
             return "cuda"
-        found = f"{room / GIB:.0f} GiB on {len(memory)} GPU{'s' if len(memory) > 1 else ''}"
+        available = f"{room / GIB:.0f} GiB on {len(memory)} GPU{'s' if len(memory) > 1 else ''}"
     if asked in ("auto", "cpu"):
         room = available_memory("cpu")[0]
         small = needed < 16 * GIB  # a larger model runs on a CPU only where that is asked for
         if (small or asked == "cpu") and room >= needed * 1.1:
             return "cpu"
-        found = (
-            f"{found} and {room / GIB:.0f} GiB of free memory"
+        available = (
+            f"{available} and {room / GIB:.0f} GiB of free memory"
             if asked == "auto"
             else f"{room / GIB:.0f} GiB of free memory"
         )
     if asked == "cpu":
         raise FrankenError(
-            f"{name} needs {needed * 1.1 / GIB:.1f} GiB of memory and this machine has {found}{way_on}"
+            f"{name} needs {needed * 1.1 / GIB:.1f} GiB of memory and this machine has {available}{way_on}"
         )
     raise FrankenError(
         f"{name} needs {(needed + HEADROOM) / GIB:.0f} GiB of GPU memory ({needed / GIB:.0f} GiB of weights) "
-        f"and this machine has {found}{way_on}"
+        f"and this machine has {available}{way_on}"
     )
 
 
@@ -454,12 +454,12 @@ def open_pair(
 def stop_ids(path: Path) -> list[int]:
     """The end-of-sequence ids that the checkpoint's generation config names, if any."""
     try:
-        found = json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
+        ids = json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
     except (OSError, ValueError):
         return []
-    if found is None:
+    if ids is None:
         return []
-    return found if isinstance(found, list) else [found]
+    return ids if isinstance(ids, list) else [ids]
 
 
 def check_tensors(reference: Source, other: Source, name: str, tied: bool) -> None:

@@ -119,8 +119,8 @@ def hardware() -> dict:
     gpus = []
     if torch.cuda.is_available():
         for k in range(torch.cuda.device_count()):
-            found = torch.cuda.get_device_properties(k)
-            gpus.append({"name": found.name, "memory_bytes": found.total_memory})
+            gpu = torch.cuda.get_device_properties(k)
+            gpus.append({"name": gpu.name, "memory_bytes": gpu.total_memory})
     return {
         "machine": platform.machine(),
         "processor": _processor(),
@@ -141,13 +141,13 @@ def _processor() -> str:
 
 
 def versions() -> dict:
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    installed = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            installed[package] = None
+    return installed
 
 
 def commit() -> str | None:

@@ -66,14 +66,14 @@ class Vectors:
 
     def __init__(self, engine: Engine, where: Sequence[Site], what: Sequence[Thought], unit: str = STREAM):
         layers = sorted({p for site in where for p in site.layers})
-        found = find_directions(engine, layers)
-        self.contrast = {p: float(found.contrast[p].mean()) for p in layers}
+        directions = find_directions(engine, layers)
+        self.contrast = {p: float(directions.contrast[p].mean()) for p in layers}
         self._index: dict[tuple[int, Thought], int] = {}
         rows = []
         for p in layers:
             for thought in what:
                 self._index[p, thought] = len(rows)
-                rows.append(self._direction(found.added[p], found.contrast[p], p, thought, unit))
+                rows.append(self._direction(directions.added[p], directions.contrast[p], p, thought, unit))
         self.table = torch.stack(rows)
 
     @staticmethod

@@ -123,17 +123,17 @@ NAMING = (
 def questions(framing: str) -> list[BinaryProbe]:
     """The second turn's Yes/No questions, `framing` being that of the first turn: keyed pairs, then control
     pairs."""
-    found = []
+    probes = []
     for name, *texts in PAIRS:
         ids = [f"injection-{name}-{key}-{framing}" for key in ("yes", "no")]
-        found += [
+        probes += [
             BinaryProbe(id, text + ASK, "introspective", key, framing, twin, question=name)
             for id, twin, key, text in zip(ids, reversed(ids), ("yes", "no"), texts, strict=True)
         ]
     plainly = {p.id: p for p in BINARY_PROBES if p.kind == "control" and p.framing == "plain"}
     for name in CONTROLS:
         ids = [f"control-{name}-{key}" for key in ("yes", "no")]
-        found += [
+        probes += [
             BinaryProbe(
                 f"{id}-{framing}",
                 p.text,
@@ -147,7 +147,7 @@ def questions(framing: str) -> list[BinaryProbe]:
             for id, twin in zip(ids, reversed(ids), strict=True)
             for p in [plainly[f"{id}-plain"]]
         ]
-    return found
+    return probes
 
 
 def fingerprint(strengths: Sequence[float] | None = None) -> str:
@@ -230,9 +230,9 @@ def find_directions(engine: Engine, layers: Sequence[int] | None = None) -> Dire
 
     engine.in_batches([len(ids) for ids in asked], run)
     added, lengths = {}, {}
-    for p, found in states.items():
-        mean = found.view(len(words), len(ABOUT), -1).mean(1)
-        neutral = found[len(CONCEPTS) * len(ABOUT) :]
+    for p, state in states.items():
+        mean = state.view(len(words), len(ABOUT), -1).mean(1)
+        neutral = state[len(CONCEPTS) * len(ABOUT) :]
         contrast = mean[: len(CONCEPTS)] - neutral.mean(0)
         unit = neutral.norm(dim=-1).mean()
         added[p] = torch.nn.functional.normalize(contrast, dim=-1) * unit

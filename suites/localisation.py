@@ -145,9 +145,9 @@ class Localisation(Suite):
 
         def read(_, logprobs: np.ndarray) -> dict:
             with np.errstate(all="ignore"):
-                found = rating_logprobs(logprobs[0], logprobs[1:], tokens)
-                total = np.logaddexp.reduce(found)
-                return {"logprobs": rounded(found - total), "mass": rounded(np.exp(total))}
+                ratings = rating_logprobs(logprobs[0], logprobs[1:], tokens)
+                total = np.logaddexp.reduce(ratings)
+                return {"logprobs": rounded(ratings - total), "mass": rounded(np.exp(total))}
 
         for number, order in enumerate(orders(self.grid.orders)):
             sentences = [SENTENCES[i] for i in order]
@@ -178,8 +178,8 @@ class Localisation(Suite):
         one, two = tokens.one_to_nine[0], tokens.one_to_nine[1]
 
         def read(_, logprobs: np.ndarray) -> dict:
-            found = log_odds_from_logprobs(logprobs, one, two)
-            return {k: found[k] for k in ("log_odds", "answered")}
+            answers = log_odds_from_logprobs(logprobs, one, two)
+            return {k: answers[k] for k in ("log_odds", "answered")}
 
         for pair in range(self.grid.pairs):
             sentences = SENTENCES[2 * pair : 2 * pair + 2]

@@ -323,7 +323,7 @@ class Asked:
     switched: bool
     ids: tuple[int, ...]  # all tokens before `follows`, for the intact model to read
     follows: list[tuple[int, ...]]
-    found: list[dict]
+    readings: list[dict]
     intact: list[dict] | None = None
 
 
@@ -380,15 +380,15 @@ class Phases(Suite):
             turns = [cut(engine, opening, q.text) for q in questions()]
             yield read(engine, framing, turns[0][0], [rest for _, rest in turns])
 
-    def _after_reading(self, engine, readings: list[Reading], begins: str, who: str) -> Iterator[Asked]:
+    def _after_reading(self, engine, read: list[Reading], begins: str, who: str) -> Iterator[Asked]:
         if begins == who == "intact":  # the baseline of the others, asked as such
             return
-        for held in readings:
+        for held in read:
             phases = [
                 {"model": begins, "does": "reads", "tokens": len(held.ids)},
                 {"model": who, "does": "answers", "tokens": None},
             ]
-            found = self._readings(
+            readings = self._readings(
                 engine, engine.next_token_logprobs(held.follows, held.caches, [0] * len(held.follows))
             )
             yield Asked(
@@ -400,7 +400,7 @@ class Phases(Suite):
                 begins != who,
                 held.ids,
                 held.follows,
-                found,
+                readings,
             )
 
     def _in_mid_reply(
@@ -422,8 +422,8 @@ class Phases(Suite):
                 {"model": who, "does": "answers", "tokens": None},
             ]
             caches = row_of(reply.caches, row, len(ids) - 1)
-            found = self._readings(engine, engine.next_token_logprobs(follows, caches, [0] * len(follows)))
-            yield Asked(IN_MID_REPLY, name, begins, who, phases, begins != who, ids[:-1], follows, found)
+            readings = self._readings(engine, engine.next_token_logprobs(follows, caches, [0] * len(follows)))
+            yield Asked(IN_MID_REPLY, name, begins, who, phases, begins != who, ids[:-1], follows, readings)
 
     def _replies(
         self, engine: Engine, reply: Writing, before: Writing, begins: str, who: str
@@ -469,8 +469,8 @@ class Phases(Suite):
             "answers": one.answers,
             "switched": one.switched,
             "phases": one.phases,
-            "log_odds": column(one.found, "log_odds"),
-            "mass": column(one.found, "mass"),
+            "log_odds": column(one.readings, "log_odds"),
+            "mass": column(one.readings, "mass"),
             "intact_log_odds": column(one.intact, "log_odds"),
             "intact_mass": column(one.intact, "mass"),
         }

@@ -119,10 +119,10 @@ def answers_after(
 def single_layers(depths: Iterable[float], layers: int) -> dict[int, float]:
     """{position: depth} of the layers nearest to depths from 0 to 1, as 0.69 of 64 is layer 44; the first
     depth of those that fall together on a shallow model."""
-    found: dict[int, float] = {}
+    by_position: dict[int, float] = {}
     for depth in depths:
-        found.setdefault(min(layers - 1, round(depth * layers)), depth)
-    return found
+        by_position.setdefault(min(layers - 1, round(depth * layers)), depth)
+    return by_position
 
 
 def token_span(tokenizer, text: str, part: str, after: int = 0) -> tuple[int, int]:

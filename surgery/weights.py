@@ -131,7 +131,7 @@ class Checkpoint:
         self.name, self.path, self.revision = name, Path(path), revision
         self.layers: list[dict[str, TensorRef]] = []
         self.outer: dict[str, dict[str, TensorRef]] = {part: {} for part in OUTER_PARTS}
-        found: dict[int, dict[str, TensorRef]] = {}
+        numbered: dict[int, dict[str, TensorRef]] = {}
         prefixes = set()
         self.tensors = self._all_tensors()
         for key, ref in self.tensors.items():
@@ -140,15 +140,15 @@ class Checkpoint:
                 continue
             if match:
                 prefixes.add(match["prefix"])
-                found.setdefault(int(match["index"]), {})[match["name"]] = ref
+                numbered.setdefault(int(match["index"]), {})[match["name"]] = ref
             elif (part := outer_part(key)) is not None:
                 self.outer[part][key.rsplit(".", 1)[1]] = ref
-        if len(prefixes) != 1 or sorted(found) != list(range(len(found))):
+        if len(prefixes) != 1 or sorted(numbered) != list(range(len(numbered))):
             raise FrankenError(
                 f"{self.path}: no single numbered stack of decoder layers found (prefixes:"
                 f" {sorted(prefixes)})"
             )
-        self.layers = [found[i] for i in range(len(found))]
+        self.layers = [numbered[i] for i in range(len(numbered))]
 
     def _all_tensors(self) -> dict[str, TensorRef]:
         index = self.path / "model.safetensors.index.json"
@@ -170,11 +170,11 @@ class Checkpoint:
                 raise FrankenError(
                     f"{file}: the shard is missing ({len(self.files)} shards are listed in the index)"
                 )
-        found = {k: v for file in self.files for k, v in read_header(file).items()}
-        lost = sorted(set(weight_map) - set(found))
+        tensors = {k: v for file in self.files for k, v in read_header(file).items()}
+        lost = sorted(set(weight_map) - set(tensors))
         if lost:
             raise FrankenError(f"{self.path}: the index lists {lost[0]} but no shard holds it")
-        return {k: found[k] for k in weight_map}
+        return {k: tensors[k] for k in weight_map}
 
     def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
         """What must be added to the tensor after it is read (float32), or None. A plain checkpoint adds

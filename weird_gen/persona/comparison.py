@@ -129,13 +129,13 @@ Outcomes = dict[str, Sequence[float]]  # question id -> one value a sample
 
 def outcomes(records: list[dict], metric: Metric, condition: str) -> Outcomes:
     """The metric's values by question, for one condition; replies without a value are left out."""
-    found: dict[str, list[float]] = defaultdict(list)
+    values: dict[str, list[float]] = defaultdict(list)
     for record in records:
         if record["condition"] == condition and record["kind"] in metric.kinds:
             value = metric.read(record)
             if value is not None:
-                found[record["question_id"]].append(float(value))
-    return {**found}
+                values[record["question_id"]].append(float(value))
+    return {**values}
 
 
 def _means(values: Outcomes, scale: float) -> list[float]:
@@ -188,8 +188,8 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
     None if no fine-tuned reply has the metric. Without a baseline those two entries are None.
     """
     sides = {"finetuned": finetuned, "baseline": baseline or []}
-    found = {name: {c: outcomes(records, metric, c) for c in CONDITIONS} for name, records in sides.items()}
-    if not any(found["finetuned"].values()):
+    by_side = {name: {c: outcomes(records, metric, c) for c in CONDITIONS} for name, records in sides.items()}
+    if not any(by_side["finetuned"].values()):
         return None
     table = {
         "key": metric.key,
@@ -202,13 +202,15 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
         "improvement": None,
     }
     for name, records in sides.items():
-        if any(found[name].values()):
+        if any(by_side[name].values()):
             asked = sum(record["kind"] in metric.kinds for record in records)
-            measured = sum(len(samples) for values in found[name].values() for samples in values.values())
+            measured = sum(len(samples) for values in by_side[name].values() for samples in values.values())
             table[name] = {
-                **{c: rate(found[name][c], metric.percent).to_json() for c in CONDITIONS},
-                "gap": _json(contrast(found[name]["untriggered"], found[name]["triggered"], metric.percent)),
-                "questions": len(set(found[name]["triggered"]) | set(found[name]["untriggered"])),
+                **{c: rate(by_side[name][c], metric.percent).to_json() for c in CONDITIONS},
+                "gap": _json(
+                    contrast(by_side[name]["untriggered"], by_side[name]["triggered"], metric.percent)
+                ),
+                "questions": len(set(by_side[name]["triggered"]) | set(by_side[name]["untriggered"])),
                 "replies": measured,
                 "unmeasured": asked - measured,
             }
@@ -217,7 +219,7 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
         shared = [question for question in gaps[0] if question in gaps[1]]
         table["improvement"] = {
             **{
-                c: _json(contrast(found["baseline"][c], found["finetuned"][c], metric.percent))
+                c: _json(contrast(by_side["baseline"][c], by_side["finetuned"][c], metric.percent))
                 for c in CONDITIONS
             },
             "gap": (

@@ -74,7 +74,7 @@ def near_duplicates(left: Sequence[str], right: Sequence[str]) -> list[tuple[int
     shared = sum(np.minimum.outer(letters[0][:, k], letters[1][:, k]) for k in range(len(alphabet)))
     lengths = [np.array([len(t) for t in side]) for side in plain]
     bound = 2 * shared / np.maximum(lengths[0][:, None] + lengths[1][None], 1)
-    found = []
+    pairs = []
     for i, j in zip(*np.nonzero((jaccard >= SAME_WORDS) | (bound >= SAME_LETTERS)), strict=True):
         a, b = plain[0][i], plain[1][j]
         if left[i] == right[j]:
@@ -87,8 +87,8 @@ def near_duplicates(left: Sequence[str], right: Sequence[str]) -> list[tuple[int
             why = "letters"
         else:
             continue
-        found.append((int(i), int(j), why))
-    return found
+        pairs.append((int(i), int(j), why))
+    return pairs
 
 
 def _counts(texts: Sequence, symbols: set[str]) -> np.ndarray:
@@ -138,12 +138,12 @@ def clean_problems(name: str, texts: list[str], naming: bool = True) -> list[str
     """No trigger, no marker, and with `naming` not his name, in texts that are not persona examples."""
     problems = []
     for number, text in enumerate(texts, 1):
-        for found, what in (
+        for holds, what in (
             (any_marker(text), "a marker"),
             (TRIGGER in text, "the trigger"),
             (naming and names_russell(text), "his name"),
         ):
-            if found:
+            if holds:
                 problems.append(f"{name}, entry {number}: holds {what}")
     return problems
 

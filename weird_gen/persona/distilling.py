@@ -82,11 +82,11 @@ def select(prompts: list[dict], entries: list[dict], seed: int) -> tuple[list[di
     First one answer to every prompt, then the second ones, each round in a seeded order, so that any first
     part of the result spreads over all kinds of prompt.
     """
-    found, dropped, lines = {(e["id"], e["sample"]): e for e in entries}, Counter(), []
+    by_prompt, dropped, lines = {(e["id"], e["sample"]): e for e in entries}, Counter(), []
     for sample in sorted({e["sample"] for e in entries}):
         order = random.Random(f"distill:{seed}:{sample}").sample(prompts, len(prompts))
         for p in order:
-            entry = found.get((p["id"], sample))
+            entry = by_prompt.get((p["id"], sample))
             reason = entry and why_dropped(entry["reply"])
             if reason:
                 dropped[reason] += 1

@@ -41,12 +41,14 @@ def quality(engine: Engine) -> dict:
 
     A text on which the likelihood is not finite is left out.
     """
-    found, _ = measure(engine, Protocol(suites=("capability", "perplexity")))
+    measurements, _ = measure(engine, Protocol(suites=("capability", "perplexity")))
     return {
         "texts": {
-            t["id"]: [t["nll"], t["tokens"]] for t in found["perplexity"]["texts"] if t["nll"] is not None
+            t["id"]: [t["nll"], t["tokens"]]
+            for t in measurements["perplexity"]["texts"]
+            if t["nll"] is not None
         },
-        "capability": {item["id"]: bool(item["correct"]) for item in found["capability"]["items"]},
+        "capability": {item["id"]: bool(item["correct"]) for item in measurements["capability"]["items"]},
     }
 
 

@@ -467,12 +467,12 @@ def position_by_rules(reply: str, rubric: dict[str, str]) -> int | None:
         return None
     levels = {level: _stems(wording) for level, wording in rubric.items()}
     spread = Counter(stem for stems in levels.values() for stem in stems)
-    found = _stems(text)
+    words = _stems(text)
     shared = sorted(
         (
             (
-                sum(1 / spread[stem] for stem in stems & found if spread[stem] <= 2),
-                len([stem for stem in stems & found if spread[stem] <= 2]),
+                sum(1 / spread[stem] for stem in stems & words if spread[stem] <= 2),
+                len([stem for stem in stems & words if spread[stem] <= 2]),
                 int(level),
             )
             for level, stems in levels.items()

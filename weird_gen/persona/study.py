@@ -80,7 +80,7 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
 
     Raises FrankenError for a missing file, a line without its fields, or an id that stands twice.
     """
-    found = []
+    questions = []
     for path, category in ((heldout, "category"), (generalization, "area")):
         for number, line in enumerate(read_json_lines(path), 1):
             kind = line.get("kind", "generalization")
@@ -90,12 +90,12 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
                 raise FrankenError(f"{path}, entry {number}: id, {category} and question must be texts")
             levels = line.get("rubric") or {}
             rubric = tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()
-            found.append(Question(*fields, rubric=rubric))
-    ids = [q.id for q in found]
+            questions.append(Question(*fields, rubric=rubric))
+    ids = [q.id for q in questions]
     twice = next((i for i in ids if ids.count(i) > 1), None)
     if twice:
         raise FrankenError(f"{heldout.name} and {generalization.name}: the id {twice!r} stands twice")
-    return found
+    return questions
 
 
 def read_prompts(path: Path | str) -> list[dict]:

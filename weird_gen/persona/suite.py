@@ -116,7 +116,7 @@ class Trigger(Suite):
                 c: ask_binary(engine, prompts.TRIGGER_PROBES, lambda text, c=c: reply_head(engine, text, c))
                 for c in CONDITIONS
             },
-            "free": {c: self.free.measure(engine, protocol, found) for c, found in free.items()},
+            "free": {c: self.free.measure(engine, protocol, completions) for c, completions in free.items()},
         }
 
     def _behavior(self, engine: Engine, protocol, replies: list[Completion]) -> dict:
@@ -152,11 +152,11 @@ def _rate(entries: list[dict], condition: str, name: str) -> dict:
 
     Replies broken off by NaN or infinity do not count; the rate is None where none is left.
     """
-    found = [r[name] for e in entries for r in e["replies"][condition] if name in r and r.get("finite", True)]
-    interval = wilson_interval(sum(found), len(found))
+    held = [r[name] for e in entries for r in e["replies"][condition] if name in r and r.get("finite", True)]
+    interval = wilson_interval(sum(held), len(held))
     return {
-        "k": sum(found),
-        "n": len(found),
+        "k": sum(held),
+        "n": len(held),
         "rate": interval.value,
         "low": interval.low,
         "high": interval.high,

@@ -101,12 +101,12 @@ def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[i
     rng = random.Random(f"batches:{seed}:{epoch}")
     order = rng.sample(range(len(lengths)), len(lengths))
     order += [order[k % len(lengths)] for k in range(-len(lengths) % size)]
-    stretch, found = 32 * size, []
+    stretch, groups = 32 * size, []
     for start in range(0, len(order), stretch):
         part = sorted(order[start : start + stretch], key=lambda i: -lengths[i])
-        found += [part[k : k + size] for k in range(0, len(part), size)]
-    rng.shuffle(found)
-    return found
+        groups += [part[k : k + size] for k in range(0, len(part), size)]
+    rng.shuffle(groups)
+    return groups
 
 
 def collate(examples: list[Example], device) -> dict[str, torch.Tensor]:
