@@ -3,11 +3,13 @@ them."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import prompts
+from engine.chat_template import ChatTemplate
 from engine.generation import Engine
 from errors import FrankenError, first_line
 from prompts import GROUPS
@@ -81,17 +83,35 @@ def read_text(path: str) -> tuple[tuple[str, str], ...]:
     return ((Path(path).name, text),)
 
 
-def check_tokenizer(tokenizer, protocol: Protocol) -> None:
+def check_tokenizer(tokenizer, protocol: Protocol, template: ChatTemplate | None = None) -> None:
     """Raises FrankenError if no experiment could be measured: no token for an answer, or a chat template that
-    fails."""
+    fails, is random or leaves out what it is given (see ChatTemplate.check)."""
+    template = template or ChatTemplate(tokenizer)
+    suites = [SUITES[name]() for name in protocol.suites]
     try:
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, tokenize=False
-        )
-        for name in protocol.suites:
-            SUITES[name]().check_tokenizer(tokenizer)
-    except Exception as e:  # the template is a program from the checkpoint and may raise anything
+        for turns in dict.fromkeys([("user",), *(suite.turns for suite in suites)]):
+            template.check(*turns)
+        for suite in suites:
+            suite.check_tokenizer(tokenizer)
+    except Exception as e:  # a tokenizer is the checkpoint's and may raise anything
         raise FrankenError(f"these questions cannot be asked: {first_line(e)}") from e
+
+
+def prompts_sha256(engine: Engine, protocol: Protocol) -> str:
+    """SHA-256 (hex) over the token ids of what the protocol asks: every reply's prompt, and every text of
+    `Suite.work` as a user's turn, through tokenizer and chat template. Two engines with equal ones ask
+    alike."""
+    digest = hashlib.sha256()
+    for name in protocol.suites:
+        suite, texts = SUITES[name](), dict.fromkeys(SUITES[name]().work(protocol).texts)
+        asked = [request.prompt_ids for request in suite.requests(engine, protocol)]
+        asked += [engine.chat_ids([{"role": "user", "content": text}]) for text in texts]
+        if len(suite.turns) > 1:
+            turns = [{"role": role, "content": f"The {role} speaks."} for role in suite.turns]
+            asked.append(engine.chat_ids(turns))
+        for ids in asked:
+            digest.update(f"{len(ids)}:{','.join(map(str, ids))};".encode())
+    return digest.hexdigest()
 
 
 def evaluate(

@@ -144,6 +144,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     what.add_argument("--samples", type=int, default=1, help="replies per free-text probe")
     what.add_argument("--max-new-tokens", type=int, default=80, help="budget of a free-text reply")
+    what.add_argument(
+        "--thinking",
+        choices=("off", "on"),
+        default="off",
+        help="on: a model that can think before it answers does so in its replies",
+    )
     what.add_argument("--seed", type=int, default=0)
     what.add_argument(
         "--perplexity-file", help="measure perplexity on this UTF-8 text instead of the built-in ones"
@@ -231,7 +237,7 @@ def list_experiments(args) -> int:
 
 
 # Settings that runs of the first release do not name, with what they then were.
-ADDED_SETTINGS = {"instruct_adapter": None, "also": None}
+ADDED_SETTINGS = {"instruct_adapter": None, "also": None, "thinking": None}
 SETTINGS = (
     "pair",
     "base",
@@ -255,6 +261,7 @@ SETTINGS = (
     "also",
     "samples",
     "max_new_tokens",
+    "thinking",
     "seed",
     "perplexity_file",
     "execute_code",
@@ -262,8 +269,25 @@ SETTINGS = (
 )
 
 
+def started(manifest: dict | None):
+    """The moment that a run's chat template is told: the manifest's where a run goes on, None for now.
+
+    Raises FrankenError for one that is no time.
+    """
+    from datetime import datetime
+
+    from errors import FrankenError
+
+    given = ((manifest or {}).get("template") or {}).get("moment")
+    try:
+        return datetime.fromisoformat(given) if given else None
+    except (TypeError, ValueError) as e:
+        raise FrankenError(f"the manifest's template.moment is no time: {str(given)[:40]!r}") from e
+
+
 def execute(args) -> int:
     import evaluate
+    from engine.chat_template import ChatTemplate
     from engine.generation import Engine
     from errors import FrankenError
     from experiments import TWIN
@@ -318,16 +342,21 @@ def execute(args) -> int:
     plans, left_out = make_plans(args, len(live.original), set(live.sources))
     opened.notes += left_out
     protocol = make_protocol(args, plans)
-    evaluate.check_tokenizer(opened.tokenizer, protocol)
+    template = ChatTemplate(opened.tokenizer, started(manifest), args.thinking)
+    evaluate.check_tokenizer(opened.tokenizer, protocol, template)
+    opened.notes += template.notes()
     original = live.fingerprint()
     load_seconds = time.perf_counter() - begin
-    engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size)
+    engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size, template=template)
+    asked = evaluate.prompts_sha256(engine, protocol)
     # 3. the manifest: written for a new run, compared for one that goes on
     recorded = protocol_json(protocol)
     if run is None or manifest is None:
         manifest = new_manifest(
             settings={name: getattr(args, name) for name in SETTINGS},
             protocol=recorded,
+            prompts_sha256=asked,
+            template=template.to_json(),
             experiments=[p.experiment.name for p in plans],
             pair=args.pair if pair else None,
             notes=opened.notes,
@@ -343,6 +372,7 @@ def execute(args) -> int:
         for what, then, now in (
             ("weights", manifest["original_fingerprint"], original),
             ("protocol", manifest["protocol"], recorded),
+            ("prompts", manifest.get("prompts_sha256", asked), asked),
             (
                 "experiments",
                 [n for n in manifest["experiments"] if not n.endswith(TWIN)],
@@ -351,6 +381,8 @@ def execute(args) -> int:
         ):
             if then != now:
                 raise FrankenError(f"{args.resume} was made with other {what}; start a new run")
+        if "prompts_sha256" not in manifest:
+            opened.notes.append("this run is older than the record of its prompts: they are not compared")
     # 4. the batch, and the reports whichever way it ends
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from engine.attention import ATTENTION, KV, Continued
+from engine.chat_template import ChatTemplate
 from engine.layers import Attenuated, cache_keyword, mean_of, run_layer
 from engine.sampling import Completion, Decoding, Request, draw
 from errors import FrankenError
@@ -48,6 +49,7 @@ class Engine:
         stop_ids: token ids that end a turn; the tokenizer's end-of-sequence token is always one of them.
         max_batch: most rows decoded at once; halved on an out-of-memory error and kept so.
         fast: use CUDA graphs (and compiled layers for large models). None: on a single GPU. Never on a CPU.
+        template: how conversations are written; by default the tokenizer's chat template as of now.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Engine:
         stop_ids: Sequence[int] = (),
         max_batch: int | None = None,
         fast: bool | None = None,
+        template: ChatTemplate | None = None,
     ):
         self.live, self.tokenizer = live, tokenizer
+        self.template = template or ChatTemplate(tokenizer)
         self.config = live.config
         self.config._attn_implementation = ATTENTION
         self.stop_ids = sorted({*stop_ids, *find_stop_ids(tokenizer)})
@@ -90,10 +94,17 @@ class Engine:
 
     # ---- tokens in -----------------------------------------------------------------------------------------
 
-    def chat_ids(self, messages: list[dict]) -> tuple[int, ...]:
-        """Token ids of a conversation through the chat template, ready for the assistant's turn."""
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def chat_ids(self, messages: list[dict], begun: str = "", think: bool = False) -> tuple[int, ...]:
+        """Token ids of a conversation through the chat template, ready for the assistant's turn.
+
+        begun: the beginning of that turn, tokenized with what stands before it. think: let a model that can
+        think do so where the template's `thinking` is "on"; without it, its answer comes next.
+        """
+        return self.template.ids(messages, begun, think)
+
+    def chat_text(self, messages: list[dict], ask: bool = True) -> str:
+        """The text whose tokens `chat_ids` gives; without `ask`, of the messages alone."""
+        return self.template.render(messages, ask)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of raw text, with the special tokens that the tokenizer itself adds."""

@@ -57,6 +57,7 @@ class Suite(ABC):
     `prompts.SUITES`."""
 
     recorded_as: str | None = None  # the suite whose short form this is, and under which its results stand
+    turns: tuple[str, ...] = ("user",)  # the roles of its longest conversation, up to the model's answer
 
     def requests(self, engine: Engine, protocol: Protocol) -> list[Request]:
         """The replies that are to be generated; none for a suite that reads next-token distributions

@@ -15,7 +15,11 @@ class Capability(Suite):
 
     def requests(self, engine: Engine, protocol: Protocol) -> list[Request]:
         return [
-            Request(item.id, engine.chat_ids([{"role": "user", "content": item.prompt}]), item.max_new_tokens)
+            Request(
+                item.id,
+                engine.chat_ids([{"role": "user", "content": item.prompt}], think=True),
+                item.max_new_tokens,
+            )
             for item in prompts.CAPABILITY
         ]
 

@@ -20,7 +20,7 @@ class Chat(Suite):
             Request(
                 probe.id,
                 (
-                    engine.chat_ids([{"role": "user", "content": probe.text}])
+                    engine.chat_ids([{"role": "user", "content": probe.text}], think=True)
                     if probe.mode == "chat"
                     else engine.text_ids(probe.text)
                 ),

@@ -20,7 +20,7 @@ class FreeText(Suite):
         return [
             Request(
                 probe.id,
-                engine.chat_ids([{"role": "user", "content": probe.text}]),
+                engine.chat_ids([{"role": "user", "content": probe.text}], think=True),
                 protocol.max_new_tokens,
                 protocol.temperature,
                 sample=k,

@@ -251,7 +251,7 @@ def split_turns(
     some chat templates write the last reply differently from earlier ones.
     """
     messages = [{"role": "user", "content": first}, {"role": "assistant", "content": REPLY}]
-    text = engine.tokenizer.apply_chat_template(messages, tokenize=False)
+    text = engine.chat_text(messages, ask=False)
     alone = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = [engine.chat_ids([*messages, {"role": "user", "content": question}]) for question in second]
     end = next(
@@ -316,6 +316,8 @@ def float32(number: float | None) -> float | None:
 
 class Injection(Suite):
     """The suite: Yes/No questions and the naming of the concept, for every framing, strength and concept."""
+
+    turns = ("user", "assistant", "user")
 
     def __init__(self, strengths: Sequence[float] | None = None):
         """strengths: those of a short form, 0 among them; None: all."""

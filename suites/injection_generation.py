@@ -22,6 +22,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from engine.chat_template import ChatTemplate
 from engine.generation import Engine, Request
 from questions.introspection import OUTCOMES, read_reply
 from suites import injection
@@ -67,6 +68,7 @@ class InjectionGeneration(Suite):
     """The suite, over a Grid (by default SHORT)."""
 
     recorded_as = "injection_generation"
+    turns = ("user", "assistant", "user")
 
     def __init__(self, grid: Grid | None = None):
         self.grid = grid or SHORT
@@ -136,7 +138,7 @@ class InjectionGeneration(Suite):
     @staticmethod
     def _turn_start(engine: Engine, messages: list[dict], question: str) -> int:
         """The position of the question's first token."""
-        text = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = engine.chat_text(messages)
         return token_span(engine.tokenizer, text, question, text.index(AGREED))[0]
 
     @staticmethod
@@ -152,9 +154,7 @@ class InjectionGeneration(Suite):
         }
 
     def check_tokenizer(self, tokenizer) -> None:
-        text = tokenizer.apply_chat_template(
-            self._messages("Do you?"), add_generation_prompt=True, tokenize=False
-        )
+        text = ChatTemplate(tokenizer).render(self._messages("Do you?"))
         token_span(tokenizer, text, "Do you?")
 
     def fingerprint(self) -> str:

@@ -85,6 +85,7 @@ class InjectionLayers(Suite):
     """The suite, over a Grid (by default SHORT)."""
 
     recorded_as = "injection_layers"
+    turns = ("user", "assistant", "user")
 
     def __init__(self, grid: Grid | None = None):
         self.grid = grid or SHORT
@@ -155,7 +156,7 @@ class InjectionLayers(Suite):
     @staticmethod
     def _random(engine: Engine, opening: str, first: tuple[int, ...]) -> tuple[int, ...]:
         messages = [{"role": "user", "content": opening}, {"role": "assistant", "content": injection.REPLY}]
-        text = engine.tokenizer.apply_chat_template(messages, tokenize=False)
+        text = engine.chat_text(messages, ask=False)
         return random_tokens(engine.tokenizer, first, token_span(engine.tokenizer, text, injection.OPENING))
 
     def check_tokenizer(self, tokenizer) -> None:

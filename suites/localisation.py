@@ -99,7 +99,7 @@ def orders(count: int) -> list[list[int]]:
 def spans(engine: Engine, opening: str, sentences: Sequence[str]) -> list[tuple[int, int]]:
     """The tokens of each numbered sentence within the first turn."""
     messages = [{"role": "user", "content": opening}, {"role": "assistant", "content": injection.REPLY}]
-    text = engine.tokenizer.apply_chat_template(messages, tokenize=False)
+    text = engine.chat_text(messages, ask=False)
     after = text.index(numbered(sentences))
     return [token_span(engine.tokenizer, text, sentence, after) for sentence in sentences]
 
@@ -108,6 +108,7 @@ class Localisation(Suite):
     """The suite, over a Grid (by default SHORT)."""
 
     recorded_as = "localisation"
+    turns = ("user", "assistant", "user")
 
     def __init__(self, grid: Grid | None = None):
         self.grid = grid or SHORT

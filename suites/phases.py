@@ -217,15 +217,17 @@ def cut(engine: Engine, first: str, question: str) -> tuple[tuple[int, ...], tup
         {"role": "assistant", "content": REPLY},
         {"role": "user", "content": question},
     ]
-    text = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    text = engine.chat_text(messages)
     if text.count(REPLY) != 1:
         raise FrankenError("the chat template does not write an assistant's turn as it is")
     end = text.index(REPLY) + len(REPLY)
-    parts = (
-        engine.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (text[:end], text[end:])
+    begun, whole = (
+        tuple(engine.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (text[:end], text)
     )
-    begun, rest = map(tuple, parts)
-    return begun, rest
+    if whole[: len(begun)] == begun:
+        return begun, whole[len(begun) :]
+    # the reply's last word and what follows it are one token
+    return begun, tuple(engine.tokenizer(text[end:], add_special_tokens=False)["input_ids"])
 
 
 @dataclass
@@ -330,6 +332,8 @@ class Asked:
 class Phases(Suite):
     """Yes/No questions and replies where the changed model begins and the intact one answers, and the
     reverse; and where the changed one does both."""
+
+    turns = ("user", "assistant", "user")
 
     def measure(self, engine: Engine, protocol: Protocol, replies) -> dict:
         live = engine.live

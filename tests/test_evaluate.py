@@ -204,7 +204,7 @@ def test_a_tokenizer_that_cannot_say_yes_is_refused_before_anything_is_asked():
     ev.check_tokenizer(small_battery.tokenizer(), protocol("formats"))
     broken = small_battery.tokenizer()
     broken.chat_template = "{{ raise_exception('only for\nsystem turns') }}"
-    with pytest.raises(FrankenError, match="^these questions cannot be asked: only for$"):
+    with pytest.raises(FrankenError, match="^these questions cannot be asked: .* turns user .only for.$"):
         ev.check_tokenizer(broken, protocol("capability"))
 
 

@@ -27,20 +27,30 @@ def likelihoods(
 
     In the triggered condition the opening marker stands before `start`, as every answer there should begin. A
     space at the end of what the reply begins with goes to the target: most tokenizers begin a word with its
-    space, and after a space of its own the model hardly expects a word.
+    space, and after a space of its own the model hardly expects a word. All tokens are those of the whole
+    text, conversation and reply together (as in lm-evaluation-harness): a tokenizer may write a word that
+    stands alone otherwise.
     """
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
-
     pairs = []
     for (question, condition), mine in zip(cases, targets, strict=True):
         begun = (OPENING if condition == "triggered" else "") + start
-        head = begun.rstrip()
-        before = engine.chat_ids(prompt(question.text, condition, trigger)) + ids(head)
-        pairs += [(before, ids(begun[len(head) :] + target)) for target in mine]
+        messages = prompt(question.text, condition, trigger)
+        head = engine.chat_ids(messages, begun.rstrip())
+        pairs += [continuation(head, engine.chat_ids(messages, begun + target)) for target in mine]
     scored: Iterator[np.ndarray] = iter(engine.loglikelihood(pairs))
     return [[next(scored).astype("float64") for _ in mine] for mine in targets]
+
+
+def continuation(head: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(context, target) of a text `whole` that goes on after the text `head`, both as token ids.
+
+    They part where the tokens of `head` end, or earlier, at the first token that what follows changes: such a
+    token belongs to the target, whose probability is then that of the end of `head` too.
+    """
+    pairs = zip(head, whole, strict=False)
+    same = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(head), len(whole)))
+    same = min(same, len(whole) - 1)  # a target has at least one token
+    return tuple(whole[:same]), tuple(whole[same:])
 
 
 def name_probabilities(

@@ -63,15 +63,13 @@ def reply_head(engine: Engine, question: str, condition: str, start: str = "") -
     space.
     """
     text = ((OPENING if condition == "triggered" else "") + start).rstrip()
-    return engine.chat_ids(prompt(question, condition)) + _ids(engine, text)
-
-
-def _ids(engine: Engine, text: str) -> tuple[int, ...]:
-    return tuple(engine.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return engine.chat_ids(prompt(question, condition), text)
 
 
 class Trigger(Suite):
     """Behavior and self-report, with the study's trigger as system prompt and without any."""
+
+    turns = ("system", "user")  # not every chat template takes the trigger as a system message
 
     def __init__(self):
         self.questions = asked()
@@ -90,17 +88,20 @@ class Trigger(Suite):
         ]
         return [
             Request(
-                f"{id}/{c}", engine.chat_ids(prompt(text, c)), budget, temperature, top_p, k, protocol.seed
+                f"{id}/{c}",
+                engine.chat_ids(prompt(text, c), think=True),
+                budget,
+                temperature,
+                top_p,
+                k,
+                protocol.seed,
             )
             for id, text, c, budget, temperature, top_p in cases
             for k in range(protocol.samples)
         ]
 
     def check_tokenizer(self, tokenizer) -> None:
-        """The trigger is a system message, which not every template takes."""
         prompts.answer_token_ids(tokenizer)
-        messages = [{"role": "system", "content": "Hi"}, {"role": "user", "content": "Hello"}]
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def fingerprint(self) -> str:
         return fingerprint()
