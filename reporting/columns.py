@@ -1,7 +1,8 @@
 """What a column is: its title, what it says of a row, what it is sorted by, and how it is set.
 
 Defined once, for the terminal, Markdown, the HTML pages and several runs side by side. A column of one's own
-is one line in the list of its table.
+is one line in the list of its table: here for experiments and triggers, in page_tables.py for what the page
+alone has.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from markupsafe import Markup
+
 from analysis.comparison import DetectionScore, Row, Trigger
 from analysis.rows import WORDS, score, word
-from reporting.pages import number, percent
+from reporting.pages import number, percent, sort_key
 
 Line = TypeVar("Line")
 
@@ -21,7 +24,11 @@ Line = TypeVar("Line")
 class Column(Generic[Line]):
     """`name`: what templates and other tables pick it by. `text`: a line's cell. `key`: the number by which
     lines are sorted (None: undefined, which goes last); without a key the cell's text is. `align`: "right"
-    for numbers. `of_failed`: whether it has something to say of an experiment that failed."""
+    for numbers. `of_failed`: whether it has something to say of an experiment that failed.
+
+    For HTML: `css`, the cell's class beside its alignment; `most`, the characters shown before text is cut;
+    `untrusted`, text of a model or a question, whose direction the browser is to find; `markup`, the cell
+    where it is more than its text."""
 
     name: str
     title: str
@@ -29,6 +36,18 @@ class Column(Generic[Line]):
     key: Callable[[Line], float | None] | None = None
     align: Literal["left", "right"] = "right"
     of_failed: bool = False
+    css: Literal["", "wide", "nowrap"] = ""
+    most: int = 80
+    untrusted: bool = False
+    markup: Callable[[Line], Markup] | None = None
+
+    def attributes(self, line: Line) -> Markup:
+        """Those of the line's HTML cell: its class, direction and sort key."""
+        css = " ".join(filter(None, ["n" if self.align == "right" else "", self.css]))
+        attributes = Markup(' class="{}"').format(css) if css else Markup()
+        if self.untrusted:
+            attributes += Markup(' dir="auto"')
+        return attributes + sort_key(self.key(line)) if self.key else attributes
 
 
 def failed(row: Row) -> bool:

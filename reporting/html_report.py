@@ -18,8 +18,8 @@ from analysis.compare import paired_probes
 from analysis.comparison import Comparison, Row
 from analysis.rows import by_verdict, controls, counts, many, named, sweeps, tally, word
 from errors import FrankenError, RecipeError
-from reporting import figures, figures_experiments, figures_sweeps, inside, pages, vocabulary
-from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, place, titles
+from reporting import figures, figures_experiments, figures_sweeps, inside, page_tables, pages, vocabulary
+from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, place
 from reporting.vocabulary import Remark
 from runner.results import Run, write_text
 from surgery.recipes import Recipe
@@ -383,23 +383,31 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             figures=drawn,
             results=results,
             baseline=results.get(comparison.baseline or "", {}).get("measurements", {}),
-            scored=[line for line in table if line.row.detection],
+            scored=[line.row for line in table if line.row.detection],
             matched=[(row, by_name.get(row.matched.of)) for row in rows if row.matched],
-            formatted=[row for row in by_verdict(named(rows)) if row.formats],
+            formatted=sum(bool(row.formats) for row in named(rows)),
+            format_lines=[
+                (row, *named_score)
+                for row in by_verdict(named(rows))
+                for named_score in (row.formats or {}).items()
+            ],
             published=[
                 (row, values) for row in rows if row.published_probe and (values := published.of(row, layers))
             ],
             published_source=published.SOURCE,
             other_pair=_other_pair(manifest),
-            injection_published=published.INJECTION,
+            injection_lines=[
+                (row, published.INJECTION.get(row.framing))
+                for row in (comparison.injection.rows if comparison.injection else ())
+            ],
             injection_source=published.INJECTION_SOURCE,
             costs=[(line.row.name, results[line.row.name]["performance"]) for line in table],
             folded_costs=[
                 (line.row.name, results[line.row.name]["performance"]) for _, of in folded for line in of
             ],
             preamble=prompts.INFORMED_PREAMBLE,
-            triggers=[cells(row, TRIGGER_COLUMNS) for row in rows if row.trigger],
-            trigger_columns=titles(TRIGGER_COLUMNS),
+            parts=page_tables,
+            triggers=[row for row in rows if row.trigger],
             trigger_legend=vocabulary.TRIGGER_LEGEND,
             injected=injected,
             recipe_text=recipe_text,

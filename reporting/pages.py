@@ -90,6 +90,13 @@ def slug(verdict: str) -> str:
     return verdict.partition(":")[0].lower().replace(" ", "-")
 
 
+def verdict(text: str | None) -> Markup:
+    """A verdict in its color, with its sign; nothing for none."""
+    if not text:
+        return Markup()
+    return Markup('<span class="verdict {}">{}</span>').format(slug(text), visible(text, 80))
+
+
 def sort_key(value: float | None) -> Markup:
     """The attribute by which a cell is sorted; what is undefined goes last, whichever way the column is
     sorted."""
@@ -133,6 +140,7 @@ def _environment() -> jinja2.Environment:
         "token": token,
         "size": size,
         "slug": slug,
+        "verdict": verdict,
         "percent": percent,
         "number": number,
     }

@@ -1,0 +1,509 @@
+"""The tables that report.html alone has: their columns, and how their lines are set.
+
+A table of the page is one `Table` here; templates/_tables.html.j2 turns any of them into HTML. What a cell
+prints is escaped, has its hidden characters spelled out and is cut; a cell that is more than its text
+(`Column.markup`) has that done by `Markup.format` and `visible`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic
+
+from markupsafe import Markup
+
+from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe, Row, Score
+from analysis.rows import word
+from prompts import INFORMED_PREAMBLE
+from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, Line, cells, pick, place
+from reporting.pages import difference, number, percent, rate, size, token, verdict, visible
+
+Read = Callable[[Line], float | None]
+Show = Callable[[float | None], str]
+signed: Show = partial(number, form="+.2f")
+
+
+@dataclass(frozen=True)
+class Table(Generic[Line]):
+    """`css`: classes of the table. `sortable`: whether its heads sort it. `line_css`: the class of a line."""
+
+    columns: Sequence[Column[Line]]
+    css: str = "small"
+    sortable: bool = True
+    line_css: Callable[[Line], str] = lambda line: ""
+
+
+def figure(name: str, title: str, read: Read[Line], show: Show = number) -> Column[Line]:
+    """A column of numbers, sorted by what is read and printed as `show` says."""
+    return Column(name, title, lambda line: show(read(line)), read)
+
+
+def words(name: str, title: str, text: Callable[[Line], str], **layout) -> Column[Line]:
+    """A column of text."""
+    return Column(name, title, text, align="left", **layout)
+
+
+def _ends(low: float | None, high: float | None) -> str:
+    return f"[{signed(low)}, {signed(high)}]"
+
+
+# ---- over all experiments: behind the verdicts
+
+
+def _score(row: Row) -> Score:
+    assert row.detection is not None, "this table is of the rows that have a detection score"
+    return row.detection
+
+
+def _of_score(name: str, title: str, show: Show = signed) -> Column[Row]:
+    return figure(name, title, lambda row: getattr(_score(row), name), show)
+
+
+def _drift(row: Row) -> str:
+    drift = row.yes_drift
+    return f"{signed(drift.value)} {_ends(drift.low, drift.high)}" if drift else ""
+
+
+def _reason(row: Row) -> str:
+    return row.verdict.reason if row.verdict else _score(row).reason
+
+
+BEHIND: Table[Row] = Table(
+    [
+        words("experiment", "experiment", lambda row: row.name),
+        Column(
+            "verdict",
+            "verdict",
+            lambda row: word(row) or "",
+            place,
+            "left",
+            markup=lambda r: verdict(word(r)),
+        ),
+        words("reason", "because", _reason, css="wide", most=400),
+        words("call", "call", lambda row: _score(row).call, css="nowrap"),
+        _of_score("score", "score"),
+        _of_score("p_value", "p", partial(number, form=".2g")),
+        _of_score("p_adjusted", "p (Holm)", partial(number, form=".2g")),
+        _of_score("p_placebo", "p among placebos", partial(number, form=".2g")),
+        _of_score("matched_noise_score", "noise of equal perplexity"),
+        Column(
+            "yes_drift",
+            "drift towards Yes",
+            _drift,
+            lambda row: row.yes_drift.value if row.yes_drift else None,
+        ),
+        Column(
+            "drift_p",
+            "its p (Holm)",
+            lambda row: number(row.yes_drift.p_adjusted, ".2g") if row.yes_drift else "",
+            lambda row: row.yes_drift.p_adjusted if row.yes_drift else None,
+        ),
+        _of_score("keyed_before", "keyed before"),
+        _of_score("keyed_after", "keyed after"),
+        _of_score(
+            "flattening_to_explain",
+            "flattening to explain",
+            lambda x: "-" if x is None else f"{100 * x:.0f}%",
+        ),
+        _of_score(
+            "sharpening_to_explain", "sharpening to explain", lambda x: "-" if x is None else f"{x:.2f} ×"
+        ),
+        _of_score("raw_contrast", "raw contrast"),
+        _of_score("drift", "drift of controls"),
+        _of_score("flattening", "flattening"),
+        figure(
+            "pairs_before",
+            "control pairs right before",
+            lambda row: _score(row).controls_before.pairs,
+            percent,
+        ),
+        figure("pairs_after", "after", lambda row: _score(row).controls_after.pairs, percent),
+        Column(
+            "entropy",
+            "entropy",
+            lambda row: number(row.published_probe.entropy) if row.published_probe else "",
+            lambda row: row.published_probe.entropy if row.published_probe else None,
+        ),
+    ],
+    "small broad",
+)
+
+
+# ---- noise of equal perplexity: (the noise twin, its experiment's row or None)
+
+Twin = tuple[Row, Row | None]
+
+
+def _noise(twin: Twin) -> Match:
+    assert twin[0].matched is not None, "this table is of the noise twins"
+    return twin[0].matched
+
+
+def _reached(twin: Twin) -> str:
+    noise = _noise(twin)
+    off = "" if noise.within is None else percent(noise.within)
+    if noise.ok:
+        return f"within {off}"
+    return f"no, {off} off" if off else "no"
+
+
+def _reached_markup(twin: Twin) -> Markup:
+    return Markup("{}" if _noise(twin).ok else '<span class="wrong">{}</span>').format(_reached(twin))
+
+
+def _score_of(row: Row | None) -> float | None:
+    return row.detection.score if row and row.detection else None
+
+
+MATCHED: Table[Twin] = Table(
+    [
+        words("experiment", "experiment", lambda twin: _noise(twin).of),
+        figure("target", "its perplexity", lambda twin: _noise(twin).target_perplexity),
+        figure("reached", "of the noise", lambda twin: _noise(twin).reached_perplexity),
+        figure(
+            "fraction",
+            "noise, share of standard deviation",
+            lambda twin: _noise(twin).fraction,
+            partial(number, form=".3g"),
+        ),
+        figure("tries", "tries", lambda twin: len(_noise(twin).evaluations), partial(number, form="g")),
+        words("ok", "reached", _reached, markup=_reached_markup),
+        figure("score", "score of the change", lambda twin: _score_of(twin[1]), signed),
+        figure("noise_score", "score of the noise", lambda twin: _score_of(twin[0]), signed),
+        words(
+            "verdict",
+            "verdict on the noise",
+            lambda twin: word(twin[0]) or "",
+            markup=lambda twin: verdict(word(twin[0])),
+        ),
+    ],
+    "small narrow",
+)
+
+
+# ---- the positive control: (a framing and strength, the published sensitivity of the framing)
+
+Injected = tuple[InjectionRow, float | None]
+
+INJECTION: Table[Injected] = Table(
+    [
+        words("framing", "question", lambda line: line[0].framing, most=40),
+        figure("strength", "strength", lambda line: line[0].strength, partial(number, form="g")),
+        figure("sensitivity", "sensitivity", lambda line: line[0].sensitivity, percent),
+        figure("false_positives", "false positives", lambda line: line[0].false_positive_rate, percent),
+        figure("p_yes", "P(Yes)", lambda line: line[0].p_yes, percent),
+        figure("score", "detection score", lambda line: line[0].detection.score, signed),
+        words("call", "call", lambda line: line[0].detection.call),
+        figure("bits", "bits about the concept", lambda line: line[0].bits),
+        figure("published", "published sensitivity", lambda line: line[1], percent),
+    ],
+    "small narrow",
+)
+
+
+# ---- other formats of answer: (the row, the format's name, its score)
+
+Formatted = tuple[Row, str, FormatScore]
+
+FORMATS: Table[Formatted] = Table(
+    [
+        words("experiment", "experiment", lambda line: line[0].name),
+        words("format", "format", lambda line: line[1], most=40),
+        figure("score", "score", lambda line: line[2].score, signed),
+        words(
+            "interval",
+            "95% CI",
+            lambda line: "" if line[2].low is None else _ends(line[2].low, line[2].high),
+            css="nowrap",
+        ),
+        words("call", "call", lambda line: line[2].call),
+        figure("keyed_shift", "shift of keyed", lambda line: line[2].keyed_shift, signed),
+        figure("control_shift", "shift of controls", lambda line: line[2].control_shift, signed),
+        figure("answered", "answered", lambda line: line[2].answered, percent),
+    ]
+)
+
+
+# ---- beside the published numbers: (the row, published P(Yes), capability of 6, perplexity)
+
+Published = tuple[Row, tuple[float, int | None, float | None]]
+
+
+def _probe(line: Published) -> PublishedProbe:
+    assert line[0].published_probe is not None, "this table is of the rows that answered the published probe"
+    return line[0].published_probe
+
+
+def _p_yes_markup(line: Published) -> Markup:
+    p = Markup("{}").format(percent(_probe(line).p_yes_normalized))
+    return p if _probe(line).answered else p + Markup("<br><small>not an answer</small>")
+
+
+def _ours(name: str) -> Column[Published]:
+    """A column of the results, of a line's own row."""
+    (column,) = pick(EXPERIMENT_COLUMNS, name)
+    key = column.key
+    assert key is not None, "these columns hold numbers"
+    return Column(name, column.title, lambda line: cells(line[0], [column])[0], lambda line: key(line[0]))
+
+
+PUBLISHED: Table[Published] = Table(
+    [
+        words("experiment", "experiment", lambda line: line[0].name),
+        Column(
+            "p_yes",
+            "P(Yes)",
+            lambda line: percent(_probe(line).p_yes_normalized),
+            lambda line: _probe(line).p_yes_normalized,
+            markup=_p_yes_markup,
+        ),
+        figure("published_p_yes", "published", lambda line: line[1][0], percent),
+        _ours("mass"),
+        _ours("capability"),
+        figure(
+            "published_capability",
+            "published",
+            lambda line: line[1][1],
+            lambda right: "-" if right is None else f"{right}/6",
+        ),
+        _ours("perplexity"),
+        figure("published_perplexity", "published", lambda line: line[1][2]),
+    ],
+    "narrow",
+)
+
+
+# ---- what it cost: (the experiment's name, "performance" of its JSON)
+
+Cost = tuple[str, dict]
+
+
+def _of_cost(name: str, title: str, show: Show) -> Column[Cost]:
+    return figure(name, title, lambda line: line[1][name], show)
+
+
+def _per_second(
+    name: str, title: str, amount: Callable[[dict], float], seconds: str, show=None
+) -> Column[Cost]:
+    return Column(
+        name,
+        title,
+        lambda line: rate(amount(line[1]), line[1][seconds], *([show] if show else [])),
+        lambda line: amount(line[1]) / line[1][seconds] if line[1][seconds] else None,
+    )
+
+
+COSTS: Table[Cost] = Table(
+    [
+        words("experiment", "experiment", lambda line: line[0]),
+        _of_cost("seconds", "seconds", partial(number, form=".1f")),
+        _of_cost("surgery_seconds", "surgery, s", partial(number, form=".3g")),
+        _of_cost("restore_seconds", "going back, s", partial(number, form=".3g")),
+        _of_cost("bytes_moved", "moved", size),
+        _of_cost("bytes_streamed", "streamed", size),
+        _of_cost("bytes_computed", "computed", size),
+        _per_second(
+            "surgery_rate",
+            "surgery rate",
+            lambda cost: cost["bytes_moved"] + cost["bytes_streamed"] + cost["bytes_computed"],
+            "surgery_seconds",
+            size,
+        ),
+        _of_cost("prefill_seconds", "prefill, s", partial(number, form=".1f")),
+        _per_second(
+            "prefill_rate", "prefill tokens/s", lambda cost: cost["prefill_tokens"], "prefill_seconds"
+        ),
+        _of_cost("decode_seconds", "decode, s", partial(number, form=".1f")),
+        _of_cost("decode_tokens_per_second", "decode tokens/s", partial(number, form=".0f")),
+        _of_cost("peak_memory_bytes", "peak memory", size),
+        _of_cost("out_of_memory", "batches halved", partial(number, form="g")),
+    ],
+    "small broad",
+)
+
+
+# ---- one experiment's suites: (an entry of its JSON, the baseline's of the same id or None)
+
+Entry = tuple[dict, dict | None]
+
+
+def beside(entries: Sequence[dict], baseline: dict[str, dict]) -> list[Entry]:
+    """Entries of a suite with the baseline's, by id."""
+    return [(entry, baseline.get(entry["id"])) for entry in entries]
+
+
+def _field(name: str, title: str, show: Show) -> Column[Entry]:
+    return figure(name, title, lambda line: line[0][name], show)
+
+
+def _shift(line: Entry) -> float | None:
+    probe, before = line
+    if before is None or probe["log_odds"] is None or before["log_odds"] is None:
+        return None
+    return probe["log_odds"] - before["log_odds"]
+
+
+def _probe_name(line: Entry) -> Markup:
+    published = Markup(" <b>published</b>") if line[0].get("published") else Markup()
+    return Markup("{}").format(visible(line[0]["id"], 80)) + published
+
+
+def _question(line: Entry) -> Markup:
+    """The question; the preamble, which many share, is named instead of repeated."""
+    text = line[0]["text"]
+    if not text.startswith(INFORMED_PREAMBLE):
+        return Markup("{}").format(visible(text, 400))
+    rest = visible(text[len(INFORMED_PREAMBLE) :], 400)
+    return Markup('<span class="soft">[preamble]</span> {}').format(rest)
+
+
+def _mass(line: Entry) -> Markup:
+    mass = Markup("{}").format(percent(line[0]["mass"]))
+    return mass if line[0]["answered"] else mass + Markup("<br><small>not an answer</small>")
+
+
+def _top_tokens(line: Entry) -> Markup:
+    return Markup(", ").join(
+        Markup('<bdi class="token">{}</bdi>&nbsp;{}').format(token(top["token"]), percent(top["p"]))
+        for top in line[0]["top"][:4]
+    )
+
+
+def _dim(line: Entry) -> str:
+    return "" if line[0]["answered"] else "dim"
+
+
+_KEYED: Column[Entry] = words("keyed", "keyed", lambda line: line[0]["keyed"])
+_LOG_ODDS: list[Column[Entry]] = [
+    _field("log_odds", "log-odds", signed),
+    Column(
+        "shift",
+        "shift",
+        lambda line: difference(line[0]["log_odds"], line[1]["log_odds"]) if line[1] else "",
+        _shift,
+    ),
+]
+
+PROBES: Table[Entry] = Table(
+    [
+        words("probe", "probe", lambda line: line[0]["id"], markup=_probe_name),
+        words(
+            "question",
+            "question",
+            lambda line: line[0]["text"],
+            css="wide",
+            untrusted=True,
+            markup=_question,
+        ),
+        _KEYED,
+        *_LOG_ODDS,
+        _field("p_yes_normalized", "P(Yes)", percent),
+        Column(
+            "mass",
+            "mass",
+            lambda line: percent(line[0]["mass"]),
+            lambda line: line[0]["mass"],
+            markup=_mass,
+        ),
+        _field("entropy", "entropy", number),
+        words("top", "top tokens", lambda line: "", markup=_top_tokens),
+    ],
+    line_css=_dim,
+)
+# of experiments that are folded away
+BRIEF_PROBES: Table[Entry] = Table(
+    [column for column in PROBES.columns if column.name not in ("question", "top")], line_css=_dim
+)
+
+FORMAT_PROBES: Table[Entry] = Table(
+    [
+        words("format", "format", lambda line: line[0]["format"], most=40),
+        words("question", "question", lambda line: line[0]["id"]),
+        words("asked", "asked", lambda line: line[0]["text"], css="wide", untrusted=True, most=400),
+        _KEYED,
+        *_LOG_ODDS,
+        _field("mass", "mass", percent),
+        _field("rating_mean", "mean rating", partial(number, form=".1f")),
+    ],
+    line_css=_dim,
+)
+
+# lines of html_report.injected
+INJECTION_CELLS: Table[dict] = Table(
+    [
+        words("framing", "framing", lambda cell: cell["framing"], most=40),
+        figure("strength", "strength", lambda cell: cell["strength"], partial(number, form="g")),
+        words("concept", "concept", lambda cell: cell["concept"] or "-"),
+        figure("introspective", "introspective", lambda cell: cell["means"][0], signed),
+        figure("control_yes", "control, Yes is right", lambda cell: cell["means"][1], signed),
+        figure("control_no", "control, No is right", lambda cell: cell["means"][2], signed),
+        figure("named", "named", lambda cell: cell["named"], percent),
+    ],
+    "small narrow",
+)
+
+
+def _right(line: Entry) -> str:
+    return "right" if line[0]["correct"] else "wrong"
+
+
+def _right_markup(line: Entry) -> Markup:
+    item, before = line
+    cell = Markup('<span class="{0}">{0}</span>').format(_right(line))
+    if before is None or before["correct"] == item["correct"]:
+        return cell
+    return cell + Markup("<br><small>{}</small>").format("gained" if item["correct"] else "lost")
+
+
+CAPABILITY: Table[Entry] = Table(
+    [
+        words("right", "", _right, markup=_right_markup),
+        words("item", "item", lambda line: line[0]["id"]),
+        words("question", "question", lambda line: line[0]["prompt"], css="wide", untrusted=True, most=500),
+        words(
+            "reply",
+            "reply",
+            lambda line: line[0]["reply"]["text"],
+            css="wide",
+            markup=lambda line: Markup('<pre dir="auto">{}</pre>').format(
+                visible(line[0]["reply"]["text"], 700)
+            ),
+        ),
+        words("grade", "grade", lambda line: line[0]["detail"], untrusted=True, most=300),
+    ],
+    sortable=False,
+)
+
+
+def texts_beside(suite: dict, before: dict | None) -> list[Entry]:
+    """The texts of the suite "perplexity" with the baseline's, and a last line over all of them."""
+    entries = beside(suite["texts"], {text["id"]: text for text in before["texts"]} if before else {})
+    return [*entries, (suite | {"id": "all, by tokens", "total": True}, before)]
+
+
+def _of_baseline(line: Entry) -> str:
+    return number(line[1]["perplexity"]) if line[1] else ""
+
+
+TEXTS: Table[Entry] = Table(
+    [
+        words("text", "text", lambda line: line[0]["id"]),
+        Column("tokens", "tokens", lambda line: str(line[0]["tokens"])),
+        Column("perplexity", "perplexity", lambda line: number(line[0]["perplexity"])),
+        Column("baseline", "baseline", _of_baseline),
+        Column(
+            "change",
+            "change, nats per token",
+            lambda line: difference(line[0]["nll"], line[1]["nll"]) if line[1] else "",
+        ),
+    ],
+    "small narrow",
+    sortable=False,
+    line_css=lambda line: "total" if "total" in line[0] else "",
+)
+# of the baseline, or where there is none
+TEXTS_ALONE: Table[Entry] = Table(TEXTS.columns[:3], TEXTS.css, False, TEXTS.line_css)
+
+TRIGGERS: Table[Row] = Table(TRIGGER_COLUMNS, sortable=False)
