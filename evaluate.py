@@ -12,6 +12,7 @@ import prompts
 from engine.chat_template import ChatTemplate
 from engine.generation import Engine
 from errors import FrankenError, first_line
+from files import read_bytes
 from prompts import GROUPS
 from suites import injection_generation, injection_layers, localisation
 from suites.activations import Activations
@@ -75,8 +76,8 @@ def read_text(path: str) -> tuple[tuple[str, str], ...]:
     """A user's text for the perplexity suite. Raises FrankenError if it cannot be read as UTF-8 or is
     empty."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        text = read_bytes(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as e:
         raise FrankenError(f"{path}: cannot be read as UTF-8 text") from e
     if len(text.split()) < 2:
         raise FrankenError(f"{path}: holds no text to measure perplexity on")

@@ -34,16 +34,16 @@ that there is not raises RecipeError. `from experiments import *` brings all of 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 
 import prompts
 from errors import FrankenError, RecipeError
+from files import read_bytes
 from surgery.recipes import (
     PERMUTED,
     Recipe,
@@ -777,14 +777,12 @@ def load_file(path: str) -> list[Experiment]:
     """The EXPERIMENTS of a user's Python file, which is run. Raises FrankenError with the reason if that
     fails."""
     try:
-        loader = SourceFileLoader("user_experiments", str(Path(path).resolve()))
-        spec = importlib.util.spec_from_loader(loader.name, loader)
-        assert spec is not None, "a loader of one file makes a spec of it"
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[loader.name] = (
-            module  # as an import would: dataclasses in the file look themselves up there
-        )
-        loader.exec_module(module)
+        module = ModuleType("user_experiments")
+        module.__file__ = str(Path(path).resolve())
+        # as an import would: dataclasses in the file look themselves up there
+        sys.modules[module.__name__] = module
+        # the file itself and no bytecode that lies beside it: a run's manifest has this file's hash
+        exec(compile(read_bytes(path), module.__file__, "exec", dont_inherit=True), module.__dict__)
         if not hasattr(module, "EXPERIMENTS"):
             raise FrankenError(f"{path}: there is no EXPERIMENTS in it")
         experiments = list(module.EXPERIMENTS)

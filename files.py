@@ -1,12 +1,24 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read only where they are files."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import stat
 from pathlib import Path
+from typing import Any
 
 from errors import FrankenError
+
+LONGEST_JSON = 1 << 30  # bytes; the largest files that are read here hold some MB
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -27,7 +39,63 @@ def write_bytes(path: Path, data: bytes) -> None:
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except OSError as e:
+    except BaseException as e:  # Ctrl-C too leaves nothing half-written
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise FrankenError(f"cannot write {path}: {e.strerror}") from e
+        if isinstance(e, OSError):
+            raise FrankenError(f"cannot write {path}: {e.strerror}") from e
+        raise
+
+
+def refuse_special(path: str | Path) -> None:
+    """Raises FrankenError for what can be opened and is no file: reading a pipe or a terminal would wait for
+    ever, and /dev/zero has no end. What is not there, or may not be looked at, its reader says."""
+    try:
+        mode = stat.S_IFMT(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return
+    if mode != stat.S_IFREG and mode != stat.S_IFDIR:
+        raise FrankenError(f"{path} is {KINDS.get(mode, 'something else')}, not a file")
+
+
+def refuse_special_in(folder: Path) -> None:
+    """refuse_special for all that lies directly in a folder that a library reads, such as a checkpoint's."""
+    with contextlib.suppress(OSError):
+        for file in sorted(folder.iterdir()):
+            refuse_special(file)
+
+
+def read_bytes(path: str | Path, most: int = LONGEST_JSON) -> bytes:
+    """A file's contents. Raises FrankenError if it cannot be read, is no file, or holds over `most` bytes."""
+    refuse_special(path)
+    try:
+        with open(path, "rb") as f:
+            data = f.read(most + 1)
+    except OSError as e:
+        raise FrankenError(f"cannot read {path}: {e.strerror}") from e
+    except ValueError as e:  # a name with a zero byte in it
+        raise FrankenError(f"cannot read {path!r}: {e}") from e
+    if len(data) > most:
+        raise FrankenError(f"{path} holds over {most:,} bytes, more than is read of such a file")
+    return data
+
+
+def parse_json(data: bytes | str, place: str, nan: bool = False) -> Any:
+    """JSON. Raises FrankenError naming the place it comes from if it is none, or is nested beyond what can be
+    read; NaN and infinity, which JSON does not have, only where `nan` allows them."""
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        return json.loads(text, parse_constant=None if nan else _refuse)
+    except ValueError as e:
+        raise FrankenError(f"{place} is corrupt ({e})") from e
+    except RecursionError as e:
+        raise FrankenError(f"{place} is corrupt (it is nested too deep)") from e
+
+
+def read_json(path: Path, nan: bool = False) -> Any:
+    """parse_json of a file."""
+    return parse_json(read_bytes(path), str(path), nan)
+
+
+def _refuse(constant: str):
+    raise ValueError(f"{constant} is not JSON")

@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FrankenError as e:
         print(f"report.py: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("report.py: interrupted; the same command makes the pages again", file=sys.stderr)
+        return 130
     return 0
 
 

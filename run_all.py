@@ -168,6 +168,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="go on with an interrupted run; its settings are taken from its manifest",
     )
     run.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help=(
+            "with --resume: go on although something that numbers depend on (weights, tokenizer, batch size,"
+            " code, ...) is not as it was; every later result says so"
+        ),
+    )
+    run.add_argument(
         "--batch-size", type=int, help="most rows decoded at once; shrinks by itself when memory is short"
     )
     run.add_argument("--list", action="store_true", help="list the experiments and exit")
@@ -196,6 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     from errors import FrankenError
 
     try:
+        if args.accept_changes and not args.resume:
+            raise FrankenError("--accept-changes goes with --resume")
         if args.list:
             return list_experiments(args)
         if args.resume and args.dry_run:
@@ -213,7 +223,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run_all.py: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("run_all.py: interrupted before any experiment began", file=sys.stderr)
+        run = getattr(args, "begun", None)
+        what = f"; go on with: {resume_command(run, args)}" if run else " before any experiment began"
+        print(f"run_all.py: interrupted{what}", file=sys.stderr)
         return 130
 
 
@@ -237,7 +249,7 @@ def list_experiments(args) -> int:
 
 
 # Settings that runs of the first release do not name, with what they then were.
-ADDED_SETTINGS = {"instruct_adapter": None, "also": None, "thinking": None}
+ADDED_SETTINGS = {"instruct_adapter": None, "also": None, "thinking": None, "batch_size": None}
 SETTINGS = (
     "pair",
     "base",
@@ -266,6 +278,7 @@ SETTINGS = (
     "perplexity_file",
     "execute_code",
     "matched_noise",
+    "batch_size",
 )
 
 
@@ -285,6 +298,32 @@ def started(manifest: dict | None):
         raise FrankenError(f"the manifest's template.moment is no time: {str(given)[:40]!r}") from e
 
 
+def resume_settings(args, path: str, manifest: dict) -> None:
+    """Put the settings of a run's manifest into `args`, but for what has to be said again or may be.
+
+    Raises FrankenError if a setting is missing, and where experiments files, which are code, are not named
+    again.
+    """
+    from errors import FrankenError
+    from runner.resuming import ask_for_files
+
+    settings = manifest["settings"] = {**ADDED_SETTINGS, **manifest["settings"]}
+    if lost := set(SETTINGS) - set(settings):
+        raise FrankenError(f"{path}/manifest.json is corrupt (the setting {min(lost)} is missing)")
+    ask_for_files(path, settings["experiments_file"], args.experiments_file)
+    given = {"experiments_file": args.experiments_file}
+    if args.batch_size is not None:
+        given["batch_size"] = args.batch_size
+    for name in SETTINGS:
+        setattr(args, name, given.get(name, settings[name]))
+
+
+def resume_command(path, args) -> str:
+    """What to type to go on with a run."""
+    files = [word for file in args.experiments_file for word in ("--experiments-file", file)]
+    return shlex.join(["python", "run_all.py", "--resume", str(path), *files])
+
+
 def execute(args) -> int:
     import evaluate
     from engine.chat_template import ChatTemplate
@@ -292,7 +331,8 @@ def execute(args) -> int:
     from errors import FrankenError
     from experiments import TWIN
     from reporting.reports import write_reports
-    from runner.batch import run_batch, set_threads
+    from runner import resuming
+    from runner.batch import ended_by_signals, run_batch, set_threads
     from runner.choosing import (
         also_suites,
         extra_sources,
@@ -304,18 +344,19 @@ def execute(args) -> int:
     )
     from runner.matched_noise import Matcher
     from runner.pairs import PAIRS, choose_pair, open_pair
-    from runner.results import Run, check_writable, new_manifest, protocol_json
+    from runner.results import Run, check_writable, commit, new_manifest, protocol_json, write_json
 
     # 1. what is asked, of a new run or one to go on with, and whether it can be done
     run = manifest = None
+    then, changed = {}, []
     if args.resume:
         run, manifest = Run.resume(args.resume)
         run.refuse_packed()
-        manifest["settings"] = {**ADDED_SETTINGS, **manifest["settings"]}
-        if lost := set(SETTINGS) - set(manifest["settings"]):
-            raise FrankenError(f"{run.manifest_path} is corrupt (the setting {min(lost)} is missing)")
-        for name in SETTINGS:
-            setattr(args, name, manifest["settings"][name])
+        resume_settings(args, args.resume, manifest)
+        then = resuming.recorded(manifest)
+    depends_on = resuming.known_before(args)
+    changed += resuming.changes(then, depends_on)
+    resuming.refuse(args.resume, changed, args.accept_changes)  # before a user's file is run
     if args.perplexity_file:
         evaluate.read_text(args.perplexity_file)
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
@@ -351,6 +392,7 @@ def execute(args) -> int:
     asked = evaluate.prompts_sha256(engine, protocol)
     # 3. the manifest: written for a new run, compared for one that goes on
     recorded = protocol_json(protocol)
+    depends_on |= resuming.known_loaded(opened, engine.devices)
     if run is None or manifest is None:
         manifest = new_manifest(
             settings={name: getattr(args, name) for name in SETTINGS},
@@ -365,24 +407,26 @@ def execute(args) -> int:
             dtype=str(live.dtype).removeprefix("torch."),
             devices=[str(d) for d in engine.devices],
             original_fingerprint=original,
+            depends_on=depends_on,
             load_seconds=load_seconds,
         )
         run = Run.create(args.output, manifest)
     else:
-        for what, then, now in (
-            ("weights", manifest["original_fingerprint"], original),
-            ("protocol", manifest["protocol"], recorded),
-            ("prompts", manifest.get("prompts_sha256", asked), asked),
-            (
-                "experiments",
-                [n for n in manifest["experiments"] if not n.endswith(TWIN)],
-                [p.experiment.name for p in plans],
-            ),
-        ):
-            if then != now:
-                raise FrankenError(f"{args.resume} was made with other {what}; start a new run")
+        names = [n for n in manifest["experiments"] if not n.endswith(TWIN)]
+        if names != [p.experiment.name for p in plans]:
+            raise FrankenError(f"{args.resume} was made with other experiments; start a new run")
+        changed = resuming.changes(then, depends_on)
+        changed += resuming.protocol_changes(manifest["protocol"], recorded)
+        if manifest["original_fingerprint"] != original:
+            changed.append(resuming.Change("weights", manifest["original_fingerprint"], original))
+        if (before := manifest.get("prompts_sha256", asked)) != asked:
+            changed.append(resuming.Change("prompts", before, asked))
+        resuming.refuse(args.resume, changed, args.accept_changes)
+        if lacking := resuming.not_recorded(then, depends_on):
+            opened.notes.append(lacking)
         if "prompts_sha256" not in manifest:
             opened.notes.append("this run is older than the record of its prompts: they are not compared")
+    args.begun = run.path
     # 4. the batch, and the reports whichever way it ends
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -391,27 +435,24 @@ def execute(args) -> int:
         f" {load_seconds:.1f} s; results in {run.path}",
         file=sys.stderr,
     )
-    resume = f"python run_all.py --resume {shlex.quote(str(run.path))}"
     try:
-        with run.alone():
-            failed = run_batch(
-                run,
-                manifest,
-                engine,
-                plans,
-                protocol,
-                original,
-                Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None,
-            )
+        with ended_by_signals():
+            with run.alone():
+                if changed:
+                    entry = resuming.entry(changed, commit())
+                    manifest["resumed"] = [*manifest.get("resumed", []), entry]
+                    write_json(run.manifest_path, manifest)
+                matcher = Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None
+                failed = run_batch(run, manifest, engine, plans, protocol, original, matcher, changed)
+            print(write_reports(run))
     except KeyboardInterrupt:
-        print(f"\nInterrupted. Finished experiments are kept; go on with:\n  {resume}", file=sys.stderr)
-        write_reports(run)
-        return 130
+        return interrupted(run, manifest, args)
     except FrankenError as e:
         with contextlib.suppress(FrankenError):  # the first error is the one to tell
             write_reports(run)
-        raise FrankenError(f"{e}; finished experiments are kept; once mended: {resume}") from e
-    print(write_reports(run))
+        raise FrankenError(
+            f"{e}; finished experiments are kept; once mended: {resume_command(run.path, args)}"
+        ) from e
     if failed:
         print(
             f"{failed} of {len(manifest['experiments'])} experiments failed; their errors are in"
@@ -419,6 +460,30 @@ def execute(args) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def interrupted(run, manifest: dict, args) -> int:
+    """Say what is done and how to go on, and make the pages of what there is; the exit status."""
+    from errors import FrankenError
+    from reporting.reports import write_reports
+    from runner.batch import ended_by_signals
+
+    names = manifest["experiments"]
+    done = sum(run.file(name).exists() for name in names)
+    pages = f"`python report.py {shlex.quote(str(run.path))}` makes them"
+    print(
+        f"\nInterrupted. {done} of {len(names)} experiments are finished and kept; go on with:\n "
+        f" {resume_command(run.path, args)}",
+        file=sys.stderr,
+    )
+    try:
+        with ended_by_signals():
+            write_reports(run)
+    except KeyboardInterrupt:
+        print(f"Interrupted again: the run's pages are not finished; {pages}.", file=sys.stderr)
+    except FrankenError as e:
+        print(f"The run's pages could not be made ({e}); {pages}.", file=sys.stderr)
+    return 130
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -9,6 +10,7 @@ import stat
 import sys
 import time
 import traceback
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from franken import Surgery
 from runner.arrays import save_arrays
 from runner.matched_noise import wants
 from runner.results import SCHEMA_VERSION, write_json
+from runner.resuming import marked
 
 
 def set_threads() -> None:
@@ -116,16 +119,10 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None, find
     }
 
 
-def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str, matcher=None) -> int:
-    """Run what has not been run yet. Returns how many experiments failed, over the whole run.
-
-    With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose
-    name is added to the manifest as soon as it is known that there will be one. Raises FrankenError if the
-    run is packed, a result on disk is corrupt or of another recipe, if going back was not exact or if results
-    cannot be written; KeyboardInterrupt on Ctrl-C, SIGTERM or SIGHUP.
-    """
-    # 1. signals that end a run cleanly
-    run.refuse_packed()  # which may have been done while the model was loaded
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, a batch system's SIGTERM and a dropped connection's SIGHUP raise KeyboardInterrupt, as Ctrl-C
+    does."""
 
     def stop(signum, frame):
         raise KeyboardInterrupt
@@ -136,11 +133,29 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         raise KeyboardInterrupt
 
-    # a batch system's kill and a dropped connection end a run as cleanly as Ctrl-C
     previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
         previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
-    # 2. what has been run already, and whether it is what is asked now
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def run_batch(
+    run, manifest: dict, engine, plans: list, protocol, original: str, matcher=None, changed: Sequence = ()
+) -> int:
+    """Run what has not been run yet. Returns how many experiments failed, over the whole run.
+
+    With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose
+    name is added to the manifest as soon as it is known that there will be one. Raises FrankenError if the
+    run is packed, a result on disk is corrupt or of another recipe, if going back was not exact or if results
+    cannot be written. `changed`, what is not as it was when the run began (runner.resuming.Change), is
+    written into every new result.
+    """
+    # 1. what has been run already, and whether it is what is asked now
+    run.refuse_packed()  # which may have been done while the model was loaded
     finished = {name: run.load(name) for name in manifest["experiments"]}  # all checked before anything runs
     for plan in plans:
         result = finished[plan.experiment.name]
@@ -151,7 +166,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
                     f" {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a"
                     " new run"
                 )
-    # 3. one experiment: measured, written, and the weights proved to be back
+    # 2. one experiment: measured, written, and the weights proved to be back
     bar = tqdm(
         total=len(finished),
         initial=sum(r is not None for r in finished.values()),
@@ -176,6 +191,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
             and (note := matcher.refusal(result))
         ):
             result["experiment"]["notes"].append(note)
+        result = marked(result, changed)
         save_arrays(run.path / "experiments", result)
         run.save(result)
         if result["error"]:
@@ -189,7 +205,7 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
         bar.update()
         return result
 
-    # 4. all of them, each with its noise twin
+    # 3. all of them, each with its noise twin
     try:
         for plan in plans:
             name = plan.experiment.name
@@ -215,6 +231,4 @@ def run_batch(run, manifest: dict, engine, plans: list, protocol, original: str,
             )
     finally:
         bar.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     return sum(r["status"] == "failed" for r in finished.values())

@@ -16,7 +16,7 @@ import tarfile
 from pathlib import Path
 
 from errors import FrankenError
-from files import write_bytes
+from files import read_bytes, write_bytes
 
 ARCHIVE = "experiments.tar.xz"
 MEMBER = re.compile(r"experiments/([^/.][^/]*)\.json")
@@ -43,10 +43,7 @@ def archive_bytes(files: dict[str, bytes]) -> bytes:
 
 def read_archive(path: Path) -> dict[str, bytes]:
     """What an archive holds, by the names of `member`. Raises FrankenError naming it if it is not whole."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise FrankenError(f"cannot read {path}: {e.strerror}") from e
+    data = read_bytes(path)
     try:
         return _files(data)
     except (lzma.LZMAError, tarfile.TarError, ValueError, EOFError) as e:
@@ -103,7 +100,7 @@ def pack(folder: Path) -> tuple[int, int, int]:
             partial.unlink(missing_ok=True)
     # 2) the files, each looked at once more
     for name, content in loose.items():
-        if _read(folder / name) != content:
+        if read_bytes(folder / name) != content:
             raise FrankenError(f"{folder / name} was written to while it was packed; it is kept")
         _remove(folder / name)
     if (folder / "experiments").is_dir() and not any((folder / "experiments").iterdir()):
@@ -130,7 +127,7 @@ def unpack(folder: Path) -> int:
         _settle(folder / "experiments")
     except OSError as e:
         raise FrankenError(f"cannot write to {folder}: {e.strerror}") from e
-    lost = [name for name, content in held.items() if _read(folder / name) != content]
+    lost = [name for name, content in held.items() if read_bytes(folder / name) != content]
     if lost:
         raise FrankenError(f"{folder / lost[0]} was not written as it should be; {ARCHIVE} is kept")
     _remove(archive)
@@ -141,7 +138,7 @@ def _loose(folder: Path) -> dict[str, bytes]:
     """The experiments that are files of their own; others' half-written files have a dot in front."""
     paths = (folder / "experiments").glob("*.json")
     named = {f"experiments/{path.name}": path for path in paths}
-    return {name: _read(path) for name, path in named.items() if MEMBER.fullmatch(name)}
+    return {name: read_bytes(path) for name, path in named.items() if MEMBER.fullmatch(name)}
 
 
 def _refuse_others(archive: Path, held: dict[str, bytes], loose: dict[str, bytes]) -> None:
@@ -150,13 +147,6 @@ def _refuse_others(archive: Path, held: dict[str, bytes], loose: dict[str, bytes
         raise FrankenError(
             f"{archive.parent / min(others)} is not what {ARCHIVE} has of that name; move one of them away"
         )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise FrankenError(f"cannot read {path}: {e.strerror}") from e
 
 
 def _remove(path: Path) -> None:

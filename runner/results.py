@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -34,7 +35,7 @@ import torch
 import prompts
 from errors import FrankenError
 from evaluate import SUITES
-from files import write_text
+from files import parse_json, read_bytes, read_json, write_text
 from runner import packing, tables
 from suites.base import Protocol
 from surgery.weights import ROOT
@@ -57,6 +58,7 @@ MANIFEST = {
     "original_fingerprint": str,
     "created": str,
 }
+NAME = re.compile(r"[\w+-][\w.+-]*")  # of an experiment, as it stands in file names, tables and pages
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "safetensors", "numpy", "scipy", "tokenizers")
 
 
@@ -76,27 +78,6 @@ def check_writable(folder: str | Path) -> None:
             f.write(b"x" * 65536)
     except OSError as e:
         raise FrankenError(f"cannot write results to {folder}: {e.strerror}") from e
-
-
-def read_json(path: Path) -> dict:
-    """Raises FrankenError naming the file if it is missing or not JSON without NaN."""
-    try:
-        data = path.read_bytes()
-    except OSError as e:
-        raise FrankenError(f"cannot read {path}: {e.strerror}") from e
-    return _parse(data, str(path))
-
-
-def _parse(data: bytes, place: str) -> dict:
-    """JSON without NaN. Raises FrankenError naming the place it comes from if it is none."""
-    try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse)
-    except ValueError as e:
-        raise FrankenError(f"{place} is corrupt ({e})") from e
-
-
-def _refuse(constant: str):
-    raise ValueError(f"{constant} is not JSON")
 
 
 def protocol_json(protocol: Protocol) -> dict:
@@ -198,7 +179,19 @@ class Run:
         lost = [key for key, kind in MANIFEST.items() if not isinstance(manifest.get(key), kind)]
         if lost:
             raise FrankenError(f"{run.manifest_path} is corrupt ({lost[0]} is missing or of another kind)")
+        for name in manifest["experiments"]:
+            if not isinstance(name, str) or not NAME.fullmatch(name):
+                raise FrankenError(f"{run.manifest_path} is corrupt ({str(name)[:80]!r} names no experiment)")
+        run.refuse_ways_out()
         return run, manifest
+
+    def refuse_ways_out(self) -> None:
+        """Raises FrankenError for a link that leads out of the run's folder, which may come from anywhere:
+        what it leads to would be read as a result, or removed when the run is packed."""
+        home = self.path.resolve()
+        for path in (*self.path.glob("*"), *(self.path / "experiments").glob("*")):
+            if path.is_symlink() and not path.resolve().is_relative_to(home):
+                raise FrankenError(f"{path} is a link that leads out of the run's folder; it is not followed")
 
     @contextlib.contextmanager
     def alone(self):
@@ -271,10 +264,7 @@ class Run:
             if packed is None:
                 return None
             return packed, stamp, f"{file.name} in {self.archive}", AGAIN_PACKED
-        try:
-            content, stamp = file.read_bytes(), _stamp(file)
-        except OSError as e:
-            raise FrankenError(f"cannot read {file}: {e.strerror}") from e
+        content, stamp = read_bytes(file), _stamp(file)
         if packed not in (None, content):  # equal after a kill while packing
             raise FrankenError(
                 f"{file} is not what {self.archive.name} has of that name; move one of them away"
@@ -312,7 +302,7 @@ class Run:
         content, stamp, place, again = read
         texts = self.texts()
         try:
-            result = _parse(content, place)
+            result = parse_json(content, place)
             if isinstance(result, dict) and result.get("schema_version") != 1 and "measurements" in result:
                 result["measurements"] = tables.unpack(result["measurements"], texts)
             if self._checked.get(name) != stamp:

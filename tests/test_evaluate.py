@@ -134,7 +134,7 @@ def test_users_texts(tmp_path):
         good.write_bytes(content)
         with pytest.raises(FrankenError, match="mine.txt: (holds no text|cannot be read as UTF-8)"):
             ev.read_text(str(good))
-    with pytest.raises(FrankenError, match="cannot be read"):
+    with pytest.raises(FrankenError, match="cannot read .*: Is a directory"):
         ev.read_text(str(tmp_path))
 
 

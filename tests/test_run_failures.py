@@ -11,8 +11,11 @@ from cli_runs import FOUR, latest, read, refused, resumed, stamps, timeless
 
 import evaluate
 import franken
+import report
 import run_all
 from errors import FrankenError
+from files import write_text
+from reporting import reports
 
 
 @pytest.fixture(autouse=True)
@@ -270,9 +273,97 @@ def test_a_run_is_not_resumed_with_other_weights_questions_or_experiments(finish
     manifest = finished / "manifest.json"
     whole = json.loads(manifest.read_text())
     for changed, what in (
-        ({"original_fingerprint": "0" * 32}, "weights"),
-        ({"protocol": whole["protocol"] | {"prompts_sha256": "0"}}, "protocol"),
-        ({"experiments": ["baseline_instruct"]}, "experiments"),
+        ({"original_fingerprint": "0" * 32}, "weights (000000000000 then, "),
+        ({"protocol": whole["protocol"] | {"prompts_sha256": "0"}}, "protocol: questions (0 then, "),
+        ({"experiments": ["baseline_instruct"]}, "experiments; start a new run"),
     ):
         manifest.write_text(json.dumps(whole | changed))
-        refused(resumed(finished, capfd), f"{finished} was made with other {what}; start a new run")
+        refused(resumed(finished, capfd), f"{finished} was made with other {what}")
+
+
+# ---- Ctrl-C where nothing is measured ----------------------------------------------------------------------
+
+
+def interrupting(monkeypatch, times: int, then=None):
+    """The first `times` calls of write_reports are interrupted; after that `then`, or what it really is."""
+    real, calls = reports.write_reports, []
+
+    def once(run):
+        calls.append(run)
+        if len(calls) <= times:
+            raise KeyboardInterrupt
+        return (then or real)(run)
+
+    monkeypatch.setattr(reports, "write_reports", once)
+    return calls
+
+
+def test_ctrl_c_during_the_report_says_what_is_done_and_makes_it_again(go, tmp_path, monkeypatch):
+    calls = interrupting(monkeypatch, 1)
+    code, out, err = go(*FOUR)
+    run = latest(tmp_path / "out")
+    assert (code, out, len(calls)) == (130, "", 2) and "Traceback" not in err
+    assert err.endswith(
+        f"\nInterrupted. 4 of 4 experiments are finished and kept; go on with:\n"
+        f"  python run_all.py --resume {run}\n"
+    )
+    assert (run / "summary.md").exists()
+
+
+def test_ctrl_c_twice_says_how_the_pages_are_made(go, tmp_path, monkeypatch):
+    interrupting(monkeypatch, 2)
+    code, out, err = go(*FOUR)
+    run = latest(tmp_path / "out")
+    assert (code, out) == (130, "") and "Traceback" not in err
+    last = f"Interrupted again: the run's pages are not finished; `python report.py {run}` makes them."
+    assert err.splitlines()[-1] == last
+    assert report.main([str(run)]) == 0 and (run / "summary.md").exists()
+
+
+def test_a_disk_that_is_full_when_an_interrupted_run_makes_its_pages(go, tmp_path, monkeypatch):
+    def full(run):
+        raise FrankenError("cannot write summary.md: No space left on device")
+
+    interrupting(monkeypatch, 1, full)
+    code, out, err = go(*FOUR)
+    run = latest(tmp_path / "out")
+    assert (code, out) == (130, "") and "Traceback" not in err
+    assert f"python run_all.py --resume {run}" in err
+    assert err.splitlines()[-1] == (
+        "The run's pages could not be made (cannot write summary.md: No space left on device);"
+        f" `python report.py {run}` makes them."
+    )
+
+
+def test_a_disk_that_is_full_when_the_pages_are_made_is_one_line(go, tmp_path, monkeypatch):
+    def full(*args):
+        raise FrankenError("cannot write summary.md: No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr(reports, "write_text", full)
+        code, out, err = go(*FOUR)
+    run = latest(tmp_path / "out")
+    assert (code, out) == (1, "") and "Traceback" not in err
+    assert err.splitlines()[-1] == (
+        "run_all.py: cannot write summary.md: No space left on device; finished experiments are kept; once"
+        f" mended: python run_all.py --resume {run}"
+    )
+    assert len(read(run)) == 4
+
+
+def test_ctrl_c_while_report_py_works_is_one_line(finished, capfd, monkeypatch):
+    interrupting(monkeypatch, 9)
+    monkeypatch.setattr(report, "write_reports", reports.write_reports)
+    assert report.main([str(finished)]) == 130
+    assert capfd.readouterr() == ("", "report.py: interrupted; the same command makes the pages again\n")
+
+
+def test_ctrl_c_leaves_no_half_written_file(tmp_path, monkeypatch):
+    def interrupted(fd):
+        raise KeyboardInterrupt
+
+    write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "a.txt", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "old")]

@@ -86,7 +86,7 @@ WRONG = {
     ),
     "text that is not there": (
         ["--perplexity-file", "/no/such.txt"],
-        "/no/such.txt: cannot be read as UTF-8 text",
+        "cannot read /no/such.txt: No such file or directory",
     ),
     "file that is not there": (["--experiments-file", "/no/such.py"], "No such file or directory"),
 }
