@@ -192,7 +192,7 @@ def test_a_run_does_not_go_on_with_other_prompts(dated, tmp_path, capfd):
     made = small_battery.tokenizer()
     made.chat_template = DATED.replace("assistant\n", "assistant: ")
     made.save_pretrained(dated / "instruct")
-    cli_runs.refused(cli_runs.resumed(run, capfd), "other prompts")
+    cli_runs.refused(cli_runs.resumed(run, capfd), "prompts (")
 
 
 def test_a_run_older_than_the_record_goes_on_with_one_line(dated, tmp_path, capfd):
