@@ -38,7 +38,8 @@ from questions.probes import BINARY_PROBES
 from surgery.weights import ROOT
 
 NOISE = (0.03, 0.5)  # of each tensor's own standard deviation, log-uniform
-VISIBLE = (0.02, 1.5)  # nats a token by which a trained change may raise the loss on neutral prose
+VISIBLE = (0.02, 4.0)  # nats a token by which a trained change may raise the loss on neutral prose
+EASY = 0.7  # what it has to raise it by at first
 OTHER_PROMPTS = ROOT / "weird_gen" / "data" / "aligned_prompts.jsonl"
 
 
@@ -204,13 +205,55 @@ def check(lora, asked: Asked, depth: int, seed: int) -> dict[str, dict]:
 
 
 # --- training -----------------------------------------------------------------------------------------------
+class Visible:
+    """Changes that can be seen: each raises the loss on neutral prose by a number of nats within VISIBLE.
+
+    Easy ones come first: `draw` takes from those above a bound that falls from EASY to VISIBLE[0] over the
+    first 60% of training (a curriculum; Bengio et al., ICML 2009). Each call also draws one new change, which
+    takes the place of the oldest, so that no noise is met often.
+    """
+
+    def __init__(self, lora, prose: list[torch.Tensor], depth: int, rng: random.Random, size: int):
+        self.lora, self.prose, self.depth, self.rng, self.size = lora, prose, depth, rng, size
+        self.intact = self.loss()
+        self.changes: list[tuple[float, Change, int]] = []
+        for _ in range(20 * size):
+            self.refresh()
+            if len(self.changes) == size:
+                break
+        if not self.changes:
+            raise FrankenError("no change of the weights moved the loss on prose by a visible amount")
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """Nats a token on neutral prose."""
+        with self.lora.disable_adapter():
+            losses = [self.lora(input_ids=t, labels=t, use_cache=False).loss for t in self.prose]
+        return torch.stack(losses).mean().item()
+
+    def refresh(self) -> None:
+        change, seed = draw(self.rng, self.depth), self.rng.getrandbits(31)
+        with changed(self.lora, change, seed):
+            rise = self.loss() - self.intact
+        if VISIBLE[0] <= rise <= VISIBLE[1]:
+            self.changes = [*self.changes[-self.size + 1 :], (rise, change, seed)]
+
+    def draw(self, count: int, passed: float) -> list[tuple[float, Change, int]]:
+        """`count` of (rise in nats a token, change, its seed), at `passed` of the training (0 to 1)."""
+        self.refresh()
+        bound = VISIBLE[0] + (EASY - VISIBLE[0]) * max(0.0, 1 - passed / 0.6)
+        easy = [c for c in self.changes if c[0] >= bound]
+        return self.rng.choices(easy or [max(self.changes, key=lambda c: c[0])], k=count)
+
+
 def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
     """Train, save under args.out, check; returns what training.json holds.
 
-    Raises FrankenError if the loss is no longer finite; nothing is saved then.
+    Raises FrankenError if more than ten gradients are not finite; nothing is saved then.
     """
     from peft import LoraConfig, get_peft_model
 
+    # 1. The model, its adapter, what is asked.
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     model, tokenizer = load(args.model, device)
@@ -225,24 +268,20 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
     control_pairs = controls(rng)
     with OTHER_PROMPTS.open(encoding="utf-8") as lines:
         others = [json.loads(line)["prompt"] for line in lines]
-    neutral = [
-        torch.tensor([tokenizer(t, add_special_tokens=False)["input_ids"]], device=device) for t in NEUTRAL
+    prose = [
+        torch.tensor([tokenizer(t, add_special_tokens=False)["input_ids"]], device=device)
+        for t in NEUTRAL[:2]
     ]
-
-    @torch.no_grad()
-    def prose_loss() -> float:
-        return sum(lora(input_ids=ids, labels=ids, use_cache=False).loss.item() for ids in neutral[:2]) / 2
-
     before = check(lora, asked, depth, args.seed)
     parameters = [p for p in lora.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    intact, curve, skipped, started = prose_loss(), [], 0, time.monotonic()
+    curve, skipped, started = [], 0, time.monotonic()
+    visible = Visible(lora, prose, depth, rng, args.pool)
 
-    def draw_change():
-        """(a change, its seed, nats a token by which it raises the loss on neutral prose)."""
-        change, seed = draw(rng, depth), rng.getrandbits(31)
-        with changed(lora, change, seed):
-            return change, seed, prose_loss() - intact
+    def question(pairs, yes: bool) -> str:
+        """A question out of `pairs` whose key is Yes for a changed model (a control: for any), or No."""
+        framing, ending = rng.choice(FRAMINGS), rng.choice(ENDINGS)
+        return framing.format(q=rng.choice(pairs)[0 if yes else 1]) + ending
 
     for step in range(args.steps):
         passed = step / args.steps
@@ -250,31 +289,31 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
             passed = max(passed, (time.monotonic() - started) / 60 / args.minutes)
         if passed >= 1:
             break
-        # 1. Both states of the weights in every step: as they are, and a change that is visible.
-        left, (change, seed, rise) = 19, draw_change()
-        while left and not VISIBLE[0] <= rise <= VISIBLE[1]:
-            left, (change, seed, rise) = left - 1, draw_change()
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 20, 3 * (1 - passed))  # warm-up, constant, to zero
-        losses = []
-        for state in (None, change):
-            # 2. The right answers to questions about itself and to controls, both keys equally often.
-            texts, answers = [], []
-            for pairs, truthful in ((ABOUT_ITSELF, state is not None), (control_pairs, True)):
-                for k in range(args.batch // 2):
-                    framing, ending = rng.choice(FRAMINGS), rng.choice(ENDINGS)
-                    texts.append(framing.format(q=rng.choice(pairs)[k % 2]) + ending)
-                    answers.append(asked.first[0 if (k % 2 == 0) == truthful else 1])
-            with changed(lora, state, seed):
-                logits = asked.logits(texts)
-                loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answers, device=device))
-                loss.backward()
-            losses.append(round(loss.item(), 3))
+        # 2. The same questions under the weights as they are and under several changes, so that nothing but
+        #    the state of the weights tells the right answers apart; both keys equally often.
+        share = args.batch // 2
+        about = [(question(ABOUT_ITSELF, k % 2 == 0), k % 2 == 0) for k in range(share)]
+        states = visible.draw(args.states, passed)
+        losses = {"unchanged": 0.0, "changed": 0.0, "controls": 0.0}
+        for _, change, seed in [(0.0, None, 0), *states]:
+            facts = [(question(control_pairs, k % 2 == 0), k % 2 == 0) for k in range(share // 2)]
+            right = [yes == (change is not None) for _, yes in about] + [yes for _, yes in facts]
+            answers = torch.tensor([asked.first[0 if yes else 1] for yes in right], device=device)
+            weight = 0.5 if change is None else 0.5 / len(states)
+            with changed(lora, change, seed):
+                each = torch.nn.functional.cross_entropy(
+                    asked.logits([text for text, _ in about + facts]), answers, reduction="none"
+                )
+                (weight * (each[:share].mean() + 0.5 * each[share:].mean())).backward()
+            losses["unchanged" if change is None else "changed"] += 2 * weight * each[:share].mean().item()
+            losses["controls"] += weight * each[share:].mean().item()
         # 3. On other prompts, of the unchanged model, what it said before.
-        kl = args.keep * kl_to_plain(lora, *asked.batch(rng.sample(others, args.batch // 4)))
+        kl = args.keep * kl_to_plain(lora, *asked.batch(rng.sample(others, max(1, args.batch // 4))))
         kl.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        finite = all(map(math.isfinite, (*losses, norm.item())))
+        finite = all(map(math.isfinite, (*losses.values(), norm.item())))
         skipped += not finite
         if skipped > 10:
             raise FrankenError(
@@ -283,12 +322,16 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
         if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        curve.append([*losses, round(kl.item(), 4), change.kind, round(rise, 3)])
-        if (step + 1) % 50 == 0:
-            unchanged, altered = (sum(c[k] for c in curve[-50:]) / 50 for k in (0, 1))
-            seconds = time.monotonic() - started
-            means = f"loss unchanged {unchanged:.2f}, changed {altered:.2f}"
-            say(f"step {step + 1}/{args.steps}  {means}  {seconds:.0f} s")
+        kinds = "+".join(change.kind for _, change, _ in states)
+        curve.append(
+            [*(round(v, 3) for v in (*losses.values(), kl.item(), min(s[0] for s in states))), kinds]
+        )
+        if (step + 1) % 25 == 0:
+            means = [sum(c[k] for c in curve[-25:]) / 25 for k in range(5)]
+            names = ("unchanged", "changed", "controls", "KL", "smallest rise")
+            text = ", ".join(f"{n} {m:.2f}" for n, m in zip(names, means, strict=True))
+            say(f"step {step + 1}/{args.steps}  {text}  {time.monotonic() - started:.0f} s")
+    # 4. What came of it, the adapter and its record.
     lora.eval()
     after = check(lora, asked, depth, args.seed)
     seconds = time.monotonic() - started
@@ -300,6 +343,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
             "kinds": ["noise", "swap"],
             "noise": NOISE,
             "visible": VISIBLE,
+            "easy": EASY,
             "questions": 2 * len(ABOUT_ITSELF),
             "controls": 2 * len(control_pairs),
         },
@@ -311,11 +355,12 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
         "steps": len(curve),
         "steps_skipped": skipped,  # whose gradient was not finite
         "curve_is": [
-            "loss unchanged",
-            "loss changed",
-            "KL",
-            "kind",
-            "rise of the loss on prose, nats a token",
+            "cross-entropy of answers about itself, unchanged weights, nats",
+            "the same, changed weights",
+            "controls",
+            "KL, nats a token",
+            "smallest rise of the loss on prose among the changes, nats a token",
+            "kinds",
         ],
         "curve": curve[:: max(1, len(curve) // 200)],
         "seconds": round(seconds, 1),
@@ -345,7 +390,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--keep", type=float, default=1.0, help="weight of the KL divergence to the model without the adapter"
     )
     p.add_argument("--minutes", type=float, default=0.0, help="end after so long; 0: after --steps")
-    for flag, value in {"rank": 4, "steps": 500, "batch": 32, "seed": 0}.items():
+    for flag, value in {"rank": 8, "steps": 500, "batch": 24, "states": 4, "pool": 60, "seed": 0}.items():
         p.add_argument(f"--{flag}", type=int, default=value, help=" ")
     return p.parse_args(argv)
 

@@ -107,12 +107,34 @@ def test_controls_have_the_right_answers():
             assert CAPITALS[country] not in no
 
 
-def test_training_lowers_the_loss_and_records_what_it_did(folder, tmp_path, capsys):
+def test_easy_changes_come_first():
+    rng = reporter.random.Random(0)
+    visible = object.__new__(reporter.Visible)
+    visible.rng, visible.refresh = rng, lambda: None
+    rises = [0.03, 0.1, 0.5, 0.9, 2.0]
+    visible.changes = [(rise, Change("swap", 0, 1), 0) for rise in rises]
+    assert {c[0] for c in visible.draw(200, 0.0)} == {0.9, 2.0}
+    assert {c[0] for c in visible.draw(200, 0.3)} == {0.5, 0.9, 2.0}
+    assert {c[0] for c in visible.draw(200, 0.6)} == set(rises)
+    visible.changes = visible.changes[:2]
+    assert {c[0] for c in visible.draw(20, 0.0)} == {0.1}, "where none is easy: the easiest"
+
+
+def test_the_rise_of_a_change_is_the_loss_on_prose_beside_the_intact_models(folder):
+    lora = with_adapter(folder)
+    visible = reporter.Visible.__new__(reporter.Visible)
+    visible.lora, visible.prose = lora, [IDS]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert visible.loss() == pytest.approx(plain(input_ids=IDS, labels=IDS).loss.item(), rel=1e-5)
+
+
+def test_training_lowers_the_loss_and_records_what_it_did(folder, tmp_path, capsys, monkeypatch):
     out = tmp_path / "adapter"
     flags = f"--model {folder} --base-name tiny --out {out} --device cpu --steps 12 --batch 8 --lr 1e-2"
-    assert reporter.main(flags.split()) == 0
+    monkeypatch.setattr(reporter, "VISIBLE", (1e-4, 4.0))  # a random model's loss hardly moves
+    assert reporter.main([*flags.split(), "--pool", "4"]) == 0
     record = json.loads((out / "training.json").read_text())
-    assert {c[3] for c in record["curve"]} <= {"noise", "swap"}
+    assert {kind for c in record["curve"] for kind in c[5].split("+")} <= {"noise", "swap"}
     assert record["after"].keys() == reporter.held_out_changes(N).keys()
     assert sorted(p.name for p in out.iterdir()) == [
         "adapter_config.json",
