@@ -154,10 +154,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--perplexity-file", help="measure perplexity on this UTF-8 text instead of the built-in ones"
     )
-    what.add_argument(
+    code = what.add_mutually_exclusive_group()
+    code.add_argument(
         "--execute-code",
         action="store_true",
-        help="run code answers in a limited process instead of only parsing them",
+        help=(
+            "run code answers instead of only parsing them, in bubblewrap: no other process, no network, no"
+            " file but the interpreter's and the system's, nothing to write to; without bubblewrap it is"
+            " refused"
+        ),
+    )
+    code.add_argument(
+        "--execute-code-unsandboxed",
+        action="store_const",
+        const="unsandboxed",
+        dest="execute_code",
+        help=(
+            "run code answers in a process with limits alone: keeps off mistakes, not code written to escape,"
+            " which can end or slow any process of yours"
+        ),
     )
     # 3. the run
     run = p.add_argument_group("the run")
@@ -330,6 +345,7 @@ def execute(args) -> int:
     from engine.generation import Engine
     from errors import FrankenError
     from experiments import TWIN
+    from questions import sandbox
     from reporting.reports import write_reports
     from runner import resuming
     from runner.batch import ended_by_signals, run_batch, set_threads
@@ -360,6 +376,7 @@ def execute(args) -> int:
     if args.perplexity_file:
         evaluate.read_text(args.perplexity_file)
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
+    sandbox.check(args.execute_code)
     sweep_windows(args)
     given = given_suites(args)
     refuse_beforehand(args, choose_pair(args.pair, args.base, args.instruct))

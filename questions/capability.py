@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from questions.grading import Choice, Code, CommaList, Exact, Grade, JsonObject, Matches, Number, Shape
+from questions.sandbox import Execute
 
 CATEGORIES = ("arithmetic", "reasoning", "instruction_following", "format", "code")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -27,9 +28,8 @@ class CapabilityItem:
     max_new_tokens: int
     published_like: bool = False
 
-    def grade(self, reply: str, execute_code: bool = False) -> Grade:
-        """Grades a reply; `execute_code` runs code answers in a limited process instead of only parsing
-        them."""
+    def grade(self, reply: str, execute_code: Execute = False) -> Grade:
+        """Grades a reply; `execute_code` runs code answers, which are parsed otherwise."""
         if isinstance(self.grader, Code):
             return self.grader.grade(reply, execute=execute_code)
         return self.grader.grade(reply)

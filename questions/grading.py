@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 
-from questions.sandbox import run_limited
+from questions.sandbox import Execute, run_limited
 
 WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 SENTENCE_END = re.compile(r"(?<=[.!?])[ \t]+|\n+")
@@ -313,7 +313,7 @@ class Code:
     arguments: int
     cases: tuple[tuple[tuple, object], ...]
 
-    def grade(self, reply: str, execute: bool = False) -> Grade:
+    def grade(self, reply: str, execute: Execute = False) -> Grade:
         blocks = re.findall(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", reply[:MAX_CODE], re.DOTALL) or [
             answer_part(reply)
         ]
@@ -343,7 +343,8 @@ class Code:
             source = ast.unparse(module)
         except RecursionError:
             return Grade(False, "nested too deeply to run")
-        outputs, why = run_limited(source, self.function, [args for args, _ in self.cases])
+        calls = [args for args, _ in self.cases]
+        outputs, why = run_limited(source, self.function, calls, execute=execute)
         if outputs is None:
             return Grade(False, f"run: {why}")
         passed = sum(ok and same(out, want) for (ok, out), (_, want) in zip(outputs, self.cases, strict=True))

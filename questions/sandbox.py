@@ -1,17 +1,35 @@
-"""Running a model's code away from us: a separate process with inputs in, JSON outputs out, and hard
-limits."""
+"""Running a model's code away from us: a separate process with inputs in, JSON outputs out, and hard limits.
+
+**In bubblewrap** (`bwrap`), which is what `--execute-code` means, the process has namespaces of its own: it
+sees no other process and no network, of the files only the interpreter's and the system's libraries, which
+it cannot write to, no home, no `/proc`, and cannot start a process. What it does not keep off is an exploit
+of the kernel.
+
+**Unsandboxed** there are only the limits and the audit hook below. Code written to escape can reach through
+built-in modules what no audit event announces: it can signal any process of the same user, move it to other
+cores, and make pipes wherever that user may write.
+"""
 
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import os
+import platform
 import secrets
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Literal
+
+from errors import FrankenError
 
 # Runs in the child, with no file of ours in reach. Audit hooks cannot be removed; everything not named is
 # refused.
@@ -40,7 +58,7 @@ if root:  # root is exempt from RLIMIT_NPROC
         os.setgid(65534)
         os.setuid(65534)
     except OSError:
-        pass
+        os._exit(3)  # root's rights cannot be given up: nothing is run with them
 def guard(event, args):
     if event not in {
             "compile", "exec", "object.__getattr__", "object.__setattr__", "sys._getframe",
@@ -93,6 +111,96 @@ _MODULES = (
     "typing",
 )
 _OUTPUT_CAP = 65_536  # bytes
+UNSANDBOXED: Literal["unsandboxed"] = "unsandboxed"
+Execute = bool | Literal["unsandboxed"]  # whether code is run, and whether without bubblewrap
+INSTALL = "install it (Debian and Ubuntu: `apt install bubblewrap`, Fedora: `dnf install bubblewrap`)"
+WEAKER = "or take --execute-code-unsandboxed, which code written to escape can get out of"
+# By machine: (its number for seccomp, system calls that answer "no such call", those that answer "not
+# allowed"). clone3 has its arguments in memory, where no filter sees them; the rest start processes, look
+# into others, make namespaces and devices, or are large surfaces of the kernel that no answer needs.
+_CALLS = {
+    "x86_64": (
+        0xC000003E,
+        (435,),  # clone3
+        # clone fork vfork ptrace mknod add_key keyctl mknodat unshare perf_event_open setns bpf userfaultfd
+        # io_uring_setup
+        (56, 57, 58, 101, 133, 248, 250, 259, 272, 298, 308, 321, 323, 425),
+    ),
+    "aarch64": (0xC00000B7, (435,), (220, 117, 33, 217, 219, 97, 241, 268, 280, 282, 425)),
+}
+
+
+def check(execute: Execute) -> None:
+    """Raises FrankenError with the way on where code could not be run under the guard asked for."""
+    if not execute:
+        return
+    if execute != UNSANDBOXED and shutil.which("bwrap") is None:
+        raise FrankenError(
+            "--execute-code runs what a model wrote, inside bubblewrap, and there is no `bwrap` here:"
+            f" {INSTALL}, {WEAKER}"
+        )
+    got, why = run_limited("def f(x):\n return x + 1", "f", [(1,)], execute=execute)
+    if got == [(True, 2)]:
+        return
+    if execute == UNSANDBOXED:
+        raise FrankenError(
+            f"--execute-code-unsandboxed: code cannot be run here, not even with what rights it must not have"
+            f" taken away ({why}); leave it out, and code answers are parsed alone"
+        )
+    raise FrankenError(
+        f"--execute-code: bubblewrap cannot run here ({_bwrap_says() or why}); in a container it needs leave"
+        f" to make user namespaces. Leave the flag out, and code answers are parsed alone, {WEAKER}"
+    )
+
+
+def _bwrap_says() -> str:
+    """The last line of bubblewrap's own words when it is asked for an empty box."""
+    tried = subprocess.run([*_bwrap(), "true"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    return (tried.stderr.strip().splitlines() or [""])[-1]
+
+
+@functools.cache
+def _bwrap() -> tuple[str, ...]:
+    """bubblewrap's command line up to the command that runs in it."""
+    python = Path(sys.base_prefix).resolve()
+    places = [Path("/usr"), *map(Path, ("/lib", "/lib64", "/lib32", "/etc/ld.so.cache"))]
+    if not python.is_relative_to("/usr"):
+        places.append(python)
+    shown = [word for place in places for word in ("--ro-bind-try", str(place), str(place))]
+    return (
+        *(shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-all", "--die-with-parent"),
+        *("--new-session", "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--clearenv"),
+        *("--hostname", "answer", *shown, "--dev", "/dev", "--remount-ro", "/dev", "--dir", "/empty"),
+        *("--remount-ro", "/", "--chdir", "/empty"),
+    )
+
+
+@functools.cache
+def _filter() -> bytes:
+    """A seccomp program (classic BPF, see seccomp(2)) for this machine; none for one that _CALLS lacks."""
+    if platform.machine() not in _CALLS:
+        return b""
+    machine, absent, refused = _CALLS[platform.machine()]
+    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
+    kill, allow, error = 0x80000000, 0x7FFF0000, 0x00050000
+    program = [
+        (load, 0, 0, 4),  # the machine that the call is made for
+        (equal, 1, 0, machine),
+        (answer, 0, 0, kill),
+        (load, 0, 0, 0),  # the call's number
+        (at_least, 0, 1, 0x40000000),  # x86's second table of calls
+        (answer, 0, 0, kill),
+    ]
+    for calls, number in ((absent, errno.ENOSYS), (refused, errno.EPERM)):
+        for call in calls:
+            program += [(equal, 0, 1, call), (answer, 0, 0, error | number)]
+    program.append((answer, 0, 0, allow))
+    return b"".join(struct.pack("=HBBI", *line) for line in program)
+
+
+def _interpreter() -> str:
+    """The interpreter itself: a virtual environment's is a link to it, from where the box shows nothing."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def run_limited(
@@ -100,6 +208,7 @@ def run_limited(
     function: str,
     calls: list[tuple],
     *,
+    execute: Execute = True,
     wall_s: float = 10.0,
     cpu_s: int = 2,
     memory_mb: int = 512,
@@ -111,11 +220,11 @@ def run_limited(
     seconds, memory, open files, file size (0) and processes (0, as "nobody" when started by root); an audit
     hook refuses files, sockets, processes, threads and imports beyond a list of pure modules; its process
     group is killed at the end or after `wall_s`. It is given inputs only, so a forged report would still have
-    to hold the right outputs. Limits of this: the network is shut off by the kernel (a new namespace) only on
-    Linux with Python 3.12 and enough rights, elsewhere by the hook alone; memory limits do not hold on macOS;
-    and no audit hook stops an exploit of the interpreter itself. Against code written to escape, run the
-    whole harness in a container. POSIX only.
+    to hold the right outputs. All of this inside bubblewrap, unless `execute` is UNSANDBOXED; see the
+    module's words on what each keeps off. Where bubblewrap is not there nothing is run. POSIX only.
     """
+    if execute != UNSANDBOXED and shutil.which("bwrap") is None:
+        return None, "there is no bubblewrap to run it in"
     # 1) what the child is told, through a file
     nonce = secrets.token_hex(16)
     limits = {
@@ -136,11 +245,19 @@ def run_limited(
     }
     # 2) the child, killed with all its group at the end or when its time is over
     expired = threading.Event()
-    with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as given:
-        given.write(json.dumps(job).encode())
-        given.seek(0)
+    with ExitStack() as held:
+        empty = held.enter_context(tempfile.TemporaryDirectory())
+        given, rules = (held.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+        for file, content in ((given, json.dumps(job).encode()), (rules, _filter())):
+            file.write(content)
+            file.seek(0)
+        command = [_interpreter(), "-I", "-S", "-B", "-c", _CHILD]
+        if execute != UNSANDBOXED:
+            filtered = ["--seccomp", str(rules.fileno())] if _filter() else []
+            command = [*_bwrap(), *filtered, *command]
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-B", "-c", _CHILD],
+            command,
+            pass_fds=[rules.fileno()] if execute != UNSANDBOXED else [],
             stdin=given,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -21,6 +21,7 @@ from engine.generation import Completion, Engine, Request
 from errors import FrankenError
 from franken import LiveModel
 from prompts import GROUPS
+from questions.sandbox import Execute
 from surgery.recipes import Recipe
 
 # Under this key a suite's measurements may hold numpy arrays by name, which a file beside the JSON keeps.
@@ -38,7 +39,7 @@ class Protocol:
     max_new_tokens: int = 80  # of a free-text reply; capability items have budgets of their own
     temperature: float = 0.7  # of free-text replies; capability answers are greedy
     seed: int = 0
-    execute_code: bool = False
+    execute_code: Execute = False
     texts: tuple[tuple[str, str], ...] = field(
         default_factory=lambda: tuple(sorted(prompts.NEUTRAL_TEXTS.items()))
     )

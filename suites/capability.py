@@ -7,7 +7,10 @@ from collections import defaultdict
 import prompts
 from analysis.stats import wilson_interval
 from engine.generation import Completion, Engine, Request
+from questions.sandbox import UNSANDBOXED
 from suites.base import Protocol, Suite, Work, reply_json
+
+HOW = {False: "parsed, not run", True: "executed", UNSANDBOXED: "executed without a sandbox"}
 
 
 class Capability(Suite):
@@ -47,7 +50,7 @@ class Capability(Suite):
             "low": interval.low,
             "high": interval.high,
             "by_category": {c: {"correct": sum(v), "n": len(v)} for c, v in by_category.items()},
-            "code": "executed" if protocol.execute_code else "parsed, not run",
+            "code": HOW[protocol.execute_code],
             "items": items,
         }
 

@@ -2,6 +2,7 @@
 
 import collections
 
+import guards
 import pytest
 
 from questions.capability import CAPABILITY, CATEGORIES
@@ -299,6 +300,6 @@ def test_the_prompt_itself_is_not_a_right_answer(id):
 def test_code_is_only_told_apart_from_wrong_code_by_running_it(id):
     item, wrong = ITEMS[id], WRONG_WHEN_RUN[id]
     assert item.grade(wrong).correct and item.grade(wrong).detail == "parsed, not run"
-    assert not item.grade(wrong, execute_code=True).correct
-    graded = item.grade(EXAMPLES[id][0][0], execute_code=True)
+    assert not item.grade(wrong, execute_code=guards.BEST).correct
+    graded = item.grade(EXAMPLES[id][0][0], execute_code=guards.BEST)
     assert graded.correct, graded.detail

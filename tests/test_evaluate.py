@@ -418,9 +418,10 @@ def test_code_is_run_only_where_that_is_asked_for(changed, monkeypatch):
 
     monkeypatch.setattr(prompts, "CAPABILITY", (Item(),))
     assert [
-        run(changed[0], "capability", execute_code=flag)["capability"]["code"] for flag in (False, True)
-    ] == ["parsed, not run", "executed"]
-    assert seen == [False, True]
+        run(changed[0], "capability", execute_code=flag)["capability"]["code"]
+        for flag in (False, True, "unsandboxed")
+    ] == ["parsed, not run", "executed", "executed without a sandbox"]
+    assert seen == [False, True, "unsandboxed"]
 
 
 # ---- free text ---------------------------------------------------------------------------------------------

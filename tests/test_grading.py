@@ -3,6 +3,7 @@
 import json
 import time
 
+import guards
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -216,7 +217,7 @@ def test_code_is_found_parsed_and_right_when_run(reply):
         and DOUBLE.grade(reply).detail == "parsed, not run"
     )
     assert DOUBLE.grade(reply).correct
-    run = DOUBLE.grade(reply, execute=True)
+    run = DOUBLE.grade(reply, execute=guards.BEST)
     assert run.correct and run.detail == "run: 2 of 2 cases right"
 
 
@@ -244,8 +245,8 @@ def test_code_of_the_wrong_shape_is_refused(reply):
 
 
 def test_code_that_does_not_parse_is_never_run(monkeypatch):
-    monkeypatch.setattr("questions.grading.run_limited", lambda *a: pytest.fail("ran"))
-    assert not DOUBLE.grade("def double(x) return", execute=True).correct
+    monkeypatch.setattr("questions.grading.run_limited", lambda *a, **k: pytest.fail("ran"))
+    assert not DOUBLE.grade("def double(x) return", execute=guards.BEST).correct
     assert DOUBLE.grade("def double(x):\n    return x").correct
 
 
