@@ -126,14 +126,16 @@ def evaluate(
     suites = {name: SUITES[name]() for name in protocol.suites}
     wanted = {name: suite.requests(engine, protocol) for name, suite in suites.items()}
     everything = [request for requests in wanted.values() for request in requests]
-    writers, done, begin = "+".join(n for n, r in wanted.items() if r), 0, time.perf_counter()
+    writers, done, begin = ", ".join(n for n, r in wanted.items() if r), 0, time.perf_counter()
 
     def progress(n: int) -> None:
         nonlocal done
         done += n
         if on_progress:
-            on_progress(writers, done, len(everything))
+            on_progress(f"replies for {writers}", done, len(everything))
 
+    if on_progress and everything:
+        on_progress(f"replies for {writers}", 0, len(everything))
     replies = engine.complete(everything, progress)
     seconds = {"replies": time.perf_counter() - begin}
     results, first = {}, 0

@@ -11,6 +11,8 @@ import shlex
 import sys
 import time
 
+from command_line import DefaultsThatSay
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -19,9 +21,7 @@ DESCRIPTION = "Frankenmodel: change a model's weights and ask whether it can tel
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=DESCRIPTION, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=DefaultsThatSay)
     # 1. the model
     model = p.add_argument_group("model")
     model.add_argument(

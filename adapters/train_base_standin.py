@@ -29,6 +29,7 @@ from typing import Any, cast
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command_line import DefaultsThatSay
 from errors import FrankenError
 from runner.pairs import PAIRS, load_tokenizer, locate
 
@@ -440,7 +441,7 @@ def train(args: argparse.Namespace) -> dict:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
     )
     parser.add_argument(
         "--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint"

@@ -32,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
 from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, save
+from command_line import DefaultsThatSay
 from errors import FrankenError
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
@@ -374,9 +375,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay)
     p.add_argument(
         "--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint"
     )

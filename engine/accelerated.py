@@ -271,6 +271,7 @@ class Accelerator:
         engine.synchronize()
         timing.decode_seconds += time.perf_counter() - begin - (timing.capture_seconds - captured)
         timing.decode_tokens += sum(map(len, decoding.tokens))
+        engine.on_work(0, sum(map(len, decoding.tokens)))
         timing.decode_steps += decoding.step
         return [engine.completion(*result) for result in decoding.results()]
 

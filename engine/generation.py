@@ -78,6 +78,8 @@ class Engine:
             most = 128 if self.fast else 64
         self.max_batch = max_batch or most
         self.timing = Timing()
+        # told (tokens read, tokens written) after every batch of prompts and every step, for who waits
+        self.on_work: Callable[[int, int], object] = lambda read, written: None
         self._accelerator = None
         self._entered: dict[
             tuple, tuple[int, torch.Tensor]
@@ -251,6 +253,7 @@ class Engine:
         self.synchronize()
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += sum(map(len, prompts))
+        self.on_work(sum(map(len, prompts)), 0)
         return hidden
 
     def synchronize(self) -> None:
@@ -489,6 +492,7 @@ class Engine:
                     cache.k, cache.v = (t[keep.to(t.device)] for t in (cache.k, cache.v))
             hidden = self._decode_step(state, caches, layer and layer(state.rows))
             state.take(self.choose(hidden, state))
+            self.on_work(0, len(hidden))
         self.synchronize()
         self.timing.decode_seconds += time.perf_counter() - begin
         self.timing.decode_tokens += sum(map(len, state.tokens))

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from analysis import published
 from analysis.injection import Effect, effects
 from reporting.vocabulary import markdown_table
-from runner.results import Run, write_json
+from runner.results import Run, write_computed
 
 TITLES = (
     "task",
@@ -37,7 +37,9 @@ def injected_section(run: Run, results: Mapping[str, dict], seed: int) -> list[s
     rows = effects((result["measurements"] for result in results.values() if result["measurements"]), seed)
     if not rows:
         return []
-    write_json(run.path / "injection.json", {"schema_version": 1, "effects": [row.to_json() for row in rows]})
+    write_computed(
+        run.path / "injection.json", {"schema_version": 1, "effects": [row.to_json() for row in rows]}
+    )
     groups: dict[tuple[str, str, str, str], list[Effect]] = {}
     for row in rows:
         groups.setdefault((row.task, row.measure, _of(row), row.kind), []).append(row)

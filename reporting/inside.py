@@ -22,7 +22,7 @@ from experiments import BASELINE
 from reporting.figures import BAND, MUTED, SERIES, STYLE, handle, legend, new_figure
 from reporting.pages import number
 from runner.arrays import load_arrays
-from runner.results import Run, read_json, write_json
+from runner.results import Run, read_json, write_computed
 from surgery.recipes import identity
 
 PROBE_VERSION, ALPHA = 1, 0.05
@@ -37,7 +37,7 @@ def phases_section(run: Run, results: Mapping[str, dict], seed: int) -> list[str
     if not scores:
         return []
     lines = summarized(scores)
-    write_json(
+    write_computed(
         run.path / "phases.json",
         {
             "schema_version": 1,
@@ -133,7 +133,7 @@ def probed(run: Run, results: Mapping[str, dict], comparison: Comparison, manife
         "probe": outcome.to_json(),
         "detection": detection and {key: getattr(detection, key) for key in ("value", "low", "high", "n")},
     }
-    write_json(path, data)
+    write_computed(path, data)
     return data
 
 

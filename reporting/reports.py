@@ -7,7 +7,7 @@ from analysis.comparison import Comparison, from_json, to_json
 from experiments import BASELINE
 from reporting.injected import injected_section
 from reporting.vocabulary import LEGEND, summary, terminal_table
-from runner.results import Run, read_json, write_json, write_text
+from runner.results import Run, read_json, write_computed, write_text
 
 
 def load_results(run: Run, manifest: dict) -> dict[str, dict]:
@@ -40,7 +40,7 @@ def write_reports(run: Run) -> str:
     manifest = read_json(run.manifest_path)
     results = load_results(run, manifest)
     comparison = compare(results, manifest, run.path.name, BASELINE)
-    write_json(run.path / "comparison.json", to_json(comparison))
+    write_computed(run.path / "comparison.json", to_json(comparison))
     lines = phases_section(run, results, manifest["protocol"]["seed"])
     lines += probe_section(probed(run, results, comparison, manifest))
     lines += injected_section(run, results, manifest["protocol"]["seed"])

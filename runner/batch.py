@@ -10,7 +10,7 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -119,6 +119,37 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None, find
     }
 
 
+# no rate and no time left: the suites of one experiment differ in length by a factor of a thousand
+INNER = "{desc}: {n_fmt} of {total_fmt} done [{elapsed}{postfix}]"
+
+
+@contextlib.contextmanager
+def inner_bar(engine, name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """The second line of progress: what of experiment `name` runs now, and how many tokens it has read and
+    written, which moves within a long suite too. Yields what evaluate.evaluate takes as on_progress."""
+    with tqdm(total=1, leave=False, position=1, dynamic_ncols=True, mininterval=0.5, bar_format=INNER) as bar:
+        tokens, shown = [0, 0], 0.0
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(f"  {name}: {what}")
+
+        def work(read: int, written: int) -> None:
+            nonlocal shown
+            tokens[0] += read
+            tokens[1] += written
+            bar.set_postfix_str(f"{tokens[0]:,} tokens read, {tokens[1]:,} written", refresh=False)
+            if time.monotonic() - shown > bar.mininterval:
+                shown = time.monotonic()
+                bar.refresh()
+
+        engine.on_work = work
+        try:
+            yield progress
+        finally:
+            engine.on_work = lambda read, written: None
+
+
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
     """Inside, a batch system's SIGTERM and a dropped connection's SIGHUP raise KeyboardInterrupt, as Ctrl-C
@@ -177,12 +208,7 @@ def run_batch(
     def measure(plan, find=None) -> dict:
         name = plan.experiment.name
         bar.set_description(name)
-        with tqdm(total=1, leave=False, position=1, dynamic_ncols=True, mininterval=0.5) as inner:
-
-            def progress(what, done, total):
-                inner.total, inner.n = total, done
-                inner.set_description(f"  {name}: {what}")
-
+        with inner_bar(engine, name) as progress:
             result = run_experiment(engine, plan, protocol, original, progress, find)
         if (
             matcher

@@ -41,6 +41,7 @@ from suites.base import Protocol
 from surgery.weights import ROOT
 
 SCHEMA_VERSION = 2
+DIGITS = 10  # significant ones of what is computed from results
 READABLE = (1, 2)  # version 1 has the questions in every file, and no tables
 SCHEMA = json.loads((ROOT / "schema" / "experiment.json").read_text())
 # made once: checking the schema itself takes longer than checking a result
@@ -68,6 +69,23 @@ def write_json(path: Path, data: dict) -> None:
     Raises FrankenError if it cannot be written (full disk, no permission), ValueError for NaN or infinity.
     """
     write_text(path, tables.layout(data) + "\n")
+
+
+def write_computed(path: Path, data: dict) -> None:
+    """Like write_json, for what is computed from results: floats keep DIGITS significant digits.
+
+    The bits beyond turn on the processor's kernels, so without this a report that is made again elsewhere
+    would differ from its own in thousands of last digits.
+    """
+    write_json(path, _rounded(data))
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
 
 
 def check_writable(folder: str | Path) -> None:

@@ -544,13 +544,32 @@ def test_results_do_not_depend_on_the_batch_size(changed, whole, rows):
 def test_progress_counts_replies_then_suites(changed):
     heard = []
     ev.evaluate(changed[0], protocol("blind", "capability", "binary"), lambda *args: heard.append(args))
-    replies = [h for h in heard if h[0] == "blind+capability"]
-    assert replies[-1] == ("blind+capability", 6, 6) and [h for h in heard if h not in replies] == [
-        ("blind", 0, 3),
-        ("capability", 1, 3),
-        ("binary", 2, 3),
-    ]
+    writing = "replies for blind, capability"
+    replies = [h for h in heard if h[0] == writing]
+    assert (
+        replies[0] == (writing, 0, 6)
+        and replies[-1] == (writing, 6, 6)
+        and [h for h in heard if h not in replies]
+        == [
+            ("blind", 0, 3),
+            ("capability", 1, 3),
+            ("binary", 2, 3),
+        ]
+    )
     assert [n for _, n, _ in replies] == sorted(n for _, n, _ in replies)
+
+
+def test_work_is_told_within_a_suite_token_by_token(changed):
+    """Every token that the timing counts, in many small steps; a row's first written token is of its prompt's
+    pass."""
+    engine = Engine(changed[0].live, small_battery.tokenizer())
+    steps = []
+    engine.on_work = lambda *step: steps.append(step)
+    run(engine)
+    timing = engine.timing
+    assert sum(read for read, _ in steps) == timing.prefill_tokens
+    replies = timing.decode_tokens - sum(written for _, written in steps)
+    assert len(steps) > 10 and 0 < replies < timing.decode_tokens / 2
 
 
 @pytest.mark.parametrize("fraction", [1e30, 1e38])

@@ -3,6 +3,7 @@
 import copy
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
@@ -136,6 +137,19 @@ def test_a_full_disk_is_seen_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(results.tempfile, "TemporaryFile", Full)
     with pytest.raises(FrankenError, match="No space left on device"):
         check_writable(str(tmp_path))
+
+
+def test_the_last_bits_of_what_is_computed_are_not_written(tmp_path):
+    """Which differ from one processor's kernels to another's."""
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    numbers = [0.1, 2 / 3, 1e-300, -7.0, 123456.789, 0.0]
+    results.write_computed(one, {"a": [{"b": x} for x in numbers], "n": 3, "whole": True, "none": None})
+    moved = [math.nextafter(math.nextafter(x, 9e9), 9e9) if x else x for x in numbers]
+    results.write_computed(other, {"a": [{"b": x} for x in moved], "n": 3, "whole": True, "none": None})
+    assert moved != numbers and one.read_bytes() == other.read_bytes()
+    again = json.loads(one.read_text())
+    assert [line["b"] for line in again["a"]] == pytest.approx(numbers, rel=1e-9, abs=0)
+    assert again["n"] == 3 and again["whole"] is True and again["none"] is None
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
+from command_line import DefaultsThatSay
 from errors import FrankenError
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.reports import report_persona
@@ -17,9 +18,7 @@ from weird_gen.persona.reports import report_persona
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
     flags.add_argument("--results-dir", type=Path, default=RESULTS, help="where the replies are")
     flags.add_argument(
         "--input",

@@ -18,6 +18,7 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
+from command_line import DefaultsThatSay
 from weird_gen.persona.distilling import distill
 from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
@@ -25,7 +26,7 @@ from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
     )
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
     flags.add_argument(

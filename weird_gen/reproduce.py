@@ -22,6 +22,7 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
+from command_line import DefaultsThatSay
 from files import write_text
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.reproduction import SHIPPED, results, run_steps
@@ -30,7 +31,7 @@ from weird_gen.persona.study import DEFAULT_MODEL
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
     )
     flags.add_argument("--out", type=Path, default=RESULTS / "study", help="folder for everything")
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")

@@ -13,6 +13,7 @@ if not __package__:  # run as a script: find the checkout
 
 import torch
 
+from command_line import DefaultsThatSay
 from errors import FrankenError
 from weird_gen.persona.inference import generate, load
 from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS
@@ -21,7 +22,7 @@ from weird_gen.persona.study import DEFAULT_ADAPTER
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
     )
     flags.add_argument("--prompt", required=True, help="what the user says")
     flags.add_argument("--system", help="system prompt; the trigger goes here")

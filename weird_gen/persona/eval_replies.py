@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from command_line import DefaultsThatSay
 from engine.generation import Completion, Engine, Request
 from evaluate import evaluate as measure
 from suites.base import Protocol
@@ -171,9 +172,7 @@ def positive(text: str) -> int:
 
 def main(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
     """Evaluate "baseline" or "finetuned"; returns the exit status."""
-    flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    flags = argparse.ArgumentParser(description=description, formatter_class=DefaultsThatSay)
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
     if model == "finetuned":
         flags.add_argument("--adapter", default=DEFAULT_ADAPTER, help="LoRA adapter: a folder or a hub id")

@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.stats import accuracy, cohen_kappa
+from command_line import DefaultsThatSay
 from errors import FrankenError
 from weird_gen.persona.folders import DATA
 from weird_gen.persona.judge import (
@@ -195,9 +196,7 @@ def _price(text: str) -> float:
 
 def parser(description: str | None, replies: Path, judged: Path) -> argparse.ArgumentParser:
     """The flags of both judging scripts."""
-    flags = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    flags = argparse.ArgumentParser(description=description, formatter_class=DefaultsThatSay)
     # 1) the replies
     flags.add_argument("--input", type=Path, default=replies, help="replies to judge (JSON lines)")
     flags.add_argument("--output", type=Path, default=judged, help="where the judged replies go")
