@@ -1,4 +1,4 @@
-"""The named configurations, in order of priority, and the sweeps.
+"""The named configurations, in order of priority; planning/ has what an experiment is, and the sweeps.
 
 Configurations are written for the 64-layer pair and scale to any depth: `m.at(10)` is the layer that lies as
 deep as layer 10 of 64 does, `m.cut(32)` the boundary as deep as between layers 31 and 32. What was asked for
@@ -37,222 +37,28 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import prompts
-from errors import FrankenError, RecipeError
+from errors import FrankenError, RecipeError  # noqa: F401  what users' files may raise
 from files import read_bytes
-from surgery.recipes import (
-    PERMUTED,
-    Recipe,
-    attenuate,
-    blend,
-    delete,
-    describe_change,
-    double,
-    identity,
-    keep_every,
-    linear,
-    parallel,
-    permute_units,
-    perturb,
-    repeat,
-    reverse,
-    shuffle,
-    sigmoid,
-    splice,
-    swap,
-    swap_chunks,
-    with_outer,
+from planning.experiment import (
+    CONTROLS,
+    EVERYTHING,
+    PUBLISHED_DEPTH,
+    QUICK,
+    Experiment,
+    Model,
+    Plan,  # noqa: F401
+    one_line,
 )
+from planning.sweeps import SIZED, SWEEP_FIELDS, SWEEPS, sweep, window_sweep  # noqa: F401  offered here too
+from surgery.recipes import *  # every operation, for this file and for users' files
 
-PUBLISHED_DEPTH = 64
 BASELINE = "baseline_instruct"
-CONTROLS = ("placebo", "matched noise", "injection")
 TWIN = "__matched_noise"  # ends the name of an experiment's noise twin; see matched_noise.py
-
-
-@dataclass
-class Model:
-    """What an experiment builds on: the unmodified recipe, and positions of the 64-layer pair scaled to its
-    depth."""
-
-    recipe: Recipe
-    seed: int = 0
-    scaled: list[tuple[str, object, object]] = field(default_factory=list)  # (what, asked for, applied)
-
-    @property
-    def n(self) -> int:
-        """Layers."""
-        return len(self.recipe)
-
-    @property
-    def model(self) -> Recipe:
-        """Another name of `recipe`, which users' files have."""
-        return self.recipe
-
-    def _scale(self, position: int) -> int:
-        return position * self.n // PUBLISHED_DEPTH
-
-    def at(self, layer: int) -> int:
-        """The layer that lies as deep as `layer` of 64. Raises RecipeError if there is no such layer of
-        64."""
-        if not 0 <= layer < PUBLISHED_DEPTH:
-            raise RecipeError(
-                f"layer {layer} is out of range: positions are given for {PUBLISHED_DEPTH} layers"
-            )
-        self.scaled.append(("layer", layer, self._scale(layer)))
-        return self._scale(layer)
-
-    def cut(self, boundary: int) -> int:
-        """The boundary as deep as the one before layer `boundary` of 64 (64: the end)."""
-        if not 0 <= boundary <= PUBLISHED_DEPTH:
-            raise RecipeError(
-                f"boundary {boundary} is out of range: positions are given for {PUBLISHED_DEPTH} layers"
-            )
-        self.scaled.append(("boundary", boundary, self._scale(boundary)))
-        return self._scale(boundary)
-
-    def block(self, start: int, stop: int) -> tuple[int, int]:
-        """The layers [start, stop) of 64; at least one layer. Raises RecipeError if 64 layers have no such
-        block."""
-        _check_published(start, stop)
-        a = min(self._scale(start), self.n - 1)
-        b = max(self._scale(stop), a + 1)
-        self.scaled.append(("layers", [start, stop], [a, b]))
-        return a, b
-
-    def chunks(
-        self, first: tuple[int, int], second: tuple[int, int]
-    ) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Two blocks of equal length; where rounding makes them differ, both take the shorter length.
-
-        Raises RecipeError if 64 layers have no such blocks or they differ in length there.
-        """
-        for block in (first, second):
-            _check_published(*block)
-        if first[1] - first[0] != second[1] - second[0]:
-            raise RecipeError(f"chunks {list(first)} and {list(second)} differ in length")
-        (a, a_end), (b, b_end) = ((self._scale(x), self._scale(y)) for x, y in (first, second))
-        length = max(1, min(a_end - a, b_end - b))
-        self.scaled += [("layers", list(first), [a, a + length]), ("layers", list(second), [b, b + length])]
-        return (a, a + length), (b, b + length)
-
-
-def _check_published(start: int, stop: int) -> None:
-    if not 0 <= start < stop <= PUBLISHED_DEPTH:
-        raise RecipeError(
-            f"layers [{start}:{stop}] are empty or out of range: positions are given for {PUBLISHED_DEPTH}"
-            " layers"
-        )
-
-
-def _one_line(e: Exception) -> str:
-    return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """A named surgery. `build` takes a Model and returns the Recipe; it must not depend on anything else."""
-
-    name: str
-    group: str
-    build: Callable[[Model], Recipe]
-    hypothesis: str = ""
-    changes_nothing: bool = False  # the baseline and the injection: not being changed is their point
-    suites: tuple[str, ...] | None = None  # what it is asked; None: the run's
-    control: str | None = None  # what kind of control it is; see CONTROLS
-    sweep: dict | None = None  # of which sweep, and where in it; see `sweep`
-    also: tuple[str, ...] = ()  # suites that it is asked besides, where they can be asked of its recipe
-
-    def plan(self, n_layers: int, seed: int = 0) -> Plan:
-        """The recipe for a model of this depth, with what was asked for. Raises FrankenError naming the
-        experiment."""
-        model = Model(identity(n_layers), seed)
-        try:
-            recipe = self.build(model)
-        except RecipeError as e:
-            raise FrankenError(f"experiment {self.name}: {e}") from e
-        except Exception as e:  # a user's own function may raise anything
-            raise FrankenError(f"experiment {self.name}: {_one_line(e)}") from e
-        if not isinstance(recipe, Recipe):
-            raise FrankenError(
-                f"experiment {self.name}: build returned {type(recipe).__name__}, not a Recipe"
-            )
-        suites, notes = self._asked(recipe, model.recipe)
-        asked = [(what, str(a)) for what, a, _ in model.scaled]
-        applied = [(what, str(b)) for what, _, b in model.scaled]
-        merged = len(set(applied)) < len(set(asked))
-        if merged:
-            notes.append(
-                f"collapsed: on {n_layers} layers, different positions of the {PUBLISHED_DEPTH}-layer pair"
-                " become one"
-            )
-        idle = recipe == model.recipe and not self.changes_nothing
-        if idle:
-            notes.append(f"collapsed: on {n_layers} layers this experiment changes nothing")
-        change = describe_change(recipe, model.recipe)
-        return Plan(
-            replace(self, suites=suites), recipe, change, model.scaled, notes, collapsed=merged or idle
-        )
-
-    def _asked(self, recipe: Recipe, original: Recipe) -> tuple[tuple[str, ...] | None, list[str]]:
-        """What this recipe is asked, with notes on what of `also` it cannot be.
-
-        Raises FrankenError for a suite of its own that hands a cache between recipes of different depth.
-        """
-        suites, notes = self.suites, []
-        for name in prompts.ONE_DEPTH:
-            if len(recipe) == len(original):
-                continue
-            depths = f"{len(original)} layers in the intact model, {len(recipe)} in the changed one"
-            if name in (suites or ()):
-                raise FrankenError(
-                    f"experiment {self.name}: the suite {name} hands one model's cache to the other, which"
-                    f" needs equal depths: {depths} (--also {name} asks it only where it can be asked)"
-                )
-            if name in self.also:
-                notes.append(f"not asked {name}, which needs equal depths: {depths}")
-        if self.also:
-            fits = len(recipe) == len(original) and recipe != original
-            more = [name for name in self.also if fits or name not in prompts.ONE_DEPTH]
-            suites = tuple(dict.fromkeys([*(suites or EVERYTHING), *more]))
-        return suites, notes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An experiment fitted to a model's depth."""
-
-    experiment: Experiment
-    recipe: Recipe
-    change: str  # one line for people
-    scaled: list[tuple[str, object, object]]
-    notes: list[str]
-    collapsed: bool = False  # on this depth its positions coincide, or it changes nothing
-    matched: dict | None = None  # how noise was matched to another experiment; see matched_noise.py
-
-    def to_json(self) -> dict:
-        e = self.experiment
-        positions = [
-            {"what": what, "asked_of_64": asked, "applied": applied} for what, asked, applied in self.scaled
-        ]
-        return {
-            "name": e.name,
-            "group": e.group,
-            "hypothesis": e.hypothesis,
-            "suites": None if e.suites is None else list(e.suites),
-            "control": e.control,
-            "sweep": e.sweep,
-            "matched": self.matched,
-            "change": self.change,
-            "positions": positions,
-            "collapsed": self.collapsed,
-            "notes": self.notes,
-            "recipe": self.recipe.to_json(),
-        }
 
 
 def _base_first(k: int):
@@ -276,7 +82,6 @@ def _swap_chunks(a: tuple[int, int], b: tuple[int, int]):
 
 
 PLACEBO_SEEDS = 7
-QUICK, EVERYTHING = prompts.GROUPS["quick"], prompts.GROUPS["all"]
 
 
 def _placebo(what: str, k: int) -> Experiment:
@@ -533,188 +338,6 @@ GRIDS: list[Experiment] = [
 ]
 
 
-SWEEPS = ("window", "replace", "delete", "double", "repeat", "parallel", "noise", "blend")
-SIZED = ("window", "delete", "double", "repeat", "parallel")  # --size and --step say of what, and how densely
-WINDOW = GRID = (
-    4  # layers of a window, and between two boundaries of the scan over repeats, if nothing is said
-)
-SWEEP_FIELDS = {
-    "kind": str,
-    "source": str | None,
-    "size": int | None,
-    "start": int | None,
-    "stop": int | None,
-    "dose": float | None,
-}
-NOISE_LADDER = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
-BLEND_LADDER = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-
-def _step(
-    kind: str,
-    name: str,
-    build: Callable[[Model], Recipe],
-    why: str,
-    source=None,
-    start=None,
-    stop=None,
-    dose=None,
-) -> Experiment:
-    where = {
-        "kind": kind,
-        "source": source,
-        "size": None if start is None else stop - start,
-        "start": start,
-        "stop": stop,
-        "dose": dose,
-    }
-    return Experiment(name, f"sweep_{kind}", build, why, suites=QUICK, sweep=where)
-
-
-def window_sweep(
-    width: int, n_layers: int, source: str = "base", stride: int | None = None
-) -> list[Experiment]:
-    """Replace each window of `width` layers by `source`'s, at native depth, every `stride` (default: width)
-    layers.
-
-    Windows that would reach beyond the model are left out. Raises FrankenError for a width that does not fit
-    at all.
-    """
-    if not 1 <= width <= n_layers:
-        raise FrankenError(f"a window of {width} layers does not fit a model of {n_layers}")
-    return [
-        _step(
-            "window",
-            f"window_{source}_{a}_{a + width}",
-            lambda m, a=a: splice(m.recipe, source, a, a + width),
-            f"{source} in layers [{a}:{a + width}]",
-            source,
-            a,
-            a + width,
-        )
-        for a in range(0, n_layers - width + 1, stride or width)
-    ]
-
-
-def sweep(
-    kind: str, n_layers: int, sizes: Sequence[int] | None = None, step: int | None = None
-) -> list[Experiment]:
-    """Where and how much, at native depth: a sweep over layers or blocks, or a ladder of doses over all.
-
-    "window" and "replace" take the base's layers, the one in windows, the other one by one; "delete" and
-    "double" take single layers or windows, "parallel" windows whose layers run side by side. "repeat" runs
-    [start, stop) once more for every start and stop on a grid, as the block scans of RYS do. "noise" and
-    "blend" (base share) change all layers. Every experiment's `sweep` says where it stands: kind, source,
-    size, start, stop (layers of this model), dose.
-
-    sizes: layers in a window; if None, 4 for window and parallel, 1 for delete and double, any for repeat.
-    step: layers from one window to the next (if None, the size), or between the grid's lines (4). Raises
-    FrankenError for sizes that do not fit the model.
-    """
-    # 1. blocks of layers, and single ones
-    if kind == "window":
-        windows = [w for size in sizes or (WINDOW,) for w in window_sweep(size, n_layers, stride=step)]
-        # in this order the layers below a window need not be computed again
-        return sorted(windows, key=lambda w: w.sweep["start"] if w.sweep else 0)
-    if kind == "repeat":
-        return _repeat_scan(n_layers, sizes, step or GRID)
-    if kind == "replace":
-        return [
-            _step(
-                kind,
-                f"replace_{k}",
-                lambda m, k=k: splice(m.recipe, "base", k, k + 1),
-                f"base in layer {k}",
-                "base",
-                k,
-                k + 1,
-            )
-            for k in range(n_layers)
-        ]
-    if kind in BLOCKS:
-        return _block_sweep(kind, n_layers, sizes or (WINDOW if kind == "parallel" else 1,), step)
-    # 2. doses over all layers
-    if kind == "noise":
-        return [
-            _step(
-                kind,
-                f"noise_{f}",
-                lambda m, f=f: perturb(m.recipe, f, m.seed),
-                f"{100 * f:g}% noise on all layers",
-                dose=f,
-            )
-            for f in NOISE_LADDER
-        ]
-    return [
-        _step(
-            kind,
-            f"blend_{s}",
-            lambda m, s=s: blend(m.recipe, "base", [s] * m.n),
-            f"base share {s} in all layers",
-            "base",
-            dose=s,
-        )
-        for s in BLEND_LADDER
-    ]
-
-
-# What a sweep does to a block of layers, and how it is said of a block; of a single layer.
-BLOCKS = {
-    "delete": (delete, "without layers", "without layer"),
-    "double": (double, "twice through each of layers", "twice through layer"),
-    "parallel": (parallel, "side by side layers", ""),
-}
-
-
-def _check_sizes(kind: str, n_layers: int, sizes: Sequence[int]) -> None:
-    least, most = (2 if kind == "parallel" else 1), (n_layers - 1 if kind == "delete" else n_layers)
-    for size in sizes:
-        if not least <= size <= most:
-            raise FrankenError(
-                f"--sweep {kind}: a block of {size} does not fit, of {n_layers} it takes {least} to {most}"
-            )
-
-
-def _block_sweep(kind: str, n_layers: int, sizes: Sequence[int], step: int | None) -> list[Experiment]:
-    _check_sizes(kind, n_layers, sizes)
-    operation, of_block, of_layer = BLOCKS[kind]
-    blocks = [(a, a + size) for size in sizes for a in range(0, n_layers - size + 1, step or size)]
-    return [
-        _step(
-            kind,
-            f"{kind}_{a}" if b == a + 1 else f"{kind}_window_{a}_{b}",
-            lambda m, a=a, b=b: operation(m.recipe, a, b),
-            f"{of_layer} {a}" if b == a + 1 else f"{of_block} [{a}:{b}]",
-            None,
-            a,
-            b,
-        )
-        for a, b in sorted(blocks)
-    ]
-
-
-def _repeat_scan(n_layers: int, sizes: Sequence[int] | None, step: int) -> list[Experiment]:
-    """Every block between two boundaries of the grid 0, step, 2 step, ..., run once more; of the given sizes,
-    if any. In the order of their ends: layers up to there are as in the unmodified model."""
-    _check_sizes("repeat", n_layers, sizes or ())
-    lines = range(0, n_layers + 1, step)
-    blocks = [(a, b) for b in lines for a in lines if a < b and (sizes is None or b - a in sizes)]
-    if not blocks:
-        raise FrankenError(f"--sweep repeat: no such block of {n_layers} layers lies on a grid of {step}")
-    return [
-        _step(
-            "repeat",
-            f"repeat_window_{a}_{b}",
-            lambda m, a=a, b=b: repeat(m.recipe, a, b),
-            f"layers [{a}:{b}] once more",
-            None,
-            a,
-            b,
-        )
-        for a, b in blocks
-    ]
-
-
 def with_suites(
     chosen: Sequence[Experiment],
     given: tuple[str, ...] | None,
@@ -790,9 +413,9 @@ def load_file(path: str) -> list[Experiment]:
         raise
     except ModuleNotFoundError as e:
         hint = f"; {MOVED[e.name]}" if e.name in MOVED else ""
-        raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}{hint}") from e
+        raise FrankenError(f"{path}: cannot be used as an experiments file: {one_line(e)}{hint}") from e
     except Exception as e:
-        raise FrankenError(f"{path}: cannot be used as an experiments file: {_one_line(e)}") from e
+        raise FrankenError(f"{path}: cannot be used as an experiments file: {one_line(e)}") from e
     names = set()
     for entry in experiments:
         if (

@@ -25,34 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from errors import FrankenError
-from surgery.recipes import (  # noqa: F401  the operations are offered here too: `from franken import swap, perturb`
-    PERMUTED,
-    Noise,
-    Permute,
-    Recipe,
-    Ref,
-    Slot,
-    attenuate,
-    blend,
-    delete,
-    describe_change,
-    double,
-    identity,
-    keep_every,
-    linear,
-    parallel,
-    permute_units,
-    perturb,
-    plain,
-    repeat,
-    reverse,
-    shuffle,
-    sigmoid,
-    splice,
-    swap,
-    swap_chunks,
-    with_outer,
-)
+from surgery.recipes import *  # the operations are offered here too: `from franken import swap, perturb`
 from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part, read_tensor, tensor_hash
 
 

@@ -13,6 +13,37 @@ from math import exp, isfinite
 
 from errors import RecipeError
 
+# What `from surgery.recipes import *` brings; `experiments` and `franken` offer it by their own names
+# too: an operation of your own joins this list.
+__all__ = [
+    "PERMUTED",
+    "Noise",
+    "Permute",
+    "Recipe",
+    "Ref",
+    "Slot",
+    "describe_change",
+    "identity",
+    "plain",
+    "attenuate",
+    "blend",
+    "delete",
+    "double",
+    "keep_every",
+    "linear",
+    "parallel",
+    "permute_units",
+    "perturb",
+    "repeat",
+    "reverse",
+    "shuffle",
+    "sigmoid",
+    "splice",
+    "swap",
+    "swap_chunks",
+    "with_outer",
+]
+
 
 @dataclass(frozen=True, order=True)
 class Ref:
