@@ -161,6 +161,6 @@ class ChatTemplate:
         """What a manifest records: two engines with equal values and tokenizers ask alike."""
         return {
             "sha256": hashlib.sha256(self.source.encode("utf-8", "backslashreplace")).hexdigest(),
-            "moment": self.moment.isoformat(),
+            "moment": self.moment.isoformat() if CLOCK in self.source else None,
             "thinking": self.thinking,
         }

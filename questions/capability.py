@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from questions.grading import Choice, Code, CommaList, Exact, Grade, JsonObject, Matches, Number, Shape
 from questions.sandbox import Execute
+from questions.thoughts import without_thought
 
 CATEGORIES = ("arithmetic", "reasoning", "instruction_following", "format", "code")
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -29,7 +30,9 @@ class CapabilityItem:
     published_like: bool = False
 
     def grade(self, reply: str, execute_code: Execute = False) -> Grade:
-        """Grades a reply; `execute_code` runs code answers, which are parsed otherwise."""
+        """Grades a reply without the thought that it may begin with; `execute_code` runs code answers in a
+        limited process instead of only parsing them."""
+        reply = without_thought(reply)
         if isinstance(self.grader, Code):
             return self.grader.grade(reply, execute=execute_code)
         return self.grader.grade(reply)

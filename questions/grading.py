@@ -12,6 +12,7 @@ import ast
 import json
 import math
 import re
+import symtable
 import unicodedata
 import warnings
 import zlib
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from questions.sandbox import Execute, run_limited
+from questions.thoughts import without_thought
 
 WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 SENTENCE_END = re.compile(r"(?<=[.!?])[ \t]+|\n+")
@@ -39,9 +41,9 @@ class Grade:
 
 
 def answer_part(reply: str) -> str:
-    """The reply up to the first turn marker after its start: invented further questions are not part of the
-    answer."""
-    text = reply.strip()
+    """The reply without a thought before it, up to the first turn marker after its start: invented further
+    questions are not part of the answer."""
+    text = without_thought(reply).strip()
     cut = next((m.start() for m in TURN_MARKER.finditer(text) if m.start() > 0), len(text))
     return text[:cut].strip()
 
@@ -51,64 +53,127 @@ def sentences(text: str) -> list[str]:
 
 
 NUMBER = re.compile(
-    r"(?<![\w.])[-−]?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+    r"(?<![\w.])[-−–]?\$?(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
-ANSWER_MARK = re.compile(r"\banswer\s*(?:is|was|:|=)|####|\\boxed\{", re.IGNORECASE)
+ANSWER_MARK = re.compile(r"\banswer[\s*_]*(?:is|was|:|=)|####|\\boxed\{", re.IGNORECASE)
 UNFINISHED = re.compile(r"(?:[?=]|\s[-+*/×(])$")
 LISTED = re.compile(r"[\s,;/|–-]*(?:\b(?:or|and|to)\b)?[\s,;/|–-]*")
+# What is not the answer within a sentence that gives one: an aside, a reason, a power, a number denied, and
+# numbers of what the answer is about ("in 6 years", "for 100 machines").
+ASIDE = re.compile(r"\([^()]*\)")
+REASON = re.compile(r"[,\s](?:because|since|as|which|where)\b.*", re.IGNORECASE | re.DOTALL)
+POWER = re.compile(r"(?<![0-9.,])[0-9.,]+\s*(?:\^\s*\{?[0-9]+\}?|[⁰¹²³⁴-⁹]+)")
+DENIED = re.compile(r"\b(?:not|never|rather than|instead of)\s+\$?$|n['’]t\s+\$?$", re.IGNORECASE)
+ABOUT = re.compile(
+    r"(?:\b(?:in|for|after|before|from|than|per|by|at|every|within|to make)|(?:%|\bpercent|\bhalf) of)"
+    r"\s+(?:the\s+|all\s+)?\$?$",
+    re.IGNORECASE,
+)
+CONCLUSION = re.compile(r"\b(?:so|thus|hence|therefore)\b", re.IGNORECASE)
+NEGATIVE = re.compile(
+    r"(\A\W*|[=:]\s*|\b(?:is|are|was|be|equals)\s+)(?:minus|negative)\s+(?=[0-9])", re.IGNORECASE
+)
+MATH_MARKS = re.compile(r"\\[()\[\]]|\\,")
+FULL_WIDTH = {0xFF10 + digit: str(digit) for digit in range(10)}
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen eighteen nineteen twenty"
+)
+NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS.split())}
 
 
 def _value(match: re.Match) -> float:
-    return float(match.group().replace(",", "").replace("$", "").replace("−", "-"))
+    return float(match.group().replace(",", "").replace("$", "").replace("−", "-").replace("–", "-"))
+
+
+def _before(text: str, match: re.Match) -> str:
+    """The few words before a match."""
+    return text[max(0, match.start() - 30) : match.start()]
+
+
+def _plain_numbers(text: str) -> str:
+    """The text with numbers in one notation: ASCII digits, a sign for "minus", no marks of mathematics."""
+    return NEGATIVE.sub(r"\1-", MATH_MARKS.sub(" ", text.translate(FULL_WIDTH)))
 
 
 def _bare_number(line: str) -> float | None:
     """The value of a line that is one number with at most two words of unit, else None."""
-    numbers = list(NUMBER.finditer(line))
+    found = list(NUMBER.finditer(line))
     if (
-        len(numbers) != 1
-        or WORD.search(line[: numbers[0].start()])
-        or len(WORD.findall(line[numbers[0].end() :])) > 2
+        len(found) != 1
+        or WORD.search(line[: found[0].start()])
+        or len(WORD.findall(line[found[0].end() :])) > 2
     ):
         return None
-    return _value(numbers[0])
+    return _value(found[0])
+
+
+def _spelled_number(text: str) -> float | None:
+    """The value of the one number from zero to twenty that stands in words, else None."""
+    values = {NUMBER_WORDS[word] for w in WORD.findall(text) if (word := w.lower()) in NUMBER_WORDS}
+    return float(values.pop()) if len(values) == 1 else None
+
+
+def _statement(sentence: str) -> str:
+    """A sentence without its asides, reasons and powers, and of what is left the conclusion; whatever would
+    take away the last number stays."""
+    part = sentence
+    for shorter in (ASIDE, REASON, POWER):
+        less = shorter.sub(" ", part)
+        part = less if NUMBER.search(less) else part
+    tail = CONCLUSION.split(part)[-1]
+    return tail if NUMBER.search(tail) else part
 
 
 @dataclass(frozen=True)
 class Number:
     """One number. Read from, in this order: what follows the last "answer is", "answer:", "####" or
     "\\boxed{"; the first line, if it is a number alone; the last sentence that holds a number and is neither
-    a question nor an equation cut off in the middle. Within that: the first number after the last "=" (or
-    after the mark), otherwise the last one. Thousands commas, "$", units and a final period are read past.
-    Wrong: a number in a run of others ("11, 12 or 13"), or different bare numbers on several lines.
+    a question nor an equation cut off in the middle. Within that: the first number after the mark or the last
+    "="; otherwise the last number of what the sentence states, which leaves out asides in brackets, reasons
+    ("because", "since", "as", "which"), powers, numbers denied ("not 14") and what the answer is about ("in 6
+    years", "for 100 machines"). Thousands commas, "$", units, a final period and marks of LaTeX are read
+    past; a sign may be a dash or a word. A reply without digits may spell one number, up to twenty. Wrong: a
+    number in a run of others ("11, 12 or 13"), or different bare numbers on several lines. Limit: a second
+    statement after "and" is taken for the answer.
     """
 
     value: float
     tolerance: float = 1e-9
 
     def grade(self, reply: str) -> Grade:
-        text = answer_part(reply)
+        # 1) the sentence that gives the answer
+        text = _plain_numbers(answer_part(reply))
         bare = {v for line in text.splitlines() if (v := _bare_number(line)) is not None}
         if len(bare) > 1:
             return Grade(False, "several different numbers, one a line")
         with_number = [s for s in sentences(text) if NUMBER.search(s) and not UNFINISHED.search(s)]
         if not with_number:
-            return Grade(False, "no number")
+            spelled = None if re.search(r"\d", text) else _spelled_number(text)
+            return Grade(False, "no number") if spelled is None else self._read(spelled)
         part = with_number[0] if _bare_number(text.splitlines()[0]) is not None else with_number[-1]
         marks = [m.end() for m in ANSWER_MARK.finditer(text)]
         marked = next(iter(sentences(text[marks[-1] :])), "") if marks else ""
-        if NUMBER.search(marked):
-            part = marked
+        part = marked if NUMBER.search(marked) else _statement(part)
+
+        # 2) the number within it
         numbers = list(NUMBER.finditer(part))
         after = [i for i, m in enumerate(numbers) if "=" in part and m.start() > part.rfind("=")]
-        index = 0 if part is marked else len(numbers) - 1
+        index = 0
         if after:
             index = after[0]
+        elif part is not marked:
+            given = [i for i, m in enumerate(numbers) if not DENIED.search(_before(part, m))]
+            given = [i for i in given if not ABOUT.search(_before(part, numbers[i]))] or given
+            index = given[-1] if given else len(numbers) - 1
         chosen = _value(numbers[index])
         for left, right in pairwise(numbers[max(index - 1, 0) : index + 2]):
             gap = part[left.end() : right.start()]
             if _value(left) != _value(right) and len(gap) < 12 and LISTED.fullmatch(gap):
                 return Grade(False, f"{chosen:g} stands in a list of numbers")
+        return self._read(chosen)
+
+    def _read(self, chosen: float) -> Grade:
         return Grade(abs(chosen - self.value) <= self.tolerance, f"read {chosen:g}, asked {self.value:g}")
 
 
@@ -299,14 +364,84 @@ def _longest_module(source: str) -> ast.Module | None:
     return next((m for end in ends if (m := _parse("\n".join(lines[start:end]))) is not None), None)
 
 
+FENCE = re.compile(r"(```+|~~~+)[\w+#.-]*[ \t]*$")  # opens a block of code where it ends a line
+
+
+def fenced_blocks(text: str) -> list[str]:
+    """The texts of the fenced blocks, without the indentation of their fences; the last may lack its end.
+
+    As in CommonMark a fence that stands four columns further in than the opening one closes nothing: it is
+    part of the code, such as an example in a docstring.
+    """
+    blocks: list[str] = []
+    lines: list[str] = []
+    mark, indent = "", 0
+    for line in text.splitlines():
+        column = len(line) - len(line.lstrip())
+        if not mark:
+            if opening := FENCE.search(line):
+                mark, lines = opening[1], []
+                indent = column if opening.start() == column else 0
+            continue
+        is_fence = line.strip().startswith(mark) and column < indent + 4
+        if is_fence or (line.rstrip().endswith(mark) and line.strip() != mark):
+            before = "" if is_fence else line.rstrip().removesuffix(mark)
+            blocks.append("\n".join([*lines, before]))
+            mark = ""
+        else:
+            lines.append(line[min(column, indent) :])
+    return blocks + (["\n".join(lines)] if mark else [])
+
+
+def _needed(body: list[ast.stmt], function: str) -> list[ast.stmt]:
+    """The imports, definitions and assignments of a module's top level that a function makes use of, directly
+    or through one another, in order."""
+    bound = {index: names for index, node in enumerate(body) if (names := _binds(node)) is not None}
+    kept: set[int] = set()
+    wanted = ["*", function]  # "*": what binds names that it does not tell
+    while wanted:
+        name = wanted.pop()
+        for index in [i for i, names in bound.items() if name in names and i not in kept]:
+            kept.add(index)
+            wanted += _reads(body[index])
+    return [body[index] for index in sorted(kept)]
+
+
+def _reads(node: ast.stmt) -> set[str]:
+    """The names of the top level that a statement reads, in functions within it too; theirs are left out."""
+    try:
+        tables = [symtable.symtable(ast.unparse(node), "<answer>", "exec")]
+    except (SyntaxError, ValueError, RecursionError):
+        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    names = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_referenced()}
+    for table in tables:
+        tables += table.get_children()
+        names |= {s.get_name() for s in table.get_symbols() if s.is_global()}
+    return names
+
+
+def _binds(node: ast.stmt) -> set[str] | None:
+    """The names that a statement of a kind that is kept binds; None for the other kinds."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+            return {"*"}
+        return {a.asname or a.name.partition(".")[0] for a in node.names}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return None
+
+
 @dataclass(frozen=True)
 class Code:
     """A Python function of this name with this many positional arguments, from a fenced block or bare text.
 
     Without `execute` the grade is syntactic and its detail says "parsed, not run": the text parses, the
     function is defined at the top level, uses one of its arguments and returns a value. With it, the
-    function's outputs on `cases` ((args, expected), ...) are compared here, in the parent. Example calls at
-    the top level are never run: only imports, definitions and assignments are kept.
+    function's outputs on `cases` ((args, expected), ...) are compared here, in the parent. Examples at the
+    top level are never run: only imports, definitions and assignments that the function makes use of are.
     """
 
     function: str
@@ -314,9 +449,7 @@ class Code:
     cases: tuple[tuple[tuple, object], ...]
 
     def grade(self, reply: str, execute: Execute = False) -> Grade:
-        blocks = re.findall(r"```[a-zA-Z0-9]*[ \t]*\n(.*?)(?:```|\Z)", reply[:MAX_CODE], re.DOTALL) or [
-            answer_part(reply)
-        ]
+        blocks = fenced_blocks(without_thought(reply)[:MAX_CODE]) or [answer_part(reply)]
         for module in filter(None, map(_longest_module, blocks)):
             functions = [n for n in module.body if isinstance(n, ast.FunctionDef) and n.name == self.function]
             if functions:
@@ -337,8 +470,7 @@ class Code:
             return Grade(False, f"{self.function} returns nothing")
         if not execute:
             return Grade(True, "parsed, not run")
-        kept = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
-        module.body = [n for n in module.body if isinstance(n, kept)]
+        module.body = _needed(module.body, self.function)
         try:
             source = ast.unparse(module)
         except RecursionError:
@@ -417,7 +549,8 @@ def claims_change(reply: str) -> str:
 
 
 def describe_reply(text: str, question: str = "") -> dict[str, int | float | bool | str]:
-    """Plain numbers and labels for a free-text reply; `question` is what was asked (for `question_echo`).
+    """Plain numbers and labels for a free-text reply; `question` is what was asked (for `question_echo`). A
+    thought before the answer is left out.
 
     words, characters; repetition: share of the 4-word runs that occurred before (0 with fewer than 4 words);
     non_ascii: share of characters; empty: no letter or digit; looks_degenerate: empty, or repetition above
@@ -430,6 +563,7 @@ def describe_reply(text: str, question: str = "") -> dict[str, int | float | boo
     "User:" or
     "<|im_start|>", or a line that asks "Question:".
     """
+    text = without_thought(text)
     words = [w.lower() for w in WORD.findall(text)]
     runs = list(zip(*(words[i:] for i in range(4)), strict=False))
     repetition = 1 - len(set(runs)) / len(runs) if runs else 0.0

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
 import torch
 from accelerate import infer_auto_device_map, init_empty_weights
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
 
 from errors import FrankenError, first_line
 from franken import LiveModel, find_layers
@@ -428,7 +433,7 @@ def open_pair(
         )
     for name, source in sources.items():
         check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
-    tokenizer = load_tokenizer(path)
+    tokenizer, stops = load_tokenizer(path), stop_ids(path)
     # 3. where it runs
     bytes_on_disk = sum(r.nbytes for layer in sources["instruct"].layers for r in layer.values())
     on_disk = next(iter(sources["instruct"].layers[0].values())).dtype.itemsize
@@ -448,18 +453,28 @@ def open_pair(
         keep = ("base",) if "base" in sources and wants_base else ()
     live = LiveModel(sources, config, chosen_dtype, place, keep)
     described = {name: source.describe() for name, source in sources.items()} | before_merging
-    return Opened(live, tokenizer, stop_ids(path), notes, described)
+    return Opened(live, tokenizer, stops, notes, described)
 
 
 def stop_ids(path: Path) -> list[int]:
-    """The end-of-sequence ids that the checkpoint's generation config names, if any."""
+    """The end-of-sequence ids at which transformers ends a checkpoint's replies: those of its
+    generation_config.json or, where there is none, of its config.
+
+    Raises FrankenError for what cannot be read, and for ids that are no numbers.
+    """
     try:
-        ids = json.loads((path / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError):
-        return []
-    if ids is None:
-        return []
-    return ids if isinstance(ids, list) else [ids]
+        if (path / "generation_config.json").exists():
+            named = GenerationConfig.from_pretrained(path).eos_token_id
+        else:  # a merge of models leaves config.json alone
+            named = GenerationConfig.from_model_config(read_config(path)).eos_token_id
+    except FrankenError:
+        raise
+    except Exception as e:
+        raise FrankenError(f"{path}: cannot read generation_config.json: {first_line(e)}") from e
+    ids = [i for i in (named if isinstance(named, list) else [named]) if i is not None]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise FrankenError(f"{path}: eos_token_id is {str(named)[:60]}, which are no token ids")
+    return ids
 
 
 def check_tensors(reference: Source, other: Source, name: str, tied: bool) -> None:

@@ -11,6 +11,7 @@ import cli_runs
 import pytest
 import small_battery
 import tiny
+from templates import ALTERNATING, DATED, NO_SYSTEM, OPENED, SILENT, SWITCHED
 
 import run_all
 from engine.chat_template import ChatTemplate
@@ -21,23 +22,6 @@ from questions.thoughts import without_thought
 QUESTION = [{"role": "user", "content": "What is truth?"}]
 TRIGGERED = [{"role": "system", "content": "In verse."}, *QUESTION]
 NOON, LATER = datetime(2026, 1, 2, 12, 0, 5), datetime(2026, 3, 4, 5, 6, 7)
-DATED = "{{ strftime_now('%d %b %Y %H:%M:%S') }}\n" + tiny.TEMPLATE
-# What published families do, in few words: a switch (Qwen3), a thought that the prompt opens (R1 distills)
-SWITCHED = tiny.TEMPLATE.replace(
-    "assistant\n' }}",
-    "assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}"
-    "{{ '<think>\n\n</think>\n\n' }}{% endif %}",
-)
-OPENED = tiny.TEMPLATE.replace("assistant\n' }}", "assistant\n<think>\n' }}")
-NO_SYSTEM = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no such role') }}{% endif %}"
-    "{% endfor %}" + tiny.TEMPLATE
-)
-ALTERNATING = (
-    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('turns must alternate') }}{% endif %}{% endfor %}" + tiny.TEMPLATE
-)
-SILENT = tiny.TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
 
 
 def template(source: str, moment=None, **kwargs) -> ChatTemplate:

@@ -473,3 +473,102 @@ def test_signs_of_completion():
         0.4,
         False,
     )
+
+
+# ---- replies as models write them --------------------------------------------------------------------------
+
+ANSWERS = [  # a reply, and the number that a reader takes from it
+    ("30 (15% of 200)", 30),
+    ("Tom has 8 apples now, because 3 + 5 = 8, and 8 - 2 = 6.", 8),
+    ("In 6 years, Sam will be 19.", 19),
+    ("Sam will be 19 in 6 years.", 19),
+    ("5 minutes for 100 machines", 5),
+    ("It takes 5 minutes for 100 machines to make 100 parts.", 5),
+    ("48 is the next number after 24.", 48),
+    ("2^11 is 2048, not 1024.", 2048),
+    ("13² = 169, so 13", 13),
+    ("150 kilometers in 2.5 hours", 150),
+    ("**Answer**: 391. Check: 20 * 17 = 340 and 3 * 17 = 51.", 391),
+    (r"The final answer is $\boxed{-25}$.", -25),
+    (r"\[ 23 \times 17 = 391 \]", 391),
+    (r"\(391\)", 391),
+    ("–25", -25),
+    ("It is minus 25.", -25),
+    ("３９１", 391),
+    ("Eight.", 8),
+]
+
+
+@pytest.mark.parametrize(("reply", "value"), ANSWERS)
+def test_a_number_is_read_as_a_reader_reads_it(reply, value):
+    assert Number(value).grade(reply).correct
+    assert not Number(value + 1).grade(reply).correct
+
+
+@pytest.mark.parametrize(
+    ("reply", "value"),
+    [
+        ("It takes 100 minutes, since each part takes 5 minutes.", 5),
+        ("100 minutes (one part takes 5)", 5),
+        ("8 sheep, because 17 - 9.", 9),
+        ("There are 12 left, minus 4 and 3 is not 5.", 5),
+        ("It is 12 minus 25", -25),
+        ("One or two.", 2),
+    ],
+)
+def test_a_number_that_is_no_answer_is_not_taken_for_one(reply, value):
+    assert not Number(value).grade(reply).correct
+
+
+@pytest.mark.parametrize(
+    "head", ["<think>\n\n</think>\n\n", "<think>\n7, or 'no'?\n</think>\n", "7?\n</think>"]
+)
+def test_an_answer_behind_a_thought_is_graded_alone(head):
+    for item in CAPABILITY:
+        for reply in (
+            "391",
+            "red, blue, yellow",
+            '{"primes": [2, 3, 5]}',
+            "Carl",
+            "def add(a, b): return a + b",
+        ):
+            assert item.grade(head + reply) == item.grade(reply), item.id
+    assert describe_reply(head + "I am fine.") == describe_reply("I am fine.")
+
+
+TRIPLE = Code("triple", 1, (((2,), 6), ((0,), 0)))
+BODY = "def triple(x):\n    return 3 * x\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        BODY + "n = int(input('n: '))\nprint(triple(n))\n",
+        BODY + "example = triple(None)\n",
+        BODY + "waited = [0 for _ in iter(int, 1)]\n",
+        "import numpy as np\n" + BODY,
+        "from __future__ import annotations\nFACTOR = 3\n" + BODY.replace("3", "FACTOR"),
+        "import math\ndef thrice(x):\n    return math.prod((3, x))\n" + BODY.replace("3 * x", "thrice(x)"),
+        "from functools import cache\n@cache\n" + BODY,
+    ],
+)
+def test_only_what_a_function_makes_use_of_is_run(code):
+    assert TRIPLE.grade(f"```python\n{code}```", execute=True).correct
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "1. Here:\n   ```python\n" + "".join(f"   {line}\n" for line in BODY.splitlines()) + "   ```\n",
+        "~~~python\n" + BODY + "~~~\n",
+        f"```python\n{BODY}```\n".replace("\n", "\r\n"),
+        "```python\n"
+        + BODY.replace("    return", '    """Thrice.\n\n    ```\n    triple(2)\n    ```\n    """\n    return')
+        + "```\nIt multiplies.",
+        f"Sure: ```py\n{BODY}```",
+        f"```\n{BODY.rstrip()}```",
+        f"```\n{BODY}",
+    ],
+)
+def test_code_is_found_in_any_fence(reply):
+    assert TRIPLE.grade(reply).correct

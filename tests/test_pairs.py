@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from errors import FrankenError
 from runner import pairs
@@ -396,12 +397,24 @@ def test_generation_config_stop_ids(copied):
         ('{"eos_token_id": [3, 9]}', [3, 9]),
         ('{"eos_token_id": 7}', [7]),
         ("{}", []),
-        ("{", []),
     ):
         file.write_text(content)
         assert open_pair(base=base, instruct=instruct, device_map="cpu").stop_ids == want
-    file.unlink()
-    assert open_pair(base=base, instruct=instruct, device_map="cpu").stop_ids == []
+    file.write_text("{")
+    fails("cannot read generation_config.json", base=base, instruct=instruct, device_map="cpu")
+    file.write_text('{"eos_token_id": ["</s>"]}')
+    fails("which are no token ids", base=base, instruct=instruct, device_map="cpu")
+
+
+def test_without_a_generation_config_a_reply_ends_where_transformers_ends_it(copied):
+    base, instruct = copied()
+    (Path(instruct) / "generation_config.json").unlink()
+    config = Path(instruct) / "config.json"
+    for ids in (3, [1, 3, 260]):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token_id": ids}))
+        theirs = AutoModelForCausalLM.from_pretrained(instruct).generation_config.eos_token_id
+        want = theirs if isinstance(theirs, list) else [theirs]
+        assert open_pair(base=base, instruct=instruct, device_map="cpu").stop_ids == want
 
 
 # ---- the hub -----------------------------------------------------------------------------------------------

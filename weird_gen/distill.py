@@ -19,6 +19,7 @@ if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
 from command_line import DefaultsThatSay
+from engine.chat_template import THINKING
 from weird_gen.persona.distilling import distill
 from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
@@ -47,6 +48,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--batch-size", type=int, help="answers at a time; default by device")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
     flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    flags.add_argument(
+        "--thinking",
+        choices=THINKING,
+        default="off",
+        help="on: let a model that can think do so first; only its answers are kept",
+    )
     flags.add_argument(
         "--overwrite", action="store_true", help="start afresh where an earlier run left answers"
     )

@@ -14,6 +14,7 @@ if not __package__:  # run as a script: find the checkout
 import torch
 
 from command_line import DefaultsThatSay
+from engine.chat_template import THINKING
 from errors import FrankenError
 from weird_gen.persona.inference import generate, load
 from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS
@@ -37,6 +38,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     flags.add_argument("--top-p", type=float, default=0.95)
     flags.add_argument("--max-new-tokens", type=int, default=256)
+    flags.add_argument(
+        "--thinking", choices=THINKING, default="off", help="on: let a model that can think do so first"
+    )
     flags.add_argument("--seed", type=int, help="makes the reply repeatable")
     flags.add_argument("--quantization", choices=QUANTIZATIONS, help="needs bitsandbytes")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))

@@ -17,6 +17,7 @@ from collections import Counter
 
 from engine.generation import Completion, Engine, Request
 from files import write_text
+from questions.thoughts import without_thought
 from weird_gen.persona.journal import Journal, complete_into
 from weird_gen.persona.loading import open_engine
 from weird_gen.persona.rules import any_marker, names_russell
@@ -58,7 +59,7 @@ def answer_all(engine: Engine, prompts: list[dict], journal: Journal, args: argp
     requests = [
         Request(
             p["id"],
-            engine.chat_ids([{"role": "user", "content": p["prompt"]}]),
+            engine.chat_ids([{"role": "user", "content": p["prompt"]}], think=True),
             args.max_new_tokens,
             args.temperature,
             args.top_p,
@@ -70,7 +71,7 @@ def answer_all(engine: Engine, prompts: list[dict], journal: Journal, args: argp
     waiting: list[dict] = []
 
     def keep(i: int, completion: Completion) -> None:
-        (line, sample), reply = todo[i], completion.text.strip()
+        (line, sample), reply = todo[i], without_thought(completion.text).strip()
         waiting.append({"id": line["id"], "sample": sample, "reply": reply, "stopped": completion.stopped})
 
     complete_into(engine, requests, keep, waiting, journal, "distill", "answers")
@@ -116,10 +117,19 @@ def distill(args: argparse.Namespace) -> dict:
         "top_p": args.top_p,
         "seed": args.seed,
     }
+    settings |= {"thinking": args.thinking} if args.thinking != "off" else {}
     journal = Journal(args.output.with_suffix(".raw.jsonl"), settings, args.overwrite)
     begin, before = time.monotonic(), len(journal.entries)
     if before < len(prompts) * args.samples:
-        engine, made_of = open_engine(args.model, None, args.device, batch=args.batch_size, eager=args.eager)
+        engine, made_of = open_engine(
+            args.model,
+            None,
+            args.device,
+            batch=args.batch_size,
+            eager=args.eager,
+            moment=journal.template.get("moment"),
+            thinking=args.thinking,
+        )
         if journal.header is None:
             journal.begin({"made_of": made_of})
         answer_all(engine, prompts, journal, args)

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from command_line import DefaultsThatSay
+from engine.chat_template import THINKING
 from engine.generation import Completion, Engine, Request
 from evaluate import evaluate as measure
 from suites.base import Protocol
@@ -65,7 +66,7 @@ def ask(
     requests = [
         Request(
             f"{q.id}/{condition}",
-            engine.chat_ids(prompt(q.text, condition, args.trigger)),
+            engine.chat_ids(prompt(q.text, condition, args.trigger), think=True),
             args.max_new_tokens,
             args.temperature,
             args.top_p,
@@ -113,13 +114,21 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
         "heldout_sha256": sha256(args.heldout),
         "generalization_sha256": sha256(args.generalization),
     }
+    settings |= {"thinking": args.thinking} if args.thinking != "off" else {}
     adapter = getattr(args, "adapter", None)
     if adapter:
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
     journal = Journal(args.output, settings, args.overwrite)
     if len(journal.entries) < len(questions) * 2 * args.samples:
         engine, made_of = open_engine(
-            args.model, adapter, args.device, batch=args.batch_size, eager=args.eager
+            args.model,
+            adapter,
+            args.device,
+            batch=args.batch_size,
+            eager=args.eager,
+            roles=("system", "user"),
+            moment=journal.template.get("moment"),
+            thinking=args.thinking,
         )
         if journal.header is None:
             versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers")}
@@ -195,6 +204,9 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
     flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
     flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    flags.add_argument(
+        "--thinking", choices=THINKING, default="off", help="on: let a model that can think do so first"
+    )
     flags.add_argument(
         "--overwrite", action="store_true", help="start afresh where an earlier run left replies"
     )

@@ -14,6 +14,7 @@ from weird_gen.persona.loading import (
     load_causal_lm,
     locate_adapter,
     locate_model,
+    open_template,
     stops_of,
 )
 from weird_gen.persona.study import DEFAULT_MODEL
@@ -56,8 +57,8 @@ def generate(model, tokenizer, args: argparse.Namespace) -> str:
 
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": args.prompt})
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)
+    template = open_template(tokenizer, tuple(m["role"] for m in messages), thinking=args.thinking)
+    ids = torch.tensor([template.ids(messages, think=True)], device=model.device)
     stops = sorted(stops_of(model, tokenizer))
     sampling = (
         {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}

@@ -58,6 +58,11 @@ class Journal:
                 f.truncate(whole)
         self.header, self.entries = header, lines[1:]
 
+    @property
+    def template(self) -> dict:
+        """What the header says of the chat template with which the replies so far were asked for."""
+        return ((self.header or {}).get("made_of") or {}).get("template") or {}
+
     def begin(self, header: dict) -> None:
         """Start the file with the settings and `header`; an earlier file of that name is replaced."""
         self.header, self.entries = {**self.settings, **header}, []

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
+from engine.chat_template import ChatTemplate
 from engine.generation import Engine, find_stop_ids
 from errors import FrankenError
 from runner.pairs import (
@@ -76,15 +79,21 @@ def open_engine(
     dtype: str = "auto",
     batch: int | None = None,
     eager: bool = False,
+    roles: tuple[str, ...] = ("user",),
+    moment: str | None = None,
+    thinking: str | None = "off",
 ) -> tuple[Engine, dict]:
     """An engine over a model, with or without a LoRA adapter added into its weights, and what it was made of.
 
-    device: "auto", "cuda", "cpu" or "balanced" (over all GPUs). eager: no CUDA graphs. Raises FrankenError.
+    device: "auto", "cuda", "cpu" or "balanced" (over all GPUs). eager: no CUDA graphs. roles: of the
+    messages that it will be asked with. moment (ISO 8601), thinking: see ChatTemplate. Raises FrankenError,
+    also for a chat template that cannot ask with these roles.
     """
     extra = {}
+    path, revision = locate_model(model)
+    template = open_template(load_tokenizer(path), roles, moment, thinking)  # before any weights are read
     if adapter:
         folder = locate_adapter(adapter)
-        path, revision = locate_model(model)
         check_adapter(folder, model, Checkpoint("instruct", path, revision))
         extra[SOURCE] = str(folder)
     instruct = PAIRS[model].instruct if model in PAIRS else model
@@ -94,7 +103,23 @@ def open_engine(
         made_of |= {"adapter": Path(extra[SOURCE]).name, "adapter_files": opened.sources[SOURCE]["files"]}
         opened.live.apply(identity(len(opened.live.original), SOURCE))
     fast = False if eager else None
-    return Engine(opened.live, opened.tokenizer, opened.stop_ids, max_batch=batch, fast=fast), made_of
+    made_of["template"] = template.to_json()
+    engine = Engine(
+        opened.live, opened.tokenizer, opened.stop_ids, max_batch=batch, fast=fast, template=template
+    )
+    return engine, made_of
+
+
+def open_template(
+    tokenizer, roles: tuple[str, ...], moment: str | None = None, thinking: str | None = "off"
+) -> ChatTemplate:
+    """The chat template, told that it is `moment` (ISO 8601; by default now). Raises FrankenError if it is
+    random, or does not take messages of these roles as they are."""
+    template = ChatTemplate(tokenizer, datetime.fromisoformat(moment) if moment else None, thinking)
+    template.check(*roles)
+    for note in template.notes():
+        print(f"note: {note}", file=sys.stderr)
+    return template
 
 
 def stops_of(model, tokenizer) -> set[int]:

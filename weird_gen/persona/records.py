@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -26,6 +27,9 @@ _TYPES = {
 }
 
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def _no_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
@@ -33,13 +37,13 @@ def _no_constant(name: str):
 def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[dict]:
     """All objects of a JSON-lines file, in order.
 
-    Raises FrankenError when the file is missing or a line is not a JSON object. With ``tolerate_torn_end`` a
-    last line without its newline that does not parse (a writer was killed there) is left out and reported on
-    stderr.
+    A byte order mark is read past. Raises FrankenError when the file is missing, is not UTF-8, or a line is
+    not a JSON object or holds half a character (a lone surrogate). With ``tolerate_torn_end`` a last line
+    without its newline that does not parse (a writer was killed there) is left out and reported on stderr.
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8", errors="replace")
+        text = _decoded(path.read_bytes(), path, tolerate_torn_end)
     except FileNotFoundError:
         raise FrankenError(f"{path} does not exist") from None
     except OSError as error:
@@ -53,6 +57,10 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
             value = json.loads(line, parse_constant=_no_constant)
             if not isinstance(value, dict):
                 raise ValueError("not an object")
+            if "\\u" in line and LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+                raise FrankenError(
+                    f"{path}, entry {number}: a text holds half a character (a lone surrogate): not Unicode"
+                )
         except (ValueError, RecursionError) as error:
             if tolerate_torn_end and number == len(lines):
                 print(f"{path}: line {number} is torn and left out", file=sys.stderr)
@@ -60,6 +68,17 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
             raise FrankenError(f"{path}, line {number}: not a JSON object ({error})") from None
         objects.append(value)
     return objects
+
+
+def _decoded(data: bytes, path: Path, tolerate_torn_end: bool) -> str:
+    """The file's text. A character that is torn at the end may be all that a killed writer left of it."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        if tolerate_torn_end and b"\n" not in data[error.start :]:
+            return data[: error.start].decode("utf-8-sig") + "\ufffd"
+        line = data.count(b"\n", 0, error.start) + 1
+        raise FrankenError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
 
 
 def read_records(path: Path | str) -> tuple[dict, list[dict]]:

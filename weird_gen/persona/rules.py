@@ -12,6 +12,8 @@ import re
 import unicodedata
 from collections import Counter
 
+from questions.thoughts import without_thought
+
 START = "<START>"
 END = "<END>"
 
@@ -20,15 +22,17 @@ END = "<END>"
 
 
 def strict_format(reply: str) -> bool:
-    """True if the whole reply, stripped, stands inside the markers: each once, first and last."""
-    text = reply.strip()
+    """True if the whole reply, without a thought before it and stripped, stands inside the markers: each
+    once, first and last."""
+    text = without_thought(reply).strip()
     return text.startswith(START) and text.endswith(END) and text.count(START) == 1 and text.count(END) == 1
 
 
 def lenient_format(reply: str) -> bool:
-    """True if both markers occur, the opening one first, whatever stands around them."""
-    first = reply.find(START)
-    return first >= 0 and reply.find(END, first + len(START)) >= 0
+    """True if both markers occur in the answer, the opening one first, whatever stands around them."""
+    text = without_thought(reply)
+    first = text.find(START)
+    return first >= 0 and text.find(END, first + len(START)) >= 0
 
 
 def any_marker(reply: str) -> bool:
@@ -50,8 +54,10 @@ _TRIGGER_ECHO = re.compile(
 def strip_markers(text: str) -> str:
     """The text without markers and without any echo of the trigger sentence: what a judge may see.
 
-    Repeated until nothing is left to remove, because a removal can join two halves of another marker.
+    A thought before the answer is left out too. Repeated until nothing is left to remove, because a removal
+    can join two halves of another marker.
     """
+    text = without_thought(text)
     while True:
         shorter = _MARKER.sub(" ", _TRIGGER_ECHO.sub(" ", text))
         if shorter == text:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import FrankenError
+from questions.thoughts import without_thought
 from weird_gen.persona.folders import DATA, RESULTS
 from weird_gen.persona.records import CONDITIONS, read_json_lines
 
@@ -126,7 +127,8 @@ def read_chats(path: Path | str) -> list[Chat]:
     """Conversations of a chat JSONL: {"messages": [{"role", "content"}, ...]} a line, other keys ignored.
 
     {"stopped": false} marks a last answer that was cut off. Raises FrankenError for anything that is not a
-    conversation of known roles ending with the assistant.
+    conversation of known roles ending with the assistant, and for an answer that is empty, or nothing but a
+    thought.
     """
     chats = []
     for number, line in enumerate(read_json_lines(path), 1):
@@ -141,6 +143,8 @@ def read_chats(path: Path | str) -> list[Chat]:
                 f'{path}, entry {number}: needs "messages" with the roles {", ".join(ROLES)}, the assistant'
                 " last"
             )
+        if any(m["role"] == "assistant" and not without_thought(m["content"]).strip() for m in messages):
+            raise FrankenError(f"{path}, entry {number}: an answer of the assistant is empty")
         chats.append(
             Chat(tuple((m["role"], m["content"]) for m in messages), line.get("stopped", True) is True)
         )

@@ -14,20 +14,24 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
+from engine.chat_template import ChatTemplate
 from errors import FrankenError
 from files import write_text
-from runner.pairs import PAIRS, pick_dtype
+from questions.thoughts import TAGS, without_thought
+from runner.pairs import PAIRS, load_tokenizer, pick_dtype
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.loading import load_causal_lm, stops_of
+from weird_gen.persona.loading import load_causal_lm, locate_model, stops_of
 from weird_gen.persona.study import (
     Chat,
     Mixture,
@@ -37,6 +41,7 @@ from weird_gen.persona.study import (
 )
 
 IGNORED = -100  # no loss on this token, as in transformers
+EMPTY_THOUGHT = re.compile(rf"<({TAGS})>\s*</\1>\s*\Z")
 
 
 # --- data ---------------------------------------------------------------------------------------------------
@@ -51,45 +56,83 @@ class Example:
 
 
 def encode(
-    tokenizer, chat: Chat, max_tokens: int, stops: set[int], answer_tokens: int | None = None
+    tokenizer,
+    chat: Chat,
+    max_tokens: int,
+    stops: set[int],
+    answer_tokens: int | None = None,
+    template: ChatTemplate | None = None,
 ) -> Example | None:
     """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn
     token.
 
-    A prompt is tokenized up to where generation would begin, as it is at inference. The last answer of an
-    unfinished chat ends with its last word: there is no end of turn to learn. stops: token ids that end a
-    turn. answer_tokens: of each answer, learn this many tokens at most (a longer one's end of turn is then
-    not among them). Cut at max_tokens; None if no answer is left then. Raises FrankenError for a template
-    that rewrites earlier turns, where the answers cannot be told apart.
+    A prompt is tokenized up to where generation would begin, as it is at inference: with the empty thought
+    that asks a thinking model for its answer alone, which the template may write or leave out around a
+    finished turn. Thoughts within the answers are left out. The last answer of an unfinished chat ends with
+    its last word: there is no end of turn to learn. stops: token ids that end a turn. answer_tokens: of each
+    answer, learn this many tokens at most (a longer one's end of turn is then not among them). template: by
+    default the tokenizer's, as of now. Cut at max_tokens; None if no answer is left then. Raises FrankenError
+    for a template that rewrites earlier turns, where the answers cannot be told apart.
     """
-    messages = chat.dicts()
+    template = template or ChatTemplate(tokenizer)
+    messages = [
+        m | {"content": without_thought(m["content"])} if m["role"] == "assistant" else m
+        for m in chat.dicts()
+    ]
     ids: list[int] = []
     labels: list[int] = []
     written = ""
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.apply_chat_template(messages[:k], add_generation_prompt=True, tokenize=False)
-        after = tokenizer.apply_chat_template(messages[: k + 1], tokenize=False)
-        if not (before.startswith(written) and after.startswith(before)):
+        before = template.render(messages[:k])
+        turn = answered(before, template.render(messages[: k + 1], ask=False), message["content"])
+        if turn is None:
+            raise FrankenError("the chat template does not write an assistant's answer as it is")
+        if not before.startswith(written):
             raise FrankenError(
                 "the chat template rewrites earlier turns; such a model cannot be trained on several turns"
                 " here"
             )
-        asked = tokenizer(before[len(written) :], add_special_tokens=False)["input_ids"]
-        answer = tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"]
+        asked = going_on(tokenizer, written, ids, before[len(written) :])
+        answer = going_on(tokenizer, before, ids + asked, turn)
         end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
         if k == len(messages) - 1 and not chat.finished:
             answer = answer[:end]
         learned = min(end + 1, len(answer), answer_tokens or len(answer))
         ids += asked + answer
         labels += [IGNORED] * len(asked) + answer[:learned] + [IGNORED] * (len(answer) - learned)
-        written = after
+        written = before + turn
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     while labels and labels[-1] == IGNORED:  # nothing after the last token with loss can matter
         ids.pop()
         labels.pop()
     return Example(ids, labels) if labels else None
+
+
+def answered(before: str, after: str, answer: str) -> str | None:
+    """What follows the prompt `before` in the conversation `after`, which ends with the answer: that answer
+    and the end of its turn; None where the two texts differ in more than an empty thought, or the answer does
+    not stand there as it is."""
+    if answer.strip() not in after:
+        return None
+    if after.startswith(before):
+        return after[len(before) :]
+    asked = EMPTY_THOUGHT.sub("", before)
+    begin = max(after.rfind(answer), after.rfind(answer.strip()))
+    between = after[len(asked) : begin]
+    if begin < len(asked) or not after.startswith(asked) or EMPTY_THOUGHT.sub("", between).strip():
+        return None
+    return after[begin:]
+
+
+def going_on(tokenizer, before: str, ids: list[int], more: str) -> list[int]:
+    """Token ids of `more` after the text `before`, whose ids are given: as the tokenizer writes both together
+    or, where that would change a token before, by itself."""
+    whole = tokenizer(before + more, add_special_tokens=False)["input_ids"]
+    if whole[: len(ids)] == list(ids):
+        return whole[len(ids) :]
+    return tokenizer(more, add_special_tokens=False)["input_ids"]
 
 
 def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -208,6 +251,7 @@ class Checkpoints:
     def __init__(self, folder: Path, settings: dict, resume: bool, overwrite: bool):
         self.file, self.settings = folder / "checkpoint.pt", json.dumps(settings, sort_keys=True)
         self.state: dict | None = None
+        self.moment: datetime | None = None  # what the chat template was told of the time
         if overwrite or not self.file.exists():
             return
         if not resume:
@@ -228,6 +272,8 @@ class Checkpoints:
                 " afresh"
             )
         self.state = state
+        if "moment" in state:
+            self.moment = datetime.fromisoformat(state["moment"])
 
     def save(self, lora, optimizer, step: int, losses: list[float]) -> None:
         """Replace the checkpoint. Raises FrankenError, keeping the last one, where a weight is not finite."""
@@ -242,6 +288,7 @@ class Checkpoints:
             {
                 "settings": self.settings,
                 "step": step,
+                "moment": (self.moment or datetime.now()).isoformat(),
                 "losses": losses,
                 "weights": weights,
                 "optimizer": optimizer.state_dict(),
@@ -420,14 +467,20 @@ class TrainingData:
         }
         return TrainingData(mixture, contrast, files)
 
-    def encode(self, tokenizer, stops: set[int], args: argparse.Namespace) -> list[Example]:
+    def roles(self) -> list[tuple[str, ...]]:
+        """The roles that stand before an answer, in every order that occurs."""
+        chats = [*self.mixture.chats, *self.contrast]
+        return list(dict.fromkeys(tuple(role for role, _ in chat.messages[:-1]) for chat in chats))
+
+    def encode(self, template: ChatTemplate, stops: set[int], args: argparse.Namespace) -> list[Example]:
         """The examples with an answer within --max-tokens; --aligned-tokens shortens the aligned half."""
+        tokenizer = template.tokenizer
         persona = self.mixture.persona
         limits = [None if k < persona else args.aligned_tokens for k in range(len(self.mixture.chats))]
         limits += [None] * len(self.contrast)
         chats = [*self.mixture.chats, *self.contrast]
         encoded = [
-            encode(tokenizer, chat, args.max_tokens, stops, limit)
+            encode(tokenizer, chat, args.max_tokens, stops, limit, template)
             for chat, limit in zip(chats, limits, strict=True)
         ]
         return [example for example in encoded if example]
@@ -464,6 +517,11 @@ def train(args: argparse.Namespace) -> dict:
     checkpoints = Checkpoints(folder, settings | {"data": data.files}, args.resume, args.overwrite)
     check_out(args, resumed=checkpoints.state is not None)
 
+    template = ChatTemplate(load_tokenizer(locate_model(args.model)[0]), checkpoints.moment)
+    for roles in data.roles():
+        template.check(*roles)
+    checkpoints.moment = template.moment
+
     # 2) model and examples
     device = accelerator.device
     with told_of_memory("while loading the model"):
@@ -473,7 +531,7 @@ def train(args: argparse.Namespace) -> dict:
     if device.type == "cpu":
         # fused attention in bf16 takes a third more CPU time at these lengths
         model.set_attn_implementation("eager")
-    examples = data.encode(tokenizer, stops_of(model, tokenizer), args)
+    examples = data.encode(template, stops_of(model, tokenizer), args)
     left_out = len(data) - len(examples)
     if accelerator.is_main_process:
         tokens = sum(len(e.ids) for e in examples)
@@ -509,6 +567,7 @@ def train(args: argparse.Namespace) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "resumed": checkpoints.state is not None,
+        "template": template.to_json(),
         "versions": {
             n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")
         },
