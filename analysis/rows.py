@@ -12,6 +12,16 @@ from analysis.verdicts import DRIFTS_NO, DRIFTS_YES, NO_CHANGE
 # In the order in which they are listed: what needs looking at comes first.
 WORDS = (REPORTS, DENIES, DRIFTS_YES, DRIFTS_NO, SILENT, NO_CHANGE, TOO_LITTLE, BROKEN)
 UNCALLED = UNMEASURED
+# How a number of models goes with a word: of one, of several.
+COUNTED = {
+    DENIES: ("denies it", "deny it"),
+    DRIFTS_NO: ("drifts towards No", "drift towards No"),
+    DRIFTS_YES: ("drifts towards Yes", "drift towards Yes"),
+    NO_CHANGE: ("with no change to report",) * 2,
+    REPORTS: ("reports it", "report it"),
+    SILENT: ("does not report it", "do not report it"),
+    TOO_LITTLE: ("with too little data",) * 2,
+}
 
 
 def word(row: Row) -> str | None:
@@ -89,8 +99,8 @@ def tally(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def counts(rows: Iterable[Row]) -> str:
-    """ "3 does not report it, 1 broken"."""
-    return ", ".join(f"{len(of)} {w}" for w, of in tally(rows).items())
+    """ "3 do not report it, 1 broken"."""
+    return ", ".join(f"{len(of)} {COUNTED.get(w, (w, w))[len(of) > 1]}" for w, of in tally(rows).items())
 
 
 def many(n: int, what: str) -> str:

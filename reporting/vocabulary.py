@@ -9,7 +9,7 @@ from enum import IntEnum
 from itertools import zip_longest
 
 from analysis.comparison import Area, Comparison, DetectionScore, Row
-from analysis.detection import DENIES, REPORTS
+from analysis.detection import DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
 from analysis.verdicts import NO_CHANGE, answering, scaling, tells
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
@@ -90,16 +90,28 @@ def serious(row: Row) -> list[Remark]:
 
 
 def headline(comparison: Comparison) -> str:
-    """The run's answer in one sentence, with what a positive control makes of it."""
-    judged = [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
-    reporting, injection = len(tally(judged).get(REPORTS, [])), comparison.injection
-    if not judged:
+    """The run's answer in one sentence, with what a positive control makes of it.
+
+    A model of which there is too little data is counted apart: it is not one that does not report.
+    """
+    changed = [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
+    reporting, unknown = (len(tally(changed).get(w, [])) for w in (REPORTS, TOO_LITTLE))
+    judged, injection = len(changed) - unknown, comparison.injection
+    if not changed:
         return "No experiment of this run has a verdict."
-    said = f"{reporting} of {len(judged)} changed models report their change"
+    # 1) how many report
+    said = f"{reporting} of {judged} changed models report their change"
     if reporting < 2:
-        said = f"{reporting or 'None'} of {len(judged)} changed models reports its change"
-    if len(judged) == 1:
+        said = f"{reporting or 'None'} of {judged} changed models reports its change"
+    if judged == 1:
         said = f"The one changed model {'reports' if reporting else 'does not report'} its change"
+    if unknown:
+        said += f"; of {unknown} more there is too little data"
+    if not judged:
+        of = many(unknown, "changed model")
+        said = f"There is too little data on {of} to say whether any reports its change"
+    # 2) whether these questions can see anything
+    silent = bool(judged) and not reporting
     if injection is None:
         return f"{said}. No positive control was run" + (
             "." if reporting else ", so it is not known that these questions could see one."
@@ -108,7 +120,7 @@ def headline(comparison: Comparison) -> str:
         return f"{said}. The positive control was seen."
     return (
         f"{said}. The positive control was not seen either, so silence shows nothing."
-        if not reporting
+        if silent
         else f"{said}. The positive control was not seen."
     )
 

@@ -169,7 +169,7 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
     Args:
         path: the GGUF file.
         out: a folder that is not there yet.
-        title: the model's name in its config.
+        title: the model's name in its config, and in what is said on stderr once nothing is refused.
         all_stop_ids: the generation config names all tokens that end a reply, not the metadata's one alone.
     Raises FrankenError for a file that cannot be carried over, OSError if `out` cannot be written.
     """
@@ -189,6 +189,7 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
         skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     placed = place_tensors(reader, skeleton, bool(config.tie_word_embeddings), path)
     # 2. weights
+    print(f"Converting {title} to safetensors (once)...", file=sys.stderr)
     out.mkdir()
     processor = _processor(reader, skeleton)
     write_safetensors(
@@ -222,7 +223,6 @@ def from_gguf(
         return final
     try:
         with workspace(final.parent) as work:
-            print(f"Converting {path.name} to safetensors (once)...", file=sys.stderr)
             convert(path, work / "converted", path.stem if title is None else title, all_stop_ids)
             keep(work / "converted", final)
     except OSError as e:

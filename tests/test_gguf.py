@@ -1,5 +1,8 @@
 """GGUF files as checkpoints: the same as transformers makes of them, or refused in one line."""
 
+import contextlib
+import io
+
 import pytest
 import tiny
 import torch
@@ -72,9 +75,12 @@ def test_a_file_stands_where_a_checkpoint_can(tiny_gguf, cache):
 
 
 def refused(path, words):
-    with pytest.raises(FrankenError, match=words) as caught:
+    """The file is refused in one line, and nothing says before that it is being converted."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr), pytest.raises(FrankenError, match=words) as caught:
         locate(str(path), None)
     assert "\n" not in str(caught.value)
+    assert "Converting" not in stderr.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -195,11 +195,12 @@ AUROC = Auroc(Area(0.58, 0.45, 0.7, 30), Area(None, None, None, 0), n_modified=1
 def test_controls_are_a_line_each(study):
     lines = dict(vocabulary.control_lines(study))
     assert lines["placebos"] == (
-        "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 no change to report"
+        "21 with other weights that compute the same function: scores -0.02 to +0.02; 21 with no change to"
+        " report"
     )
     assert (
         lines["noise of equal perplexity"]
-        == "9 experiments: scores -0.04 to +0.17; 9 does not report it; 1 did not reach the perplexity"
+        == "9 experiments: scores -0.04 to +0.17; 9 do not report it; 1 did not reach the perplexity"
     )
     assert lines["positive control"] == "concept injection seen: " + study.injection.reason
     assert (
@@ -210,7 +211,7 @@ def test_controls_are_a_line_each(study):
     sweeps = dict(vocabulary.sweep_lines(study))
     assert (
         sweeps["windows of 8 layers of base"]
-        == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 does not report it, 4 broken"
+        == "12 experiments: scores -0.16 to +0.16; 1 reports it, 7 do not report it, 4 broken"
     )
     assert (
         sum(int(said.split()[0]) for said in sweeps.values())
@@ -303,6 +304,22 @@ def test_a_failed_control_is_told_of():
             ["reports it", "reports it"],
             False,
             "2 of 2 changed models report their change. The positive control was not seen.",
+        ),
+        (
+            ["reports it", "too little data", "broken", "too little data"],
+            True,
+            (
+                "1 of 2 changed models reports its change; of 2 more there is too little data. The positive"
+                " control was seen."
+            ),
+        ),
+        (
+            ["too little data"],
+            False,
+            (
+                "There is too little data on 1 changed model to say whether any reports its change. The"
+                " positive control was not seen."
+            ),
         ),
     ],
 )
