@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Make a run's pages again from the experiments' JSON; nothing is measured here.
 
-`python report.py results/run_...`; several runs are put side by side as well. `--pack` puts the JSON of
-finished runs into one compressed file each, which is read just as well; `--unpack` takes it out again.
+`python report.py results/run_...`; of several runs only a comparison is made, in a folder of its own.
+`--pack` puts the JSON of finished runs into one compressed file each, which is read just as well; `--unpack`
+takes it out again.
 """
 
 from __future__ import annotations
@@ -52,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             for run in runs:
                 print(_pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked")
             return 0
-        for run in runs:
-            print(write_reports(run))
-        if len(runs) > 1:
+        if len(runs) == 1:
+            print(write_reports(runs[0]))
+        else:
             from reporting.compare_runs import write_comparison
 
             print(

@@ -6,8 +6,9 @@ from __future__ import annotations
 from analysis.comparison import Row
 
 PAIR = "qwen2.5-coder-32b"
+TITLE = "Frankenmodel Experiments: Can Models Detect Their Own Weight Modifications?"
 SOURCE = (
-    "the seed project's own results page, 2026-02-04: Qwen2.5-Coder-32B pair, one A100 80GB, P(Yes)"
+    f'"{TITLE}", results page of 2026-02-04: Qwen2.5-Coder-32B, base and instruct, one A100 80GB; P(Yes)'
     " normalized over the tokens Yes and No"
 )
 # Probability of Yes, capability of 6, perplexity.

@@ -1,14 +1,18 @@
 """Several runs side by side: the same experiments with each run's verdict and numbers, as a page and as
 Markdown.
 
-Everything is read from the runs' manifest.json and comparison.json. What makes runs incomparable is said
-first.
+Everything is read from the runs' manifest.json and comparison.json, and nothing of theirs is written. What
+makes runs incomparable is said first.
 """
 
 from __future__ import annotations
 
+import string
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from markupsafe import Markup
 
 from analysis.comparison import Comparison, Row
 from analysis.rows import controls, named, span, sweeps
@@ -16,11 +20,18 @@ from errors import FrankenError
 from reporting import figures_experiments, pages, vocabulary
 from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, pick
 from reporting.html_report import save
+from reporting.page_tables import Table
 from reporting.pages import number
-from reporting.reports import read_comparison
+from reporting.reports import compare_run, read_comparison
 from runner.results import Run, read_json, write_text
 
-MEASURES = pick(EXPERIMENT_COLUMNS, "verdict", "detection", "p_yes", "perplexity")
+MEASURES = pick(EXPERIMENT_COLUMNS, "verdict", "detection", "p_yes", "capability", "perplexity")
+LETTERS = string.ascii_uppercase  # what stands for the runs, in their order, over the columns
+DIFFERENCES = (
+    "Differences are from run A: of detection scores in nats, of P(Yes) and of the share of tasks solved in"
+    " percentage points; perplexity as a ratio. They are plain differences, without an interval of their own."
+    " Where P(Yes) is no answer in one of the runs, or other questions were asked, there is none."
+)
 # What a difference in each part of the protocol means for the numbers beside each other.
 PROTOCOL = {
     "prompts_sha256": "other questions were asked: none of the numbers can be compared",
@@ -51,10 +62,15 @@ def load(runs: list[Run]) -> dict[str, Side]:
     """The runs by label: folder names, or whole paths where those are alike."""
     names = [run.path.resolve().name for run in runs]
     labels = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
-    return {
-        label: Side(read_json(run.manifest_path), read_comparison(run))
-        for label, run in zip(labels, runs, strict=True)
-    }
+    sides = {}
+    for label, run in zip(labels, runs, strict=True):
+        manifest = read_json(run.manifest_path)
+        try:
+            comparison = read_comparison(run)
+        except FrankenError:  # none yet, or one of another version: made from the results, and not written
+            comparison = compare_run(run, manifest)
+        sides[label] = Side(manifest, comparison)
+    return sides
 
 
 def differences(runs: dict[str, Side]) -> list[str]:
@@ -82,7 +98,8 @@ def facts(run: Side) -> dict[str, str]:
     if injection:
         control = "seen" if injection.seen else "not seen"
     return {
-        "pair": manifest["pair"] or "two checkpoints",
+        "model": vocabulary.model_name(manifest),
+        "sources": vocabulary.sides(manifest),
         "layers": str(manifest["layers"]),
         "precision": manifest["dtype"],
         "made": manifest["created"],
@@ -106,74 +123,149 @@ def shared(runs: dict[str, Side]) -> tuple[list[str], list[str]]:
     ]
 
 
+@dataclass(frozen=True)
+class Together:
+    """One experiment in all runs, in their order; None in a run that has not got it."""
+
+    name: str
+    rows: list[Row | None]
+
+
 def cell(row: Row | None, column: Column[Row]) -> str:
     """One run's cell for one experiment; empty where the run has not got it."""
     return cells(row, [column])[0] if row else ""
 
 
+def _of_run(column: Column[Row], k: int, letter: str) -> Column[Together]:
+    """A measure of run k as a column of its own."""
+
+    def key(line: Together) -> float | None:
+        row = line.rows[k]
+        return column.key(row) if row and column.key else None
+
+    def marked(line: Together) -> Markup:
+        return pages.verdict(cell(line.rows[k], column))
+
+    return Column(
+        f"{column.name}_{letter}",
+        f"{column.title} {letter}",
+        lambda line: cell(line.rows[k], column),
+        key,
+        align=column.align,
+        css="nowrap" if column.align == "left" else "",
+        markup=marked if column.name == "verdict" else None,
+    )
+
+
+def _answered(row: Row) -> bool:
+    return row.published_probe is not None and row.published_probe.answered
+
+
+# How the same measure of two runs is set against each other: (of what, title, number, its form). Where P(Yes)
+# is no answer, there is nothing to compare.
+AGAINST: dict[str, tuple[Callable[[Row], bool], str, Callable[[float, float], float | None], str]] = {
+    "detection": (lambda row: True, "nats", lambda new, old: new - old, "+.2f"),
+    "p_yes": (_answered, "points", lambda new, old: 100 * (new - old), "+.1f"),
+    "capability": (lambda row: True, "points", lambda new, old: 100 * (new - old), "+.1f"),
+    "perplexity": (lambda row: True, "ratio", lambda new, old: new / old if old else None, ".3f"),
+}
+
+
+def _difference(column: Column[Row], k: int, letter: str) -> Column[Together]:
+    """A measure of run k against the first run's."""
+    counts, unit, against, form = AGAINST[column.name]
+
+    def read(line: Together) -> float | None:
+        new, old = line.rows[k], line.rows[0]
+        if new is None or old is None or not column.key or not (counts(new) and counts(old)):
+            return None
+        values = column.key(new), column.key(old)
+        return None if values[0] is None or values[1] is None else against(values[0], values[1])
+
+    sign = "/" if unit == "ratio" else "−"
+    title = f"{column.title.partition(' (')[0]} {letter} {sign} {LETTERS[0]}" + (
+        "" if unit == "ratio" else f", {unit}"
+    )
+
+    def text(line: Together) -> str:
+        value = read(line)
+        return "" if value is None else number(value, form)
+
+    return Column(f"{column.name}_{letter}_against", title, text, read)
+
+
+def columns(runs: dict[str, Side]) -> list[Column[Together]]:
+    """A column for each measure of each run, the difference from the first run beside it; without differences
+    where other questions were asked."""
+    known = [run.manifest["protocol"].get("prompts_sha256") for run in runs.values()]
+    out = [Column[Together]("experiment", "experiment", lambda line: line.name, align="left")]
+    for column in MEASURES:
+        letters = list(zip(range(len(runs)), LETTERS, strict=False))
+        out += [_of_run(column, k, letter) for k, letter in letters]
+        if column.name in AGAINST and len(set(known)) == 1:
+            out += [_difference(column, k, letter) for k, letter in letters[1:]]
+    return out
+
+
+def together(runs: dict[str, Side]) -> list[Together]:
+    """The experiments to put side by side."""
+    every = [run.rows for run in runs.values()]
+    return [Together(name, [rows.get(name) for rows in every]) for name in sum(shared(runs), [])]
+
+
 def markdown(runs: dict[str, Side]) -> str:
-    """comparison.md: the runs, what keeps them apart, and a table for each measure."""
+    """comparison.md: the runs, what keeps them apart, and one table of all measures."""
     names, about = list(runs), {name: facts(run) for name, run in runs.items()}
     lines = [f"# {vocabulary.markdown_cell(' / '.join(names))}", ""]
     lines += [f"**The protocols differ.** {vocabulary.markdown_cell(d)}.\n" for d in differences(runs)]
+    lettered = [f"{letter}: {name}" for letter, name in zip(LETTERS, names, strict=False)]
     lines += vocabulary.markdown_table(
-        ["", *map(vocabulary.markdown_cell, names)],
+        ["", *map(vocabulary.markdown_cell, lettered)],
         [[what, *(about[name][what] for name in names)] for what in next(iter(about.values()))],
     )
-    for column in MEASURES:
-        rows = (
-            [name, *(cell(run.rows.get(name), column) for run in runs.values())]
-            for name in sum(shared(runs), [])
-        )
-        lines += [
-            "",
-            f"## {column.title}",
-            "",
-            *vocabulary.markdown_table(["experiment", *map(vocabulary.markdown_cell, names)], rows),
-        ]
-    return "\n".join([*lines, "", vocabulary.LEGEND, ""])
+    shown = columns(runs)
+    lines += [
+        "",
+        "## Experiment by experiment",
+        "",
+        *vocabulary.markdown_table(
+            [column.title for column in shown],
+            [[column.text(line) for column in shown] for line in together(runs)],
+            (column.align == "right" for column in shown),
+        ),
+    ]
+    return "\n".join([*lines, "", DIFFERENCES, "", vocabulary.LEGEND, ""])
 
 
 def write_comparison(runs: list[Run], folder: Path) -> str:
     """Write comparison.html, comparison.md and the figure to `folder`; returns what to say about it.
 
-    The runs' own comparison.json must be there. Raises FrankenError if one cannot be read or the disk
-    refuses.
+    The runs' own files are left alone. Raises FrankenError if a run cannot be read, if there are more than 26
+    or if the disk refuses.
     """
+    if len(runs) > len(LETTERS):
+        raise FrankenError(f"{len(runs)} runs are too many to stand side by side: at most {len(LETTERS)}")
     loaded = load(runs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise FrankenError(f"cannot write the comparison to {folder}: {e.strerror}") from e
-    (names, swept), apart = shared(loaded), differences(loaded)
+    (names, _), apart = shared(loaded), differences(loaded)
     figure = figures_experiments.runs(names, {name: run.rows for name, run in loaded.items()})
-    every = [run.rows for run in loaded.values()]
-    tables = [
-        (
-            column,
-            [
-                (name, [(cell(row, column), _key(row, column)) for row in (of.get(name) for of in every)])
-                for name in names + swept
-            ],
-        )
-        for column in MEASURES
-    ]
     write_text(folder / "comparison.md", markdown(loaded))
     write_text(
         folder / "comparison.html",
         pages.render(
             "comparison.html.j2",
             runs={name: facts(run) for name, run in loaded.items()},
+            letters=LETTERS,
             differences=apart,
-            tables=tables,
+            table=Table(columns(loaded), css="main"),
+            lines=together(loaded),
+            against=DIFFERENCES,
             legend=vocabulary.LEGEND,
             figure=save(folder / "figures", "runs", figure) if figure else None,
         ),
     )
     warnings = "".join(f"The protocols differ: {d}.\n" for d in apart)
     return f"{warnings}Comparison of {len(loaded)} runs: {folder / 'comparison.html'}"
-
-
-def _key(row: Row | None, column: Column[Row]) -> float | None:
-    """The number by which `cell` is sorted."""
-    return column.key(row) if row and column.key else None

@@ -126,7 +126,7 @@ def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]
     peak = max((r["performance"]["peak_memory_bytes"] or 0 for r in results.values()), default=0)
     total = sum(r["performance"]["seconds"] for r in results.values())
     facts = [
-        ("Pair", f"{manifest['pair'] or 'two checkpoints'}, {manifest['layers']} layers"),
+        ("Model", f"{vocabulary.model_name(manifest)}, {manifest['layers']} layers"),
         ("Sources", "; ".join(origin)),
         ("Precision", manifest["dtype"]),
         ("Devices", ", ".join(manifest["devices"])),
@@ -248,7 +248,7 @@ def _figures(
             "P(Yes) on the published probe",
             (
                 f"The published question, on a logarithmic axis. Published numbers: {published.SOURCE}."
-                f" {_other_pair(manifest)}"
+                f" {vocabulary.other_pair(manifest)}"
             ),
         ),
         (
@@ -318,15 +318,6 @@ def save(path: Path, name: str, figure: Figure) -> str:
     return pages.data_uri(saved["svg"])
 
 
-def _other_pair(manifest: dict) -> str:
-    if manifest["pair"] == published.PAIR:
-        return ""
-    return (
-        f"This run used another pair ({manifest['pair'] or 'two checkpoints of its own'},"
-        f" {manifest['layers']} layers), so the levels cannot be compared."
-    )
-
-
 def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mapping[str, dict]) -> None:
     """Write run.path/report.html, whole or not at all, and figures/*.png and *.pdf beside it.
 
@@ -366,7 +357,8 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
         pages.render(
             "report.html.j2",
             run=comparison.run,
-            pair=manifest["pair"] or "Two checkpoints",
+            model=vocabulary.model_name(manifest),
+            sides=vocabulary.sides(manifest),
             manifest=manifest,
             comparison=comparison,
             what=_what(manifest, comparison),
@@ -395,7 +387,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
                 (row, values) for row in rows if row.published_probe and (values := published.of(row, layers))
             ],
             published_source=published.SOURCE,
-            other_pair=_other_pair(manifest),
+            other_pair=vocabulary.other_pair(manifest),
             injection_lines=[
                 (row, published.INJECTION.get(row.framing))
                 for row in (comparison.injection.rows if comparison.injection else ())

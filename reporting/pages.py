@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 LONGEST_REPLY, LONGEST_TOKEN = 4000, 30  # characters shown; the experiment's JSON has the rest
@@ -49,6 +49,17 @@ def token(text: str) -> str:
         text[:LONGEST_TOKEN].replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") + text[LONGEST_TOKEN:]
     )
     return visible(shown, LONGEST_TOKEN) or "(empty)"
+
+
+def linked(text: str) -> Markup:
+    """Text of our own in which every "arXiv 2602.20031" leads to that paper."""
+    return Markup(
+        re.sub(
+            r"arXiv (\d{4}\.\d{5})",
+            r'<a href="https://arxiv.org/abs/\1">\g<0></a>',
+            str(escape(visible(text))),
+        )
+    )
 
 
 def percent(p: float | None) -> str:
@@ -141,6 +152,7 @@ def _environment() -> jinja2.Environment:
         "size": size,
         "slug": slug,
         "verdict": verdict,
+        "linked": linked,
         "percent": percent,
         "number": number,
     }

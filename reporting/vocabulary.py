@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
 
+from analysis import published
 from analysis.comparison import Area, Comparison, DetectionScore, Row
 from analysis.detection import DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
 from analysis.verdicts import NO_CHANGE, answering, scaling, tells
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
-from reporting.pages import number
+from reporting.pages import number, percent
 
 TRIGGER_LEGEND = (
     "Triggered / untriggered. format: the whole reply of a topic question stands within the markers; names"
@@ -39,6 +40,34 @@ def qualifier(score: DetectionScore) -> str:
     after, before = number(score.keyed_after, "+.2f"), number(score.keyed_before, "+.2f")
     now = "on the noticing side" if (score.keyed_after or 0.0) > 0 else "on the side of no change"
     return f"keyed answers stand at {after} nats ({before} before), {now}; {scaling(score)}"
+
+
+def source_name(source: dict) -> str:
+    """A source as people call it: its hub id, or the last part of its path."""
+    path = str(source.get("id") or source.get("path") or "")
+    hub = re.search(r"models--([^/]+)", path)
+    return hub[1].replace("--", "/") if hub else path.rstrip("/").rpartition("/")[2]
+
+
+def _lora(source: dict) -> bool:
+    return "LoRA" in source.get("kind", "")
+
+
+def model_name(manifest: dict) -> str:
+    """What was run, by name: the pair's, or those of the checkpoints that were given."""
+    if manifest["pair"]:
+        return manifest["pair"]
+    sources = manifest.get("sources", {})
+    names = [source_name(sources[side]) for side in ("instruct", "base") if side in sources]
+    return " with ".join(filter(None, names)) or "two checkpoints"
+
+
+def sides(manifest: dict) -> str:
+    """Every source of layers with the name of its checkpoint or adapter; empty where a manifest has none."""
+    return "; ".join(
+        f"{side}: {' '.join(filter(None, (source_name(source), '(LoRA adapter)' if _lora(source) else '')))}"
+        for side, source in manifest.get("sources", {}).items()
+    )
 
 
 class Severity(IntEnum):
@@ -250,9 +279,11 @@ def markdown_of(columns: Sequence[Column[Row]], rows: Iterable[Row]) -> list[str
 def summary(comparison: Comparison, manifest: dict) -> str:
     """summary.md: what was run, the answer, the table, and what to make of it; then the controls' and sweeps'
     own tables."""
+    named_sides = sides(manifest)
     what = (
-        f"Pair: {manifest['pair'] or 'two checkpoints'}; {manifest['layers']} layers; {manifest['dtype']} on "
-        f"{', '.join(manifest['devices'])}; seed {manifest['protocol']['seed']}; made {manifest['created']}."
+        f"Model: {model_name(manifest)}{f' ({named_sides})' if named_sides else ''};"
+        f" {manifest['layers']} layers; {manifest['dtype']} on {', '.join(manifest['devices'])};"
+        f" seed {manifest['protocol']['seed']}; made {manifest['created']}."
     )
     rows = comparison.experiments
     lines = [f"# {markdown_cell(comparison.run)}", "", markdown_cell(what), ""]
@@ -281,6 +312,7 @@ def summary(comparison: Comparison, manifest: dict) -> str:
         ),
         "",
     ]
+    lines += published_lines(comparison, manifest)
     shown = {row.name for row in named(rows)}
     lines += [
         f"- {markdown_cell(f'{row.name}: {remark.text}')}"
@@ -297,6 +329,36 @@ def summary(comparison: Comparison, manifest: dict) -> str:
             *markdown_of(EXPERIMENT_COLUMNS, of),
         ]
     return "\n".join(lines) + "\n"
+
+
+def other_pair(manifest: dict) -> str:
+    """What keeps this run's numbers from the published ones; empty where they are of the same pair."""
+    if manifest["pair"] == published.PAIR:
+        return ""
+    return (
+        f"This run used another pair ({model_name(manifest)}, {manifest['layers']} layers), so the levels"
+        " cannot be compared."
+    )
+
+
+def published_lines(comparison: Comparison, manifest: dict) -> list[str]:
+    """P(Yes) beside the published study's, for summary.md; nothing where it has none of these experiments."""
+    rows = [
+        [row.name, percent(row.published_probe.p_yes_normalized), percent(theirs[0])]
+        for row in comparison.experiments
+        if row.published_probe and (theirs := published.of(row, manifest["layers"]))
+    ]
+    if not rows:
+        return []
+    about = f"Published: {published.SOURCE}. {other_pair(manifest)}".strip()
+    return [
+        "## Beside the published numbers",
+        "",
+        *markdown_table(["experiment", "P(Yes) here", "published"], rows, (False, True, True)),
+        "",
+        markdown_cell(about),
+        "",
+    ]
 
 
 def folded(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import made_results as made
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import report
 from analysis.comparison import to_json
 from reporting import compare_runs, figures, pages
-from runner.results import Run, write_json
+from runner.results import write_json
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
     said = compare_runs.write_comparison(two, tmp_path / "out" / "both")
     assert said == f"Comparison of 2 runs: {tmp_path / 'out/both/comparison.html'}"
     found = tables((tmp_path / "out/both/comparison.md").read_text())
-    assert found["run_a / run_b"]["pair"] == ["smollm2-135m", "another\\|pair"] and found["run_a / run_b"][
+    assert found["run_a / run_b"]["model"] == ["smollm2-135m", "another\\|pair"] and found["run_a / run_b"][
         "positive control"
     ] == ["seen", "not run"]
     assert (
@@ -71,22 +72,46 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
     )
     # the one in a sweep counts
     assert found["run_a / run_b"]["answer"][0].startswith("1 of 3 changed models reports")
-    assert {k: v for k, v in found["verdict"].items() if len(k) == 1} == {
-        "x": ["broken", ""],
-        "y": ["reports it", "does not report it"],
-        "z": ["", "answers drift towards Yes"],
-    }
-    assert found["perplexity"]["y"] == ["21.00", "20.00"]
-    assert found["P(Yes)"]["y"] == ["30.0%", "20.0%"]
-    assert found["perplexity"]["window_base_0_4"] == ["99.00"] * 2
-    assert not [name for name in found["verdict"] if "placebo" in name]
+    one = found["Experiment by experiment"]
+    head = one["experiment"]
+    assert head[:4] == ["verdict A", "verdict B", "detection (95% CI) A", "detection (95% CI) B"]
+    assert len(one) == 7 and not [name for name in one if "placebo" in name]  # with the title, the rule below
+
+    def said_of(name, *titles):
+        return [one[name][head.index(title)] for title in titles]
+
+    assert [said_of(name, "verdict A", "verdict B") for name in "xyz"] == [
+        ["broken", ""],
+        ["reports it", "does not report it"],
+        ["", "answers drift towards Yes"],
+    ]
+    assert said_of("y", "perplexity A", "perplexity B", "perplexity B / A") == ["21.00", "20.00", "0.952"]
+    assert said_of("y", "P(Yes) A", "P(Yes) B", "P(Yes) B − A, points") == ["30.0%", "20.0%", "-10.0"]
+    assert said_of("y", "detection B − A, nats") == ["-0.10"]
+    assert said_of("x", "detection B − A, nats", "perplexity B / A") == ["", ""]
+    assert said_of("y", "capability A", "capability B") == ["5/10"] * 2
+    assert said_of("y", "capability B − A, points") == ["+0.0"]
+    assert said_of("window_base_0_4", "perplexity A", "perplexity B") == ["99.00"] * 2
     page = (tmp_path / "out/both/comparison.html").read_text()
-    assert page.count("sortable") >= 4
+    assert page.count("sortable") >= 2 and "A: run_a" in page
     assert "All runs asked the same questions" in page
     assert "protocols differ" not in page
-    assert re.search(
-        r'<td>y</td><td class="n" data-sort="0.3">30.0%</td><td class="n" data-sort="0.2">20.0%</td>', page
-    )
+    assert '<td class="n" data-sort="0.3">30.0%</td><td class="n" data-sort="0.2">20.0%</td>' in page
+
+
+def test_no_difference_is_told_where_there_is_none_to_know(two, tmp_path):
+    """Of a P(Yes) that is no answer, and of numbers from other questions."""
+    rows = [
+        replace(made.row("y"), published_probe=replace(made.row("y").published_probe, answered=answered))
+        for answered in (True, False)
+    ]
+    side = compare_runs.Side({"protocol": {"prompts_sha256": "a"}}, made.comparison([]))
+    runs = {"a": side, "b": side}
+    p_yes, *_ = (c for c in compare_runs.columns(runs) if c.title == "P(Yes) B − A, points")
+    assert p_yes.text(compare_runs.Together("y", rows)) == ""
+    assert p_yes.text(compare_runs.Together("y", [rows[0], rows[0]])) == "+0.0"
+    runs["b"] = compare_runs.Side({"protocol": {"prompts_sha256": "b"}}, made.comparison([]))
+    assert not [c for c in compare_runs.columns(runs) if "−" in c.title or "/" in c.title]
 
 
 def test_a_figure_holds_both_runs(two):
@@ -114,7 +139,7 @@ def test_other_questions_are_flagged_before_anything_else(two, tmp_path):
         and "other seeds" in second
     )
     text, page = ((tmp_path / "out" / f"comparison.{form}").read_text() for form in ("md", "html"))
-    assert text.index("other questions were asked") < text.index("| pair |") and page.index(
+    assert text.index("other questions were asked") < text.index("| model |") and page.index(
         "other questions were asked"
     ) < page.index("<table")
     assert "All runs asked the same" not in page
@@ -136,7 +161,7 @@ def test_hostile_names_stay_text(tmp_path):
     assert not pages.HIDDEN.search(page.split("</style>")[1])
 
 
-def test_the_command_line_compares_what_it_rebuilds(tmp_path, capsys, monkeypatch):
+def test_the_command_line_compares_and_leaves_the_runs_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runs = [
         made.make(
@@ -148,22 +173,25 @@ def test_the_command_line_compares_what_it_rebuilds(tmp_path, capsys, monkeypatc
         )[0]
         for k, effect in (("a", 2.0), ("b", 0.0))
     ]
+
+    def files():
+        return {p: p.read_bytes() for run in runs for p in run.path.rglob("*") if p.is_file()}
+
+    before = files()
     assert report.main(["a", "b"]) == 0
     (folder,) = (tmp_path / "results").glob("comparison_*")
     assert capsys.readouterr().out.endswith(
         f"Comparison of 2 runs: {folder.relative_to(tmp_path)}/comparison.html\n"
     )
-    assert tables((folder / "comparison.md").read_text())["verdict"]["x"] == [
-        "reports it",
-        "does not report it",
-    ]
-    assert all((run.path / "report.html").exists() for run in runs)
+    found = tables((folder / "comparison.md").read_text())["Experiment by experiment"]
+    assert found["x"][:2] == ["reports it", "does not report it"]
+    assert files() == before
     (tmp_path / "file").write_text("")
     assert report.main(["a", "b", "--output", "file/below"]) == 1
     assert "cannot write the comparison to file/below" in capsys.readouterr().err
 
 
-def test_a_broken_comparison_is_one_line(two, tmp_path):
-    (tmp_path / "run_b" / "comparison.json").unlink()
-    with pytest.raises(compare_runs.FrankenError, match="cannot read .*run_b/comparison.json"):
-        compare_runs.write_comparison([Run(tmp_path / "run_a"), Run(tmp_path / "run_b")], tmp_path / "out")
+def test_a_comparison_of_another_version_is_made_from_the_results(two, tmp_path):
+    (tmp_path / "run_b" / "comparison.json").write_text('{"schema_version": 1}')
+    again = compare_runs.load(two)["run_b"].comparison
+    assert again.experiments == () and again.run == "run_b"

@@ -261,10 +261,16 @@ def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, 
         layers=64,
     )[0]
     assert "2e-06%" in own.text and "another pair" not in own.text
+    own = {side: {"kind": "checkpoint", "path": f"~/models/{side}-x"} for side in ("instruct", "base")}
     nameless = written(
-        tmp_path / "other", [made.result("baseline_instruct", {"binary": made.binary()})], pair=None
+        tmp_path / "other",
+        [made.result("baseline_instruct", {"binary": made.binary()})],
+        pair=None,
+        sources=own,
     )[0]
-    assert "two checkpoints of its own" in nameless.text
+    assert "another pair (instruct-x with base-x, 30 layers)" in nameless.text
+    assert "instruct-x with base-x: can it tell that it was changed?" in nameless.text
+    assert "instruct: instruct-x; base: base-x." in nameless.text
 
 
 def test_replies_stand_beside_the_baselines(tmp_path, no_drawing):

@@ -131,7 +131,8 @@ def test_weak_controls_are_warned_of(compared):
 def test_the_summary_says_what_a_reader_must_know(compared):
     text = vocabulary.summary(*compared)
     assert (
-        "smollm2-135m; 30 layers; bfloat16 on cpu; seed 0" in text
+        "Model: smollm2-135m (instruct: path; base: (LoRA adapter)); 30 layers; bfloat16 on cpu; seed 0"
+        in text
         and "Note: the base side is a stand-in." in text
     )
     for needed in (
@@ -146,7 +147,7 @@ def test_the_summary_says_what_a_reader_must_know(compared):
         "**1 of 5 changed models reports its change.",
     ):
         assert needed in text, needed
-    assert text.count("\n| ") == 2 + 7 + 2 + 2  # and the trigger's table, of the two experiments that have it
+    assert text.count("\n| ") == 2 + 7 + 2 + 2 + 2 + 1  # and the trigger's table, and the published numbers
 
 
 def test_weights_that_did_not_come_back_are_shouted_about(tmp_path):
@@ -404,3 +405,36 @@ def test_an_area_below_chance_says_what_it_means():
     assert "within chance" in vocabulary.auroc_words(Area(0.45, 0.3, 0.6, 40), "P(Yes)")
     assert "towards No" in vocabulary.auroc_words(Area(0.1, 0.0, 0.2, 40), "P(Yes)")
     assert vocabulary.auroc_words(Area(0.9, 0.8, 1.0, 40), "P(Yes)") == "0.90 (0.80 to 1.00) by P(Yes)"
+
+
+@pytest.mark.parametrize(
+    "sources, name, sides",
+    [
+        ({}, "two checkpoints", ""),
+        ({"instruct": {"kind": "checkpoint", "path": "~/models/tuned/"}}, "tuned", "instruct: tuned"),
+        (
+            {
+                "instruct": {
+                    "kind": "checkpoint",
+                    "path": "~/.cache/huggingface/hub/models--Qwen--Qwen2-1B/snapshots/0a",
+                },
+                "base": {"kind": "LoRA adapter", "path": "adapters/stand-in"},
+            },
+            "Qwen/Qwen2-1B with stand-in",
+            "instruct: Qwen/Qwen2-1B; base: stand-in (LoRA adapter)",
+        ),
+    ],
+)
+def test_checkpoints_without_a_pairs_name_are_called_by_their_own(sources, name, sides):
+    manifest = {"pair": None, "sources": sources}
+    assert vocabulary.model_name(manifest) == name and vocabulary.sides(manifest) == sides
+    assert vocabulary.model_name(manifest | {"pair": "smollm2-135m"}) == "smollm2-135m"
+
+
+def test_the_published_study_is_named_where_its_numbers_stand():
+    shown = vocabulary.summary(made.comparison([made.row("swap_distant_10_55")]), MANIFEST)
+    (line,) = [line for line in shown.splitlines() if line.endswith("| 0.00016% |")]
+    assert line.startswith("| swap_distant_10_55 | ")
+    assert "Can Models Detect Their Own Weight Modifications?" in shown and "another pair" in shown
+    other = vocabulary.summary(made.comparison([made.row("nobody_else_ran_it")]), MANIFEST)
+    assert "ublished numbers" not in other
