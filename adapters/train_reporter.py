@@ -39,7 +39,7 @@ from questions.probes import BINARY_PROBES
 from surgery.weights import ROOT
 
 NOISE = (0.03, 0.5)  # of each tensor's own standard deviation, log-uniform
-VISIBLE = (0.02, 4.0)  # nats a token by which a trained change may raise the loss on neutral prose
+VISIBLE = (0.05, 4.0)  # nats a token by which a trained change may raise the loss on neutral prose
 EASY = 0.7  # what it has to raise it by at first
 OTHER_PROMPTS = ROOT / "weird_gen" / "data" / "aligned_prompts.jsonl"
 
@@ -389,7 +389,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--keep", type=float, default=1.0, help="weight of the KL divergence to the model without the adapter"
     )
     p.add_argument("--minutes", type=float, default=0.0, help="end after so long; 0: after --steps")
-    for flag, value in {"rank": 8, "steps": 500, "batch": 24, "states": 4, "pool": 60, "seed": 0}.items():
+    for flag, value in {"rank": 4, "steps": 500, "batch": 24, "states": 4, "pool": 60, "seed": 0}.items():
         p.add_argument(f"--{flag}", type=int, default=value, help=" ")
     return p.parse_args(argv)
 
