@@ -70,12 +70,13 @@ def read_bytes(path: str | Path, most: int = LONGEST_JSON) -> bytes:
     refuse_special(path)
     try:
         with open(path, "rb") as f:
-            data = f.read(most + 1)
+            large = os.fstat(f.fileno()).st_size > most
+            data = b"" if large else f.read()
     except OSError as e:
         raise FrankenError(f"cannot read {path}: {e.strerror}") from e
     except ValueError as e:  # a name with a zero byte in it
         raise FrankenError(f"cannot read {path!r}: {e}") from e
-    if len(data) > most:
+    if large or len(data) > most:
         raise FrankenError(f"{path} holds over {most:,} bytes, more than is read of such a file")
     return data
 

@@ -4,13 +4,15 @@ asked."""
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import experiments as ex
 from errors import FrankenError
 from experiments import SIZED, SWEEPS
+from files import read_json
+
+MOST_LAYERS = 10_000  # beyond it a config says nothing that a model could be; told when it is opened
 
 
 def extra_sources(pairs_given: list[str]) -> dict[str, str]:
@@ -167,11 +169,10 @@ def local_depth(args) -> int | None:
     """How many layers the checkpoint in the folder --instruct has, by its config; None where that is not
     known without loading or downloading."""
     try:
-        config = json.loads((Path(args.instruct) / "config.json").read_text(encoding="utf-8"))
-        layers = config.get("num_hidden_layers")
-    except (OSError, ValueError, TypeError, AttributeError):  # told in a line when it is opened
+        layers = read_json(Path(args.instruct) / "config.json", nan=True).get("num_hidden_layers")
+    except (FrankenError, TypeError, AttributeError):  # told in a line when it is opened
         return None
-    return layers if isinstance(layers, int) and layers > 0 else None
+    return layers if isinstance(layers, int) and 0 < layers <= MOST_LAYERS else None
 
 
 def make_protocol(args, plans: list):

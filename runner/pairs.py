@@ -17,10 +17,12 @@ from transformers import (
 )
 
 from errors import FrankenError, first_line
+from files import refuse_special_in
 from franken import LiveModel, find_layers
 from runner.cache import sha256_of
 from runner.gguf import from_gguf, is_gguf
 from runner.merging import merged
+from runner.untrusted import check_config_fits, check_config_numbers, check_template
 from runner.wheels import BY_SHA256, WHEEL_MODELS, from_wheels
 from surgery.weights import OUTER_PARTS, ROOT, Adapter, Checkpoint, Source, shown_path
 
@@ -191,6 +193,7 @@ def read_config(path: Path):
 
     Raises FrankenError if it cannot be read or is no decoder-only language model that transformers knows.
     """
+    check_config_numbers(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
     except Exception as e:
@@ -227,7 +230,9 @@ def check_match(a, b, name_a: str, name_b: str) -> list[str]:
 
 
 def load_tokenizer(path: Path):
-    """The tokenizer with its chat template. Raises FrankenError if either is missing."""
+    """The tokenizer with its chat template. Raises FrankenError if either is missing, or the template does
+    not end."""
+    refuse_special_in(path)
     try:
         # cleaning would eat spaces
         tokenizer = AutoTokenizer.from_pretrained(
@@ -239,6 +244,7 @@ def load_tokenizer(path: Path):
         raise FrankenError(
             f"{path}: the tokenizer has no chat template; give --instruct a checkpoint tuned for chat"
         )
+    check_template(tokenizer, path)
     return tokenizer
 
 
@@ -426,11 +432,7 @@ def open_pair(
             extra_path, revision = locate(given, None)
             notes += check_match(config, read_config(extra_path), "instruct", name)
             sources[name] = Checkpoint(name, extra_path, revision)
-    if config.num_hidden_layers != len(sources["instruct"].layers):
-        raise FrankenError(
-            f"{path}: config.json says {config.num_hidden_layers} layers, the weights have"
-            f" {len(sources['instruct'].layers)}"
-        )
+    check_config_fits(config, sources["instruct"], path)
     for name, source in sources.items():
         check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
     tokenizer, stops = load_tokenizer(path), stop_ids(path)

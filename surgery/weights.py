@@ -23,8 +23,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 
-from errors import FrankenError
+from errors import FrankenError, first_line
+from files import read_json, refuse_special
 
 ROOT = Path(__file__).resolve().parent.parent  # this checkout
 Layer = dict[str, torch.Tensor]  # name within the layer, such as "self_attn.q_proj.weight" -> tensor
@@ -58,9 +60,12 @@ class TensorRef:
 def read_header(path: Path) -> dict[str, TensorRef]:
     """The tensors of one safetensors file, by name.
 
-    Raises FrankenError if the file is missing, is not safetensors, is shorter than its header says, or holds
-    a dtype that a decoder layer cannot have (quantized weights).
+    The library reads the header too and refuses what makes no sense in it: offsets that are negative,
+    overlap, leave gaps or lie beyond the file. Raises FrankenError if the file is missing, is not
+    safetensors, is shorter than its header says, or holds a dtype that a decoder layer cannot have (quantized
+    weights).
     """
+    refuse_special(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -75,7 +80,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         ]
     except OSError as e:
         raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise FrankenError(f"{path}: the safetensors header is corrupt") from e
     refs = {}
     for name, start, stop, kind, shape in entries:
@@ -89,6 +94,15 @@ def read_header(path: Path) -> dict[str, TensorRef]:
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise FrankenError(f"{path}: {name}: {stop - start} bytes do not make the shape {list(shape)}")
         refs[name] = TensorRef(str(path), 8 + length + start, stop - start, dtype, shape)
+    try:
+        with safe_open(path, framework="pt") as library:
+            same = set(library.keys()) == set(refs) and all(
+                tuple(library.get_slice(name).get_shape()) == ref.shape for name, ref in refs.items()
+            )
+    except (SafetensorError, OSError, ValueError, TypeError) as e:
+        raise FrankenError(f"{path}: the safetensors header is corrupt ({first_line(e)})") from e
+    if not same:
+        raise FrankenError(f"{path}: the safetensors header is corrupt (it can be read in two ways)")
     return refs
 
 
@@ -161,10 +175,14 @@ class Checkpoint:
             self.files = files
             return {k: v for file in files for k, v in read_header(file).items()}
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-            self.files = [self.path / f for f in sorted(set(weight_map.values()))]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            weight_map = read_json(index)["weight_map"]
+            names = sorted(set(weight_map.values()))
+            outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]
+        except (FrankenError, KeyError, TypeError, AttributeError) as e:
             raise FrankenError(f"{index}: not a readable shard index") from e
+        if outside:
+            raise FrankenError(f"{index} names a shard outside its folder: {outside[0][:80]!r}")
+        self.files = [self.path / name for name in names]
         for file in self.files:
             if not file.exists():
                 raise FrankenError(
@@ -245,8 +263,8 @@ class Adapter:
             [self.path / "adapter_model.safetensors"],
         )
         try:
-            config = json.loads((self.path / "adapter_config.json").read_text())
-        except (OSError, ValueError) as e:
+            config = read_json(self.path / "adapter_config.json", nan=True)
+        except FrankenError as e:
             raise FrankenError(f"{self.path}: no readable adapter_config.json") from e
         if not isinstance(config, dict):
             raise FrankenError(f"{self.path}: no readable adapter_config.json")
@@ -267,6 +285,8 @@ class Adapter:
         if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
             raise FrankenError(f"{self.path}: adapter_config.json has no usable r and lora_alpha")
         self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        if not math.isfinite(self.scale):
+            raise FrankenError(f"{self.path}: adapter_config.json makes the scale {self.scale}")
         self.low_rank: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         for key, ref in read_header(self.files[0]).items():
             match = LAYER_KEY.match(key)

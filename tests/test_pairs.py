@@ -354,7 +354,7 @@ def test_truncated_and_missing_shards(copied):
     "file, text, words",
     [
         ("config.json", None, "cannot read config.json"),
-        ("config.json", "{", "cannot read config.json"),
+        ("config.json", "{", "config.json is corrupt"),
         ("config.json", '{"model_type": "no-such-model"}', "cannot read config.json"),
         ("config.json", '{"model_type": "llama", "hidden_size": "many"}', "cannot read config.json"),
         (

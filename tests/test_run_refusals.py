@@ -181,7 +181,7 @@ def damaged(tmp_path, what) -> tuple[Path, str]:
         "missing shard": f"{shard}: the shard is missing",
         "truncated shard": f"{shard}: truncated",
         "no weights": "no .safetensors weights there",
-        "broken config": "cannot read config.json",
+        "broken config": "config.json is corrupt",
     }.get(what, "")
 
 

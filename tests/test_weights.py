@@ -138,6 +138,13 @@ def edit_tensor(name, **fields):
 
 
 NORM = "model.norm.weight"
+
+
+def rewrite(path, change):
+    file = path / "model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
 BROKEN = {
     "cut by five bytes": (break_truncated, "model.safetensors: truncated: .* bytes, .* ends at byte"),
     "cut within the header": (
@@ -157,11 +164,11 @@ BROKEN = {
         r"do not make the shape \[33\]",
     ),
     "a layer is missing": (
-        lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers.3." not in k}),
+        lambda p: rewrite(p, lambda s: {k: v for k, v in s.items() if ".layers.3." not in k}),
         "no single numbered stack",
     ),
     "no layers": (
-        lambda p: break_header(p, lambda h: {k: v for k, v in h.items() if ".layers." not in k}),
+        lambda p: rewrite(p, lambda s: {k: v for k, v in s.items() if ".layers." not in k}),
         "no single numbered stack",
     ),
     "gone": (lambda p: (p / "model.safetensors").unlink(), "no .safetensors weights there"),
