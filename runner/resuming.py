@@ -24,8 +24,21 @@ from files import read_bytes
 from surgery.weights import ROOT
 
 # What measures: a change anywhere else (pages, documentation, training) leaves numbers as they are.
-CODE = ("franken.py", "prompts.py", "experiments.py", "evaluate.py", "errors.py", "files.py", "surgery",
-        "questions", "engine", "suites", "runner", "weird_gen/persona")  # fmt: skip
+CODE = (
+    "errors.py",
+    "files.py",
+    "surgery",
+    "questions",
+    "franken.py",
+    "prompts.py",
+    "planning",
+    "experiments.py",
+    "engine",
+    "suites",
+    "evaluate.py",
+    "runner",
+    "weird_gen/persona",
+)
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy")
 # Of what a source's `describe` says: where it lies does not matter
 SOURCE_FIELDS = ("kind", "over", "scale", "files")

@@ -4,6 +4,7 @@ that lead out of its folder."""
 import json
 import os
 import shutil
+import tomllib
 
 import pytest
 import small_battery
@@ -166,6 +167,13 @@ def test_the_hash_of_the_code_is_of_what_measures(tmp_path, monkeypatch):
         (tmp_path / changed).write_text(text)
     (tmp_path / "report.py").write_text("another page")
     assert resuming.code_sha256() == whole
+
+
+def test_no_room_that_measures_is_left_out_of_the_hash():
+    rooms = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["root_packages"]
+    pages = {"run_all", "report", "reporting", "benchmarks", "adapters", "analysis", "command_line"}
+    hashed = {place.removesuffix(".py").split("/")[0] for place in resuming.CODE}
+    assert hashed == set(rooms) - pages
 
 
 def test_a_tokenizer_has_one_hash_however_it_was_used():
