@@ -401,7 +401,8 @@ def report(nulls: dict, power: dict, limits: dict, command: str, measured: list[
     return "\n".join(lines)
 
 
-def main() -> int:
+def parse() -> tuple[argparse.Namespace, Measured | None]:
+    """The command line, and the noise of the run that it names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("results/reference/calibration.md"))
     parser.add_argument(
@@ -420,11 +421,17 @@ def main() -> int:
         measured = measure(options.noise_from) if options.noise_from else None
     except FrankenError as error:
         parser.error(str(error))
+    return options, measured
+
+
+def main() -> int:
+    options, measured = parse()
     with ProcessPoolExecutor(options.processes) as pool:
 
         def run(case: Case, runs: int) -> list:
             return list(pool.map(one, [case] * runs, range(runs), chunksize=20))
 
+        # 1. without an effect, with one, and where the score reaches its limits
         nulls = {case: run(case, options.runs) for case in NULLS}
         power = {
             (effect, noise): run(
@@ -434,6 +441,7 @@ def main() -> int:
             for noise in NOISES
         }
         limits = {case: run(case, options.power_runs) for case in LIMITS}
+        # 2. with a run's own noise
         lines = None
         if measured:
             noises = list(measured.noises.values())
@@ -454,6 +462,7 @@ def main() -> int:
             }
             sides = ({c: f for c, f in by_case.items() if (c.change in SCALED) is s} for s in (False, True))
             lines = measured_lines(measured, *sides)
+    # 3. the page
     command = f"python benchmarks/calibration.py --runs {options.runs} --power-runs {options.power_runs}"
     command += f" --noise-from {options.noise_from}" if measured else ""
     text = report(nulls, power, limits, command, lines)

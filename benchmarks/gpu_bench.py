@@ -519,7 +519,7 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--only",
@@ -551,7 +551,11 @@ def main() -> int:
     parser.add_argument(
         "--output", help="write the table and all details to this .json and the table to .md beside it"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse()
     bench = Bench(args)
     with tempfile.TemporaryDirectory(dir=args.work) as folder:
         args.folder = Path(folder)

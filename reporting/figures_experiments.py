@@ -201,6 +201,7 @@ def capability(rows: Sequence[Row]) -> Figure | None:
 def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
     """P(Yes) on the published probe against perplexity, both logarithmic: every experiment, sweeps and
     controls small."""
+    # 1) what has both numbers; experiments with a line of their own are large and named
     every = [
         (x, y, probe, row)
         for row, probe, y in answers(rows)
@@ -217,6 +218,7 @@ def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
         axes = figure.subplots()
         log_axis(axes.xaxis, [x for x, *_ in every])
         log_axis(axes.yaxis, [y for _, y, *_ in every], percent)
+        # 2) a point each
         for x, y, probe, row in every:
             color, marker = look(row)
             marker = marker if x < PERPLEXITY_CEILING else ">"
@@ -248,6 +250,7 @@ def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
         axes.set_axisbelow(True)
         axes.set_xlabel("perplexity")
         axes.set_ylabel("P(Yes), normalized")
+        # 3) the legend
         handles = verdict_handles([row for *_, row in every if not row.control])
         controls = {row.control for *_, row in every}
         handles += [
@@ -411,6 +414,7 @@ def injection(control: Injection | None, published: dict[str, float]) -> Figure 
     """
     if not control or not control.rows:
         return None
+    # 1) a panel per measure
     framings = list(dict.fromkeys(row.framing for row in control.rows))
     panels = (
         ("says Yes (at 0: nothing injected)", _sensitivity),
@@ -424,6 +428,7 @@ def injection(control: Injection | None, published: dict[str, float]) -> Figure 
             axes.grid()
             axes.set_axisbelow(True)
             axes.set_xlabel("strength")
+            # 2) a line per framing, with the score's intervals and what was published
             for k, framing in enumerate(framings):
                 rows = sorted(
                     (row for row in control.rows if row.framing == framing),
@@ -452,6 +457,7 @@ def injection(control: Injection | None, published: dict[str, float]) -> Figure 
                         )
                 if read is _sensitivity and framing in published:
                     axes.axhline(published[framing], color=SERIES[k % 6], linewidth=1, linestyle=(0, (3, 2)))
+            # 3) each measure's own axis
             if read is _sensitivity:
                 axes.set_ylim(-0.03, 1.03)
                 axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
@@ -459,6 +465,7 @@ def injection(control: Injection | None, published: dict[str, float]) -> Figure 
                 axes.axhline(0, color=MUTED, linewidth=0.8)
             else:
                 axes.set_ylim(bottom=-0.05)
+        # 4) the legend
         handles = [
             Line2D(
                 [],

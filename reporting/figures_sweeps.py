@@ -3,9 +3,11 @@ depth."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
@@ -31,6 +33,7 @@ from reporting.figures import (
 )
 from reporting.figures_experiments import percent
 
+BROKEN_HATCH = {"edgecolor": MUTED, "hatch": "//////", "linewidth": 0}
 DOSES = {"noise": "noise (share of each tensor's standard deviation)", "blend": "share of the other source"}
 
 
@@ -40,6 +43,7 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
 
     `baseline`: the unmodified model's row, drawn as a dashed line.
     """
+    # 1) the rungs of each ladder
     ladders: dict[str, dict[str, list[tuple[float, Row]]]] = {}  # by kind, by source: (dose, row)
     for row in rows:
         if row.status == "done" and row.sweep and row.sweep.dose is not None:
@@ -52,6 +56,7 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
     with rc_context(STYLE):
         figure = new_figure(6.2)
         grid = figure.subplots(3, len(ladders), squeeze=False, sharey="row", sharex="col")
+        # 2) a column per kind, a row per quantity
         for column, (kind, by_source) in enumerate(ladders.items()):
             doses = [amount for of in by_source.values() for amount, _ in of]
             for axes, (title, read) in zip(
@@ -70,26 +75,7 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
                         axes.axhline(before, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
                 for k, of in enumerate(by_source.values()):
                     points = [(amount, v, row) for amount, row in of if (v := read(row)) is not None]
-                    points.sort(key=lambda point: point[0])
-                    axes.plot(
-                        [x for x, *_ in points],
-                        [y for _, y, _ in points],
-                        color=SERIES[k % 6],
-                        linewidth=1,
-                        alpha=0.7,
-                    )
-                    for x, y, row in points:
-                        color, marker = look(row)
-                        axes.plot(x, y, marker, color=color, markersize=5.5, zorder=3)
-                        d = row.detection
-                        if read is score and d and d.low is not None and d.high is not None:
-                            axes.plot(
-                                [x, x],
-                                [d.low, d.high],
-                                color=color,
-                                linewidth=0.9,
-                                alpha=0.6,
-                            )
+                    _ladder(axes, sorted(points, key=itemgetter(0)), SERIES[k % 6], read is score)
                 axes.grid()
                 axes.set_axisbelow(True)
                 if column == 0:
@@ -97,6 +83,7 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
             if min(doses) > 0 and max(doses) > 10 * min(doses):
                 log_axis(grid[-1, column].xaxis, doses, lambda x: f"{x:g}")
             grid[-1, column].set_xlabel(DOSES.get(kind, kind))
+        # 3) what the columns share
         handles = verdict_handles(every)
         if len({s for of in ladders.values() for s in of} - {""}) > 1:
             handles += [
@@ -108,6 +95,17 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
             handles.append(Patch(color=BAND, label="range of the placebos"))
         legend(figure, handles, 5)
     return figure
+
+
+def _ladder(axes, points: Sequence[tuple[float, float, Row]], line: str, with_intervals: bool) -> None:
+    """A line through (dose, value) with each experiment's own marker, and the score's interval if wanted."""
+    axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=line, linewidth=1, alpha=0.7)
+    for x, y, row in points:
+        color, marker = look(row)
+        axes.plot(x, y, marker, color=color, markersize=5.5, zorder=3)
+        d = row.detection
+        if with_intervals and d and d.low is not None and d.high is not None:
+            axes.plot([x, x], [d.low, d.high], color=color, linewidth=0.9, alpha=0.6)
 
 
 class Cell(NamedTuple):
@@ -158,6 +156,7 @@ def _shift(row: Row) -> float | None:
 
 def _maps(strips: dict[str, list[Cell]], layers: int, along: str, across: str) -> Figure | None:
     """One panel per quantity, one strip per name in it, one cell per experiment at its first layer."""
+    # 1) the quantities that any experiment has
     every = [cell.row for of in strips.values() for cell in of]
     panels = [
         (title, read, kind)
@@ -173,64 +172,49 @@ def _maps(strips: dict[str, list[Cell]], layers: int, along: str, across: str) -
     with rc_context(STYLE):
         figure = new_figure((0.24 * len(strips) + 0.45) * len(panels) + 0.8)
         stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        # 2) a panel each, with its own colors
         for axes, (title, read, kind) in zip(stack, panels, strict=True):
-            firm = [v for row in every if word(row) != "broken" and (v := read(row)) is not None] or [
-                v for row in every if (v := read(row)) is not None
-            ]
-            if kind == "log":
-                ends = min(firm), max(max(firm), min(firm) * 1.2)
-                norm, colors = LogNorm(*ends), colormaps["cividis"]
-            else:
-                limit = max(0.1, *map(abs, firm)) if firm else 0.1
-                # limits symmetric: white is no change
-                ends = -limit, limit
-                norm, colors = Normalize(*ends), colormaps["PuOr_r"]
+            colors = _colors(every, read, kind)
             for line, of in enumerate(strips.values()):
-                starts = sorted({cell.start for cell in of})
-                width = min(
-                    (b - a for a, b in zip(starts, starts[1:], strict=False)),
-                    default=of[0].size or 1,
-                )
-                for start, _, row in of:
-                    value = read(row)
-                    axes.barh(
-                        line,
-                        width,
-                        0.92,
-                        left=start,
-                        linewidth=0,
-                        color="white" if value is None else colors(norm(value)),
-                    )
-                    if word(row) == "broken":
-                        axes.barh(
-                            line,
-                            width,
-                            0.92,
-                            left=start,
-                            linewidth=0,
-                            color="none",
-                            edgecolor=MUTED,
-                            hatch="//////",
-                        )
+                _strip(axes, line, of, read, colors)
             axes.set_yticks(range(len(strips)), [label(name) for name in strips])
             axes.set_ylim(len(strips) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
             axes.set_ylabel(across)
             axes.set_facecolor("#f5f7f9")
             axes.set_title(title.replace("\n", " "), fontsize=9, loc="left")
-            bar = figure.colorbar(
-                ScalarMappable(norm, colors), ax=axes, pad=0.01, aspect=8 if len(strips) < 3 else 12
-            )
+            bar = figure.colorbar(colors, ax=axes, pad=0.01, aspect=8 if len(strips) < 3 else 12)
             bar.outline.set_visible(False)
             if kind == "log":
-                log_axis(bar.ax.yaxis, ends)
+                log_axis(bar.ax.yaxis, colors.get_clim())
+        # 3) what the panels share
         stack[-1].set_xlim(0, layers)
         stack[-1].set_xlabel(along)
-        handles = (
-            [Patch(facecolor="white", edgecolor=MUTED, hatch="//////", label="broken", linewidth=0)]
-            if any(word(row) == "broken" for row in every)
-            else []
-        )
-        if handles:
-            legend(figure, handles, 1)
+        if any(word(row) == "broken" for row in every):
+            legend(figure, [Patch(facecolor="white", label="broken", **BROKEN_HATCH)], 1)
     return figure
+
+
+def _colors(every: Sequence[Row], read: Callable[[Row], float | None], kind: str) -> ScalarMappable:
+    """The panel's colors, over the values of models that are not broken where there are any."""
+    firm = [v for row in every if word(row) != "broken" and (v := read(row)) is not None] or [
+        v for row in every if (v := read(row)) is not None
+    ]
+    if kind == "log":
+        return ScalarMappable(LogNorm(min(firm), max(max(firm), min(firm) * 1.2)), colormaps["cividis"])
+    limit = max(0.1, *map(abs, firm)) if firm else 0.1
+    return ScalarMappable(Normalize(-limit, limit), colormaps["PuOr_r"])  # symmetric: white is no change
+
+
+def _strip(
+    axes, line: int, cells: Sequence[Cell], read: Callable[[Row], float | None], colors: ScalarMappable
+) -> None:
+    """Cells side by side; what is broken is hatched."""
+    starts = sorted({cell.start for cell in cells})
+    width = min((b - a for a, b in zip(starts, starts[1:], strict=False)), default=cells[0].size or 1)
+    for start, _, row in cells:
+        value = read(row)
+        color = "white" if value is None else colors.to_rgba(np.asarray(value))
+        axes.barh(line, width, 0.92, left=start, linewidth=0, color=color)
+        if word(row) == "broken":
+            axes.barh(line, width, 0.92, left=start, color="none", **BROKEN_HATCH)

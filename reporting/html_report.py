@@ -96,6 +96,7 @@ def _all_sweeps(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]:
     """What was run, as label and value. What an older manifest lacks is left out."""
+    # 1) what takes more than a field of the manifest
     hardware, protocol, sources = (
         manifest.get("hardware", {}),
         manifest["protocol"],
@@ -125,6 +126,7 @@ def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]
     ]
     peak = max((r["performance"]["peak_memory_bytes"] or 0 for r in results.values()), default=0)
     total = sum(r["performance"]["seconds"] for r in results.values())
+    # 2) one after the other
     facts = [
         ("Model", f"{vocabulary.model_name(manifest)}, {manifest['layers']} layers"),
         ("Sources", "; ".join(origin)),
@@ -179,6 +181,7 @@ def _figures(
     manifest: dict, comparison: Comparison, results: Mapping[str, dict]
 ) -> list[tuple[str, Figure | None, str, str]]:
     """Every figure of the report: (name, figure or None, title, caption)."""
+    # 1) what figures need beside the rows
     rows, layers, placebo = comparison.experiments, manifest["layers"], comparison.placebo
     baseline = next((row for row in rows if row.name == comparison.baseline), None)
     base = results.get(comparison.baseline or "", {}).get("measurements", {}).get("binary")
@@ -193,6 +196,7 @@ def _figures(
         for name, r in results.items()
         if "capability" in r["measurements"]
     }
+    # 2) what captions say
     undefined = [
         row.name
         for row in named(rows)
@@ -206,6 +210,7 @@ def _figures(
         if placebo
         else "no placebos were run"
     )
+    # 3) the figures, in the page's order
     return [
         (
             "side_by_side",
@@ -323,6 +328,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
 
     `results`: the experiments' own JSON, by name. Raises FrankenError if the disk refuses.
     """
+    # 1) the lines of the results and of what is folded away, with footnotes numbered over both
     rows = comparison.experiments
     notes: dict[str, int] = {}
     table = [_line(row, vocabulary.remarks(row), notes) for row in named(rows)]
@@ -330,6 +336,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
         (title, [_line(row, vocabulary.serious(row), notes) for row in of])
         for title, of in vocabulary.folded(rows)
     ]
+    # 2) figures, the first of them for phones too
     drawn = [
         {
             "name": name,
@@ -350,6 +357,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
         )
         if narrow is not None:
             figure["narrow"] = pages.data_uri(figures.save(narrow)["svg"])
+    # 3) the page
     by_name = {row.name: row for row in rows}
     layers = manifest["layers"]
     write_text(

@@ -325,8 +325,10 @@ class Injection(Suite):
         self.recorded_as = None if strengths is None else "injection"
 
     def measure(self, engine: Engine, protocol, replies) -> dict:
+        # 1. the directions, and how answers are read
         yes, no = answer_token_ids(engine.tokenizer)
         names, directions = Names(engine.tokenizer, CONCEPTS), find_directions(engine)
+        # 2. by framing and strength: every concept injected, every question asked
         cells, bits = [], []
         for framing, opening in FRAMINGS.items():
             asked = questions(framing)
@@ -364,6 +366,7 @@ class Injection(Suite):
                         "bits": plain(mutual_information(np.stack(named))),
                     }
                 )
+        # 3. what was done, beside what was read
         layers = middle_third(len(engine.live.order))
         texts = {
             "first_turn": {framing: [opening, REPLY] for framing, opening in FRAMINGS.items()},
