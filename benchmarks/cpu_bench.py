@@ -35,6 +35,7 @@ import transformers
 from peft import PeftModel
 
 import prompts
+from engine.chat_template import ChatTemplate
 from engine.generation import Completion, Engine, Request
 from errors import FrankenError
 from evaluate import evaluate
@@ -78,6 +79,7 @@ class OneByOne:
 
     def __init__(self, model, tokenizer, stop_ids: list[int], seed: int = 0):
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, stop_ids
+        self.template = ChatTemplate(tokenizer)
         torch.manual_seed(seed)
 
     @torch.inference_mode()
