@@ -12,6 +12,7 @@ more, calling or saving that module raises FrankenError.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -80,6 +81,7 @@ class LiveModel:
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         self.tied = bool(config.tie_word_embeddings)
+        self.refused_placebos: dict[str, str] = {}  # Permute.what -> why it would change the function
         stack_name, stack = find_layers(self.model, config)
         places = device if isinstance(device, dict) else {"": device}
         self.stack_name = stack_name
@@ -91,6 +93,7 @@ class LiveModel:
             where = _place(places, f"{stack_name}.{i}")
             self.banks.append(Bank(_materialize(module, dtype, where), where, module, None))
         self.outer: dict[str, Layer] = {part: {} for part in OUTER_PARTS}
+        self.norm: Any  # the final one
         self._materialize_outer(places, stack_name)
         self.attributes = [_plain_attributes(module) for module in stack]
         # layers of equal kind have equal numbers
@@ -126,6 +129,8 @@ class LiveModel:
                     raise FrankenError(
                         f"the model has a parameter outside the layers that is not supported: {full}"
                     )
+                if part == "norm":
+                    self.norm = module
                 if not (self.tied and part == "head" and key == "weight"):
                     setattr(
                         module,
@@ -276,6 +281,9 @@ class LiveModel:
                 "embedding and output head are one tensor in this model and cannot come from two sources"
             )
         for p, slot in enumerate(recipe.slots):
+            for edit in slot.edits:
+                if isinstance(edit, Permute) and edit.what in self.refused_placebos:
+                    raise FrankenError(self.refused_placebos[edit.what])
             for ref, _ in slot.mix:
                 if not 0 <= ref.layer < min(len(self.kinds), len(self.sources[ref.source].layers)):
                     raise FrankenError(f"position {p}: layer {ref.layer} of {ref.source} does not exist")
@@ -525,7 +533,10 @@ def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device) ->
             )
             tensors[f"{prefix}.{key}" if prefix else key] = getattr(sub, key).data
         for key, buffer in sub.named_buffers(recurse=False):
-            sub._buffers[key] = buffer.to(device)
+            sub._buffers[key] = buffer = buffer.to(device)
+            # what is saved belongs to the layer (xIELU's beta); the rest is computed from the config
+            if key not in sub._non_persistent_buffers_set and buffer.is_floating_point():
+                tensors[f"{prefix}.{key}" if prefix else key] = buffer
     return tensors
 
 
@@ -575,18 +586,18 @@ def noise_for(tensor: torch.Tensor, noise: Noise, name: str) -> torch.Tensor:
 def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
     """Permute MLP units, or key-value groups and the query heads within each group, or both (`edit.what`).
 
-    Consistently over all their tensors: the function is unchanged up to the order of floating-point sums.
-    Raises FrankenError for layers that are not built of separate q/k/v/o and gate/up/down projections.
+    Consistently over all tensors that are indexed by them: the function is unchanged up to the order of
+    floating-point sums. Raises FrankenError, before anything is changed, for layers that are not built of
+    separate q/k/v/o and gate/up/down projections, and for a tensor in the attention or the MLP of which it is
+    not known how it is indexed.
     """
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    needed = [f"self_attn.{p}_proj.weight" for p in "qkvo"] + [
-        f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")
-    ]
-    if not all(name in layer for name in needed):
+    # 1. what is permuted, and how
+    if not all(name in layer for name in (*_HEADS, *_UNITS)):
         raise FrankenError(
             "the function-preserving permutation needs separate q, k, v, o, gate, up and down projections"
         )
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = layer["self_attn.q_proj.weight"].shape[0] // heads
     digest = hashlib.sha256(f"permute:{edit.seed}:{edit.key}".encode()).digest()
     rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     units = torch.randperm(layer["mlp.down_proj.weight"].shape[1], generator=rng)
@@ -594,17 +605,78 @@ def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
     per_group = heads // groups
     head_order = torch.cat([g * per_group + torch.randperm(per_group, generator=rng) for g in group_order])
     rows = torch.arange(heads * width).view(heads, width)
-    q_rows, kv_rows = rows[head_order].flatten(), rows[:groups][group_order].flatten()
-    by_row, by_column = {}, {}
-    if edit.what != "heads":
-        by_row |= {"mlp.gate_proj": units, "mlp.up_proj": units}
-        by_column["mlp.down_proj.weight"] = units
-    if edit.what != "mlp":
-        by_row |= {"self_attn.q_proj": q_rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows}
-        by_column["self_attn.o_proj.weight"] = q_rows
-    for name, index in by_row.items():
-        for key in (f"{name}.weight", f"{name}.bias"):
-            if key in layer:
-                layer[key].copy_(layer[key][index.to(layer[key].device)])
-    for name, index in by_column.items():
-        layer[name].copy_(layer[name][:, index.to(layer[name].device)])
+    by_head = {
+        "q": rows[head_order].flatten(),
+        "k": rows[:groups][group_order].flatten(),
+        "head": head_order,
+        "group": group_order,
+    }
+    # 2. every tensor's new order, found before the first is written
+    orders: dict[str, tuple[int, torch.Tensor]] = {}
+    for name, tensor in layer.items():
+        if edit.what != "heads" and name.startswith("mlp."):
+            orders |= _unit_order(name, tensor, units)
+        if edit.what != "mlp" and name.startswith("self_attn."):
+            orders |= _head_order(name, tensor, by_head, width)
+    # 3. in place
+    before = {name: layer[name].clone() for name in orders if _NUMBERED.search(name)}
+    for name, (dim, index) in orders.items():
+        if name in before:  # one module a head: head i's place is taken by what head index[i] had
+            i = int(cast(re.Match, _NUMBERED.search(name))[1])
+            source = _NUMBERED.sub(f".norms.{int(index[i])}.", name)
+            layer[name].copy_(before[source])
+        else:
+            layer[name].copy_(layer[name].index_select(dim, index.to(layer[name].device)))
+
+
+_HEADS = tuple(f"self_attn.{p}_proj.weight" for p in "qkvo")
+_UNITS = tuple(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))
+_NUMBERED = re.compile(r"\.norms\.(\d+)\.")
+_QUERY_OR_KEY = re.compile(r"^self_attn\.(q|k)(_norm|_layernorm|_ln)\.")
+
+
+def _unit_order(name: str, tensor: torch.Tensor, units: torch.Tensor) -> dict:
+    """{name: (dimension, order)} of one of the MLP's tensors; empty if it is not indexed by units."""
+    part, whole = name.removeprefix("mlp.").rpartition(".")[0], len(units)
+    if part in ("gate_proj", "up_proj") and tensor.shape[0] == whole:
+        return {name: (0, units)}
+    if part == "down_proj":
+        return {name: (1, units)} if tensor.ndim == 2 else {}
+    if tensor.numel() == 1:  # an activation's parameter
+        return {}
+    if tensor.shape == (whole,):  # a norm before the down projection (BitNet)
+        return {name: (0, units)}
+    raise _unknown(name, tensor)
+
+
+def _head_order(name: str, tensor: torch.Tensor, by_head: dict[str, torch.Tensor], width: int) -> dict:
+    """{name: (dimension, order)} of one of the attention's tensors; empty if it is not indexed by heads."""
+    part = name.removeprefix("self_attn.").rpartition(".")[0]
+    side = {"q_proj": "q", "k_proj": "k", "v_proj": "k"}.get(part)
+    if side and tensor.shape[0] == len(by_head[side]):
+        return {name: (0, by_head[side])}
+    if part == "o_proj":
+        if tensor.ndim == 1:
+            return {}
+        if tensor.shape[1] == len(by_head["q"]):
+            return {name: (1, by_head["q"])}
+    if name == "self_attn.sinks" and tensor.shape == by_head["head"].shape:
+        return {name: (0, by_head["head"])}
+    if match := _QUERY_OR_KEY.match(name):
+        rows = by_head[match[1]]
+        one_each = by_head["head" if match[1] == "q" else "group"]
+        if _NUMBERED.search(name):
+            return {name: (0, one_each)}
+        if tensor.shape == (width,):  # the same for every head
+            return {}
+        if tensor.shape == rows.shape:
+            return {name: (0, rows)}
+        if tensor.shape == (len(one_each), width):
+            return {name: (0, one_each)}
+    raise _unknown(name, tensor)
+
+
+def _unknown(name: str, tensor: torch.Tensor) -> FrankenError:
+    return FrankenError(
+        f"the function-preserving permutation does not know how {name} {list(tensor.shape)} is indexed"
+    )

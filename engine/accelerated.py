@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from transformers import AttentionInterface
 
-from engine.attention import ATTENTION
+from engine.attention import ATTENTION, refuse_unknown
 from engine.decode_attention import decode_attention
 from engine.decode_linear import compile_layer
 from engine.layers import compiled_for_modules, run_layer
@@ -35,6 +35,7 @@ def attend_slots(
     """Attention of a decode step as transformers calls it; key and value are pairs of what is new and its
     pool."""
     (k, k_pool), (v, v_pool) = key, value
+    refuse_unknown(module, kwargs)
     out = decode_attention(
         query[:, :, 0], k[:, :, 0], v[:, :, 0], k_pool, v_pool, attention_mask, scaling, softcap or 0.0
     )
@@ -326,14 +327,12 @@ class Accelerator:
         static.sampled, static.nucleus = decoding.sampled, decoding.nucleus
         if not self.on_gpu:
             return static, partial(self._as_slots, self._step, static)
-        windows = tuple(self.engine.window_of(bank.module) for bank in self.live.layers)
         key = (
             rows,
             static.sampled,
             static.nucleus,
             tuple(self.live.order),
             tuple(self.live.attention_kinds()),
-            windows,
             self.live.scales,
             self.live.parallel,
         )

@@ -9,12 +9,41 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from errors import FrankenError
+
 ATTENTION = "franken"
 
 
-def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, **kwargs):
+# passed on by layers, without effect on what is computed here: the mask has the window and the positions
+PASSED_ON = frozenset(
+    (
+        "sliding_window",
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "position_embeddings",
+    )
+)
+
+
+def refuse_unknown(module, passed: dict) -> None:
+    """Raises FrankenError where a layer asks attention for more than is computed here."""
+    for name, value in passed.items():
+        if name == "is_causal" and value is not False:
+            continue
+        if value is not None and name not in PASSED_ON:
+            raise FrankenError(f"{type(module).__name__} passes {name} to attention, which is not supported")
+
+
+def attend(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **kwargs
+):
     """Attention as transformers calls it: query [B, H, S, D], key and value [B, G, K, D] -> [B, S, H, D],
     None.
+
+    softcap bends the scores before the softmax (Gemma 2); s_aux [H] are attention sinks, one more score for
+    every query that no value belongs to (gpt-oss). Raises FrankenError for anything else that is passed.
 
     `attention_mask` is boolean, or None for plain causal attention of a prompt to itself. In a decode step
     the H / G query heads of a group are folded into the query length: the KV heads are read once instead of
@@ -22,8 +51,9 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     """
     batch, heads, length, width = query.shape
     groups = key.shape[1]
-    if softcap is not None:  # Gemma 2: the scores are bent before the softmax, which no fused kernel does
-        return _attend_softcapped(query, key, value, attention_mask, scaling, softcap), None
+    refuse_unknown(module, kwargs)
+    if softcap is not None or s_aux is not None:  # which no fused kernel does
+        return _attend_explicitly(query, key, value, attention_mask, scaling, softcap, s_aux), None
     if length == 1:
         folded = query.view(batch, groups, heads // groups, width)
         out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
@@ -43,13 +73,19 @@ def attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
     return out.transpose(1, 2).contiguous(), None
 
 
-def _attend_softcapped(query, key, value, mask, scaling, softcap):
+def _attend_explicitly(query, key, value, mask, scaling, softcap, sinks):
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    scores = torch.tanh(query @ key.transpose(2, 3) * scaling / softcap) * softcap
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is None:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sink], -1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., : key.shape[2]].to(query.dtype)
     return (weights @ value).transpose(1, 2).contiguous()
 
 

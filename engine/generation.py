@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -91,7 +91,13 @@ class Engine:
         attention = cast(Any, live.banks[0].module).self_attn
         self.kv_heads = self.config.num_key_value_heads
         self.head_dim: int = attention.head_dim
-        self.norm = live.backbone.norm
+        self.norm = live.norm
+        self.windows = windows_of(self.config)
+        # a model whose rotary factors depend on the row's length looks at it, which no captured graph can
+        self.switch, self.longest = rope_limits(self.config)
+        self.fast = self.fast and self.switch is None and self.longest is None
+        # its decode kernel knows no sinks
+        self.fast = self.fast and not any(name.endswith("sinks") for name in live.banks[0].tensors)
         self.rotary_by_kind = hasattr(live.backbone.rotary_emb, "layer_types")
 
     # ---- tokens in -----------------------------------------------------------------------------------------
@@ -115,17 +121,35 @@ class Engine:
     # ---- the forward pass ----------------------------------------------------------------------------------
 
     def window_of(self, module) -> int | None:
-        """A layer's sliding window in tokens; it belongs to the layer, so it moves with it."""
-        attention = module.self_attn
-        return getattr(
-            attention,
-            "sliding_window",
-            None if hasattr(self.config, "layer_types") else getattr(self.config, "sliding_window", None),
-        )
+        """The sliding window in tokens of the layer that a module holds now: it moves with the layer."""
+        here = zip(self.live.layers, self.live.attention_kinds(), strict=True)
+        return next(self.windows[kind] for bank, kind in here if bank.module is module)
 
-    def _rotary(self, hidden, positions, kinds) -> dict[str, Any]:
+    def _rotary(self, hidden, positions, kinds, lengths=None) -> dict[str, Any]:
         """cos and sin by attention kind: one pair for all kinds, or one each where the model has several
-        bases."""
+        bases.
+
+        lengths: of each row [B], where the factors depend on it (see `rope_limits`). transformers decides by
+        the longest row of a pass; here each row has what it would have alone.
+        """
+        if self.switch is not None and lengths is not None:
+            beyond = (lengths > self.switch).to(positions.device)[:, None, None]
+            if not beyond.any():
+                positions = positions.clamp_max(self.switch - 1)  # what lies behind is padding
+            else:
+                # one position beyond the limit more, for which nothing is asked: all have the long factors
+                longer = torch.cat([positions, torch.full_like(positions[:, :1], self.switch)], 1)
+                long = self._rotary(hidden, longer, kinds)
+                long = {kind: tuple(t[:, :-1] for t in both) for kind, both in long.items()}
+                if beyond.all():
+                    return long
+                short = self._rotary(hidden, positions.clamp_max(self.switch - 1), kinds)
+                return {
+                    kind: tuple(
+                        torch.where(beyond, *pair) for pair in zip(long[kind], short[kind], strict=True)
+                    )
+                    for kind in long
+                }
         if self.rotary_by_kind:
             return {kind: self.live.backbone.rotary_emb(hidden, positions, kind) for kind in kinds}
         both = self.live.backbone.rotary_emb(hidden, positions)
@@ -139,6 +163,7 @@ class Engine:
         mask: Callable[[int | None, torch.device], torch.Tensor | None],
         layer=None,
         asked: tuple = (),
+        lengths: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states before the final norm: ids and positions [B, S] -> [B, S, hidden].
 
@@ -148,14 +173,15 @@ class Engine:
         (a window sweep saves half its work).
 
         Positions that the recipe runs side by side all read what enters their block. `layer`, which runs each
-        position in order instead of `run_layer`, gives back what that position alone makes of it.
+        position in order instead of `run_layer`, gives back what that position alone makes of it. `lengths`
+        [B]: how many tokens each row has with this pass, padding left out.
         """
         unchanged = self._unchanged() if asked else 0
         first, hidden = self._entered.get(asked, (0, None))
         if hidden is None or not 0 < first <= unchanged:
             first, hidden = 0, self.live.backbone.embed_tokens(ids)
         kinds = self.live.attention_kinds()
-        rotary, here = self._rotary(hidden, positions, dict.fromkeys(kinds)), {}
+        rotary, here = self._rotary(hidden, positions, dict.fromkeys(kinds), lengths), {}
         ends = {p: stop for start, stop in self.live.parallel for p in range(start, stop)}
         run, side_by_side = layer or run_layer, []
         for p, (bank, kind, cache) in enumerate(zip(self.live.layers, kinds, caches, strict=True)):
@@ -172,7 +198,7 @@ class Engine:
             hidden = hidden.to(bank.device)
             scale = self.live.scales[p]
             module = bank.module if scale == 1 else Attenuated(bank.module, scale)
-            out = run(module, hidden, mask(self.window_of(bank.module), bank.device), cos_sin, at, cache)
+            out = run(module, hidden, mask(self.windows[kind], bank.device), cos_sin, at, cache)
             if p not in ends:
                 hidden = out
                 continue
@@ -242,6 +268,8 @@ class Engine:
         # row's states
         ids = torch.tensor([[*prompt, *prompt[-1:] * (length - len(prompt))] for prompt in prompts])
         positions = torch.arange(start, start + length)[None].expand(len(prompts), -1)
+        lengths = torch.tensor([start + len(prompt) for prompt in prompts])
+        self._refuse_beyond(start, int(lengths.max()))
         hidden = self.forward(
             ids.to(self.live.device),
             positions.to(self.live.device),
@@ -249,12 +277,27 @@ class Engine:
             self._prompt_mask(length, start),
             layer,
             asked,
+            lengths,
         )
         self.synchronize()
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += sum(map(len, prompts))
         self.on_work(sum(map(len, prompts)), 0)
         return hidden
+
+    def _refuse_beyond(self, held: int, length: int) -> None:
+        """Raises FrankenError for a row of `length` tokens whose rotary factors are not those of the `held`
+        tokens already in a cache, or not known."""
+        if self.longest is not None and length > self.longest:
+            raise FrankenError(
+                f"{length} tokens are more than the {self.longest} up to which this model's rotary positions"
+                " (dynamic) do not depend on the length of the text"
+            )
+        if self.switch is not None and 0 < held <= self.switch < length:
+            raise FrankenError(
+                f"a text that goes on beyond {self.switch} tokens, where this model's rotary positions"
+                " (longrope) become others, has to be read anew from its beginning"
+            )
 
     def synchronize(self) -> None:
         for device in self.devices:
@@ -343,7 +386,12 @@ class Engine:
         time for all binary probes, and 0.28 of the tokens).
         """
         results: list = [None] * len(sequences)
-        for start, group in shared_prefixes(sequences, needed):
+        # what a row of other rotary factors begins with is not what others begin with
+        beyond = [i for i, s in enumerate(sequences) if self.switch is not None and len(s) > self.switch]
+        rest = sorted(set(range(len(sequences))) - set(beyond))
+        groups = shared_prefixes([sequences[i] for i in rest], [needed[i] for i in rest])
+        groups = [(start, [rest[k] for k in group]) for start, group in groups]
+        for start, group in groups + [(0, beyond)] * bool(beyond):
             caches = self.empty_caches(1, start) if start else []
             if caches:
                 self.prefill([sequences[group[0]][:start]], caches)
@@ -426,12 +474,20 @@ class Engine:
         requests of these indices, for the prompts and for every step; a batch then takes the plain path,
         without CUDA graphs, and equal prompts are read once for each request, which may change them
         differently.
+        A reply that reaches the length at which rotary factors change (longrope) is read anew from the
+        prompt's beginning there, as transformers' forward pass without a cache has it.
         Raises FrankenError for an empty prompt or budget.
         """
         if any(not r.prompt_ids or r.max_new_tokens < 1 for r in requests):
             raise FrankenError(
                 "a request needs a prompt of at least one token and a budget of at least one token"
             )
+        requests, begun = list(requests), {}
+        if self.longest is not None:
+            for request in requests:
+                self._refuse_beyond(0, len(request.prompt_ids) + request.max_new_tokens)
+        whole = dict(enumerate(requests))
+        requests = [self._up_to_switch(request) for request in requests]
         results: dict[int, Completion] = {}
         queue = sorted(
             range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids), i)
@@ -452,13 +508,31 @@ class Engine:
                     self._accelerator.release()
                 continue
             queue = queue[len(batch) :]
+            finished = 0
             for i, completion in zip(batch, done, strict=True):
-                results[i] = completion
+                if i in begun:
+                    completion = self._joined(begun[i], completion)
+                elif requests[i].max_new_tokens < whole[i].max_new_tokens and not completion.stopped:
+                    begun[i], requests[i] = completion, rest_of(whole[i], completion)
+                    queue.append(i)
+                    continue
+                results[i], finished = completion, finished + 1
                 if on_done:
                     on_done(i, completion)
-            if on_progress:
-                on_progress(len(batch))
+            if on_progress and finished:
+                on_progress(finished)
         return [results[i] for i in range(len(requests))]
+
+    def _up_to_switch(self, request: Request) -> Request:
+        """The part of a request that ends where its rotary factors change; all of it where they do not."""
+        short = None if self.switch is None else self.switch - len(request.prompt_ids) + 1
+        if short is None or not 0 < short < request.max_new_tokens:
+            return request
+        return replace(request, max_new_tokens=short)
+
+    def _joined(self, begun: Completion, rest: Completion) -> Completion:
+        ids = [*begun.token_ids, *rest.token_ids]
+        return self.completion(ids, rest.stopped, begun.finite and rest.finite)
 
     def _complete_batch(
         self, batch: list[Request], layer: Callable[[list[int]], Callable] | None = None
@@ -520,7 +594,13 @@ class Engine:
                 rows = torch.arange(len(state.positions), device=bank.device)
                 at[bank.device] = rows, state.positions.to(bank.device)
             views.append(KV(cache.k[:, :, :used], cache.v[:, :, :used], at[bank.device]))
-        return self.forward(state.last[:, None], state.positions[:, None], views, mask, layer)[:, 0]
+        if self.switch is not None:
+            for row, held in zip(state.rows, state.positions.tolist(), strict=True):
+                if not state.over(row):
+                    self._refuse_beyond(held, held + 1)
+        return self.forward(
+            state.last[:, None], state.positions[:, None], views, mask, layer, lengths=state.positions + 1
+        )[:, 0]
 
     def choose(self, hidden: torch.Tensor, state: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
         """Next tokens [B] and whether all logits were finite [B], from hidden states [B, hidden]."""
@@ -540,6 +620,40 @@ class Engine:
             drawn = draw(logits, temperature, top_p if state.nucleus else None, uniform)
             tokens = torch.where(temperature > 0, drawn, tokens)
         return tokens.to(self.live.device), finite.to(self.live.device)
+
+
+def rest_of(request: Request, begun: Completion) -> Request:
+    """What is left of a request of which these tokens are written, with the random numbers that come next."""
+    return replace(
+        request,
+        prompt_ids=(*request.prompt_ids, *begun.token_ids),
+        max_new_tokens=request.max_new_tokens - len(begun.token_ids),
+        drawn=request.drawn + len(begun.token_ids),
+    )
+
+
+def windows_of(config) -> dict[str, int | None]:
+    """The sliding window in tokens of each attention kind, as transformers' masks have it; None: all is seen.
+
+    It is the config that says so. A module may keep a window that does not hold for it (EXAONE 4).
+    """
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None) is None:
+        return {"full_attention": window}
+    return {"full_attention": None, "sliding_attention": window}
+
+
+def rope_limits(config) -> tuple[int | None, int | None]:
+    """(tokens beyond which all positions of a text have other rotary factors, tokens beyond which the factors
+    change with every token); None where there is no such length.
+
+    The first is longrope's (Phi-3, MiniCPM; arXiv 2402.13753), the second dynamic NTK scaling's.
+    """
+    stated = getattr(config, "rope_parameters", None) or {}
+    scalings = [stated, *(inner for inner in stated.values() if isinstance(inner, dict))]
+    switch = [s["original_max_position_embeddings"] for s in scalings if s.get("rope_type") == "longrope"]
+    dynamic = any("dynamic" in str(s.get("rope_type")) for s in scalings)
+    return (switch[0] if switch else None), (config.max_position_embeddings if dynamic else None)
 
 
 def shared_prefixes(

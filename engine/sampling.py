@@ -24,12 +24,13 @@ class Request:
     top_p: float = 1.0
     sample: int = 0
     seed: int = 0
+    drawn: int = 0  # numbers of its stream that tokens now in the prompt have used up
 
     def uniforms(self) -> np.ndarray:
         """One number in [0, 1) per step, float32 [max_new_tokens]."""
         digest = hashlib.sha256(f"{self.seed}:{self.key}:{self.sample}".encode()).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-        return rng.random(self.max_new_tokens, dtype=np.float32)
+        return rng.random(self.drawn + self.max_new_tokens, dtype=np.float32)[self.drawn :]
 
 
 @dataclass(frozen=True)
