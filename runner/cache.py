@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from errors import FrankenError, first_line
-from surgery.weights import DTYPES, as_bytes
+from surgery.weights import DTYPES, OTHER_DTYPES, as_bytes
 
 
 def cache_dir() -> Path:
@@ -108,7 +108,7 @@ def write_safetensors(
         make: gives the tensor of that name.
     Raises OSError. Bytes and order are those of `safetensors.torch.save_file` where all have one dtype.
     """
-    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    kinds = {dtype: name for name, dtype in (DTYPES | OTHER_DTYPES).items()}
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in sorted(tensors):

@@ -33,16 +33,31 @@ Layer = dict[str, torch.Tensor]  # name within the layer, such as "self_attn.q_p
 OUTER_PARTS = ("embed", "norm", "head")  # what a model has besides its layers
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-LAYER_KEY = re.compile(r"^(?P<prefix>.*?)(?:layers|h|blocks)\.(?P<index>\d+)\.(?P<name>.+)$")
-OUTER_KEY = {
-    "embed": re.compile(r"(^|\.)(embed_tokens|wte)\.weight$"),
-    "norm": re.compile(r"(^|\.)(norm|ln_f|final_layernorm)\.(weight|bias)$"),
-    "head": re.compile(r"(^|\.)lm_head\.(weight|bias)$"),
+# What other parts of a checkpoint hold (counters, positions of image patches): known, but never operated on.
+OTHER_DTYPES = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
+LAYER_KEY = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?:layers|h|blocks)\.(?P<index>\d+)\.(?P<name>.+)$")
+OUTER_KEY = {
+    "embed": re.compile(r"^(?P<prefix>(?:.*\.)?)(embed_tokens|wte)\.(?P<name>weight)$"),
+    "norm": re.compile(
+        r"^(?P<prefix>(?:.*\.)?)(norm|ln_f|final_layernorm|final_layer_norm)\.(?P<name>weight|bias)$"
+    ),
+    "head": re.compile(r"^(?P<prefix>(?:.*\.)?)lm_head\.(?P<name>weight|bias)$"),
+}
+# Buffers that older checkpoints hold and transformers computes itself.
+COMPUTED_KEY = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 def outer_part(key: str) -> str | None:
-    """Which of OUTER_PARTS a parameter outside the layers belongs to, or None."""
+    """Which of OUTER_PARTS a parameter outside the layers belongs to by its name, or None."""
     return next((part for part, pattern in OUTER_KEY.items() if pattern.search(key)), None)
 
 
@@ -62,8 +77,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 
     The library reads the header too and refuses what makes no sense in it: offsets that are negative,
     overlap, leave gaps or lie beyond the file. Raises FrankenError if the file is missing, is not
-    safetensors, is shorter than its header says, or holds a dtype that a decoder layer cannot have (quantized
-    weights).
+    safetensors, is shorter than its header says, or holds a dtype that is not known. Whether a tensor can be
+    operated on is another question: see `refuse_dtype`.
     """
     refuse_special(path)
     try:
@@ -86,11 +101,9 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     for name, start, stop, kind, shape in entries:
         if 8 + length + stop > size:
             raise FrankenError(f"{path}: truncated: {size} bytes, {name} ends at byte {8 + length + stop}")
-        dtype = DTYPES.get(kind)
+        dtype = DTYPES.get(kind) or OTHER_DTYPES.get(kind)
         if dtype is None:
-            raise FrankenError(
-                f"{path}: {name} has dtype {kind}; only BF16, F16, F32 and F64 can be operated on"
-            )
+            raise FrankenError(f"{path}: {name} has dtype {kind}, which is not known")
         if stop - start != math.prod(shape) * dtype.itemsize:
             raise FrankenError(f"{path}: {name}: {stop - start} bytes do not make the shape {list(shape)}")
         refs[name] = TensorRef(str(path), 8 + length + start, stop - start, dtype, shape)
@@ -104,6 +117,15 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     if not same:
         raise FrankenError(f"{path}: the safetensors header is corrupt (it can be read in two ways)")
     return refs
+
+
+def refuse_dtype(name: str, ref: TensorRef) -> None:
+    """Raises FrankenError for a tensor that no surgery can change, such as quantized weights."""
+    if ref.dtype not in DTYPES.values():
+        kind = next(kind for kind, dtype in OTHER_DTYPES.items() if dtype == ref.dtype)
+        raise FrankenError(
+            f"{ref.path}: {name} has dtype {kind}; only {', '.join(DTYPES)} can be operated on"
+        )
 
 
 def read_tensor(ref: TensorRef) -> torch.Tensor:
@@ -135,34 +157,55 @@ class Checkpoint:
     """A source of layers: a directory of safetensors of one model.
 
     `layers[i]` and `outer[part]` map tensor names to TensorRefs, `tensors` maps the keys of the files. The
-    decoder layers are found by their keys, so a wrapper's prefix ("model.", "language_model.model.") does not
-    matter.
+    decoder layers are the numbered stack that has a token embedding beside it, under whatever prefix
+    ("model.", "language_model.model."); the final norm is the one beside them, and the head stands at that
+    place or above it. All else (a vision tower with layers, norms and projections of its own) is left alone.
 
-    Raises FrankenError for a missing or truncated shard, and for a directory without safetensors.
+    Attributes: prefix, of the decoder stack's keys; wrapped, whether there is anything else.
+    Raises FrankenError for a missing or truncated shard, for a directory without safetensors, and for
+    quantized weights.
     """
 
     def __init__(self, name: str, path: str | Path, revision: str | None = None):
         self.name, self.path, self.revision = name, Path(path), revision
         self.layers: list[dict[str, TensorRef]] = []
         self.outer: dict[str, dict[str, TensorRef]] = {part: {} for part in OUTER_PARTS}
-        numbered: dict[int, dict[str, TensorRef]] = {}
-        prefixes = set()
         self.tensors = self._all_tensors()
+        # 1. the decoder layers: the numbered stack beside the token embedding
+        stacks: dict[str, dict[int, dict[str, TensorRef]]] = {}
+        embedded, used = set(), set()
+        for key, ref in self.tensors.items():
+            if match := LAYER_KEY.match(key):
+                if not COMPUTED_KEY.search(key):
+                    layer = stacks.setdefault(match["prefix"], {}).setdefault(int(match["index"]), {})
+                    layer[match["name"]] = ref
+            elif match := OUTER_KEY["embed"].match(key):
+                embedded.add(match["prefix"])
+        texts = [prefix for prefix in stacks if prefix in embedded] or list(stacks)
+        numbered = stacks[texts[0]] if len(texts) == 1 else {}
+        if not numbered or sorted(numbered) != list(range(len(numbered))):
+            raise FrankenError(
+                f"{self.path}: no single numbered stack of decoder layers found (prefixes: {sorted(stacks)})"
+            )
+        self.prefix = texts[0]
+        self.layers = [numbered[i] for i in range(len(numbered))]
+        # 2. what belongs to them outside: embedding and norm beside them, the head there or above
+        for key in sorted(self.tensors, key=len):  # of two heads the inner one is the stack's
+            for part, pattern in OUTER_KEY.items():
+                match = pattern.match(key)
+                if not match:
+                    continue
+                beside = self.prefix == match["prefix"]
+                if beside or (part == "head" and self.prefix.startswith(match["prefix"])):
+                    self.outer[part][match["name"]] = self.tensors[key]
+                    used.add(key)
+        # 3. only these have to be numbers that can be operated on
         for key, ref in self.tensors.items():
             match = LAYER_KEY.match(key)
-            if "visual" in key or "vision" in key:
-                continue
-            if match:
-                prefixes.add(match["prefix"])
-                numbered.setdefault(int(match["index"]), {})[match["name"]] = ref
-            elif (part := outer_part(key)) is not None:
-                self.outer[part][key.rsplit(".", 1)[1]] = ref
-        if len(prefixes) != 1 or sorted(numbered) != list(range(len(numbered))):
-            raise FrankenError(
-                f"{self.path}: no single numbered stack of decoder layers found (prefixes:"
-                f" {sorted(prefixes)})"
-            )
-        self.layers = [numbered[i] for i in range(len(numbered))]
+            if key in used or (match and match["prefix"] == self.prefix):
+                used.add(key)
+                refuse_dtype(key, ref)
+        self.wrapped = len(used) < len(self.tensors)
 
     def _all_tensors(self) -> dict[str, TensorRef]:
         index = self.path / "model.safetensors.index.json"
@@ -245,14 +288,41 @@ def content_hash(path: Path, whole_below: int = 1 << 30) -> dict:
     return {"bytes": size, "sampled_sha256": digest.hexdigest()}
 
 
+# Fields of adapter_config.json that are computed here, and those without effect on what a trained adapter
+# computes. A field that is in neither list must say that nothing is asked of it.
+ADAPTER_FIELDS = frozenset(
+    (
+        *("r", "lora_alpha", "use_rslora", "init_lora_weights", "peft_type"),
+        *(
+            "task_type",
+            "auto_mapping",
+            "peft_version",
+            "base_model_name_or_path",
+            "revision",
+            "inference_mode",
+        ),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout"),
+        *("megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("qalora_group_size", "runtime_config"),
+    )
+)
+# Beginnings of training that leave the base as it is; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA, ...)
+# take something out of it.
+HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
 class Adapter:
     """A source of layers: a LoRA adapter (peft's format on disk) over another source.
 
     The layer is read from the underlying checkpoint and scale * B @ A is added in float32 before rounding
     once to the model's dtype (Hu et al., arXiv 2106.09685; rank-stabilized scaling, arXiv 2312.03732).
 
+    Of an adapter over a wrapped model, what belongs to other parts than the text model (a vision tower's
+    layers) is left out; `left_out` counts those tensors. `trained_on` is the base that the adapter names.
+
     Raises FrankenError for what is not plain LoRA on the decoder layers: DoRA, trained biases, embeddings or
-    modules saved whole, or shapes that do not fit.
+    modules saved whole; an initialization that took something out of the base (PiSSA, OLoRA, ...); fields of
+    the config that are not known; empty tensors, no tensors, or shapes that do not fit.
     """
 
     def __init__(self, name: str, path: str | Path, under: Checkpoint):
@@ -276,11 +346,8 @@ class Adapter:
             raise FrankenError(
                 f"{self.path}: only plain LoRA adapters (no DoRA, no trained bias) can be a source"
             )
-        if config.get("rank_pattern") or config.get("alpha_pattern") or config.get("fan_in_fan_out"):
-            raise FrankenError(
-                f"{self.path}: adapters with a rank_pattern, alpha_pattern or fan_in_fan_out are not"
-                " supported"
-            )
+        self._check_fields(config)
+        self.trained_on = config.get("base_model_name_or_path")
         rank, alpha = config.get("r"), config.get("lora_alpha")
         if not (isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float)):
             raise FrankenError(f"{self.path}: adapter_config.json has no usable r and lora_alpha")
@@ -288,19 +355,68 @@ class Adapter:
         if not math.isfinite(self.scale):
             raise FrankenError(f"{self.path}: adapter_config.json makes the scale {self.scale}")
         self.low_rank: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        self.left_out = 0
         for key, ref in read_header(self.files[0]).items():
+            if not math.prod(ref.shape):
+                raise FrankenError(
+                    f"{self.path}: {key} is empty, as training under DeepSpeed ZeRO-3 saves it where the"
+                    " weights are not gathered first"
+                )
+            if self._of_another_part(key):
+                self.left_out += 1
+                continue
             match = LAYER_KEY.match(key)
             part = re.match(r"(?P<module>.+)\.lora_(?P<side>[AB])\.weight$", match["name"] if match else "")
             if not match or not part or int(match["index"]) >= len(self.layers):
                 raise FrankenError(f"{self.path}: {key} is not LoRA on a decoder layer of this model")
+            refuse_dtype(key, ref)
             where = (int(match["index"]), part["module"] + ".weight")
             self.low_rank.setdefault(where, {})[part["side"]] = read_tensor(ref)
+        if not self.low_rank:
+            raise FrankenError(f"{self.files[0]}: no LoRA weights for the text model's layers in it")
         for (layer, tensor), sides in self.low_rank.items():
             shape = self.layers[layer][tensor].shape if tensor in self.layers[layer] else None
-            if set(sides) != {"A", "B"} or shape != (sides["B"].shape[0], sides["A"].shape[1]):
+            flat = set(sides) == {"A", "B"} and all(t.ndim == 2 for t in sides.values())
+            if not flat or shape != (sides["B"].shape[0], sides["A"].shape[1]):
                 raise FrankenError(
                     f"{self.path}: layer {layer} {tensor}: the adapter's shape does not fit {shape}"
                 )
+            if (sides["B"].shape[1], sides["A"].shape[0]) != (rank, rank):
+                raise FrankenError(
+                    f"{self.path}: layer {layer} {tensor}: the tensors have rank {sides['A'].shape[0]}, and"
+                    f" adapter_config.json says r = {rank}"
+                )
+
+    def _check_fields(self, config: dict) -> None:
+        """Raises FrankenError for a field of the config that would have to be computed and is not, or that is
+        not known."""
+        start = config.get("init_lora_weights", True)
+        if start not in HARMLESS_STARTS:
+            raise FrankenError(
+                f"{self.path}: the adapter began as {start!r} (init_lora_weights), which takes its beginning"
+                " out of the base model: such adapters are not supported; peft can convert one when it saves"
+                " it (path_initial_model_for_weight_conversion)"
+            )
+        for field, value in config.items():
+            if field in ADAPTER_FIELDS or value in (None, False, "none") or value == {} or value == []:
+                continue
+            raise FrankenError(
+                f"{self.path}: adapters with {field} ({str(value)[:60]}) in adapter_config.json are not"
+                " supported"
+            )
+
+    def _of_another_part(self, key: str) -> bool:
+        """Whether a key belongs to another part of a wrapped model than its text model.
+
+        Names of modules and of tensors on disk may be in another order ("model.language_model.",
+        "language_model.model."), so it is the words of the path that are compared.
+        """
+        if not self.under.wrapped:
+            return False
+        match = LAYER_KEY.match(key)
+        # without layers: the path of the module that has the adapted one
+        path = match["prefix"] if match else re.sub(r"[^.]*\.lora_.*$", "", key)
+        return not set(path.split(".")) <= {*self.under.prefix.split("."), "base_model", "model", ""}
 
     def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
         sides = self.low_rank.get((layer, name))
@@ -314,6 +430,7 @@ class Adapter:
             "path": shown_path(self.path),
             "over": self.under.name,
             "scale": self.scale,
+            "trained_on": self.trained_on,
         }
         return entry | {"files": {f.name: content_hash(f) for f in self.files}}
 

@@ -158,7 +158,10 @@ BROKEN = {
         lambda p: break_header(p, lambda h: h | {NORM: {"dtype": "F32", "shape": [32]}}),
         "header is corrupt",
     ),
-    "quantized": (lambda p: break_header(p, edit_tensor(NORM, dtype="I8")), "norm.weight has dtype I8"),
+    "quantized": (
+        lambda p: break_header(p, edit_tensor(NORM, dtype="I8", shape=[128])),
+        "norm.weight has dtype I8",
+    ),
     "shape against size": (
         lambda p: break_header(p, edit_tensor(NORM, shape=[33])),
         r"do not make the shape \[33\]",
