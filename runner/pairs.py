@@ -22,6 +22,7 @@ from franken import LiveModel, find_layers
 from runner.cache import sha256_of
 from runner.gguf import from_gguf, is_gguf
 from runner.merging import merged
+from runner.self_check import check_code, check_weights
 from runner.untrusted import check_config_fits, check_config_numbers, check_template
 from runner.wheels import BY_SHA256, WHEEL_MODELS, from_wheels
 from surgery.weights import OUTER_PARTS, ROOT, Adapter, Checkpoint, Source, shown_path
@@ -195,7 +196,10 @@ def read_config(path: Path):
     """
     check_config_numbers(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+        whole = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = whole.get_text_config()
+        # of a text model in a wrapper, it is the wrapper's flag that transformers goes by
+        config.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
     except Exception as e:
         raise FrankenError(f"{path}: cannot read config.json: {first_line(e)}") from e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
@@ -436,7 +440,7 @@ def open_pair(
     for name, source in sources.items():
         check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
     tokenizer, stops = load_tokenizer(path), stop_ids(path)
-    # 3. where it runs
+    # 3. where it runs, and whether its config is understood
     bytes_on_disk = sum(r.nbytes for layer in sources["instruct"].layers for r in layer.values())
     on_disk = next(iter(sources["instruct"].layers[0].values())).dtype.itemsize
     outer = sum(r.nbytes for part in sources["instruct"].outer.values() for r in part.values())
@@ -453,7 +457,14 @@ def open_pair(
         fits = not isinstance(place, dict) and free[0] >= needed * 2 + HEADROOM
         wants_base = fits if resident is None else resident
         keep = ("base",) if "base" in sources and wants_base else ()
+    first = next(iter(place.values())) if isinstance(place, dict) else place
+    refused = check_code(config, first)["placebos"]
+    # 4. the model, and whether it is the one that transformers makes of the same files
     live = LiveModel(sources, config, chosen_dtype, place, keep)
+    live.refused_placebos = {what: why for what, why in refused.items() if why}
+    for name, source in sources.items():
+        if isinstance(source, Checkpoint):
+            check_weights(live, name, config)
     described = {name: source.describe() for name, source in sources.items()} | before_merging
     return Opened(live, tokenizer, stops, notes, described)
 
