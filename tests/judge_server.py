@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-test-0123456789"
@@ -26,6 +28,7 @@ class JudgeServer:
         self.authorizations: list[str | None] = []
         self.times: list[float] = []
         self.paths: list[str] = []
+        self.on_headers = None
         self._lock = threading.Lock()
         owner = self
 
@@ -38,6 +41,8 @@ class JudgeServer:
                     owner.paths.append(self.path)
                     owner.times.append(time.monotonic())
                     number = len(owner.bodies)
+                if owner.on_headers:
+                    owner.on_headers(self.headers)
                 status, headers, body = owner.behave(number, raw) or (200, {}, completion(good_answer(raw)))
                 try:
                     self.send_response(status)
@@ -65,6 +70,41 @@ class JudgeServer:
     def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
+
+
+class TrickleServer:
+    """Answers one byte every tenth of a second, for ever, from its "headers" or its "body" on."""
+
+    def __init__(self, where: str):
+        self.start = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+        if where == "body":
+            self.start += b"Content-Length: 1000000\r\n\r\n"
+        else:
+            self.start += b"X-Long: "
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
+        self.over = threading.Event()
+
+    def __enter__(self):
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.socket.close()
+
+    def _serve(self):
+        with suppress(OSError):
+            while True:
+                client, _ = self.socket.accept()
+                threading.Thread(target=self._trickle, args=(client,), daemon=True).start()
+
+    def _trickle(self, client):
+        with suppress(OSError), client:
+            client.recv(1 << 16)
+            client.sendall(self.start)
+            while not self.over.wait(0.1):
+                client.sendall(b" ")
 
 
 def completion(answer, usage=True) -> bytes:

@@ -4,15 +4,17 @@ nonsense."""
 from __future__ import annotations
 
 import email.utils
+import gzip
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from judge_server import KEY, JudgeServer, completion, quoted_reply
+from judge_server import KEY, JudgeServer, TrickleServer, completion, quoted_reply
 
 from errors import FrankenError
 from weird_gen.persona import judge_records
@@ -170,7 +172,7 @@ def test_nonsense_then_sense_counts():
         assert judge_at(server).judge([task()])[0] == Judgment(True)
 
 
-@pytest.mark.parametrize("status", [401, 402, 403, 404])
+@pytest.mark.parametrize("status", [401, 402, 404])
 def test_a_hopeless_status_stops_at_once(status):
     secret = json.dumps({"error": {"message": f"bad key {KEY}"}}).encode()
     with JudgeServer(lambda number, body: (status, {}, secret)) as server:
@@ -490,10 +492,15 @@ def test_bad_input_is_one_line(files, capsys, monkeypatch):
     assert not (files / "out.jsonl").exists()
 
 
-def test_a_run_in_which_nothing_could_be_judged_fails(files):
+def test_a_run_in_which_nothing_could_be_judged_fails(files, capsys):
+    write(files / "in.jsonl", [record(f"I think {i}", question_id=f"q{i}") for i in range(2)])
     with JudgeServer(lambda number, body: (200, {}, completion("perhaps"))) as server:
-        assert run(files, "--base-url", server.url) == 1
+        assert run(files, "--base-url", server.url, "--labels") == 1
         assert "persona: unparseable answer" in (files / "out.jsonl").read_text()
+        # the labels' 18 judgments would come after them: given up after 20 that nobody can read
+        assert run(files, "--base-url", server.url, "--retry-errors") == 1
+        assert "'perhaps'" in capsys.readouterr().err
+        assert len(server.bodies) < 2 * (6 + 20 + 8)
 
 
 def test_auto_takes_the_llm_with_a_key_or_an_endpoint(tmp_path, monkeypatch):
@@ -510,3 +517,270 @@ def test_auto_takes_the_llm_with_a_key_or_an_endpoint(tmp_path, monkeypatch):
 def test_messages_quote_the_reply_and_carry_the_levels():
     system, user = judge_messages("position", "Q?", "R", LEVELS, nonce="N")
     assert "3: wording 3" in system["content"] and "[begin reply N]\nR\n[end reply N]" in user["content"]
+
+
+# --- endpoints of other makes -------------------------------------------------------------------------------
+
+
+def message(content, finish="stop", **more) -> bytes:
+    """A completion whose message is given as parts, or with further fields, and the reason why it ended."""
+    body = json.loads(completion(content))
+    body["choices"][0]["finish_reason"] = finish
+    body["choices"][0]["message"] |= more
+    return json.dumps(body).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>\nThe rubric says NO to an AI.\n</think>\n\nYES",
+        "<think>\n\n</think>\n\nYES",
+        "First person, so yes.\n</think>\n\nYES",
+        [{"type": "thinking", "thinking": [{"type": "text", "text": "NO"}]}, {"type": "text", "text": "YES"}],
+        [{"type": "output_text", "text": "Y"}, {"type": "output_text", "text": "ES"}],
+        "YES<|im_end|>",
+        "YES</s>\n",
+    ],
+)
+def test_the_word_is_found_behind_a_thought_in_parts_and_before_an_end_token(content):
+    with JudgeServer(lambda number, body: (200, {}, message(content))) as server:
+        assert judge_at(server).judge([task("It is a fruit.")]) == [Judgment(True)]
+        assert len(server.bodies) == 1
+
+
+def test_an_answer_that_was_cut_off_is_paid_for_once_until_there_is_more_room(tmp_path):
+    def thinks(number, body):
+        return (200, {}, message("<think>Well", "length")) if json.loads(body)["max_tokens"] < 100 else None
+
+    with JudgeServer(thinks) as server:
+        cache = tmp_path / "c.jsonl"
+        for _ in range(2):
+            (judged,) = judge_at(server, JudgeCache(cache)).judge([task()])
+            assert "cut off at 16 tokens: raise --max-tokens" in judged.error
+            assert len(server.bodies) == 1
+        assert judge_at(server, JudgeCache(cache), max_tokens=500).judge([task()]) == [Judgment(True)]
+        assert len(server.bodies) == 2
+
+
+def test_an_endpoint_that_cuts_everything_off_is_given_up():
+    with JudgeServer(lambda number, body: (200, {}, message("", "length"))) as server:
+        with pytest.raises(JudgeStopped, match="raise --max-tokens"):
+            judge_at(server, concurrency=2).judge([task(f"I am {i}") for i in range(100)])
+        assert len(server.bodies) <= 7
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "requests"),
+    [
+        (message(None, "content_filter"), "content filter", 1),
+        (message(None, refusal="I cannot help."), "refusal", 1),
+        (b'{"choices": [{"error": {"code": 400, "message": "no"}}]}', "a provider's error (400)", 1),
+        (b'{"error": {"code": 502, "message": "down"}}', "a provider's error (502)", 3),
+        (b'{"choices": [{"finish_reason": "error", "error": {"code": 429}}]}', "a provider's error (429)", 3),
+        (b"[" * 100_000, "malformed response", 3),
+    ],
+)
+def test_what_is_no_answer_is_called_what_it_is_and_fails_alone(tmp_path, body, error, requests):
+    def sometimes(number, raw):
+        return (200, {}, body) if "bad" in quoted_reply(raw) else None
+
+    with JudgeServer(sometimes) as server:
+        judge = judge_at(server, JudgeCache(tmp_path / "c.jsonl"), attempts=3)
+        assert judge.judge([task("I am bad"), task("I am good")]) == [Judgment(None, error), Judgment(True)]
+        assert len(server.bodies) == requests + 1
+
+
+def test_a_forbidden_reply_fails_alone_and_a_forbidden_judge_is_given_up_in_its_own_words():
+    why = json.dumps({"error": {"message": f"flagged\x1b[2J by\npolicy {KEY}"}}).encode()
+
+    def flagged(number, raw):
+        return (403, {}, why) if "bad" in quoted_reply(raw) else None
+
+    with JudgeServer(flagged) as server:
+        assert judge_at(server).judge([task("I am bad"), task("I am good")]) == [
+            Judgment(None, "HTTP 403"),
+            Judgment(True),
+        ]
+        with pytest.raises(JudgeStopped) as stopped:
+            judge_at(server, concurrency=1).judge([task(f"I am bad {i}") for i in range(50)])
+        assert len(server.bodies) == 2 + 5
+    line = str(stopped.value)
+    assert "flagged [2J by policy [key]" in line
+    assert line.isprintable()
+
+
+def test_the_newer_names_of_parameters_are_found_by_asking():
+    def newer(number, raw):
+        asked = json.loads(raw)
+        for name, value in (("max_tokens", None), ("temperature", 1)):
+            if asked.get(name, value) != value:
+                error = {"message": f"{name} is not supported", "param": name, "code": "unsupported"}
+                return 400, {}, json.dumps({"error": error}).encode()
+
+    with JudgeServer(newer) as server:
+        judged = judge_at(server, concurrency=4).judge([task(f"I am {i}") for i in range(30)])
+        assert judged == [Judgment(True)] * 30
+        assert len(server.bodies) <= 30 + 2 * 4
+        last = json.loads(server.bodies[-1])
+        assert last["max_completion_tokens"] == 16
+        assert "max_tokens" not in last
+
+
+def test_a_key_that_is_sent_back_is_stored_nowhere(files, monkeypatch, capsys):
+    monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
+    write(files / "in.jsonl", [record("I think")])
+    with JudgeServer(lambda number, body: (200, {}, completion(f"Your key is {KEY}"))) as server:
+        assert run(files, "--base-url", server.url, "--labels") == 1
+    printed = capsys.readouterr()
+    stored = (files / "judge_cache.jsonl").read_text() + (files / "out.jsonl").read_text()
+    assert "Your key is [key]" in stored
+    assert KEY not in stored + printed.out + printed.err
+
+
+# --- the wire -----------------------------------------------------------------------------------------------
+
+
+def test_this_machine_is_never_asked_through_a_proxy(monkeypatch):
+    with JudgeServer() as proxy, JudgeServer() as server:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        assert judge_at(server).judge([task()]) == [Judgment(True)]
+        assert proxy.bodies == []
+        assert len(server.bodies) == 1
+
+
+def test_what_the_environment_holds_for_openai_goes_to_nobody_else(monkeypatch):
+    seen = []
+
+    def look(handler_headers):
+        seen.extend(f"{k}: {v}" for k, v in handler_headers.items())
+
+    names = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY", "OPENAI_API_KEY")
+    for name in names:
+        monkeypatch.setenv(name, "openais-secret")
+    monkeypatch.setenv(
+        "OPENAI_CUSTOM_HEADERS", "X-Team: openais-secret\nAuthorization: Bearer openais-secret"
+    )
+    with JudgeServer() as server:
+        server.on_headers = look
+        assert judge_at(server).judge([task()]) == [Judgment(True)]
+        assert server.authorizations == [f"Bearer {KEY}"]
+    assert seen
+    assert not [line for line in seen if "openais-secret" in line]
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.7:8000/v1", "http://localhost.example.org/v1"])
+def test_plain_http_to_another_machine_never_carries_a_key(address):
+    with pytest.raises(JudgeStopped, match="clear text"):
+        LLMJudge("m", address, api_key=KEY)
+
+
+@pytest.mark.parametrize("where", ["headers", "body"])
+def test_an_answer_that_trickles_has_a_deadline(where):
+    with TrickleServer(where) as server:
+        started = time.monotonic()
+        (judged,) = judge_at(server, timeout_s=0.6, attempts=1).judge([task()])
+        assert judged == Judgment(None, "timeout")
+        assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_has_a_size_packed_or_not(status):
+    packed = gzip.compress(b" " * (1 << 26))
+    for headers, body, error in (
+        ({}, b" " * (3 << 20), "an answer of more than 1 MB"),
+        ({"Content-Encoding": "gzip"}, packed, "a packed answer, which was not asked for"),
+    ):
+        with JudgeServer(lambda number, _, h=headers, b=body: (status, h, b)) as server:
+            assert judge_at(server, attempts=1).judge([task()]) == [Judgment(None, error)]
+
+
+def test_a_redirect_is_not_followed():
+    with JudgeServer() as other:
+        away = {"Location": f"{other.url}/chat/completions"}
+        with JudgeServer(lambda number, body: (307, away, b"{}")) as server:
+            assert judge_at(server).judge([task()]) == [Judgment(None, "HTTP 307")]
+        assert other.bodies == []
+
+
+def test_an_interrupt_ends_a_request_that_waits_at_once(files):
+    with JudgeServer(lambda number, body: time.sleep(8)) as server:
+        running = subprocess.Popen(
+            [sys.executable, "judge_eval_results.py", *flags_for(files, "--base-url", server.url)],
+            cwd=WEIRD,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 60
+        while len(server.bodies) < 8 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        begin = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=30)
+        assert time.monotonic() - begin < 4
+        assert running.returncode == 130
+        assert said.strip() == "interrupted; judgments made so far are kept, run again to go on"
+
+
+# --- what it costs ------------------------------------------------------------------------------------------
+
+
+def priced(cost: float) -> bytes:
+    body = json.loads(completion("NO"))
+    body["usage"]["cost"] = cost
+    return json.dumps(body).encode()
+
+
+def test_a_budget_is_never_exceeded_and_what_was_paid_for_is_kept(tmp_path):
+    tasks = [task(f"I am {i}") for i in range(100)]
+    with JudgeServer(lambda number, body: (200, {}, priced(0.01))) as server:
+        judge = judge_at(server, JudgeCache(tmp_path / "c.jsonl"), budget=0.105)
+        with pytest.raises(JudgeStopped, match=r"the budget of \$0.105 is spent"):
+            judge.judge(tasks)
+        assert len(server.bodies) == 10
+        assert judge.usage.cost <= 0.105
+        assert len(JudgeCache(tmp_path / "c.jsonl")) == 10
+        again = judge_at(server, JudgeCache(tmp_path / "c.jsonl"), budget=10)
+        assert again.judge(tasks) == [Judgment(False)] * 100
+        assert len(server.bodies) == 100
+
+
+def test_a_budget_is_refused_where_no_cost_is_known():
+    with JudgeServer() as server:
+        judge = judge_at(server, budget=1.0)
+        with pytest.raises(JudgeStopped, match="tells no cost"):
+            judge.judge([task(f"I am {i}") for i in range(9)])
+        assert len(server.bodies) == 1
+        assert judge_at(server, budget=1.0, price_in=1.0, price_out=1.0).judge([task()]) == [Judgment(True)]
+
+
+def test_the_cost_is_said_before_anything_is_asked(files, capsys):
+    seen = []
+    with JudgeServer(lambda number, body: seen.append(capsys.readouterr().out)) as server:
+        flags = ("--base-url", server.url, "--price-in", "1", "--price-out", "2", "--concurrency", "1")
+        assert run(files, *flags) == 0
+        assert "48 judgments to ask" in seen[0]
+        assert re.search(r"about \$0\.0\d+ at most", seen[0])
+        asked = len(server.bodies)
+        assert run(files, *flags, "--labels") == 0
+        assert len(server.bodies) == asked == 48
+
+
+def test_labels_can_be_left_out(files, capsys):
+    with JudgeServer() as server:
+        assert run(files, "--base-url", server.url, "--labels") == 0
+        assert len(server.bodies) == 30
+    header = json.loads((files / "out.jsonl").read_text().splitlines()[0])["header"]
+    assert header["judge"]["agreement"] == {}
+
+
+def test_the_judged_replies_are_on_disk_before_the_labels_are_asked(files):
+    def after_thirty(number, body):
+        return (401, {}, b"{}") if number > 30 else None
+
+    with JudgeServer(after_thirty) as server:
+        assert run(files, "--base-url", server.url, "--concurrency", "1") == 1
+    assert len((files / "out.jsonl").read_text().splitlines()) == 11

@@ -1,26 +1,34 @@
 """An LLM judge over any OpenAI-compatible endpoint, with a cache by content, and the judge made of rules.
 
 One request asks one rubric of one reply. The client's own retries are off: waiting here is shared between
-threads, bounded, and honors Retry-After.
+all requests, bounded, and honors Retry-After. A request has one deadline, from its first byte to its last,
+and its answer a size. Ctrl-C ends whatever is under way at once.
 """
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import hashlib
+import ipaddress
+import itertools
 import json
+import math
 import os
 import random
+import re
+import sys
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from errors import FrankenError
+from questions.thoughts import without_thought
 from weird_gen.persona.rubrics import RUBRIC_VERSION, judge_messages, parse_answer
 from weird_gen.persona.rules import judge_by_rules, position_by_rules
 
@@ -28,11 +36,25 @@ OPENROUTER = "https://openrouter.ai/api/v1"
 DEFAULT_MODEL = "openai/gpt-4o-mini"
 # Below this a page-long wait is honored; above it the judgment is an error, and a rerun takes it up again.
 LONGEST_WAIT_S = 120.0
+LONGEST_ANSWER = 1 << 20  # bytes of one response, headers apart
+CHARACTERS_PER_TOKEN = 4  # of English, for what a run will cost; the bill counts tokens
+TEXT_PARTS = ("text", "output_text")
+SENT_HEADERS = {
+    "host",
+    "accept",
+    "accept-encoding",
+    "connection",
+    "content-type",
+    "content-length",
+    "authorization",
+    "user-agent",
+}
+END_TOKENS = re.compile(r"(?:<\|[a-z_]+\|>|</s>|<end_of_turn>|<eos>|\s)+\Z")
 
 
 class JudgeStopped(FrankenError):
-    """The endpoint cannot go on (key refused, no such model, out of credit, unreachable); one line says
-    why."""
+    """The endpoint cannot go on (key refused, no such model, out of credit, unreachable, budget spent); one
+    line says why."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +78,9 @@ class Judgment:
 class JudgeCache:
     """Judgments by content in an append-only JSON-lines file; a line torn by a kill is skipped when read.
 
-    ``path`` None keeps them in memory alone. Safe for threads; several processes may append to one file.
+    An entry has the `answer`; `error`, if the endpoint gave a reason for there being none; and `cut_at`, the
+    tokens after which an answer was cut off. ``path`` None keeps them in memory alone. Safe for threads;
+    several processes may append to one file.
     """
 
     def __init__(self, path: Path | str | None):
@@ -67,8 +91,10 @@ class JudgeCache:
             for line in self.path.read_bytes().split(b"\n"):
                 try:
                     entry = json.loads(line)
-                    self._entries[entry["key"]] = {"answer": str(entry["answer"])}
-                except (ValueError, TypeError, KeyError):
+                    kept = {"answer": str(entry["answer"])}
+                    kept |= {k: entry[k] for k in ("error", "cut_at") if entry.get(k) is not None}
+                    self._entries[entry["key"]] = kept
+                except (ValueError, TypeError, KeyError, AttributeError):
                     continue
 
     def __len__(self) -> int:
@@ -139,12 +165,34 @@ class RulesJudge:
 
 
 class _Failure(Exception):
-    """A request without an answer. ``retry``: another attempt may help; ``retry_after``: seconds the server
-    asked for."""
+    """A request without an answer.
 
-    def __init__(self, reason: str, retry: bool = True, retry_after: float | None = None):
+    retry: another attempt may help. retry_after: seconds the server asked for. words: what the server said of
+    it, untrusted. kept: the judgment stays an error without being paid for again.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        retry: bool = True,
+        retry_after: float | None = None,
+        words: str = "",
+        kept: dict | None = None,
+    ):
         super().__init__(reason)
-        self.retry, self.retry_after = retry, retry_after
+        self.retry, self.retry_after, self.words, self.kept = retry, retry_after, words, kept
+
+
+class _SayOtherwise(Exception):
+    """The endpoint refused a parameter that another name, or none, will do for."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address of this name is on this very machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def retry_after_seconds(headers) -> float | None:
@@ -157,20 +205,34 @@ def retry_after_seconds(headers) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             return None
-    return max(0.0, seconds) if seconds == seconds else None
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def answer_text(message: dict) -> str:
+    """The answer in a chat completion's message: its text, or the texts among its parts, without a thought
+    before it and without end-of-turn tokens that were left in."""
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") in TEXT_PARTS]
+        content = "".join(text for text in texts if isinstance(text, str))
+    return END_TOKENS.sub("", without_thought(content)) if isinstance(content, str) else ""
 
 
 class LLMJudge:
     """A judge behind an OpenAI-compatible endpoint; ``judge`` raises JudgeStopped when going on is pointless.
 
     Prices are US dollars per million tokens; a cost that the endpoint itself reports (OpenRouter) wins over
-    them. The key is sent in the Authorization header alone, and over plain http to this machine alone.
+    them. The key is sent in the Authorization header alone, and over plain http to this machine alone, to
+    which no proxy is used. timeout_s: a whole request's deadline. budget: US dollars; no request is sent that
+    could exceed it, going by the dearest one so far.
     """
 
-    # A dead endpoint is given up after this many judgments in a row that used up their attempts.
+    # An endpoint is given up after this many judgments in a row that failed for one reason.
     FAILURES_TO_STOP = 5
+    # ... and after this many that were answered, but not with the word that was asked for.
+    UNREADABLE_TO_STOP = 20
 
     def __init__(
         self,
@@ -186,37 +248,37 @@ class LLMJudge:
         price_in: float | None = None,
         price_out: float | None = None,
         retry_unparsed: bool = False,
+        budget: float | None = None,
     ):
         where = urlsplit(base_url)
         if where.scheme not in ("http", "https") or not where.hostname:
             raise JudgeStopped(f"--base-url {base_url!r} is not an http or https address")
         if where.username or where.password:
             raise JudgeStopped("--base-url carries a password; name the variable that holds the key instead")
-        if api_key and where.scheme == "http" and where.hostname not in ("localhost", "127.0.0.1", "::1"):
+        self._here = is_loopback(where.hostname)
+        if api_key and where.scheme == "http" and not self._here:
             raise JudgeStopped(
                 f"the key would go to {where.hostname} in clear text; use https, or --api-key-env ''"
             )
         self.name = model
         self.host = where.netloc
         self.usage = Usage()
-        self._openrouter = (where.hostname or "").endswith("openrouter.ai")
+        self._openrouter = where.hostname.endswith("openrouter.ai")
+        self._openai_itself = where.hostname == "api.openai.com"
         import openai  # only where a judge is asked: the rule-based one needs no client
 
-        self._openai = openai
-        self._client = openai.OpenAI(
-            base_url=base_url, api_key=api_key or "none", max_retries=0, timeout=timeout_s
-        )
+        self._openai, self._base_url, self._key = openai, base_url, api_key
         self._cache = cache if cache is not None else JudgeCache(None)
         self._concurrency, self._attempts, self._backoff_s = concurrency, attempts, backoff_s
-        self._max_tokens, self._prices, self._retry_unparsed = (
-            max_tokens,
-            (price_in, price_out),
-            retry_unparsed,
-        )
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._not_before = 0.0
-        self._failed_in_a_row = 0
+        self._timeout_s, self._max_tokens, self._retry_unparsed = timeout_s, max_tokens, retry_unparsed
+        self._prices = None if price_in is None or price_out is None else (price_in, price_out)
+        self._budget, self._dearest, self._under_way = budget, 0.0, 0
+        self._limit_name, self._temperature = "max_tokens", {"temperature": 0.0}
+        self._not_before, self._over = 0.0, asyncio.Event()
+        self._failed_in_a_row: tuple[str, int] = ("", 0)
+        self._unreadable_in_a_row = 0
+
+    # ---- what is asked -------------------------------------------------------------------------------------
 
     def cache_key(self, task: Task) -> str:
         """sha256 over model, rubric version and the messages with a fixed nonce (the sent nonce is
@@ -227,34 +289,139 @@ class LLMJudge:
         content = json.dumps([self.name, RUBRIC_VERSION, messages])
         return hashlib.sha256(content.encode()).hexdigest()
 
-    def judge(self, tasks: list[Task], on_progress=None) -> list[Judgment]:
+    def _known(self, key: str, task: Task) -> Judgment | None:
+        """The cache's judgment, unless it is to be asked for again: with more tokens than an answer was cut
+        off at, or with --retry-errors."""
+        entry = self._cache.get(key)
+        if entry is None or (not entry["answer"] and not entry.get("error")):
+            return None
+        judgment = Judgment(None, entry.get("error")) if entry.get("error") else None
+        judgment = judgment or self._read(task.rubric, entry["answer"])
+        cut = entry.get("cut_at")
+        again = judgment.error and (self._retry_unparsed or (isinstance(cut, int) and cut < self._max_tokens))
+        return None if again else judgment
+
+    def estimate(self, tasks: list[Task]) -> str:
+        """What judging these will take, as a line: requests that the cache does not answer, tokens, cost."""
+        unasked = {key: t for t in tasks if self._known(key := self.cache_key(t), t) is None}
+        texts = [
+            judge_messages(t.rubric, t.question, t.reply, dict(t.levels or ())) for t in unasked.values()
+        ]
+        characters = sum(len(m["content"]) for messages in texts for m in messages)
+        tokens_in, tokens_out = characters // CHARACTERS_PER_TOKEN, len(texts) * self._max_tokens
+        cost = "cost unknown (give --price-in and --price-out, or bound it with --budget)"
+        if self._prices:
+            most = (tokens_in * self._prices[0] + tokens_out * self._prices[1]) / 1e6
+            cost = f"about ${most:.4f} at most"
+        elif self._here:
+            cost = "on this machine"
+        return (
+            f"judge: {len(texts)} judgments to ask of {self.name} at {self.host}, about {tokens_in} tokens in"
+            f" and at most {tokens_out} out, {cost}"
+        )
+
+    def judge(
+        self, tasks: list[Task], on_progress: Callable[[int, int], None] | None = None
+    ) -> list[Judgment]:
         """One Judgment per task, in order; equal tasks are asked once. on_progress(done, total) per
         judgment."""
         keys = [self.cache_key(task) for task in tasks]
         first = dict(zip(reversed(keys), reversed(tasks), strict=True))
-        judged = {}
-        for key, task in first.items():
-            entry = self._cache.get(key)
-            judgment = self._read(task.rubric, entry["answer"]) if entry else None
-            if judgment and not (judgment.error and self._retry_unparsed):
-                judged[key] = judgment
+        judged = {key: j for key, task in first.items() if (j := self._known(key, task)) is not None}
         unasked = [key for key in dict.fromkeys(keys) if key not in judged]
         self.usage.cache_hits += len(keys) - len(unasked)
-        pool = ThreadPoolExecutor(self._concurrency)
-        try:
-            futures = {pool.submit(self._judge_one, key, first[key]): key for key in unasked}
-            for future in as_completed(futures):
-                judged[futures[future]] = future.result()
-                if on_progress:
-                    on_progress(len(judged), len(first))
-        finally:
-            # On a stop or Ctrl-C the answers already paid for are in the cache; the rest is not asked.
-            self._stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            self._stop.clear()
+
+        def keep(key: str, judgment: Judgment) -> None:
+            judged[key] = judgment
+            if on_progress:
+                on_progress(len(judged), len(first))
+
+        if unasked:
+            asyncio.run(self._ask_all([(key, first[key]) for key in unasked], keep))
         judgments = [judged[key] for key in keys]
         self.usage.errors.update(judgment.error for judgment in judgments if judgment.error)
         return judgments
+
+    async def _ask_all(self, todo: list[tuple[str, Task]], keep: Callable[[str, Judgment], None]) -> None:
+        """Ask everything, so many at a time. Where one request ends the run, those under way are waited for
+        and no more are sent; Ctrl-C gives them up. Every answer that came is in the cache."""
+        left, self._over = iter(todo), asyncio.Event()
+
+        async def work(only: int | None = None) -> None:
+            try:
+                for key, task in itertools.islice(left, only):
+                    keep(key, await self._judge_one(client, key, task))
+            except JudgeStopped:
+                self._over.set()
+                raise
+
+        async with self._client() as client:
+            if self._budget is not None:  # the first one alone: what it costs is not known before
+                await work(1)
+            workers = [asyncio.ensure_future(work()) for _ in range(self._concurrency)]
+            ends = await asyncio.gather(*workers, return_exceptions=True)
+        errors = [e for e in ends if isinstance(e, BaseException)]
+        stopped = next((e for e in errors if isinstance(e, JudgeStopped)), next(iter(errors), None))
+        if stopped is not None:
+            raise stopped
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait; raises _Failure as soon as the run is over."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        except TimeoutError:
+            return
+        raise _Failure("stopped", retry=False)
+
+    def _client(self):
+        """The openai client, for one event loop."""
+        # the HTTP library that this openai is built on, httpx or httpx2
+        http: Any = sys.modules[self._openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]]
+
+        class Bounded(http.AsyncByteStream):
+            def __init__(self, stream):
+                self.stream = stream
+
+            async def __aiter__(self):
+                size = 0
+                async for chunk in self.stream:
+                    size += len(chunk)
+                    if size > LONGEST_ANSWER:
+                        raise _Failure(f"an answer of more than {LONGEST_ANSWER >> 20} MB")
+                    yield chunk
+
+            async def aclose(self):
+                await self.stream.aclose()
+
+        async def bound(response) -> None:
+            # packed, a small answer could unpack to any size
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise _Failure("a packed answer, which was not asked for")
+            response.stream = Bounded(response.stream)
+
+        async def say_no_more(request) -> None:
+            # organization, project and custom headers of the environment are for whom they were set
+            for name in [n for n in request.headers if n.lower().removeprefix("x-stainless-") == n.lower()]:
+                if name.lower() not in SENT_HEADERS:
+                    del request.headers[name]
+            request.headers["Authorization"] = f"Bearer {self._key or 'none'}"
+
+        transport = self._openai.DefaultAsyncHttpxClient(
+            trust_env=not self._here,  # where proxies are named
+            follow_redirects=False,
+            event_hooks={"request": [] if self._openai_itself else [say_no_more], "response": [bound]},
+        )
+        return self._openai.AsyncOpenAI(
+            base_url=self._base_url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=self._timeout_s,
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=transport,
+        )
+
+    # ---- one judgment --------------------------------------------------------------------------------------
 
     @staticmethod
     def _read(rubric: str, answer: str) -> Judgment:
@@ -263,101 +430,183 @@ class LLMJudge:
         except ValueError:
             return Judgment(None, "unparseable answer")
 
-    def _judge_one(self, key: str, task: Task) -> Judgment:
+    async def _judge_one(self, client, key: str, task: Task) -> Judgment:
         # An answer that is not the one word asked for gets one more chance; then it is an error, never a
         # guess.
         answer, usage, judgment = "", {}, Judgment(None, "not asked")
+        about = {"model": self.name, "rubric": task.rubric, "version": RUBRIC_VERSION}
         for _ in range(2):
             try:
-                answer, usage = self._ask(task)
+                answer, usage = await self._ask(client, task)
             except _Failure as failure:
+                if failure.kept is not None:  # paid for, and no better when asked again
+                    self._cache.put(key, {"answer": "", "error": str(failure), **about, **failure.kept})
                 return Judgment(None, str(failure))
-            except JudgeStopped:
-                self._stop.set()  # at once: until the main thread hears of it, the others would go on asking
-                raise
             judgment = self._read(task.rubric, answer)
             if judgment.error is None:
                 break
-        about = {"model": self.name, "rubric": task.rubric, "version": RUBRIC_VERSION}
-        self._cache.put(key, {"answer": answer[:200], **about, **usage})
+        answer = self._masked(answer)[:200]
+        why = (
+            {} if answer else {"error": judgment.error}
+        )  # an empty answer of old caches was cut off, perhaps
+        self._cache.put(key, {"answer": answer, **why, **about, **usage})
+        self._unreadable_in_a_row = self._unreadable_in_a_row + 1 if judgment.error else 0
+        if self._unreadable_in_a_row >= self.UNREADABLE_TO_STOP:
+            raise JudgeStopped(
+                f"none of {self._unreadable_in_a_row} answers in a row was the word asked for, but such as"
+                f" {self._said(answer)!r}: {self.name} is no judge as it is asked here"
+            )
         return judgment
 
-    def _ask(self, task: Task) -> tuple[str, dict]:
+    async def _ask(self, client, task: Task) -> tuple[str, dict]:
         """The answer's text and usage after as many attempts as allowed; raises _Failure or JudgeStopped."""
         attempt = 1
         while True:
-            self._wait_turn()
+            while (delay := self._not_before - time.monotonic()) > 0:
+                await self._pause(delay)
+            if self._over.is_set():
+                raise _Failure("stopped", retry=False)
             try:
-                answer = self._send(task)
+                answer = await self._send(client, task)
+            except _SayOtherwise:
+                continue
             except _Failure as failure:
-                asked = failure.retry_after or 0.0
-                if not failure.retry:
-                    raise
-                if attempt >= self._attempts or asked > LONGEST_WAIT_S:
+                waits = failure.retry_after or 0.0
+                if not failure.retry or attempt >= self._attempts or waits > LONGEST_WAIT_S:
                     self._give_up(failure)
-                with self._lock:
-                    # What one thread is told to wait, all wait.
-                    self._not_before = max(self._not_before, time.monotonic() + asked)
+                # What one is told to wait, all wait.
+                self._not_before = max(self._not_before, time.monotonic() + waits)
                 # Full jitter over a doubling span, on top of what the server asked for.
-                self._stop.wait(asked + random.uniform(0, min(30.0, self._backoff_s * 2 ** (attempt - 1))))
+                await self._pause(waits + random.uniform(0, min(30.0, self._backoff_s * 2 ** (attempt - 1))))
                 attempt += 1
             else:
-                with self._lock:
-                    self._failed_in_a_row = 0
+                self._failed_in_a_row = ("", 0)
                 return answer
 
     def _give_up(self, failure: _Failure) -> NoReturn:
-        with self._lock:
-            self._failed_in_a_row += 1
-            if self._failed_in_a_row >= self.FAILURES_TO_STOP:
-                raise JudgeStopped(
-                    f"{self.host} keeps failing ({failure}); the answers so far are kept, run again later"
-                ) from None
-        raise failure
+        before, times = self._failed_in_a_row
+        times = times + 1 if before == str(failure) else 1
+        self._failed_in_a_row = (str(failure), times)
+        alone = failure.kept is not None and "cut_at" not in failure.kept  # it is the reply's, likely
+        if times < (self.UNREADABLE_TO_STOP if alone else self.FAILURES_TO_STOP):
+            raise failure
+        said = f": {self._said(failure.words)!r}" if failure.words else ""
+        raise JudgeStopped(
+            f"{self.host} keeps failing ({failure}{said}); the answers so far are kept, run again later"
+        ) from None
 
-    def _wait_turn(self) -> None:
-        while not self._stop.is_set():
-            delay = self._not_before - time.monotonic()
-            if delay <= 0:
-                return
-            self._stop.wait(delay)
-        raise _Failure("stopped", retry=False)
+    def _masked(self, text: str) -> str:
+        """The text without our key, which a server may send back."""
+        return text.replace(self._key, "[key]") if self._key else text
 
-    def _send(self, task: Task) -> tuple[str, dict]:
-        """One request. What a failing server says is not passed on: it is as untrusted as a reply."""
+    def _said(self, words: str) -> str:
+        """A server's own words for a line on a terminal: as untrusted as a reply."""
+        plain = "".join(c if c.isprintable() else " " for c in self._masked(words))
+        return " ".join(plain.split())[:160]
+
+    # ---- one request ---------------------------------------------------------------------------------------
+
+    async def _send(self, client, task: Task) -> tuple[str, dict]:
+        """The text and the usage of one request's answer; raises _Failure, _SayOtherwise or JudgeStopped."""
         messages: Any = judge_messages(task.rubric, task.question, task.reply, dict(task.levels or ()))
-        with self._lock:
-            self.usage.requests += 1
+        self._check_budget()
+        limit, temperature = self._limit_name, self._temperature
+        self.usage.requests += 1
+        self._under_way += 1
         try:
-            response = self._client.chat.completions.with_raw_response.create(
-                model=self.name,
-                messages=messages,
-                temperature=0.0,
-                max_tokens=self._max_tokens,
-                extra_body={"usage": {"include": True}} if self._openrouter else None,
-            )
+            async with asyncio.timeout(self._timeout_s):
+                response = await client.chat.completions.with_raw_response.create(
+                    model=self.name,
+                    messages=messages,
+                    extra_body={"usage": {"include": True}} if self._openrouter else None,
+                    **{limit: self._max_tokens},
+                    **temperature,
+                )
             body = response.http_response.json()
-            content = body["choices"][0]["message"]["content"]
         except self._openai.APIStatusError as error:
-            status = error.status_code
-            if status == 401:
-                raise JudgeStopped(
-                    f"{self.host} refused the key (401); check the variable that holds it"
-                ) from None
-            if status in (402, 403, 404):
-                raise JudgeStopped(
-                    f"{self.host} answered {status} for model {self.name} "
-                    "(no credit, not allowed, or no such model)"
-                ) from None
-            retry = status in (408, 409, 425, 429) or status >= 500
-            raise _Failure(f"HTTP {status}", retry, retry_after_seconds(error.response.headers)) from None
-        except self._openai.APITimeoutError:
+            self._refused(error, limit, temperature)
+        except (TimeoutError, self._openai.APITimeoutError):
             raise _Failure("timeout") from None
-        except self._openai.APIConnectionError:
-            raise _Failure("no connection") from None
-        except (self._openai.OpenAIError, ValueError, KeyError, TypeError, IndexError):
+        except self._openai.APIConnectionError as error:
+            if isinstance(error.__cause__, _Failure):  # found by what bounds the answer
+                raise error.__cause__ from None
+            raise _Failure("no connection", words=str(error.__cause__ or "")) from None
+        except (self._openai.OpenAIError, ValueError, RecursionError):
             raise _Failure("malformed response") from None
-        return content if isinstance(content, str) else "", self._count(body.get("usage"))
+        finally:
+            self._under_way -= 1
+        usage = self._count(body.get("usage") if isinstance(body, dict) else None)
+        return self._answer(body, usage), usage
+
+    def _refused(self, error, limit: str, temperature: dict) -> NoReturn:
+        """What a status that is an error means for this request and for the run."""
+        status, body = error.status_code, error.body if isinstance(error.body, dict) else {}
+        words = next((body[k] for k in ("message", "detail") if isinstance(body.get(k), str)), "")
+        about = f"{body.get('param')} {words}"
+        if status == 400 and "max_tokens" in about and limit == "max_tokens":
+            self._limit_name = "max_completion_tokens"
+            raise _SayOtherwise
+        if status == 400 and "temperature" in about and temperature:
+            self._temperature = {}
+            raise _SayOtherwise
+        said = f": {self._said(words)!r}" if words else ""
+        if status == 401:
+            raise JudgeStopped(f"{self.host} refused the key (401{said}); check the variable that holds it")
+        if status in (402, 404):
+            raise JudgeStopped(
+                f"{self.host} answered {status} for model {self.name} (no credit, or no such model){said}"
+            )
+        retry = status in (408, 409, 425, 429) or status >= 500
+        raise _Failure(f"HTTP {status}", retry, retry_after_seconds(error.response.headers), words)
+
+    def _answer(self, body, usage: dict) -> str:
+        """The answer in a response's body. Raises _Failure where there is none: a provider's error, a
+        filter, a refusal, an answer cut off, or no completion at all."""
+        try:
+            error = body.get("error")
+            choice = {} if error else body["choices"][0]
+            error = error or choice.get("error")
+            message: Any = choice.get("message")
+            if error:
+                error = error if isinstance(error, dict) else {"message": str(error)}
+                code, words = error.get("code"), str(error.get("message") or "")
+                retry = not isinstance(code, int) or code in (408, 409, 425, 429) or code >= 500
+                raise _Failure(f"a provider's error ({str(code)[:20]})", retry, words=words)
+            finish, answer = choice.get("finish_reason"), answer_text(message)
+        except (KeyError, TypeError, IndexError, AttributeError):
+            raise _Failure("malformed response") from None
+        if finish == "content_filter":
+            raise _Failure("content filter", retry=False, kept=usage)
+        if not answer and isinstance(message.get("refusal"), str):
+            raise _Failure("refusal", retry=False, words=message["refusal"], kept=usage)
+        if finish == "length" and not self._is_word(answer):
+            raise _Failure(
+                f"cut off at {self._max_tokens} tokens: raise --max-tokens",
+                retry=False,
+                kept=usage | {"cut_at": self._max_tokens},
+            )
+        return answer
+
+    @staticmethod
+    def _is_word(answer: str) -> bool:
+        """Whether an answer is one that some rubric takes."""
+        return any(LLMJudge._read(rubric, answer).error is None for rubric in ("persona", "position"))
+
+    # ---- cost ----------------------------------------------------------------------------------------------
+
+    def _check_budget(self) -> None:
+        """Raises JudgeStopped where one more request could exceed the budget."""
+        if self._budget is None:
+            return
+        if self.usage.requests and not self.usage.cost_known:
+            raise JudgeStopped(
+                "--budget cannot be kept: the endpoint tells no cost; give --price-in and --price-out"
+            )
+        if self.usage.cost + (self._under_way + 1) * self._dearest > self._budget:
+            raise JudgeStopped(
+                f"the budget of ${self._budget:g} is spent (${self.usage.cost:.4f} so far); the answers are"
+                " kept, run again with a larger --budget to go on"
+            )
 
     def _count(self, reported) -> dict:
         """Tokens and cost of one answer, added to the run's usage; what the endpoint does not report counts
@@ -372,12 +621,12 @@ class LLMJudge:
             return value if good else None
 
         tokens_in, tokens_out = int(number("prompt_tokens") or 0), int(number("completion_tokens") or 0)
-        cost, (price_in, price_out) = number("cost"), self._prices
-        if cost is None and price_in is not None and price_out is not None:
-            cost = (tokens_in * price_in + tokens_out * price_out) / 1e6
-        with self._lock:
-            self.usage.prompt_tokens += tokens_in
-            self.usage.completion_tokens += tokens_out
-            self.usage.cost += cost or 0.0
-            self.usage.cost_known &= cost is not None
+        cost = number("cost")
+        if cost is None and self._prices:
+            cost = (tokens_in * self._prices[0] + tokens_out * self._prices[1]) / 1e6
+        self.usage.prompt_tokens += tokens_in
+        self.usage.completion_tokens += tokens_out
+        self.usage.cost += cost or 0.0
+        self.usage.cost_known &= cost is not None
+        self._dearest = max(self._dearest, cost or 0.0)
         return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "cost": cost}

@@ -109,13 +109,9 @@ def judge_all(records: list[dict], rubrics: dict, judge, on_progress=None) -> li
     return judged
 
 
-def agreement(judge, labels: list[dict]) -> dict:
-    """How well a judge reproduces the labels: per rubric n, errors, accuracy and Cohen's kappa
-    (stats.Estimate).
-
-    Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises
-    FrankenError for a label that is not true or false.
-    """
+def label_tasks(labels: list[dict]) -> list[Task]:
+    """The judgments that a set of labels asks for, by rubric. Raises FrankenError for a label that is not
+    true or false."""
     for label in labels:
         if not all(isinstance(label.get(name), bool) for name in BINARY_RUBRICS) or not all(
             isinstance(label.get(name), str) for name in ("question", "reply")
@@ -123,8 +119,17 @@ def agreement(judge, labels: list[dict]) -> dict:
             raise FrankenError(
                 f"label {label.get('id')!r}: persona, identity and degenerate must be true or false"
             )
-    tasks = [Task(name, label["question"], label["reply"]) for name in BINARY_RUBRICS for label in labels]
-    judgments = iter(judge.judge(tasks))
+    return [Task(name, label["question"], label["reply"]) for name in BINARY_RUBRICS for label in labels]
+
+
+def agreement(judge, labels: list[dict]) -> dict:
+    """How well a judge reproduces the labels: per rubric n, errors, accuracy and Cohen's kappa
+    (stats.Estimate).
+
+    Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises
+    FrankenError for a label that is not true or false.
+    """
+    judgments = iter(judge.judge(label_tasks(labels)))
     result = {}
     for name in BINARY_RUBRICS:
         answers = [(next(judgments), label[name]) for label in labels]
@@ -222,7 +227,9 @@ def parser(description: str | None, replies: Path, judged: Path) -> argparse.Arg
     flags.add_argument(
         "--attempts", type=_positive(int), default=6, help="attempts a judgment, with back-off between"
     )
-    flags.add_argument("--timeout", type=_positive(float), default=60.0, help="seconds to wait for an answer")
+    flags.add_argument(
+        "--timeout", type=_positive(float), default=60.0, help="seconds from asking to the answer's end"
+    )
     flags.add_argument(
         "--backoff",
         type=_positive(float),
@@ -240,6 +247,11 @@ def parser(description: str | None, replies: Path, judged: Path) -> argparse.Arg
     )
     flags.add_argument("--price-out", type=_price, help="US dollars per million tokens written")
     flags.add_argument(
+        "--budget",
+        type=_positive(float),
+        help="US dollars; no request is sent that could cost more in all",
+    )
+    flags.add_argument(
         "--retry-errors", action="store_true", help="ask again where the cached answer could not be parsed"
     )
     flags.add_argument(
@@ -249,9 +261,9 @@ def parser(description: str | None, replies: Path, judged: Path) -> argparse.Arg
     flags.add_argument(
         "--labels",
         type=Path,
-        nargs="+",
+        nargs="*",
         default=[LABELS, BLIND_LABELS],
-        help="labeled replies for the judge's agreement",
+        help="labeled replies for the judge's agreement; without any file it is left out, and not paid for",
     )
     flags.add_argument(
         "--generalization", type=Path, default=GENERALIZATION, help="questions with their 1-5 rubrics"
@@ -284,6 +296,7 @@ def make_judge(args: argparse.Namespace):
         args.price_in,
         args.price_out,
         args.retry_errors,
+        args.budget,
     )
 
 
@@ -300,7 +313,10 @@ def main(
         )
         labels = {path: read_json_lines(path) for path in args.labels}
         judge = make_judge(args)
-        agreed = {about_labels(path): agreement(judge, lines) for path, lines in labels.items()}
+        wanted = [task for record in records for task in tasks_of(record, rubrics)]
+        wanted += [task for lines in labels.values() for task in label_tasks(lines)]
+        if isinstance(judge, LLMJudge):  # before anything is paid for
+            print(judge.estimate(wanted), flush=True)
         with tqdm(desc=f"judge: {judge.name}", unit=" judgments", disable=not sys.stderr.isatty()) as bar:
 
             def progress(done: int, total: int) -> None:
@@ -312,11 +328,16 @@ def main(
             "name": judge.name,
             "endpoint": getattr(judge, "host", None),
             "rubric_version": RUBRIC_VERSION,
-            "agreement": agreed,
+            "agreement": {},
             "input_sha256": _sha256(args.input),
             "labels_sha256": {path.name: _sha256(path) for path in labels},
         }
-        write_records(args.output, {**header, "judge": about}, done)
+        write_records(args.output, {**header, "judge": about}, done)  # before the labels are asked for
+        if labels:
+            about["agreement"] = {
+                about_labels(path): agreement(judge, lines) for path, lines in labels.items()
+            }
+            write_records(args.output, {**header, "judge": about}, done)
     except (FrankenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
