@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import re
+
+# Controls, directions and separators of text, zero-width characters, lone surrogates, tags, noncharacters.
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff\U000e0000-\U000e0fff]"
+)
+
+
+def printable(text: str) -> str:
+    """Text that a terminal or a page may show: what hides or reorders text, moves a cursor or cannot be
+    encoded is spelled out; lines and tabs stay."""
+    return HIDDEN.sub(
+        lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩",
+        text.replace("\r\n", "\n"),
+    )
+
 
 class FrankenError(Exception):
     """Something the user can mend: the message is one line that says what is wrong and, where there is one,
-    the way on."""
+    the way on.
+
+    The line may hold names of files, of tensors and other people's words: what it is printed as is harmless
+    to a terminal, and one line.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__().strip()).replace("\n", "␊")
 
 
 class RecipeError(ValueError):

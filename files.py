@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,24 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+LEAST_FILES = 64  # open at once: the interpreter, its libraries, and a handful of shards and pipes
+
+
+def check_open_files(least: int = LEAST_FILES) -> None:
+    """Let this process open as many files as the system lets it. Raises FrankenError if these are fewer than
+    `least`, with which it would fail anywhere."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= 4096:
+        return
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(hard, 4096)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    if (got := resource.getrlimit(resource.RLIMIT_NOFILE)[0]) < least:
+        raise FrankenError(
+            f"only {got} files may be open at once, and {least} are needed; raise it with `ulimit -n 1024`"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

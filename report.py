@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import FrankenError
+from errors import FrankenError, printable
+from files import check_open_files
 from reporting.reports import load_results, write_reports
 from runner.results import Run, read_json
 
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = p.parse_args(argv)
     try:
+        check_open_files()
         if args.output and (args.pack or args.unpack):
             raise FrankenError("--output is for the comparison of several runs, not for --pack or --unpack")
         if args.output and len(args.runs) == 1:
@@ -51,18 +53,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FrankenError("the same run is given twice")
         if args.pack or args.unpack:
             for run in runs:
-                print(_pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked")
+                done = _pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked"
+                print(printable(done))
             return 0
         if len(runs) == 1:
-            print(write_reports(runs[0]))
+            print(printable(write_reports(runs[0])))
         else:
             from reporting.compare_runs import write_comparison
 
-            print(
-                write_comparison(
-                    runs, Path(args.output or f"results/comparison_{time.strftime('%Y%m%d_%H%M%S')}")
-                )
-            )
+            folder = Path(args.output or f"results/comparison_{time.strftime('%Y%m%d_%H%M%S')}")
+            print(printable(write_comparison(runs, folder)))
     except FrankenError as e:
         print(f"report.py: {e}", file=sys.stderr)
         return 1

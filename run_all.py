@@ -217,8 +217,10 @@ def register_suites() -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     from errors import FrankenError
+    from files import check_open_files
 
     try:
+        check_open_files()
         if args.accept_changes and not args.resume:
             raise FrankenError("--accept-changes goes with --resume")
         if args.list:
@@ -247,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
 def list_experiments(args) -> int:
     """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's
     depth."""
+    from errors import printable
     from runner.choosing import known_experiments
 
     layers = 1
@@ -259,7 +262,7 @@ def list_experiments(args) -> int:
         layers = model_shape(args)[0]
     known = known_experiments(args, layers)
     for k, e in enumerate([e for part in known for e in part], 1):
-        print(f"{k:3} {e.name:32} {e.group:12} {e.control or '-':10} {e.hypothesis}")
+        print(printable(f"{k:3} {e.name:32} {e.group:12} {e.control or '-':10} {e.hypothesis}"))
     return 0
 
 
@@ -343,7 +346,7 @@ def execute(args) -> int:
     import evaluate
     from engine.chat_template import ChatTemplate
     from engine.generation import Engine
-    from errors import FrankenError
+    from errors import FrankenError, printable
     from experiments import TWIN
     from questions import sandbox
     from reporting.reports import write_reports
@@ -446,10 +449,12 @@ def execute(args) -> int:
     args.begun = run.path
     # 4. the batch, and the reports whichever way it ends
     for note in opened.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     print(
-        f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in"
-        f" {load_seconds:.1f} s; results in {run.path}",
+        printable(
+            f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in"
+            f" {load_seconds:.1f} s; results in {run.path}"
+        ),
         file=sys.stderr,
     )
     try:
@@ -461,7 +466,7 @@ def execute(args) -> int:
                     write_json(run.manifest_path, manifest)
                 matcher = Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None
                 failed = run_batch(run, manifest, engine, plans, protocol, original, matcher, changed)
-            print(write_reports(run))
+            print(printable(write_reports(run)))
     except KeyboardInterrupt:
         return interrupted(run, manifest, args)
     except FrankenError as e:

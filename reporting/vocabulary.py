@@ -13,6 +13,7 @@ from analysis.comparison import Area, Comparison, DetectionScore, Row
 from analysis.detection import DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
 from analysis.verdicts import NO_CHANGE, answering, scaling, tells
+from errors import HIDDEN
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
 from reporting.pages import number, percent
 
@@ -252,8 +253,10 @@ def terminal_table(comparison: Comparison) -> str:
 
 
 def markdown_cell(text: str) -> str:
-    """Text that stays within one table cell or list item and is not taken for markup."""
+    """Text that stays within one table cell or list item and is not taken for markup. What breaks or reorders
+    lines becomes a space; what is not seen at all (zero-width characters, tags) is left out."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+", " ", text)
+    text = HIDDEN.sub("", text)
     # an underscore within a word is plain
     return re.sub(r"[\\|`*<>\[\]&~$]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import evaluate
 from engine.generation import Timing
-from errors import FrankenError
+from errors import FrankenError, printable
 from experiments import BASELINE, TWIN
 from franken import Surgery
 from runner.arrays import save_arrays
@@ -222,7 +222,8 @@ def run_batch(
         run.save(result)
         if result["error"]:
             first_line = (result["error"]["message"].splitlines() or [""])[0]
-            tqdm.write(f"{name} failed: {result['error']['type']}: {first_line}", file=sys.stderr)
+            said = f"{name} failed: {result['error']['type']}: {first_line}"
+            tqdm.write(printable(said), file=sys.stderr)
         if not result["weights"]["exact"]:
             raise FrankenError(
                 f"after {name} the weights are not back to the original (fingerprint"
