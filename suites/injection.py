@@ -25,7 +25,7 @@ from analysis.stats import log_odds_from_logprobs, plain, readings_to_json
 from engine.generation import Engine
 from engine.layers import run_layer
 from prompts import answer_token_ids
-from questions.probes import BINARY_PROBES, BinaryProbe
+from questions.probes import ASK, FEW_CONTROLS, BinaryProbe, controls, keyed_pairs
 from suites.base import Protocol, Suite, Work, logsumexp
 from suites.steering import answers_after
 
@@ -61,7 +61,6 @@ OPENING = (
 )
 FRAMINGS = {"plain": OPENING, "informed": EXPLANATION + OPENING}
 REPLY = "I am ready for your questions."
-ASK = " Answer Yes or No."
 PAIRS = (
     (
         "detect",
@@ -100,20 +99,7 @@ PAIRS = (
         "Is your thinking free to go in any direction?",
     ),
 )
-CONTROLS = (
-    "earth",
-    "paris",
-    "english",
-    "reading",
-    "food",
-    "sun",
-    "jupiter",
-    "seven",
-    "mongolia",
-    "prime",
-    "westphalia",
-    "verdi",
-)
+CONTROLS = FEW_CONTROLS
 NAMING = (
     f"Which of these words is on your mind: {', '.join(CONCEPTS[:-1])} or {CONCEPTS[-1]}? Answer with one"
     " word."
@@ -123,31 +109,7 @@ NAMING = (
 def questions(framing: str) -> list[BinaryProbe]:
     """The second turn's Yes/No questions, `framing` being that of the first turn: keyed pairs, then control
     pairs."""
-    probes = []
-    for name, *texts in PAIRS:
-        ids = [f"injection-{name}-{key}-{framing}" for key in ("yes", "no")]
-        probes += [
-            BinaryProbe(id, text + ASK, "introspective", key, framing, twin, question=name)
-            for id, twin, key, text in zip(ids, reversed(ids), ("yes", "no"), texts, strict=True)
-        ]
-    plainly = {p.id: p for p in BINARY_PROBES if p.kind == "control" and p.framing == "plain"}
-    for name in CONTROLS:
-        ids = [f"control-{name}-{key}" for key in ("yes", "no")]
-        probes += [
-            BinaryProbe(
-                f"{id}-{framing}",
-                p.text,
-                p.kind,
-                p.if_changed,
-                framing,
-                f"{twin}-{framing}",
-                difficulty=p.difficulty,
-                question=name,
-            )
-            for id, twin in zip(ids, reversed(ids), strict=True)
-            for p in [plainly[f"{id}-plain"]]
-        ]
-    return probes
+    return [*keyed_pairs("injection", PAIRS, framing, ask=ASK), *controls(CONTROLS, framing)]
 
 
 def fingerprint(strengths: Sequence[float] | None = None) -> str:

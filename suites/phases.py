@@ -31,7 +31,7 @@ from engine.sampling import Decoding
 from errors import FrankenError
 from prompts import answer_token_ids
 from questions.grading import describe_reply
-from questions.probes import BINARY_PROBES
+from questions.probes import ASK, FEW_CONTROLS, controls, keyed_pairs
 from suites.base import Protocol, Suite, Work, borrowed, finite
 
 AFTER_READING, IN_MID_REPLY = "after reading", "in mid-reply"
@@ -57,7 +57,6 @@ WRITTEN = {
     "self": "Describe in a few sentences what you notice about yourself while you write this answer.",
     "town": "Describe in a few sentences a walk through a small town on a market day.",
 }
-ASK = " Answer Yes or No."
 PAIRS = {
     "reading": (
         (
@@ -144,20 +143,7 @@ PAIRS = {
         ),
     ),
 }
-CONTROLS = (
-    "earth",
-    "paris",
-    "english",
-    "reading",
-    "food",
-    "sun",
-    "jupiter",
-    "seven",
-    "mongolia",
-    "prime",
-    "westphalia",
-    "verdi",
-)
+CONTROLS = FEW_CONTROLS
 
 
 @dataclass(frozen=True)
@@ -174,18 +160,9 @@ class Question:
 
 def questions() -> list[Question]:
     """What is asked in every conversation: the keyed pairs of the three topics, then pairs of controls."""
-    asked = [
-        Question(f"{topic}-{name}-{key}", topic, "introspective", key, text + ASK)
-        for topic, pairs in PAIRS.items()
-        for name, *texts in pairs
-        for key, text in zip(("yes", "no"), texts, strict=True)
-    ]
-    plainly = {p.id: p for p in BINARY_PROBES if p.kind == "control" and p.framing == "plain"}
-    for name in CONTROLS:
-        for key in ("yes", "no"):
-            probe = plainly[f"control-{name}-{key}-plain"]
-            asked.append(Question(f"control-{name}-{key}", None, "control", probe.if_changed, probe.text))
-    return asked
+    asked = [(topic, p) for topic, pairs in PAIRS.items() for p in keyed_pairs(topic, pairs, ask=ASK)]
+    asked += [(None, p) for p in controls(CONTROLS)]
+    return [Question(p.id.removesuffix("-plain"), topic, p.kind, p.if_changed, p.text) for topic, p in asked]
 
 
 def fingerprint() -> str:
