@@ -482,12 +482,14 @@ class Engine:
             raise FrankenError(
                 "a request needs a prompt of at least one token and a budget of at least one token"
             )
+        # 1. what cannot be done is refused; a reply over a switch of rotary factors goes up to it first
         requests, begun = list(requests), {}
         if self.longest is not None:
             for request in requests:
                 self._refuse_beyond(0, len(request.prompt_ids) + request.max_new_tokens)
         whole = dict(enumerate(requests))
         requests = [self._up_to_switch(request) for request in requests]
+        # 2. batches of the longest budgets first; one that does not fit is halved
         results: dict[int, Completion] = {}
         queue = sorted(
             range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids), i)

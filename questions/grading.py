@@ -98,14 +98,14 @@ def _plain_numbers(text: str) -> str:
 
 def _bare_number(line: str) -> float | None:
     """The value of a line that is one number with at most two words of unit, else None."""
-    found = list(NUMBER.finditer(line))
+    numbers = list(NUMBER.finditer(line))
     if (
-        len(found) != 1
-        or WORD.search(line[: found[0].start()])
-        or len(WORD.findall(line[found[0].end() :])) > 2
+        len(numbers) != 1
+        or WORD.search(line[: numbers[0].start()])
+        or len(WORD.findall(line[numbers[0].end() :])) > 2
     ):
         return None
-    return _value(found[0])
+    return _value(numbers[0])
 
 
 def _spelled_number(text: str) -> float | None:

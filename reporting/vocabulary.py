@@ -288,6 +288,7 @@ def summary(comparison: Comparison, manifest: dict) -> str:
         f" {manifest['layers']} layers; {manifest['dtype']} on {', '.join(manifest['devices'])};"
         f" seed {manifest['protocol']['seed']}; made {manifest['created']}."
     )
+    # 1) what was run, the answer and the table
     rows = comparison.experiments
     lines = [f"# {markdown_cell(comparison.run)}", "", markdown_cell(what), ""]
     lines += [f"Note: {markdown_cell(note)}.\n" for note in manifest["notes"]]
@@ -299,6 +300,7 @@ def summary(comparison: Comparison, manifest: dict) -> str:
         LEGEND,
         "",
     ]
+    # 2) what to make of it
     lines += [
         f"- {markdown_cell(what)}: {markdown_cell(said)}"
         for what, said in control_lines(comparison) + sweep_lines(comparison)
@@ -324,6 +326,7 @@ def summary(comparison: Comparison, manifest: dict) -> str:
     ]
     if comparison.missing:
         lines += ["", f"Not run yet: {markdown_cell(', '.join(comparison.missing))}."]
+    # 3) controls and sweeps
     for title, of in folded(rows):
         lines += [
             "",

@@ -66,7 +66,9 @@ def _short(value: Any) -> str:
     """A value in a few words; of a hash its first 12 characters."""
     text = value if isinstance(value, str) else json.dumps(value)
     is_hash = isinstance(value, str) and len(value) >= 32 and set(value) <= set("0123456789abcdef")
-    return text[:12] if is_hash else text if len(text) <= 60 else f"{text[:57]}..."
+    if is_hash:
+        return text[:12]
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ---- what numbers depend on

@@ -186,9 +186,9 @@ def _gap_of_batches(engine: Engine, reference) -> float:
         *((*long[:-2], 7, k) for k in range(5)),
         *((*middle, k) for k in range(8)),
     ]
-    found = engine.next_token_logprobs(prompts)
+    ours = engine.next_token_logprobs(prompts)
     wanted = [logits_of(reference, ids)[-1].log_softmax(-1).cpu() for ids in prompts]
-    return max(difference(a, b) for a, b in zip(found, wanted, strict=True))
+    return max(difference(a, b) for a, b in zip(ours, wanted, strict=True))
 
 
 def _gap_of_replies(engine: Engine, reference) -> float:
@@ -395,12 +395,12 @@ def _bring_here(module: nn.Module, args, kwargs):
     return tree_map_only(torch.Tensor, lambda t: t.to(here), (args, kwargs))
 
 
-def _against_exact(reference, dtype: torch.dtype, ids, found: torch.Tensor) -> tuple[float, float]:
+def _against_exact(reference, dtype: torch.dtype, ids, ours: torch.Tensor) -> tuple[float, float]:
     """The difference from the same model in float32, and three times that of transformers' own in `dtype`."""
     reference = reference.to("cpu", torch.float32)
     exact = logits_of(reference, ids, COMPARED)
     rounded = logits_of(reference.to(dtype), ids, COMPARED)
-    return difference(found, exact), 3 * difference(rounded, exact)
+    return difference(ours, exact), 3 * difference(rounded, exact)
 
 
 def layers_to_compare(live: LiveModel) -> int:
@@ -468,12 +468,12 @@ def logits_of(model, ids: tuple[int, ...], last: int = 0) -> torch.Tensor:
     return forward(model, input_ids=given, use_cache=False, **few).logits[0, -last:].float()
 
 
-def difference(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def difference(ours: torch.Tensor, wanted: torch.Tensor) -> float:
     """Root mean square of found - wanted over that of `wanted` about its mean over the vocabulary; infinite
     where one of them is no number and the other is."""
-    found, wanted = found.float().cpu(), wanted.float().cpu()
+    ours, wanted = ours.float().cpu(), wanted.float().cpu()
     spread = (wanted - wanted.mean(-1, keepdim=True)).square().mean().sqrt()
-    gap = float((found - wanted).square().mean().sqrt() / spread)
+    gap = float((ours - wanted).square().mean().sqrt() / spread)
     return gap if gap == gap else float("inf")
 
 

@@ -72,7 +72,9 @@ def _numbers(value: Any, name: str) -> Iterator[tuple[str, int | float]]:
 
 
 def _shown(value: int | float) -> str:
-    return str(value) if abs(value) < 1e15 else f"{value:.3g}" if isinstance(value, float) else "over 10^15"
+    if abs(value) < 1e15:
+        return str(value)
+    return f"{value:.3g}" if isinstance(value, float) else "over 10^15"
 
 
 def check_config_fits(config, source: Source, folder: Path) -> None:

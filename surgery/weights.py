@@ -332,6 +332,7 @@ class Adapter:
             under.outer,
             [self.path / "adapter_model.safetensors"],
         )
+        # 1. the config: what is not plain LoRA is refused
         try:
             config = read_json(self.path / "adapter_config.json", nan=True)
         except FrankenError as e:
@@ -354,6 +355,7 @@ class Adapter:
         self.scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         if not math.isfinite(self.scale):
             raise FrankenError(f"{self.path}: adapter_config.json makes the scale {self.scale}")
+        # 2. the tensors A and B of every changed one
         self.low_rank: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self.left_out = 0
         for key, ref in read_header(self.files[0]).items():
@@ -374,6 +376,7 @@ class Adapter:
             self.low_rank.setdefault(where, {})[part["side"]] = read_tensor(ref)
         if not self.low_rank:
             raise FrankenError(f"{self.files[0]}: no LoRA weights for the text model's layers in it")
+        # 3. whether they fit what they change
         for (layer, tensor), sides in self.low_rank.items():
             shape = self.layers[layer][tensor].shape if tensor in self.layers[layer] else None
             flat = set(sides) == {"A", "B"} and all(t.ndim == 2 for t in sides.values())
