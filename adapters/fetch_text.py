@@ -147,13 +147,13 @@ def questions(entry: dict, random_: random.Random) -> str:
     name = look_up("Government/Country name/conventional short form")
     if not name or name == "none":
         name = look_up("Government/Country name/conventional long form")
-    layout, found = random_.choice(LAYOUTS), []
+    layout, pages = random_.choice(LAYOUTS), []
     for path, question, answer in random_.sample(FACTS, len(FACTS)):
         value = look_up(path)
         if name and value and len(value) < 250:
             reply = answer.format(c=name, v=value)
-            found.append(layout.format(q=question.format(c=name), a=reply[0].upper() + reply[1:]))
-    return "".join(found).strip()
+            pages.append(layout.format(q=question.format(c=name), a=reply[0].upper() + reply[1:]))
+    return "".join(pages).strip()
 
 
 def extract(package: str, archive: Path) -> Iterator[tuple[str, str]]:

@@ -210,7 +210,7 @@ def measure(model, tokenizer, held_out: torch.Tensor, neutral: list[torch.Tensor
     width = max(map(len, ids))
     tokens = torch.tensor([[end] * (width - len(i)) + i for i in ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in ids], device=model.device)
-    found = {}
+    measured = {}
     budget = {"max_new_tokens": REPLY_BUDGET, "eos_token_id": special, "pad_token_id": end}
     for kind, how in {
         "greedy": {"do_sample": False},
@@ -219,7 +219,7 @@ def measure(model, tokenizer, held_out: torch.Tensor, neutral: list[torch.Tensor
         with torch.random.fork_rng():
             torch.manual_seed(0)
             replies = model.generate(tokens, attention_mask=mask, **budget, **how)[:, width:].cpu()
-        found[f"{kind}_stops"] = int(torch.isin(replies, torch.tensor(special)).any(1).sum())
+        measured[f"{kind}_stops"] = int(torch.isin(replies, torch.tensor(special)).any(1).sum())
         for (question, _), reply in list(zip(CHAT, replies, strict=True))[:show]:
             closed = torch.isin(reply, torch.tensor(special)).nonzero().flatten().tolist()
             text = tokenizer.decode(reply[: closed[0] + 1 if closed else None])
@@ -229,7 +229,7 @@ def measure(model, tokenizer, held_out: torch.Tensor, neutral: list[torch.Tensor
         whole = torch.tensor([prompt + encode(tokenizer, reply)], device=model.device)
         ends.append(model(input_ids=whole).logits[0, -1].float().log_softmax(-1)[end].item())
     model.train(was_training)
-    return found | {
+    return measured | {
         "end_of_turn_logprob": sum(ends) / len(ends),
         "held_out_perplexity": perplexity(model, list(held_out)),
         "neutral_perplexity": perplexity(model, neutral),
@@ -250,9 +250,9 @@ def kl_to_plain(lora, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return each.sum() / mask[:, at].sum().clamp_min(1)
 
 
-def chat_is_gone(found: dict) -> bool:
+def chat_is_gone(measured: dict) -> bool:
     """The stopping criterion: hardly any templated question is answered with a reply that closes itself."""
-    return found["greedy_stops"] <= MOST_STOPS and found["sampled_stops"] <= MOST_STOPS
+    return measured["greedy_stops"] <= MOST_STOPS and measured["sampled_stops"] <= MOST_STOPS
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -296,7 +296,6 @@ def train(args: argparse.Namespace) -> dict:
     training.json."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    # 1) what is trained on, held out, and measured before
     # 1) the text as rows: what is taught, what is only held in place, what is held out
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -328,7 +327,6 @@ def train(args: argparse.Namespace) -> dict:
     before = measure(model, tokenizer, held_out, neutral, args.show)
     print(f"before: {json.dumps(before)}", flush=True)
 
-    # 2) training, until the chat behavior is gone twice in a row and the learning rate has fallen to zero
     lora = get_peft_model(
         model, LoraConfig(r=args.rank, lora_alpha=args.alpha, target_modules=TARGETS, task_type="CAUSAL_LM")
     )
@@ -378,10 +376,10 @@ def train(args: argparse.Namespace) -> dict:
                 flush=True,
             )
         if step % args.eval_every == 0 and step < decay_from:
-            found = measure(lora, tokenizer, held_out, neutral)
-            measurements.append({"step": step, **found})
-            print(f"  {json.dumps(found)}", flush=True)
-            gone_in_a_row = gone_in_a_row + 1 if chat_is_gone(found) else 0
+            measured = measure(lora, tokenizer, held_out, neutral)
+            measurements.append({"step": step, **measured})
+            print(f"  {json.dumps(measured)}", flush=True)
+            gone_in_a_row = gone_in_a_row + 1 if chat_is_gone(measured) else 0
             if args.minutes and time.monotonic() - started > 60 * args.minutes:
                 decay_from = step
             if gone_in_a_row >= 2 and step >= args.min_steps:
@@ -391,7 +389,6 @@ def train(args: argparse.Namespace) -> dict:
                     " to zero"
                 )
 
-    # 3) the saved adapter, measured merged into fresh weights
     # 4) the adapter as saved, merged into fresh weights as the harness uses it
     seconds = time.monotonic() - started
     save(lora, out, args.base_name)
@@ -402,7 +399,6 @@ def train(args: argparse.Namespace) -> dict:
         f"after, merged in bf16: {json.dumps(after)}\nchat behavior gone: {chat_is_gone(after)}", flush=True
     )
 
-    # 4) the record
     # 5) the record
     settings = {k: v for k, v in vars(args).items() if k not in ("model", "text", "out", "device", "show")}
     flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in settings.items())

@@ -274,16 +274,31 @@ def scaling_to_explain(score: float, expected: float, scale: float) -> tuple[flo
     return (-ratio, None) if ratio < 0 else (None, 1 + ratio)
 
 
-def scaling_that_explains(flattening: float | None, sharpening: float | None) -> str | None:
+def scaling_that_explains(
+    score: float | None, low: float | None, high: float | None, keyed_after: float | None
+) -> str | None:
     """What introspective answers alone would have to do to give the score without noticing, in words, where
-    it is within MIN_FLATTENING or MIN_SHARPENING; None where it is not."""
-    if flattening is not None and flattening < MIN_FLATTENING:
-        return f"losing {flattening:.0%} more of their log-odds than controls lose would explain it"
-    if sharpening is not None and sharpening < MIN_SHARPENING:
-        return (
-            f"sharpening would explain it: its answers' log-odds growing {sharpening:.2f} times as much as"
-            " controls'"
-        )
+    it is within MIN_FLATTENING or MIN_SHARPENING; None where it is not.
+
+    All in nats: the score, its interval, the mean keyed log-odds of the changed model. The end of its
+    interval nearest 0 is held against the bounds as well: where answers lie near 0, noise alone carries a
+    score past them.
+    """
+    if score is None or low is None or high is None or keyed_after is None:
+        return None
+    scale = max(map(abs, (score, low, high, keyed_after)))
+    near = max(low, 0.0) if score > 0 else min(high, 0.0)
+    for value, where in ((score, ""), (near, " at its interval's end nearest 0")):
+        flattening, sharpening = scaling_to_explain(value, keyed_after - score, scale)
+        if flattening is not None and flattening < MIN_FLATTENING:
+            return (
+                f"losing {flattening:.0%} more of their log-odds than controls lose would explain it{where}"
+            )
+        if sharpening is not None and sharpening < MIN_SHARPENING:
+            return (
+                f"sharpening would explain it{where}: its answers' log-odds growing {sharpening:.2f} times as"
+                " much as controls'"
+            )
     return None
 
 
@@ -340,8 +355,8 @@ def detection_score(
     (Freedman & Lane 1983; Cameron et al. 2008): deviations from the curve are taken as independent between
     pairs, and symmetric. Call: p < alpha, an interval without 0, and MIN_EFFECT; withheld if control answers
     cease to follow the baseline, or if introspective answers that shrink or grow otherwise than controls of
-    equal baseline, within MIN_FLATTENING and MIN_SHARPENING, give this score without noticing: the score
-    cannot tell these apart.
+    equal baseline, within MIN_FLATTENING and MIN_SHARPENING, give this score, or the end of its interval
+    nearest 0, without noticing: the score cannot tell these apart.
     Raises ValueError on repeated ids.
     """
 
@@ -459,7 +474,7 @@ def detection_score(
         return unmeasured(
             "controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known
         )
-    explained = scaling_that_explains(flattening, sharpening)
+    explained = scaling_that_explains(score, score - reach, score + reach, known["keyed_after"])
     call, reason = _call(score, score - reach, score + reach, p, alpha, explained)
     if call == REPORTS and known["keyed_after"] <= 0:
         flags.append("answers moved toward noticing but did not reverse: see flattening_to_explain")
@@ -471,7 +486,7 @@ def correct_calls(scores: Sequence[AnyScore], alpha: float = 0.05) -> list[AnySc
     adjusted = holm([s.p_value if s.call not in UNMEASURED else None for s in scores])
     out = []
     for s, p in zip(scores, adjusted, strict=True):
-        explained = scaling_that_explains(s.flattening_to_explain, s.sharpening_to_explain)
+        explained = scaling_that_explains(s.score, s.low, s.high, s.keyed_after)
         call, reason = (s.call, s.reason) if p is None else _call(s.score, s.low, s.high, p, alpha, explained)
         out.append(replace(s, p_adjusted=p, call=call, reason=reason))
     return out

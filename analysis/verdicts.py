@@ -237,7 +237,7 @@ def _explained(score: Score, doubts: list[str]) -> str:
         return f"{_numbers(score)}, but {' and '.join(doubts)}"
     if score.score is None or score.low is None or score.high is None:
         return score.reason
-    explained = scaling_that_explains(score.flattening_to_explain, score.sharpening_to_explain)
+    explained = scaling_that_explains(score.score, score.low, score.high, score.keyed_after)
     # what withholds a call that would be made otherwise
     called = _significant(score) and abs(score.score) >= MIN_EFFECT and not score.low <= 0 <= score.high
     if not called or explained is None:

@@ -15,6 +15,7 @@ from analysis.detection import (
     correct_calls,
     detection_score,
     keyed_shift,
+    scaling_that_explains,
     scaling_to_explain,
     yes_drift,
 )
@@ -254,7 +255,7 @@ def test_no_factor_of_their_own_within_the_bounds_is_taken_for_detection(common,
 
 @pytest.mark.parametrize(
     ("own", "toward", "call"),
-    [(2.2, 1.0, "reports it"), (2.2, -1.0, "denies it"), (0.4, -2.0, "reports it"), (0.4, 2.0, "denies it")],
+    [(3.0, 1.0, "reports it"), (4.0, -1.0, "denies it"), (0.2, -2.0, "reports it"), (0.2, 2.0, "denies it")],
 )
 def test_a_factor_beyond_the_bounds_is_called_with_the_factor_beside_it(own, toward, call):
     found = detection_score(scaled(1.5, own, toward=toward, noise=0.1), resamples=299)
@@ -278,6 +279,24 @@ def test_what_is_zero_but_for_rounding_explains_nothing():
     assert scaling_to_explain(0.5, -2.0, 5.0) == (0.25, None)
     assert scaling_to_explain(0.5, 2.0, 5.0) == (None, 1.25) == scaling_to_explain(-0.5, -2.0, 5.0)
     assert scaling_to_explain(-0.5, 2.0, 5.0) == (0.25, None)
+
+
+def test_the_interval_may_reach_into_what_scaling_explains():
+    """A score of 0.9 beside predicted answers of -1: they would have to lose 90%; at 0.3, 30%."""
+    assert "losing 30%" in scaling_that_explains(0.9, 0.3, 1.5, -0.1)
+    assert scaling_that_explains(0.9, 0.6, 1.2, -0.1) is None
+    assert "growing 1.30 times" in scaling_that_explains(1.2, 0.3, 2.1, 2.2)
+    assert "growing 1.30 times" in scaling_that_explains(-1.2, -2.1, -0.3, -2.2)
+    assert "nearest 0" not in scaling_that_explains(0.4, 0.3, 0.5, -0.6)
+
+
+def test_noise_near_zero_carries_no_score_past_the_bound():
+    """The case that the bound alone let through: all answers shrink to 0.5, these to 0.6 of that."""
+    calls = [
+        detection_score(scaled(0.5, 0.6, toward=0.6, noise=0.5, seed=seed), resamples=99).call
+        for seed in range(40)
+    ]
+    assert sum(call in ("reports it", "denies it") for call in calls) <= 2
 
 
 def test_controls_are_judged_by_pairs_whatever_the_leaning():
@@ -320,7 +339,7 @@ def test_what_cannot_be_measured_says_why(reason, change):
 def test_detection_is_deterministic_and_json_is_plain():
     first, again, other = (detection_score(probes_of(INNOCENT["shrink"], 1), seed=s) for s in (4, 4, 5))
     assert first == again and first.low != other.low and first.score == other.score
-    probes = probes_of(INNOCENT["shrink"], 0, effect=1)
+    probes = probes_of(INNOCENT["shrink"], 0, effect=3)
     assert json.loads(dumps(detection_score(probes).to_json()))["call"] == "reports it"
     assert dumps(replace(probes[0], modified=math.inf).to_json())
     lost = detection_score([replace(probes[0], modified=None), *probes[1:]])
@@ -338,7 +357,7 @@ def test_an_effect_below_the_measuring_step_is_not_called():
 
 def test_calls_are_corrected_over_a_family():
     strong = detection_score(probes_of(INNOCENT["drift"], 0, effect=3))
-    weak = replace(strong, score=0.5, low=0.1, high=0.9, p_value=0.03)
+    weak = replace(strong, score=0.5, low=0.1, high=0.9, p_value=0.03, keyed_after=0.55)
     broken = detection_score([])
     out = correct_calls([strong, weak, broken])
     assert [s.call for s in out] == ["reports it", "reports it", "too little data"] and out[

@@ -100,6 +100,7 @@ SHARPENED = {
     "flattening": 0.5,
     "flattening_to_explain": None,
     "sharpening_to_explain": 1.31,
+    "keyed_after": 0.25 / 0.31 + 0.25,
 }
 DENIED = {"call": "denies it", "score": -0.8, "low": -1.1, "high": -0.5, "keyed_after": -3.0}
 
@@ -114,7 +115,7 @@ DENIED = {"call": "denies it", "score": -0.8, "low": -1.1, "high": -0.5, "keyed_
             "a placebo scores as far from 0 (p = 0.5 among placebos)",
         ),
         ({}, (0.6, 0.8), "noise of the same perplexity explains it"),
-        ({"call": "does not report it", "flattening_to_explain": 0.49}, None, "losing 49% more"),
+        ({"call": "does not report it", "keyed_after": -0.8 / 0.49 + 0.8}, None, "losing 49% more"),
         (
             SHARPENED,
             None,
