@@ -33,25 +33,40 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def workspace(parent: Path) -> Iterator[Path]:
-    """A folder in `parent` for work that is not finished, gone when the block ends, also on SIGTERM.
+    """A folder in `parent` for work that is not finished, gone when the block ends, also on SIGTERM and
+    SIGHUP.
 
-    What a process left that was killed outright goes when the next one begins: each holds a lock on its
-    folder for as long as it lives. Raises OSError if the folder cannot be made.
+    What a process left that was killed outright goes when the next one begins, or finds in the cache what it
+    looks for: each holds a lock on its folder for as long as it lives. Raises OSError if the folder cannot be
+    made.
     """
     parent.mkdir(parents=True, exist_ok=True)
     with _locked(parent):  # nobody may sweep between a folder's making and its lock
-        for left in parent.glob(".making-*"):
-            with contextlib.suppress(OSError), _locked(left, wait=False):
-                shutil.rmtree(left)
+        _sweep(parent)
         work = Path(tempfile.mkdtemp(prefix=".making-", dir=parent))
         lock = _locked(work)
         lock.__enter__()
     try:
-        with _sigterm_raises():
+        with _signals_raise():
             yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
         lock.__exit__(None, None, None)
+
+
+def _sweep(parent: Path) -> None:
+    for left in parent.glob(".making-*"):
+        with contextlib.suppress(OSError), _locked(left, wait=False):
+            shutil.rmtree(left)
+
+
+def is_kept(final: Path) -> bool:
+    """Whether the cache has this converted checkpoint; what killed processes left beside it goes then."""
+    if not (final / "model.safetensors").exists():
+        return False
+    with contextlib.suppress(OSError), _locked(final.parent, wait=False):
+        _sweep(final.parent)
+    return True
 
 
 @contextlib.contextmanager
@@ -65,7 +80,7 @@ def _locked(folder: Path, wait: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def _signals_raise() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,11 +88,13 @@ def _sigterm_raises() -> Iterator[None]:
     def stop(signum, frame):
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    ends = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, stop) for number in ends}  # nohup ignores SIGHUP
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def keep(work: Path, final: Path) -> None:

@@ -23,7 +23,7 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from errors import FrankenError, first_line
-from runner.cache import cache_dir, cannot_keep, keep, workspace, write_safetensors
+from runner.cache import cache_dir, cannot_keep, is_kept, keep, workspace, write_safetensors
 
 # Architectures whose conversion is tested against transformers' own; anything else is refused.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -175,7 +175,8 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
     """
     # 1. metadata: refuse before anything is written
     reader = open_gguf(path)
-    with tempfile.TemporaryDirectory() as alone:  # away from what lies in its folder, such as a config
+    # away from what lies in its folder, such as a config, and where what is left of a kill is swept
+    with tempfile.TemporaryDirectory(dir=out.parent) as alone:
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
         with _read_once(reader):
             try:
@@ -219,7 +220,7 @@ def from_gguf(
     Raises FrankenError for what `open_gguf` refuses, and if the cache cannot be written.
     """
     final = cache_dir() / (folder or f"gguf-{sha256[:32]}")
-    if (final / "model.safetensors").exists():
+    if is_kept(final):
         return final
     try:
         with workspace(final.parent) as work:

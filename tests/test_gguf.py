@@ -71,7 +71,7 @@ def test_a_file_stands_where_a_checkpoint_can(tiny_gguf, cache):
     opened = open_pair(instruct=gguf, base=gguf, extra={"third": gguf}, device_map="cpu")
     assert set(opened.live.sources) == {"instruct", "base", "third"}
     assert opened.sources["base"]["revision"] == f"gguf sha256 {sha256_of(tiny_gguf('qwen2'))}"
-    assert [folder.name[:5] for folder in cache.iterdir()] == ["gguf-"]  # converted once for all three
+    assert len(list(cache.glob("gguf-*"))) == 1  # converted once for all three
 
 
 def refused(path, words):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from errors import FrankenError
 from runner import pairs
-from runner.cache import sha256_of, workspace
+from runner.cache import is_kept, sha256_of, workspace
 from runner.gguf import from_gguf
 from runner.pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, spread
 from runner.wheels import QWEN_05B, QWEN_15B, WHEEL_MODELS, Wheel, WheelModel, from_wheels
@@ -589,16 +590,20 @@ def test_a_killed_conversion_leaves_nothing_once_the_next_begins(cache, tmp_path
         "with workspace(Path(sys.argv[1])) as work:\n"
         "    (work / 'half').write_text('half'); print('ready', flush=True); time.sleep(60)"
     )
-    for how in ("terminate", "kill"):
+    hang_up = lambda child: child.send_signal(signal.SIGHUP)  # noqa: E731
+    for how, end in (("terminate", real_popen.terminate), ("hang up", hang_up), ("kill", real_popen.kill)):
         child = real_popen([sys.executable, "-c", code, str(cache)], stdout=PIPE, stderr=PIPE, cwd=ROOT)
         assert child.stdout.readline() == b"ready\n"
         with workspace(cache):
             assert len(list(cache.rglob("half"))) == 1  # what a living process works on stays
-        getattr(child, how)()
+        end(child)
         child.communicate()
         assert len(list(cache.rglob("half"))) == (1 if how == "kill" else 0)
-        with workspace(cache):
-            assert len(list(cache.rglob("half"))) == 0
+        if how == "kill":  # also where nothing has to be made any more
+            (cache / "done").mkdir()
+            (cache / "done" / "model.safetensors").touch()
+            assert is_kept(cache / "done") and not is_kept(cache / "other")
+        assert len(list(cache.rglob("half"))) == 0
 
 
 def test_a_pip_that_brings_nothing_or_cannot_run(cache, index, monkeypatch):
