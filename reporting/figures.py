@@ -71,8 +71,8 @@ P_FLOOR, PERPLEXITY_CEILING = (
 )
 
 
-def save(figure: Figure) -> dict[str, bytes]:
-    """{"png", "pdf", "svg": contents}: the same bytes for the same numbers."""
+def save(figure: Figure, forms: Sequence[str] = ("svg", "png", "pdf")) -> dict[str, bytes]:
+    """{form: contents}: the same bytes for the same numbers."""
     out = {}
     with rc_context(STYLE):
         FigureCanvasAgg(figure)
@@ -81,6 +81,8 @@ def save(figure: Figure) -> dict[str, bytes]:
             ("png", {"Software": None}),
             ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
         ):
+            if form not in forms:
+                continue
             buffer = io.BytesIO()
             figure.savefig(buffer, format=form, dpi=DPI, metadata=metadata)
             if form == "svg":
@@ -126,7 +128,9 @@ def answers(rows: Iterable[Row]) -> list[tuple[Row, PublishedProbe, float]]:
     ]
 
 
-def new_figure(height: float, width: float = WIDTH) -> Figure:
+def new_figure(height: float, width: float = WIDTH, narrow: bool = False) -> Figure:
+    """An empty figure of this size in inches; narrow: as wide as a phone shows it legibly."""
+    width = NARROW_WIDTH if narrow else width
     # names beside the axes come out a little wider than they are laid out
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.12))
 
@@ -139,6 +143,12 @@ def lines(
     row = NARROW_ROW if narrow else wide_row
     figure = new_figure(row * len(names) + extra, NARROW_WIDTH if narrow else width)
     axes = figure.subplots()
+    name_lines(axes, names, narrow)
+    return figure, axes
+
+
+def name_lines(axes: Axes, names: Sequence[str], narrow: bool = False) -> None:
+    """One horizontal line per name, the first on top; narrow: each name above its line."""
     axes.set_yticks(range(len(names)), [""] * len(names) if narrow else [label(n) for n in names])
     if narrow:
         for line, name in enumerate(names):
@@ -156,18 +166,19 @@ def lines(
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
-    return figure, axes
 
 
-def beside(axes: Axes, line: float, text: str, color: str) -> None:
+def beside(axes: Axes, line: float, text: str, color: str, narrow: bool = False) -> None:
+    """A word to the right of a line; narrow: above its end, across from the name."""
     axes.annotate(
         text,
         (1, line),
         xycoords=("axes fraction", "data"),
-        xytext=(8, 0),
+        xytext=(0, 5) if narrow else (8, 0),
         textcoords="offset points",
-        va="center",
-        fontsize=8,
+        va="bottom" if narrow else "center",
+        ha="right" if narrow else "left",
+        fontsize=7 if narrow else 8,
         color=color,
         annotation_clip=False,
     )
@@ -222,6 +233,10 @@ def interval(
 
 
 def legend(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
+    """Above the figure, in at most so many columns: in one or two where the figure is narrow."""
+    if figure.get_figwidth() <= NARROW_WIDTH:
+        longest = max((len(str(h.get_label())) for h in handles), default=0)
+        columns = min(columns, 2 if longest < 26 else 1)
     figure.legend(
         handles=handles,
         loc="outside upper left",
@@ -265,6 +280,27 @@ def log_axis(
         FuncFormatter(lambda x, _: show(x) if 1e-4 <= x < 1e5 else f"$10^{{{math.log10(x):.0f}}}$")
     )
     axis.set_minor_formatter(NullFormatter())
+
+
+def name_ends(
+    axes: Axes, line: int, dots: Sequence[tuple[Row, DetectionScore, float]], ends: tuple[float, float]
+) -> None:
+    """Name the lowest and the highest dot of a sweep's strip, above the strip."""
+    if len(dots) < 2 or not dots[0][0].sweep:
+        return
+    by_score = sorted(dots, key=lambda dot: dot[2])
+    for (row, _, value), place, shift in ((by_score[0], "right", 8), (by_score[-1], "left", -8)):
+        axes.annotate(
+            label(row.name),
+            (max(ends[0], min(ends[1], value)), line),
+            xytext=(shift, 3),
+            textcoords="offset points",
+            ha=place,
+            va="bottom",
+            fontsize=6,
+            color=MUTED,
+            annotation_clip=False,
+        )
 
 
 def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = False) -> Figure | None:
@@ -313,6 +349,9 @@ def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = Fals
                 markeredgewidth=0,
                 clip_on=False,
             )
+        for line, dots_of in enumerate(strips.values(), len(shown)):
+            if not narrow:  # where the names of the lines stand in that place
+                name_ends(axes, line, dots_of, (low, high))
         axes.set_xlim(low, high)
         axes.set_xlabel("detection score (nats): shift toward noticing,\nbeyond what the controls predict")
         handles = verdict_handles(row for row, *_ in [*shown, *dots])

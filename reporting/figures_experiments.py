@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
@@ -13,12 +14,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
 from analysis.comparison import Injection, InjectionRow, Row
-from analysis.rows import UNCALLED, by_verdict, named, score, scored, word
+from analysis.rows import UNCALLED, by_verdict, named, score, scored, sweeps, word
 from reporting.figures import (
-    FAINT,
     INK,
     MARKERS,
     MUTED,
+    NARROW_ROW,
     P_FLOOR,
     PERPLEXITY_CEILING,
     SERIES,
@@ -34,6 +35,7 @@ from reporting.figures import (
     lines,
     log_axis,
     look,
+    name_lines,
     new_figure,
     perplexity,
     reach,
@@ -46,8 +48,9 @@ def percent(p: float) -> str:
     return f"{100 * p:g}%"
 
 
-def side_by_side(rows: Sequence[Row], baseline: Row | None) -> Figure | None:
-    """P(Yes) on the published probe and the detection score (nats) of each changed model, on one line.
+def side_by_side(rows: Sequence[Row], baseline: Row | None, narrow: bool = False) -> Figure | None:
+    """P(Yes) on the published probe and the detection score (nats) of each changed model, on one line;
+    narrow: the one above the other.
 
     Broken models are left out; dashed: the unmodified model's P(Yes). None with fewer than two models.
     """
@@ -63,10 +66,11 @@ def side_by_side(rows: Sequence[Row], baseline: Row | None) -> Figure | None:
     bounds = [x for _, _, d in points for x in (d.low, d.high) if x is not None]
     ends = limits(bounds, 0.2)
     with rc_context(STYLE):
-        figure = new_figure(0.26 * len(shown) + 1.2, 8.0)
-        left, right = figure.subplots(1, 2, sharey=True)
-        left.set_yticks(range(len(shown)), [label(row.name) for row in shown])
-        left.invert_yaxis()
+        row_height = 2 * NARROW_ROW if narrow else 0.26
+        figure = new_figure(row_height * len(shown) + (2.2 if narrow else 1.2), 8.0, narrow)
+        left, right = figure.subplots(*((2, 1) if narrow else (1, 2)), sharey=True)
+        for axes in (left, right) if narrow else (left,):
+            name_lines(axes, [row.name for row in shown], narrow)
         before = p_yes_of(baseline) if baseline else None
         if before is not None:
             left.axvline(before, color=MUTED, linewidth=0.8, linestyle="--")
@@ -84,14 +88,14 @@ def side_by_side(rows: Sequence[Row], baseline: Row | None) -> Figure | None:
     return figure
 
 
-def p_yes(rows: Sequence[Row], published: dict[str, float]) -> Figure | None:
+def p_yes(rows: Sequence[Row], published: dict[str, float], narrow: bool = False) -> Figure | None:
     """P(Yes) on the published probe, log axis; the size of a marker is the Yes+No mass, hollow is not an
     answer."""
     shown = answers(drawn(rows))
     if not shown:
         return None
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row, *_ in shown], 1.2)
+        figure, axes = lines([row.name for row, *_ in shown], 1.7 if narrow else 1.2, narrow)
         values: list[float] = []
         for line, (row, probe, p) in enumerate(shown):
             values.append(p)
@@ -110,6 +114,7 @@ def p_yes(rows: Sequence[Row], published: dict[str, float]) -> Figure | None:
                 line,
                 f"mass {100 * (probe.mass or 0):.2g}%" + ("" if probe.answered else ", not an answer"),
                 INK if probe.answered else MUTED,
+                narrow,
             )
             if row.name in published:
                 values.append(published[row.name])
@@ -126,42 +131,80 @@ def p_yes(rows: Sequence[Row], published: dict[str, float]) -> Figure | None:
         axes.set_xlim(min([1e-3, *values]) / 3, 1.5)
         axes.grid(axis="x")
         axes.set_xlabel("P(Yes), normalized over Yes and No")
-        handles = [
-            handle("this run; larger: more Yes+No mass", "o", SERIES[0]),
-            handle("under 1% mass: not an answer", "o", SERIES[0], False),
-        ]
+        handles = []
+        if any(probe.answered for _, probe, _ in shown):
+            handles.append(handle("this run; larger: more Yes+No mass", "o", SERIES[0]))
+        if not all(probe.answered for _, probe, _ in shown):
+            handles.append(handle("under 1% mass: not an answer", "o", SERIES[0], False))
         if any(row.name in published for row, *_ in shown):
             handles.append(handle("published, 32B pair", "D", SERIES[1], False))
         legend(figure, handles, 3)
     return figure
 
 
-def _margin_names(axes: Axes, points: Sequence[tuple[float, float, Row]]) -> None:
-    """Names in the right margin in the order of the points' heights: they cannot overlap, however close the
-    points."""
-    for place, (x, y, row) in enumerate(points):
-        height = 0.5 if len(points) == 1 else 1 - place / (len(points) - 1)
+NAME_LINE = 11.5  # points from one name of a list to the next
+CLOSE = (24.0, 8.0)  # points: marks nearer to each other than this, across and up, share one label
+
+
+def names_height(count: int, least: float, narrow: bool) -> float:
+    """Inches of a figure whose points are numbered: the names stand beside the axes, narrow: below them."""
+    return least + NAME_LINE * count / 72 if narrow else max(least, NAME_LINE * count / 72 + 1.2)
+
+
+def clusters(places: Sequence[tuple[float, float]], close: tuple[float, float]) -> list[list[int]]:
+    """Indices of places in groups: two that lie closer than `close`, across and up, are in one group."""
+    groups: list[list[int]] = []
+    for k, (x, y) in enumerate(places):
+        touching = [
+            group
+            for group in groups
+            if any(abs(places[i][0] - x) < close[0] and abs(places[i][1] - y) < close[1] for i in group)
+        ]
+        groups = [group for group in groups if group not in touching]
+        groups.append(sorted([*(i for group in touching for i in group), k]))
+    return groups
+
+
+def numbered(axes: Axes, points: Sequence[tuple[float, float, Row]], narrow: bool) -> None:
+    """A number at each point, "4-7" at points that lie on each other, and the list of names: in the right
+    margin, narrow: below the axes. To be called when scales and limits are set."""
+    size = cast(Figure, axes.figure).get_size_inches() * 72
+    extent = (0.85 * size[0], 0.85 * size[1] - NAME_LINE * len(points)) if narrow else 0.7 * size
+    to_axes = axes.transData + axes.transAxes.inverted()
+    places = [tuple(to_axes.transform((x, y)) * extent) for x, y, _ in points]
+    # 1. the numbers, from the highest group down
+    groups = sorted(clusters(places, CLOSE), key=lambda group: -max(places[k][1] for k in group))
+    first = 1
+    for group in groups:
+        right, last = max(group, key=lambda k: places[k][0]), first + len(group) - 1
         axes.annotate(
-            label(row.name),
-            (x, y),
-            xytext=(1.06, height),
-            textcoords="axes fraction",
+            str(first) if last == first else f"{first}-{last}",
+            points[right][:2],
+            xytext=(5, 1),
+            textcoords="offset points",
+            va="center",
+            fontsize=6.5,
+            color=INK,
+            zorder=5,
+        )
+        first = last + 1
+    # 2. the names
+    for place, k in enumerate(k for group in groups for k in group):
+        row = points[k][2]
+        axes.annotate(
+            f"{place + 1}  {label(row.name)}",
+            (0, 0) if narrow else (1, 1),
+            xycoords="axes fraction",
+            xytext=(0, -38 - NAME_LINE * place) if narrow else (14, -4 - NAME_LINE * place),
+            textcoords="offset points",
             va="center",
             fontsize=8,
             color=look(row)[0],
-            arrowprops={
-                "arrowstyle": "-",
-                "color": FAINT,
-                "linewidth": 0.7,
-                "shrinkA": 2,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            },
             annotation_clip=False,
         )
 
 
-def capability(rows: Sequence[Row]) -> Figure | None:
+def capability(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
     """Share of capability items right, with its Wilson interval, against perplexity on a log axis."""
     graded = [
         (x, counted, row)
@@ -178,7 +221,7 @@ def capability(rows: Sequence[Row]) -> Figure | None:
     shown = [row for *_, row in graded]
     points = [(x, counted.correct / counted.n, row) for x, counted, row in graded]
     with rc_context(STYLE):
-        figure = new_figure(max(3.6, 0.18 * len(shown) + 1))
+        figure = new_figure(names_height(len(shown), 3.6, narrow), narrow=narrow)
         axes = figure.subplots()
         log_axis(axes.xaxis, [x for x, *_ in points])
         for x, counted, row in graded:
@@ -187,18 +230,28 @@ def capability(rows: Sequence[Row]) -> Figure | None:
                 axes.plot([x, x], [counted.low, counted.high], color=color, linewidth=0.9, alpha=0.45)
             y = counted.correct / counted.n
             axes.plot(x, y, marker if x < PERPLEXITY_CEILING else ">", color=color, markersize=6, zorder=3)
-        _margin_names(axes, points)
         axes.grid()
         axes.set_axisbelow(True)
         axes.set_ylim(bottom=-0.03)  # a model that gets nothing right is to be seen
+        numbered(axes, points, narrow)
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         axes.set_xlabel("perplexity")
         axes.set_ylabel("capability items right")
-        legend(figure, verdict_handles(shown) + [handle("no verdict", "s", INK)], 6)
+        without = [handle("no verdict", "s", INK)] if any(word(row) is None for row in shown) else []
+        legend(figure, verdict_handles(shown) + without, 6)
     return figure
 
 
-def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
+def _extremes(rows: Sequence[Row]) -> list[Row]:
+    """Of each sweep, the experiments with the lowest and the highest P(Yes) that is an answer."""
+    out = []
+    for of in sweeps(rows).values():
+        known = sorted((p, k) for k, (_, probe, p) in enumerate(answers(of)) if probe.answered)
+        out += [answers(of)[k][0] for _, k in (known[:1] + known[-1:])]
+    return out
+
+
+def p_yes_perplexity(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
     """P(Yes) on the published probe against perplexity, both logarithmic: every experiment, sweeps and
     controls small."""
     # 1) what has both numbers; experiments with a line of their own are large and named
@@ -210,11 +263,12 @@ def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
     if len(every) < 2:
         return None
     large = {id(row) for row in named(rows)}
+    called = large | {id(row) for row in _extremes(rows)}
     points = sorted(
-        ((x, y, row) for x, y, _, row in every if id(row) in large), key=lambda point: (-point[1], point[0])
+        ((x, y, row) for x, y, _, row in every if id(row) in called), key=lambda point: (-point[1], point[0])
     )
     with rc_context(STYLE):
-        figure = new_figure(max(3.8, 0.18 * len(points) + 1.2))
+        figure = new_figure(names_height(len(points), 3.8, narrow), narrow=narrow)
         axes = figure.subplots()
         log_axis(axes.xaxis, [x for x, *_ in every])
         log_axis(axes.yaxis, [y for _, y, *_ in every], percent)
@@ -245,11 +299,11 @@ def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
                     markeredgewidth=0.8 if big else 0,
                     markerfacecolor=color if probe.answered else "white",
                 )
-        _margin_names(axes, points)
         axes.grid()
         axes.set_axisbelow(True)
         axes.set_xlabel("perplexity")
         axes.set_ylabel("P(Yes), normalized")
+        numbered(axes, points, narrow)
         # 3) the legend
         handles = verdict_handles([row for *_, row in every if not row.control])
         controls = {row.control for *_, row in every}
@@ -265,7 +319,9 @@ def p_yes_perplexity(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def kinds(rows: Sequence[Row], by_category: dict[str, dict[str, dict]]) -> Figure | None:
+def kinds(
+    rows: Sequence[Row], by_category: dict[str, dict[str, dict]], narrow: bool = False
+) -> Figure | None:
     """Capability by kind of item: {experiment: {category: {"correct", "n"}}}, as a map of experiments by
     categories."""
     shown = [row for row in drawn(rows) if by_category.get(row.name)]
@@ -273,7 +329,7 @@ def kinds(rows: Sequence[Row], by_category: dict[str, dict[str, dict]]) -> Figur
         return None
     categories = list(dict.fromkeys(c for row in shown for c in by_category[row.name]))
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row in shown], 1.0)
+        figure, axes = lines([row.name for row in shown], 1.0, narrow)
         axes.grid(False)
         for line, row in enumerate(shown):
             for place, category in enumerate(categories):
@@ -281,7 +337,10 @@ def kinds(rows: Sequence[Row], by_category: dict[str, dict[str, dict]]) -> Figur
                 if not counted or not counted["n"]:
                     continue
                 share = counted["correct"] / counted["n"]
-                axes.barh(line, 0.96, 0.9, left=place + 0.02, color=colormaps["cividis"](share))
+                # on a narrow figure the name stands above the line, within its row
+                axes.barh(
+                    line, 0.96, 0.5 if narrow else 0.9, left=place + 0.02, color=colormaps["cividis"](share)
+                )
                 axes.text(
                     place + 0.5,
                     line,
@@ -291,12 +350,14 @@ def kinds(rows: Sequence[Row], by_category: dict[str, dict[str, dict]]) -> Figur
                     fontsize=8,
                     color="white" if share < 0.55 else INK,
                 )
-            beside(axes, line, word(row) or "", look(row)[0])
+            beside(axes, line, word(row) or "", look(row)[0], narrow)
         axes.set_xlim(0, len(categories))
         axes.set_xticks(
             [k + 0.5 for k in range(len(categories))], [label(c.replace("_", " ")) for c in categories]
         )
-        axes.tick_params(axis="x", length=0, labeltop=True, labelbottom=False)
+        axes.tick_params(
+            axis="x", length=0, labeltop=True, labelbottom=False, labelrotation=60 if narrow else 0
+        )
         for side in axes.spines.values():
             side.set_visible(False)
     return figure
@@ -310,7 +371,9 @@ GROUPS = {
 }
 
 
-def shifts(rows: Sequence[Row], groups: dict[str, dict[tuple[str, str], float]]) -> Figure | None:
+def shifts(
+    rows: Sequence[Row], groups: dict[str, dict[tuple[str, str], float]], narrow: bool = False
+) -> Figure | None:
     """Mean shift of log-odds(Yes:No) from the baseline for each group of probes: {experiment: {(kind, keyed):
     nats}}."""
     shown = [row for row in drawn(rows) if groups.get(row.name)]
@@ -318,7 +381,7 @@ def shifts(rows: Sequence[Row], groups: dict[str, dict[tuple[str, str], float]])
         return None
     called = [row for row in shown if word(row) not in (None, *UNCALLED)]
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row in shown], 1.3)
+        figure, axes = lines([row.name for row in shown], 1.7 if narrow else 1.3, narrow)
         edge = reach([v for row in called or shown for v in groups[row.name].values()], 0.5)
         axes.axvline(0, color=MUTED, linewidth=0.8)
         for line, row in enumerate(shown):
@@ -340,10 +403,11 @@ def shifts(rows: Sequence[Row], groups: dict[str, dict[tuple[str, str], float]])
                     zorder=3,
                 )
             if faint:
-                beside(axes, line, word(row) or "", look(row)[0])
+                beside(axes, line, word(row) or "", look(row)[0], narrow)
         axes.set_xlim(-edge, edge)
-        axes.set_xlabel("mean shift of log-odds(Yes : No) from the baseline (nats)")
-        legend(figure, [handle(*group) for group in GROUPS.values()], 2)
+        axes.set_xlabel("mean shift of log-odds(Yes : No)\nfrom the baseline (nats)")
+        present = {key for row in shown for key in groups[row.name]}
+        legend(figure, [handle(*group) for key, group in GROUPS.items() if key in present], 2)
     return figure
 
 
@@ -355,20 +419,22 @@ FORMATS = {
 }
 
 
-def formats(rows: Sequence[Row]) -> Figure | None:
+def formats(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
     """Does the finding depend on how the answer is asked for: detection score (nats) by answer format."""
     shown = [(row, by_format) for row in by_verdict(drawn(rows)) if (by_format := row.formats)]
     if not shown:
         return None
     names = list(dict.fromkeys(f for _, by_format in shown for f in by_format))
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row, _ in shown], 1.3)
+        figure, axes = lines([row.name for row, _ in shown], 1.7 if narrow else 1.3, narrow)
         sure = [d for row, by_format in shown for d in by_format.values() if word(row) not in UNCALLED]
         ends = limits([end for d in sure for end in (d.low, d.high) if end is not None], 0.2)
         axes.axvline(0, color=MUTED, linewidth=0.8)
+        scored_too = False
         for line, (row, by_format) in enumerate(shown):
             if row.detection and row.detection.score is not None:
                 interval(axes, row.detection, line - 0.32, ends, INK, "|", word(row) in UNCALLED, 4.5, 0.9)
+                scored_too = True
             for place, name in enumerate(names):
                 d = by_format.get(name)
                 if d and d.score is not None:
@@ -387,7 +453,7 @@ def formats(rows: Sequence[Row]) -> Figure | None:
         axes.set_xlabel("detection score (nats)")
         legend(
             figure,
-            [handle("Yes or No, as in the other figures", "|", INK)]
+            ([handle("Yes or No, as in the other figures", "|", INK)] if scored_too else [])
             + [handle(FORMATS.get(f, label(f)), MARKERS[k % 6], SERIES[k % 6]) for k, f in enumerate(names)],
             3,
         )
@@ -406,7 +472,7 @@ def _bits(row: InjectionRow) -> float | None:
     return row.bits
 
 
-def injection(control: Injection | None, published: dict[str, float]) -> Figure | None:
+def injection(control: Injection | None, published: dict[str, float], narrow: bool = False) -> Figure | None:
     """The positive control: how often the model says Yes, its detection score and what it says of the
     concept, by strength of the injection, for each framing; at strength 0 stand the false positives.
 
@@ -422,8 +488,9 @@ def injection(control: Injection | None, published: dict[str, float]) -> Figure 
         ("bits about the concept", _bits),
     )
     with rc_context(STYLE):
-        figure = new_figure(2.9)
-        for axes, (title, read) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        figure = new_figure(6.6 if narrow else 2.9, narrow=narrow)
+        stack = figure.subplots(*((len(panels), 1) if narrow else (1, len(panels))))
+        for axes, (title, read) in zip(stack, panels, strict=True):
             axes.set_title(title, fontsize=9)
             axes.grid()
             axes.set_axisbelow(True)
@@ -478,7 +545,7 @@ def injection(control: Injection | None, published: dict[str, float]) -> Figure 
             )
             for k, f in enumerate(framings)
         ]
-        if published:
+        if set(published) & set(framings):
             handles.append(
                 Line2D(
                     [],

@@ -37,7 +37,9 @@ BROKEN_HATCH = {"edgecolor": MUTED, "hatch": "//////", "linewidth": 0}
 DOSES = {"noise": "noise (share of each tensor's standard deviation)", "blend": "share of the other source"}
 
 
-def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None) -> Figure | None:
+def dose(
+    rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None, narrow: bool = False
+) -> Figure | None:
     """Dose-response ladders: detection score with its interval, P(Yes) and perplexity against the dose, a
     column per kind.
 
@@ -54,7 +56,7 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
         return None
     every = [row for of in ladders.values() for group in of.values() for _, row in group]
     with rc_context(STYLE):
-        figure = new_figure(6.2)
+        figure = new_figure(6.6 if narrow else 6.2, narrow=narrow)
         grid = figure.subplots(3, len(ladders), squeeze=False, sharey="row", sharex="col")
         # 2) a column per kind, a row per quantity
         for column, (kind, by_source) in enumerate(ladders.items()):
@@ -82,6 +84,10 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
                     axes.set_ylabel(title)
             if min(doses) > 0 and max(doses) > 10 * min(doses):
                 log_axis(grid[-1, column].xaxis, doses, lambda x: f"{x:g}")
+            # a tick for every dose: they are what the points are called by
+            shown = sorted(set(doses))
+            grid[-1, column].set_xticks(shown, [f"{dose:g}" for dose in shown], rotation=90 if narrow else 45)
+            grid[-1, column].minorticks_off()
             grid[-1, column].set_xlabel(DOSES.get(kind, kind))
         # 3) what the columns share
         handles = verdict_handles(every)
@@ -90,7 +96,10 @@ def dose(rows: Sequence[Row], placebo: PlaceboBand | None, baseline: Row | None)
                 Line2D([], [], color=SERIES[k % 6], linewidth=1, label=label(s))
                 for k, s in enumerate(ladders.get("blend", {}))
             ]
-        handles.append(Line2D([], [], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="unmodified"))
+        if baseline:
+            handles.append(
+                Line2D([], [], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="unmodified")
+            )
         if placebo:
             handles.append(Patch(color=BAND, label="range of the placebos"))
         legend(figure, handles, 5)
@@ -116,7 +125,7 @@ class Cell(NamedTuple):
     row: Row
 
 
-def windows(rows: Sequence[Row], layers: int) -> Figure | None:
+def windows(rows: Sequence[Row], layers: int, narrow: bool = False) -> Figure | None:
     """Start layer by window size: score, shift of P(Yes) and perplexity of each replaced window; broken ones
     hatched."""
     cells = [
@@ -134,10 +143,10 @@ def windows(rows: Sequence[Row], layers: int) -> Figure | None:
         strips.setdefault(f"{size} of {source}", []).append(Cell(start, size, row))
     if len({source for _, source, *_ in cells}) == 1:
         strips = {name.partition(" ")[0]: of for name, of in strips.items()}
-    return _maps(strips, layers, "first layer of the window", "window size")
+    return _maps(strips, layers, "first layer of the window", "window size", narrow)
 
 
-def single_layers(rows: Sequence[Row], layers: int) -> Figure | None:
+def single_layers(rows: Sequence[Row], layers: int, narrow: bool = False) -> Figure | None:
     """Strips along depth: what replacing, deleting or doubling each layer alone does."""
     strips: dict[str, list[Cell]] = {}
     for row in rows:
@@ -147,14 +156,16 @@ def single_layers(rows: Sequence[Row], layers: int) -> Figure | None:
         if sweep.start is not None:
             source = f" ({sweep.source})" if sweep.source else ""
             strips.setdefault(sweep.kind + source, []).append(Cell(sweep.start, sweep.size or 1, row))
-    return _maps(strips, layers, "layer", "")
+    return _maps(strips, layers, "layer", "", narrow)
 
 
 def _shift(row: Row) -> float | None:
     return row.published_probe.shift if row.published_probe else None
 
 
-def _maps(strips: dict[str, list[Cell]], layers: int, along: str, across: str) -> Figure | None:
+def _maps(
+    strips: dict[str, list[Cell]], layers: int, along: str, across: str, narrow: bool = False
+) -> Figure | None:
     """One panel per quantity, one strip per name in it, one cell per experiment at its first layer."""
     # 1) the quantities that any experiment has
     every = [cell.row for of in strips.values() for cell in of]
@@ -170,7 +181,7 @@ def _maps(strips: dict[str, list[Cell]], layers: int, along: str, across: str) -
     if not panels:
         return None
     with rc_context(STYLE):
-        figure = new_figure((0.24 * len(strips) + 0.45) * len(panels) + 0.8)
+        figure = new_figure((0.24 * len(strips) + 0.45) * len(panels) + 0.8, narrow=narrow)
         stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         # 2) a panel each, with its own colors
         for axes, (title, read, kind) in zip(stack, panels, strict=True):

@@ -7,7 +7,9 @@ import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -177,10 +179,23 @@ def _line(row: Row, remarks: list[Remark], notes: dict[str, int]) -> Line:
     )
 
 
+class Draw(Protocol):
+    """Draws one figure; narrow: for a phone. None where there is nothing to draw."""
+
+    def __call__(self, *, narrow: bool = False) -> Figure | None: ...
+
+
+def first_figure(rows: Sequence[Row], drawn: Sequence[str]) -> str:
+    """The name of the figure for the first screen: of a run that is mostly a sweep over layers, the map."""
+    swept = sum(map(len, sweeps(rows).values()))
+    maps = [name for name in ("windows", "layers") if name in drawn]
+    return maps[0] if maps and swept > len(named(rows)) else "detection"
+
+
 def _figures(
     manifest: dict, comparison: Comparison, results: Mapping[str, dict]
-) -> list[tuple[str, Figure | None, str, str]]:
-    """Every figure of the report: (name, figure or None, title, caption)."""
+) -> list[tuple[str, Draw, str, str]]:
+    """Every figure of the report: (name, what draws it, title, caption)."""
     # 1) what figures need beside the rows
     rows, layers, placebo = comparison.experiments, manifest["layers"], comparison.placebo
     baseline = next((row for row in rows if row.name == comparison.baseline), None)
@@ -214,27 +229,27 @@ def _figures(
     return [
         (
             "side_by_side",
-            figures_experiments.side_by_side(rows, baseline),
+            partial(figures_experiments.side_by_side, rows, baseline),
             "P(Yes) beside the detection score",
             "Each changed model that is not broken: left what it says, right what remains once the control "
             "questions' shifts are taken off. Dashed: the unmodified model.",
         ),
         (
             "detection",
-            figures.scores(rows, placebo),
+            partial(figures.scores, rows, placebo),
             "Detection score",
             f"Detection score with its 95% interval; {band}. Faint: broken or too little data."
             + (f" Without a score, being broken or too little data: {len(silent)}." if silent else ""),
         ),
         (
             "dose",
-            figures_sweeps.dose(rows, placebo, baseline),
+            partial(figures_sweeps.dose, rows, placebo, baseline),
             "Dose and response",
             "Detection score with its 95% interval, P(Yes) and perplexity against the dose.",
         ),
         (
             "windows",
-            figures_sweeps.windows(rows, layers),
+            partial(figures_sweeps.windows, rows, layers),
             "Where: windows of layers replaced",
             (
                 "A cell for each window, at its first layer; hatched: broken. Colors of the first two are"
@@ -243,13 +258,13 @@ def _figures(
         ),
         (
             "layers",
-            figures_sweeps.single_layers(rows, layers),
+            partial(figures_sweeps.single_layers, rows, layers),
             "Where: single layers",
             "What each layer alone does when it is replaced, deleted or doubled; hatched: broken.",
         ),
         (
             "p_yes",
-            figures_experiments.p_yes(rows, theirs),
+            partial(figures_experiments.p_yes, rows, theirs),
             "P(Yes) on the published probe",
             (
                 f"The published question, on a logarithmic axis. Published numbers: {published.SOURCE}."
@@ -258,7 +273,7 @@ def _figures(
         ),
         (
             "p_yes_perplexity",
-            figures_experiments.p_yes_perplexity(rows),
+            partial(figures_experiments.p_yes_perplexity, rows),
             "P(Yes) against perplexity",
             (
                 "Every experiment, controls and sweeps small. Does P(Yes) rise with damage alone? Hollow"
@@ -267,20 +282,20 @@ def _figures(
         ),
         (
             "capability",
-            figures_experiments.capability(rows),
+            partial(figures_experiments.capability, rows),
             "Capability against perplexity",
             "Share of items right with its 95% Wilson interval; perplexity on a logarithmic axis."
             + (f" Not drawn, having no finite perplexity: {', '.join(undefined)}." if undefined else ""),
         ),
         (
             "kinds",
-            figures_experiments.kinds(rows, categories),
+            partial(figures_experiments.kinds, rows, categories),
             "Capability by kind",
             "Items right of those asked.",
         ),
         (
             "formats",
-            figures_experiments.formats(rows),
+            partial(figures_experiments.formats, rows),
             "Does the format of the answer matter?",
             (
                 "The detection score as Yes or No, with No named first, as letters in both orders, and as a"
@@ -289,7 +304,7 @@ def _figures(
         ),
         (
             "injection",
-            figures_experiments.injection(comparison.injection, published.INJECTION),
+            partial(figures_experiments.injection, comparison.injection, published.INJECTION),
             "Positive control: concept injection",
             (
                 "How often the model says that something was injected, and what it says of the concept, by"
@@ -299,7 +314,7 @@ def _figures(
         ),
         (
             "shifts",
-            figures_experiments.shifts(rows, groups),
+            partial(figures_experiments.shifts, rows, groups),
             "How each group of questions moved",
             (
                 "Drift moves all four groups one way. Flattening moves each group toward the other answer,"
@@ -336,27 +351,29 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
         (title, [_line(row, vocabulary.serious(row), notes) for row in of])
         for title, of in vocabulary.folded(rows)
     ]
-    # 2) figures, the first of them for phones too
-    drawn = [
-        {
-            "name": name,
-            "uri": save(run.path / "figures", name, figure),
-            "narrow": None,
-            "title": title,
-            "caption": caption.strip(),
-        }
-        for name, figure, title, caption in [
-            *_figures(manifest, comparison, results),
-            ("probe", inside.depth_figure(inside.on_disk(run)), "What is there to be read", inside.CAPTION),
-        ]
-        if figure is not None
-    ]
-    for figure in drawn:
-        narrow = (
-            figures.scores(rows, comparison.placebo, narrow=True) if figure["name"] == "detection" else None
+    # 2) figures, each for phones too
+    drawn = []
+    for name, draw, title, caption in [
+        *_figures(manifest, comparison, results),
+        (
+            "probe",
+            partial(inside.depth_figure, inside.on_disk(run)),
+            "What is there to be read",
+            inside.CAPTION,
+        ),
+    ]:
+        wide, narrow = draw(), draw(narrow=True)
+        if wide is None or narrow is None:
+            continue
+        drawn.append(
+            {
+                "name": name,
+                "uri": save(run.path / "figures", name, wide),
+                "narrow": pages.data_uri(figures.save(narrow, ("svg",))["svg"]),
+                "title": title,
+                "caption": caption.strip(),
+            }
         )
-        if narrow is not None:
-            figure["narrow"] = pages.data_uri(figures.save(narrow)["svg"])
     # 3) the page
     by_name = {row.name: row for row in rows}
     layers = manifest["layers"]
@@ -381,6 +398,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             tally=tally(named(rows)),
             lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
             figures=drawn,
+            first=first_figure(rows, [figure["name"] for figure in drawn]),
             results=results,
             baseline=results.get(comparison.baseline or "", {}).get("measurements", {}),
             scored=[line.row for line in table if line.row.detection],

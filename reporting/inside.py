@@ -198,7 +198,7 @@ def probe_section(data: dict | None) -> list[str]:
     ]
 
 
-def depth_figure(data: dict | None) -> Figure | None:
+def depth_figure(data: dict | None, narrow: bool = False) -> Figure | None:
     """AUROC of the probe by layer with intervals, beside that of the detection score, dashed, and chance."""
     if data is None:
         return None
@@ -207,7 +207,7 @@ def depth_figure(data: dict | None) -> Figure | None:
     if not curve:
         return None
     with rc_context(STYLE):
-        figure = new_figure(3.4)
+        figure = new_figure(3.8 if narrow else 3.4, narrow=narrow)
         axes = figure.subplots()
         sure = [
             (one.layer, one.low, one.high)

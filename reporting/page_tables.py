@@ -100,6 +100,12 @@ BEHIND: Table[Row] = Table(
             lambda row: number(row.yes_drift.p_adjusted, ".2g") if row.yes_drift else "",
             lambda row: row.yes_drift.p_adjusted if row.yes_drift else None,
         ),
+    ],
+)
+
+BEHIND_CONTROLS: Table[Row] = Table(
+    [
+        words("experiment", "experiment", lambda row: row.name),
         _of_score("keyed_before", "keyed before"),
         _of_score("keyed_after", "keyed after"),
         _of_score(
@@ -127,7 +133,6 @@ BEHIND: Table[Row] = Table(
             lambda row: row.published_probe.entropy if row.published_probe else None,
         ),
     ],
-    "small broad",
 )
 
 
@@ -320,7 +325,7 @@ COSTS: Table[Cost] = Table(
         _of_cost("peak_memory_bytes", "peak memory", size),
         _of_cost("out_of_memory", "batches halved", partial(number, form="g")),
     ],
-    "small broad",
+    "small",
 )
 
 

@@ -14,7 +14,17 @@ document.querySelectorAll("details").forEach((d) => { d.open = true; });
 found.open = document.documentElement.scrollWidth;
 document.querySelectorAll("details").forEach((d) => { d.open = false; });
 location.hash = "#experiment-placebo_mlp_1";
-setTimeout(() => {
+found.dark = matchMedia("(prefers-color-scheme: dark)").matches;
+found.paper = getComputedStyle(document.body).backgroundColor;
+found.regions = [...document.querySelectorAll(".scroll")].every((region) => region.tabIndex === 0);
+const phone = document.querySelector("table.main td");
+found.sticky = getComputedStyle(phone).position;
+setTimeout(async () => {
+  if (globalThis.axe) {
+    document.querySelectorAll("details").forEach((d) => { d.open = true; });
+    const { violations } = await axe.run(document, { resultTypes: ["violations"] });
+    found.axe = violations.map((v) => [v.id, v.impact, v.nodes.length, v.nodes[0].html.slice(0, 160)]);
+  }
   const target = document.getElementById("experiment-placebo_mlp_1"); found.opened = target.open && target.parentElement.closest("details").open;
   parent.postMessage(JSON.stringify(found), "*");
 }, 200);

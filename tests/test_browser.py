@@ -5,6 +5,7 @@ import base64
 import functools
 import hashlib
 import html
+import importlib.resources
 import json
 import re
 import shutil
@@ -16,7 +17,7 @@ import pytest
 
 from reporting import figures, html_report
 from reporting.columns import EXPERIMENT_COLUMNS
-from reporting.reports import load_results
+from reporting.reports import compare_run, load_results
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
@@ -39,11 +40,15 @@ FRAME = """<!doctype html><title></title>
 <iframe src="probed.html" width="{}" height="{}" style="border: 0"></iframe>"""
 
 
+# Checks of accessibility by Deque's axe-core, as a package of the index carries it.
+AXE = Path(str(importlib.resources.files("axe_core_python"))) / "axe.min.js"
+
+
 def sha256(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def browse(page, folder, width: int, height: int) -> tuple[str, list[str]]:
+def browse(page, folder, width: int, height: int, dark: bool = False) -> tuple[str, list[str]]:
     """The document after its scripts have run, and the console's lines."""
     flags = [
         "--headless",
@@ -56,6 +61,7 @@ def browse(page, folder, width: int, height: int) -> tuple[str, list[str]]:
         "--disable-sync",
         "--enable-logging=stderr",
         "--virtual-time-budget=3000",
+        *(["--blink-settings=preferredColorScheme=0"] if dark else []),
         f"--user-data-dir={folder}",
         f"--window-size={width},{height}",
         "--dump-dom",
@@ -65,20 +71,17 @@ def browse(page, folder, width: int, height: int) -> tuple[str, list[str]]:
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
+def blank(figure, forms=()) -> dict[str, bytes]:
+    """An empty box of a figure's size, instead of drawing it."""
+    width, height = 72 * figure.get_size_inches()
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}pt" height="{height}pt"/>'
+    return {"png": b"", "pdf": b"", "svg": svg.encode()}
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A run with everything in it, whose model answers with scripts; figures are empty boxes of the right
     size."""
-
-    def blank(figure):
-        width, height = 72 * figure.get_size_inches()
-        return {
-            "png": b"",
-            "pdf": b"",
-            "svg": (
-                f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}pt" height="{height}pt"/>'.encode()
-            ),
-        }
 
     run, manifest, comparison = made.study(
         tmp_path_factory.mktemp("browser") / "run_z", layers=12, text=HOSTILE
@@ -94,18 +97,21 @@ def probed(study, tmp_path_factory):
     """What PROBE finds in a copy of the page whose policy also allows PROBE, and the console's lines, by
     (width, height)."""
     return functools.cache(
-        lambda width, height: _probed(study, tmp_path_factory.mktemp("probed"), width, height)
+        lambda width, height, **how: _probed(study, tmp_path_factory.mktemp("probed"), width, height, **how)
     )
 
 
-def _probed(study, tmp_path, width: int, height: int) -> tuple[dict, list[str]]:
+def _probed(
+    study, tmp_path, width: int, height: int, dark: bool = False, axe: bool = False
+) -> tuple[dict, list[str]]:
     raw = study[0].read_text(encoding="utf-8")
-    raw = raw.replace("script-src ", f"script-src {sha256(PROBE)} ", 1).replace(
-        "</body>", f"<script>{PROBE}</script></body>"
-    )
+    for script in [AXE.read_text(encoding="utf-8"), PROBE] if axe else [PROBE]:
+        raw = raw.replace("script-src ", f"script-src {sha256(script)} ", 1)
+        head, body, tail = raw.rpartition("</body>")
+        raw = f"{head}<script>{script}</script>{body}{tail}"
     (tmp_path / "probed.html").write_text(raw, encoding="utf-8")
     (tmp_path / "frame.html").write_text(FRAME.format(width, height))
-    dom, console = browse(tmp_path / "frame.html", tmp_path / "profile", 1400, 1000)
+    dom, console = browse(tmp_path / "frame.html", tmp_path / "profile", 1400, 1000, dark)
     return json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom, re.S)[1])), console
 
 
@@ -122,6 +128,36 @@ def test_desktop_and_phone(probed, width, height):
     assert found["first"] == (width < 640) and found["figure"] < height
     assert len(found["images"]) == 12 and min(found["images"]) > 100
     assert found["opened"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A page with every kind of section, of as few experiments as that takes: axe looks at each element."""
+    results = [
+        made.result("baseline_instruct", made.everything()),
+        made.result("swap_distant_10_55", made.everything(binary=made.binary(drift=1.0, effect=2.0))),
+        made.result("placebo_mlp_1", {"binary": made.binary()}, experiment__control="placebo"),
+    ]
+    run, manifest = made.make(tmp_path_factory.mktemp("small") / "run", results)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "save", blank)
+        html_report.write_html(run, manifest, compare_run(run, manifest), load_results(run, manifest))
+    return (run.path / "report.html",)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
+def test_axe_finds_nothing_serious_with_everything_unfolded(small, tmp_path, width, dark):
+    found, _ = _probed(small, tmp_path, width, 844, dark=dark, axe=True)
+    assert found["dark"] == dark and (found["paper"] == "rgb(255, 255, 255)") != dark
+    assert [finding for finding in found["axe"] if finding[1] in ("serious", "critical")] == []
+    assert not {"landmark-one-main", "heading-order", "page-has-heading-one", "region"} & {
+        finding[0] for finding in found["axe"]
+    }
+
+
+def test_what_scrolls_is_reached_by_the_keyboard_and_keeps_its_names(probed):
+    found, _ = probed(390, 844)
+    assert found["regions"] and found["sticky"] == "sticky"
 
 
 def test_tables_sort_by_number_and_by_name(study, probed):

@@ -15,7 +15,7 @@ from runner.results import write_json
 
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch):
-    monkeypatch.setattr(figures, "save", lambda figure: {"png": b"", "pdf": b"", "svg": b"<svg/>"})
+    monkeypatch.setattr(figures, "save", lambda figure, forms=(): {"png": b"", "pdf": b"", "svg": b"<svg/>"})
 
 
 def run_that_says(path, words, manifest=None, **changes):

@@ -110,9 +110,65 @@ def test_every_experiment_is_a_point_of_p_yes_against_perplexity():
         for r in ROWS
         if r.perplexity and r.published_probe
     }
-    assert drawn == expected and len(axes.texts) == 13
-    heights = [t.xyann[1] for t in axes.texts]
-    assert all(a - b > 0.05 for a, b in itertools.pairwise(heights))  # names do not overlap
+    assert drawn == expected
+    names = [t for t in axes.texts if t.xyann[0] == 14]
+    called = [t.get_text().split()[1] for t in names]
+    assert {r.name for r in ROWS if r.published_probe and not r.control and not r.sweep} < set(called)
+    heights = [t.xyann[1] for t in names]
+    assert all(a - b > 8 for a, b in itertools.pairwise(heights))  # names do not overlap
+
+
+def test_every_name_of_a_list_has_its_number_at_a_point():
+    (axes,) = figures_experiments.p_yes_perplexity(ROWS).axes
+    names = [t.get_text().split()[0] for t in axes.texts if t.xyann[0] == 14]
+    at_points = [t.get_text().split("-") for t in axes.texts if t.xyann == (5, 1)]
+    covered = [n for first, *last in at_points for n in range(int(first), int((last or [first])[0]) + 1)]
+    assert covered == list(map(int, names)) == list(range(1, len(names) + 1))
+
+
+def test_places_that_touch_share_a_group_however_they_come():
+    """Against the slow way: pairs that touch, joined until nothing changes."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        places = [tuple(xy) for xy in rng.uniform(0, 60, (12, 2))]
+        slow = [{k} for k in range(12)]
+        for i, j in itertools.combinations(range(12), 2):
+            if abs(places[i][0] - places[j][0]) < 9 and abs(places[i][1] - places[j][1]) < 4:
+                a, b = (next(g for g in slow if k in g) for k in (i, j))
+                if a is not b:
+                    slow.remove(b)
+                    a |= b
+        fast = figures_experiments.clusters(places, (9, 4))
+        assert sorted(map(sorted, slow)) == sorted(fast)
+
+
+def narrow_pairs():
+    baseline, layers = ROWS[0], 30
+    yield figures_experiments.side_by_side, (ROWS, baseline)
+    yield figures_experiments.p_yes, (ROWS, {"blend_linear": 0.01})
+    yield figures_experiments.p_yes_perplexity, (ROWS,)
+    yield figures_experiments.capability, (ROWS,)
+    yield figures_experiments.formats, (ROWS,)
+    yield figures_experiments.injection, (made.injection_summary(), {"plain": 0.1})
+    yield figures_sweeps.dose, (ROWS, PLACEBO, baseline)
+    yield figures_sweeps.windows, (ROWS, layers)
+    yield figures_sweeps.single_layers, (ROWS, layers)
+
+
+@pytest.mark.parametrize("draw, given", narrow_pairs(), ids=lambda x: getattr(x, "__name__", ""))
+def test_a_phone_gets_every_point_of_a_figure_in_a_narrow_one(draw, given):
+    wide, narrow = draw(*given), draw(*given, narrow=True)
+
+    def numbers(figure):
+        return sorted(
+            (float(x), float(y))
+            for axes in figure.axes
+            for line in axes.lines
+            for x, y in zip(np.atleast_1d(line.get_xdata()), np.atleast_1d(line.get_ydata()), strict=True)
+        )
+
+    assert numbers(narrow) == numbers(wide)
+    assert narrow.get_size_inches()[0] == figures.NARROW_WIDTH < 0.6 * wide.get_size_inches()[0]
 
 
 def test_what_a_model_says_stands_beside_what_is_left_of_it():

@@ -51,7 +51,7 @@ BLANK = {"png": b"png", "pdf": b"pdf", "svg": b'<svg xmlns="http://www.w3.org/20
 @pytest.fixture
 def no_drawing(monkeypatch):
     """Figures are built but not rendered, which takes a second each."""
-    monkeypatch.setattr(figures, "save", lambda figure: BLANK)
+    monkeypatch.setattr(figures, "save", lambda figure, forms=(): BLANK)
 
 
 def written(path, results, **manifest) -> tuple[Page, str, Path]:
@@ -107,9 +107,9 @@ def whole(tmp_path_factory):
     ]
     real, drawn = figures.save, []
 
-    def first(figure):
+    def first(figure, forms=("svg", "png", "pdf")):
         drawn.append(figure)
-        return real(figure) if len(drawn) == 1 else BLANK
+        return real(figure, forms) if len(drawn) == 1 else BLANK
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", first)
@@ -151,6 +151,33 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(whole):
 DRAWN = ("detection", "windows", "p_yes", "p_yes_perplexity", "capability", "kinds", "shifts")
 
 
+@pytest.mark.parametrize(
+    "named, swept, maps, first",
+    [
+        (9, 3, ["windows", "layers"], "detection"),
+        (1, 3, ["windows", "layers"], "windows"),
+        (1, 3, ["layers"], "layers"),
+        (1, 3, [], "detection"),
+    ],
+)
+def test_a_run_that_is_mostly_a_sweep_opens_with_its_map(named, swept, maps, first):
+    rows = [made.row(f"x{k}") for k in range(named)]
+    rows += [made.swept("window", k, k + 1, "does not report it", 0.0, 0.3, 20.0) for k in range(swept)]
+    assert html_report.first_figure(rows, ["detection", *maps]) == first
+
+
+def test_the_contents_lead_to_every_section_and_the_replies_come_first(whole):
+    page, raw, _ = whole
+    nav = raw[raw.index("<nav") : raw.index("</nav>")]
+    targets = re.findall(r'href="#([\w-]+)"', nav)
+    assert targets == re.findall(r'<h2 id="([\w-]+)"', raw) and len(targets) > 8
+    body = raw[raw.index('id="experiment-franken_instruct_first_32"') :]
+    order = [
+        body.index(part) for part in ("Told that something", "Not told", "Yes/No probes", "What changed")
+    ]
+    assert order == sorted(order)
+
+
 def test_figures_are_in_the_page_and_beside_it(whole):
     page, _, path = whole
     images = page.all("img")
@@ -160,7 +187,7 @@ def test_figures_are_in_the_page_and_beside_it(whole):
         assert "<svg" in svg
         assert "<script" not in svg
         assert "http://www.w3.org/2000/svg" in svg
-    assert len(page.all("source")) == 1 and page.all("source")[0]["media"] == "(max-width: 40rem)"
+    assert [source["media"] for source in page.all("source")] == ["(max-width: 40rem)"] * len(DRAWN)
     assert {p.name for p in (path / "figures").iterdir()} == {
         f"{name}.{form}" for name in DRAWN for form in ("png", "pdf")
     }
@@ -399,7 +426,7 @@ def test_any_suites_with_or_without_a_baseline(tmp_path, no_drawing, suites, bas
         ("capability", "Capability"),
         ("trigger", "Trigger"),
     ):
-        assert (f"<h4>{title}" in raw) == (suite in suites), suite
+        assert (f"<h3>{title}" in raw or f"<b>{title}" in raw) == (suite in suites), suite
     assert ("No baseline." in page.text) == (not baseline) and ("Behind the verdicts" in page.text) == (
         baseline and "binary" in suites
     )
