@@ -343,9 +343,10 @@ def with_suites(
     given: tuple[str, ...] | None,
     matched_noise: bool = False,
     also: tuple[str, ...] = (),
+    default: tuple[str, ...] = EVERYTHING,
 ) -> list[Experiment]:
-    """The experiments with what each will be asked: what is given, else its own suites, else everything; and
-    `also`.
+    """The experiments with what each will be asked: what is given, else its own suites, else the default;
+    and `also`.
 
     The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are
     asked, with `matched_noise` also what the noise twins will be.
@@ -353,7 +354,7 @@ def with_suites(
     asked = [
         replace(
             e,
-            suites=(given if e.control != "injection" else None) or e.suites or EVERYTHING,
+            suites=(given if e.control != "injection" else None) or e.suites or default,
             also=also if e.control != "injection" else (),
         )
         for e in chosen
@@ -361,7 +362,7 @@ def with_suites(
     union = {
         name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites or ()
     } | {*((given or QUICK) if matched_noise else ())}
-    whole = tuple(name for name in prompts.SUITES if name in union) or given or EVERYTHING
+    whole = tuple(name for name in prompts.SUITES if name in union) or given or default
     return [replace(e, suites=whole) if e.name == BASELINE else e for e in asked]
 
 

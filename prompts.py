@@ -49,6 +49,7 @@ ONE_DEPTH = ("phases",)
 GROUPS = {
     "introspection": ("informed", "blind", "binary", "formats"),
     "quick": ("binary", "perplexity"),
+    "short": ("informed", "binary", "perplexity"),
     "all": ("informed", "blind", "binary", "formats", "capability", "perplexity", "chat"),
 }
 

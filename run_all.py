@@ -79,7 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--priority-limit",
         type=int,
         metavar="N",
-        help="the N experiments of highest priority (6 if nothing is chosen)",
+        help="the N experiments of highest priority (6 if nothing is chosen); see --short",
     )
     what.add_argument("--all", action="store_true", help="all named experiments")
     what.add_argument(
@@ -129,9 +129,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument(
         "--suites",
         help=(
-            "introspection, capability, perplexity, chat, trigger, quick (binary, perplexity), all, or single"
-            " suites; comma-separated. If not given: placebos and sweeps quick, the injection its own,"
-            " everything else all"
+            "introspection, capability, perplexity, chat, trigger, quick (binary, perplexity), short (quick,"
+            " informed), all, or single suites; comma-separated. If not given: placebos and sweeps quick, the"
+            " injection its own, everything else all"
+        ),
+    )
+    what.add_argument(
+        "--short",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=(
+            "ask only how something is noticed, in words and by Yes or No, and perplexity; default: on a CPU,"
+            " where experiments are chosen by priority alone"
         ),
     )
     what.add_argument(
@@ -199,7 +208,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="what would run, what moves, memory and time estimates; loads and downloads nothing",
     )
+    run.add_argument(
+        "--for",
+        dest="machine",
+        metavar="MACHINE",
+        help="with --dry-run: plan for another machine, h200-141gb, h100-80gb, a100-80gb, 2x40gb, ...",
+    )
     args = p.parse_args(argv)
+    if args.machine and not args.dry_run:
+        p.error("--for plans for another machine: it goes with --dry-run")
     for name in ("samples", "max_new_tokens", "priority_limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
@@ -267,7 +284,13 @@ def list_experiments(args) -> int:
 
 
 # Settings that runs of the first release do not name, with what they then were.
-ADDED_SETTINGS = {"instruct_adapter": None, "also": None, "thinking": None, "batch_size": None}
+ADDED_SETTINGS = {
+    "instruct_adapter": None,
+    "also": None,
+    "thinking": None,
+    "batch_size": None,
+    "short": False,
+}
 SETTINGS = (
     "pair",
     "base",
@@ -288,6 +311,7 @@ SETTINGS = (
     "experiments_file",
     "no_baseline",
     "suites",
+    "short",
     "also",
     "samples",
     "max_new_tokens",
@@ -343,6 +367,8 @@ def resume_command(path, args) -> str:
 
 
 def execute(args) -> int:
+    import torch
+
     import evaluate
     from engine.chat_template import ChatTemplate
     from engine.generation import Engine
@@ -359,6 +385,7 @@ def execute(args) -> int:
         make_plans,
         make_protocol,
         refuse_beforehand,
+        settle_short,
         sweep_windows,
     )
     from runner.matched_noise import Matcher
@@ -381,6 +408,7 @@ def execute(args) -> int:
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
     sandbox.check(args.execute_code)
     sweep_windows(args)
+    settle_short(args, torch.cuda.is_available() and args.device_map != "cpu")
     given = given_suites(args)
     refuse_beforehand(args, choose_pair(args.pair, args.base, args.instruct))
     check_writable(run.path / "experiments" if run else args.output)
@@ -402,6 +430,10 @@ def execute(args) -> int:
     live = opened.live
     plans, left_out = make_plans(args, len(live.original), set(live.sources))
     opened.notes += left_out
+    if args.short:
+        opened.notes.append(
+            "experiments are asked the short form, without capability; --no-short asks everything"
+        )
     protocol = make_protocol(args, plans)
     template = ChatTemplate(opened.tokenizer, started(manifest), args.thinking)
     evaluate.check_tokenizer(opened.tokenizer, protocol, template)

@@ -14,7 +14,7 @@ from surgery.recipes import Recipe, describe_change, identity
 
 PUBLISHED_DEPTH = 64
 CONTROLS = ("placebo", "matched noise", "injection")
-QUICK, EVERYTHING = prompts.GROUPS["quick"], prompts.GROUPS["all"]
+QUICK, SHORT, EVERYTHING = (prompts.GROUPS[name] for name in ("quick", "short", "all"))
 
 
 @dataclass

@@ -11,6 +11,7 @@ import experiments as ex
 from errors import FrankenError
 from experiments import SIZED, SWEEPS
 from files import read_json
+from planning.experiment import SHORT
 
 MOST_LAYERS = 10_000  # beyond it a config says nothing that a model could be; told when it is opened
 
@@ -98,7 +99,18 @@ def choose(args, n_layers: int) -> list:
         given_suites(args),
         args.matched_noise,
         also_suites(args),
+        SHORT if args.short else ex.EVERYTHING,
     )
+
+
+def settle_short(args, gpu: bool) -> None:
+    """Decide --short where it is not said: experiments that are chosen by priority alone are asked the short
+    form on a CPU, so that a first run takes minutes. Raises FrankenError for --short with --suites."""
+    if args.short and args.suites is not None:
+        raise FrankenError("--short and --suites both say what is asked; give one of them")
+    named = args.experiments or args.all or args.sweep or args.source or args.experiments_file
+    if args.short is None:
+        args.short = not (gpu or named or args.suites is not None)
 
 
 def make_plans(args, n_layers: int, sources: set[str]) -> tuple[list[ex.Plan], list[str]]:

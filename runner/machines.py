@@ -1,0 +1,101 @@
+"""Machines that a run can be planned for from another one: `--dry-run --for h100-80gb`.
+
+Rates are not data sheets': they are what the work that runner.estimate counts takes in the measured times.
+It counts every prompt whole, where the engine reads common beginnings once, and steps of 32 rows, where a GPU
+decodes 64; so they are higher than the hardware's own. Both measured times are of the Qwen2.5-Coder-32B
+shape, in bf16: a sweep's configuration (quick) and the whole protocol of one experiment.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from errors import FrankenError
+
+GIB = 1 << 30
+# Of the 32B shape: parameters in layers, bytes of all weights; counted: prompt tokens of the quick and the
+# whole protocol, decode steps of the whole.
+INSIDE, WEIGHTS = 31.2e9, 65.5e9
+QUICK_TOKENS, WHOLE_TOKENS, WHOLE_STEPS = 18303, 30441, 232
+HOST_MEMORY = 2.7 * GIB  # beside the page cache, measured with the 32B shape on both cards
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`memory`: bytes of one card. `flops`, `bandwidth`: per second, of the work counted. `to_device`:
+    bytes/s streamed from the page cache. `basis`: where that comes from."""
+
+    name: str
+    cards: int
+    memory: float
+    flops: float
+    bandwidth: float
+    to_device: float
+    basis: str
+
+
+def measured(
+    name: str, memory: float, quick: float, whole: float, move: float, to_device: float, basis: str
+) -> Machine:
+    """From seconds measured with the 32B shape: one quick configuration, of which `move` is its layer's move,
+    and one experiment's whole protocol."""
+    flops = 2 * INSIDE * QUICK_TOKENS / (quick - move)
+    step = (whole - 2 * INSIDE * WHOLE_TOKENS / flops) / WHOLE_STEPS
+    return Machine(name, 1, memory, flops, WEIGHTS / step, to_device, basis)
+
+
+H200 = measured(
+    "h200-141gb",
+    139.8 * GIB,
+    1.28,
+    4.99,
+    0.0291,
+    45.7e9,
+    "measured on one H200, 2026-11-21, with random weights of the 32B shape",
+)
+H100 = measured(
+    "h100-80gb",
+    79.2 * GIB,
+    1.81,
+    5.8,
+    0.0475,
+    30.0e9,
+    "measured on one H100 80GB, 2026-11-25, with random weights of the 32B shape",
+)
+
+
+def scaled(name: str, cards: int, memory: float, flops: float, bandwidth: float) -> Machine:
+    """A card that was not measured: the H100's times by the ratio of the data sheets' dense bf16 FLOP/s (989
+    tera for the H100) and memory bandwidth (3.35 TB/s), over PCIe 4 instead of 5. Cards of one host take
+    turns, so that several are no faster than one."""
+    return Machine(
+        name,
+        cards,
+        memory * GIB,
+        H100.flops * flops / 989e12,
+        H100.bandwidth * bandwidth / 3.35e12,
+        H100.to_device / 2,
+        "NOT measured: the H100's times by the ratio of the data sheets' FLOP/s and memory bandwidth",
+    )
+
+
+A100 = scaled("a100-80gb", 1, 79.0, 312e12, 2.04e12)
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        H200,
+        H100,
+        A100,
+        scaled("a100-40gb", 1, 39.4, 312e12, 1.555e12),
+        scaled("2x40gb", 2, 39.4, 312e12, 1.555e12),
+        replace(H100, name="2xh100-80gb", cards=2),
+        replace(A100, name="2xa100-80gb", cards=2),
+    )
+}
+
+
+def machine(name: str) -> Machine:
+    """The machine of that name. Raises FrankenError with the names there are."""
+    if name not in MACHINES:
+        raise FrankenError(f"--for {name}: expected one of {', '.join(MACHINES)}")
+    return MACHINES[name]
