@@ -458,7 +458,7 @@ def open_pair(
         wants_base = fits if resident is None else resident
         keep = ("base",) if "base" in sources and wants_base else ()
     first = next(iter(place.values())) if isinstance(place, dict) else place
-    refused = check_code(config, first)["placebos"]
+    refused = check_code(config, first, chosen_dtype)["placebos"]
     # 4. the model, and whether it is the one that transformers makes of the same files
     live = LiveModel(sources, config, chosen_dtype, place, keep)
     live.refused_placebos = {what: why for what, why in refused.items() if why}
