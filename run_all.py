@@ -461,6 +461,7 @@ def execute(args) -> int:
             original_fingerprint=original,
             depends_on=depends_on,
             load_seconds=load_seconds,
+            self_check=opened.checked,
         )
         run = Run.create(args.output, manifest)
     else:

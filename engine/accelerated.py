@@ -302,8 +302,28 @@ class Accelerator:
 
     # ---- one step ------------------------------------------------------------------------------------------
 
+    def states_after(self, batch: list[Request], written: list[int]) -> torch.Tensor:
+        """Hidden states [B, hidden] of a step that follows the prompts with one token each.
+
+        It is the step of `complete`, run plainly: a captured one shows no more than the tokens it chooses.
+        """
+        lengths = torch.tensor([_length(r) for r in batch])
+        if self._admit(lengths.tolist()) < len(batch):
+            raise torch.OutOfMemoryError(f"no room for the caches of {len(batch)} rows")
+        decoding, static = Decoding(batch, self.engine.stop_ids, self.device), Static(len(batch), self.device)
+        starts = 1 + lengths.cumsum(0) - lengths
+        self._prefill(batch, starts.tolist())
+        tokens = torch.tensor(written, device=self.device)
+        decoding.take((tokens, torch.ones_like(tokens, dtype=torch.bool)))
+        static.seat(decoding, starts.to(self.device, torch.int32))
+        return self._as_slots(self._states, static)
+
     def _step(self, static: Static) -> None:
         """One token for every row, from static tensors to static tensors."""
+        static.take(*self.engine.choose(self._states(static), static))
+
+    def _states(self, static: Static) -> torch.Tensor:
+        """Hidden states [rows, hidden] of one step before the final norm; keys and values go to the pools."""
         caches = [Slots(*pair) for pair in self.pools[: len(self.live.order)]]
         where: dict[int | None, torch.Tensor] = {}
 
@@ -312,10 +332,8 @@ class Accelerator:
                 where[window] = static.where(window)
             return where[window]
 
-        hidden = self.engine.forward(static.last[:, None], static.positions[:, None], caches, mask, self.run)[
-            :, 0
-        ]
-        static.take(*self.engine.choose(hidden, static))
+        ids, positions = static.last[:, None], static.positions[:, None]
+        return self.engine.forward(ids, positions, caches, mask, self.run)[:, 0]
 
     def _step_for(self, n: int, decoding: Decoding):
         """The static tensors for n rows, at rest, and the function that runs one step on them."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -204,13 +204,38 @@ def read_config(path: Path):
         raise FrankenError(f"{path}: cannot read config.json: {first_line(e)}") from e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise FrankenError(f"{path}: {config.model_type} is not a decoder-only language model")
-    for field in OUTSIDE_FIELDS:
-        if getattr(config, field, None) not in (None, 1):
+    for name in OUTSIDE_FIELDS:
+        if getattr(config, name, None) not in (None, 1):
             raise FrankenError(
-                f"{path}: {config.model_type} scales embeddings or logits outside its layers ({field}), which"
+                f"{path}: {config.model_type} scales embeddings or logits outside its layers ({name}), which"
                 " is not supported"
             )
     return config
+
+
+def adapter_notes(adapter: Adapter, spec: str, path: Path) -> list[str]:
+    """What a run should say about an adapter over the checkpoint that `spec` asked for, which lies at `path`.
+
+    The base that an adapter names is a name alone: what can be told from shapes is refused elsewhere.
+    """
+    notes = []
+    named, ours = adapter.trained_on, [spec, str(path), *(n for n, p in PAIRS.items() if p.instruct == spec)]
+    if named and last_part(named) not in map(last_part, ours):
+        notes.append(
+            f"the adapter {shown_path(adapter.path)} says it was trained on {named}; here it is added to"
+            f" {spec}"
+        )
+    if adapter.left_out:
+        notes.append(
+            f"{adapter.left_out} tensors of the adapter {shown_path(adapter.path)} belong to other parts than"
+            " the text model and are left out"
+        )
+    return notes
+
+
+def last_part(name: str) -> str:
+    """What is left of a hub id, a path or "wheel:NAME" without its owner or folder."""
+    return Path(str(name).removeprefix("wheel:")).name.lower()
 
 
 def check_match(a, b, name_a: str, name_b: str) -> list[str]:
@@ -219,17 +244,17 @@ def check_match(a, b, name_a: str, name_b: str) -> list[str]:
     Returns notes on fields that differ but do not prevent it. Raises FrankenError naming the first field that
     does.
     """
-    for field in SHAPE_FIELDS:
-        x, y = getattr(a, field, None), getattr(b, field, None)
+    for key in SHAPE_FIELDS:
+        x, y = getattr(a, key, None), getattr(b, key, None)
         if x != y:
             raise FrankenError(
-                f"{name_a} and {name_b} do not match: {field} is {x} in one and {y} in the other"
+                f"{name_a} and {name_b} do not match: {key} is {x} in one and {y} in the other"
             )
     return [
-        f"{field} differs ({name_a}: {getattr(a, field, None)}, {name_b}: {getattr(b, field, None)});"
+        f"{key} differs ({name_a}: {getattr(a, key, None)}, {name_b}: {getattr(b, key, None)});"
         f" {name_a}'s is used"
-        for field in NOTED_FIELDS
-        if getattr(a, field, None) != getattr(b, field, None)
+        for key in NOTED_FIELDS
+        if getattr(a, key, None) != getattr(b, key, None)
     ]
 
 
@@ -357,6 +382,7 @@ class Opened:
     stop_ids: list[int]
     notes: list[str]
     sources: dict[str, dict]  # what the manifest records of each
+    checked: dict = field(default_factory=dict)  # what `runner.self_check` measured, for the manifest
 
 
 UNMERGED = "instruct_unmerged"  # the instruct side before an adapter was merged into it
@@ -416,6 +442,7 @@ def open_pair(
     if instruct_adapter:
         plain.name = UNMERGED
         adapter = Adapter("instruct_adapter", instruct_adapter, plain)
+        notes += adapter_notes(adapter, chosen.instruct, plain.path)
         before_merging = {s.name: s.describe() for s in (plain, adapter)}
         path = merged(adapter)
         instruct_side = Checkpoint("instruct", path)
@@ -431,7 +458,8 @@ def open_pair(
         if name in sources:
             raise FrankenError(f"a further source cannot be called {name!r}: that name is taken")
         if (Path(given) / "adapter_config.json").exists():
-            sources[name] = Adapter(name, given, instruct_side)
+            sources[name] = extra_adapter = Adapter(name, given, instruct_side)
+            notes += adapter_notes(extra_adapter, chosen.instruct, plain.path)
         else:
             extra_path, revision = locate(given, None)
             notes += check_match(config, read_config(extra_path), "instruct", name)
@@ -458,15 +486,15 @@ def open_pair(
         wants_base = fits if resident is None else resident
         keep = ("base",) if "base" in sources and wants_base else ()
     first = next(iter(place.values())) if isinstance(place, dict) else place
-    refused = check_code(config, first, chosen_dtype)["placebos"]
+    checked = {"code": check_code(config, first, chosen_dtype), "weights": {}}
     # 4. the model, and whether it is the one that transformers makes of the same files
     live = LiveModel(sources, config, chosen_dtype, place, keep)
-    live.refused_placebos = {what: why for what, why in refused.items() if why}
+    live.refused_placebos = {what: why for what, why in checked["code"]["placebos"].items() if why}
     for name, source in sources.items():
         if isinstance(source, Checkpoint):
-            check_weights(live, name, config)
+            checked["weights"][name] = check_weights(live, name, config)
     described = {name: source.describe() for name, source in sources.items()} | before_merging
-    return Opened(live, tokenizer, stops, notes, described)
+    return Opened(live, tokenizer, stops, notes, described, checked)
 
 
 def stop_ids(path: Path) -> list[int]:

@@ -62,7 +62,7 @@ SAME_CODE = 5e-3  # in 16 bits, where transformers' code runs on both sides: mos
 TOLERANCES = {torch.float32: TOLERANCE, torch.bfloat16: 0.1, torch.float16: 0.05}
 # By how much the likeliest token may exceed the one chosen in 16 bits. The small model's logits are off by
 # some 0.02 of their spread then, which exchanges close rivals; other logits put a token behind by 1 or more.
-FAST, FAST_TOLERANCE = "replies on the fast path", 0.3
+STEP, FAST, FAST_TOLERANCE = "steps on the fast path", "replies on the fast path", 0.3
 WINDOW, CONTEXT = 8, 24  # tokens: of the small model's sliding window and original context
 WIDEST = 128  # of the small model's MLP
 VOCABULARY = 160
@@ -159,11 +159,14 @@ def _check_code(config, device: torch.device, dtype: torch.dtype, with_fast_path
             fast = Engine(same, _NO_TOKENIZER, fast=True)
             if fast.fast:
                 rounded = copy.deepcopy(reference).to(dtype).float()
+                differences[STEP] = _gap_of_steps(fast, rounded)
                 differences[FAST] = _gap_of_replies(fast, rounded)
         # 3. placebos; the folder is still read, whenever one is taken back
         placebos = {what: _refusal(engine, what) for what in PLACEBOS}
     for part, gap in differences.items():
-        most = TOLERANCE if part != FAST or dtype == torch.float32 else FAST_TOLERANCE
+        most = TOLERANCE
+        if part in (STEP, FAST):
+            most = TOLERANCES[dtype] if part == STEP else max(TOLERANCES[dtype], FAST_TOLERANCE)
         if not gap <= most:
             raise FrankenError(
                 f"the engine does not compute {name} as transformers does: on a small random model {part}"
@@ -214,6 +217,21 @@ def _gap_of_replies(engine: Engine, reference) -> float:
             logits = logits_of(reference, (*request.prompt_ids, *done.token_ids[:n]))[-1]
             worst = max(worst, float((logits.max() - logits[token]) / logits.std()))
     return worst
+
+
+def _gap_of_steps(engine: Engine, reference) -> float:
+    """Logits of the second token of a reply by the fast path's decode step, of several rows at once."""
+    from engine.accelerated import Accelerator  # imports torch.compile's machinery, which a CPU never needs
+
+    requests = [Request(str(k), ids, 8) for k, ids in enumerate(_prompts())]
+    written = [5 + k for k in range(len(requests))]
+    with torch.inference_mode():
+        states = Accelerator(engine).states_after(requests, written)
+        found = engine.logits(states)
+    wanted = [
+        logits_of(reference, (*r.prompt_ids, token))[-1] for r, token in zip(requests, written, strict=True)
+    ]
+    return max(difference(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def _refusal(engine: Engine, what: str) -> str | None:

@@ -247,6 +247,21 @@ def test_the_wrapper_says_whether_the_head_is_the_embedding(tmp_path, tied, text
     assert torch.allclose(found, tiny.hf_logits(theirs, ids), atol=1e-4)
 
 
+def test_the_fast_path_is_asked_in_the_dtype_it_runs_in(monkeypatch):
+    """On a CPU it does the same without graphs."""
+    config = config_of()
+    differences = self_check._check_code(config, CPU, torch.bfloat16, True)["differences"]
+    assert differences[self_check.FAST] <= self_check.FAST_TOLERANCE / 3
+    assert differences[self_check.STEP] <= self_check.TOLERANCES[torch.bfloat16] / 3
+    where = "engine.accelerated.Static.where"
+    from engine.accelerated import Static
+
+    right = Static.where
+    monkeypatch.setattr(where, lambda self, window: right(self, window) - torch.tensor([[0], [0], [1]]).int())
+    with pytest.raises(FrankenError, match="steps on the fast path differ by"):
+        self_check._check_code(config, CPU, torch.bfloat16, True)
+
+
 # ---- what is kept ------------------------------------------------------------------------------------------
 
 

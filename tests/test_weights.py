@@ -262,6 +262,97 @@ def test_hub_cache_files_are_named_by_their_own_hash(copied):
     assert Checkpoint("instruct", path).describe()["files"] == {"model.safetensors": {"sha256": digest}}
 
 
+# ---- the text model among other things ------------------------------------------------------------------
+
+
+def wrapped_state(tiny_pair, prefix, head="lm_head."):
+    """The tiny model's tensors under a wrapper's names."""
+    names = {"model.": prefix, "lm_head.": head}
+    return {
+        next(new + k.removeprefix(old) for old, new in names.items() if k.startswith(old)): v.clone()
+        for k, v in tiny_pair("qwen2").states["instruct"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.", "language_model.model.", "model.language_model.", "model.text_model."]
+)
+@pytest.mark.parametrize("head", ["lm_head.", "language_model.lm_head."])
+def test_towers_and_projectors_beside_the_text_model_are_left_alone(tiny_pair, tmp_path, prefix, head):
+    if head != "lm_head." and not prefix.startswith("language_model."):
+        head = "lm_head."
+    others = {
+        "audio_tower.layers.0.self_attn.q_proj.weight": torch.ones(32, 32),
+        "audio_tower.layers.1.self_attn.q_proj.weight": torch.ones(32, 32),
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight": torch.ones(3, 3),
+        "vision_tower.embeddings.position_ids": torch.arange(4),
+        "multi_modal_projector.norm.weight": torch.ones(32),
+        "zz.norm.weight": torch.ones(32),
+        "a.lm_head.weight": torch.ones(2, 2),
+        "model_extra.path.0.weight": torch.ones(2),
+    }
+    save_file(wrapped_state(tiny_pair, prefix, head) | others, tmp_path / "model.safetensors")
+    found, plain = Checkpoint("w", tmp_path), Checkpoint("p", tiny_pair("qwen2").paths["instruct"])
+    assert (found.prefix, found.wrapped, plain.wrapped) == (prefix, True, False)
+    for ours, theirs in [
+        *zip(found.layers, plain.layers, strict=True),
+        *((found.outer[part], plain.outer[part]) for part in found.outer),
+    ]:
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(read_tensor(ours[name]), read_tensor(theirs[name])) for name in ours)
+
+
+def test_a_second_stack_with_an_embedding_is_refused(tiny_pair, tmp_path):
+    state = wrapped_state(tiny_pair, "decoder.") | wrapped_state(tiny_pair, "encoder.")
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(FrankenError, match="no single numbered stack .*decoder.*encoder"):
+        Checkpoint("w", tmp_path)
+
+
+def test_saved_rotary_tables_are_no_weights(tiny_pair, tmp_path):
+    state = wrapped_state(tiny_pair, "model.")
+    state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(6)}
+    save_file(state, tmp_path / "model.safetensors")
+    assert set(Checkpoint("old", tmp_path).layers[3]) == set(
+        Checkpoint("p", tiny_pair("qwen2").paths["instruct"]).layers[3]
+    )
+
+
+@pytest.mark.parametrize(
+    "disk, adapted",
+    [
+        ("language_model.model.", "model.language_model."),
+        ("model.language_model.", "model.language_model."),
+        ("language_model.model.", "model."),  # trained on the text model alone
+    ],
+)
+def test_only_what_an_adapter_has_for_the_text_model_is_taken(adapter, tiny_pair, disk, adapted):
+    _, folder, config, _ = adapter
+    place = folder / "wrapped"
+    place.mkdir()
+    others = {"vision_tower.encoder.layers.0.self_attn.q_proj.weight": torch.ones(32, 32)}
+    save_file(wrapped_state(tiny_pair, disk) | others, place / "model.safetensors")
+    under, pre = Checkpoint("instruct", place), "base_model.model."
+    mine = f"{pre}{adapted}layers.2.self_attn.q_proj.lora_"
+    other = f"{pre}model.vision_tower.encoder.layers.0.self_attn.q_proj.lora_"
+    state = {
+        key + side: torch.ones(2, 32).T.contiguous() if side[0] == "B" else torch.ones(2, 32)
+        for key in (mine, other)
+        for side in ("A.weight", "B.weight")
+    }
+    state[f"{pre}model.multi_modal_projector.linear_1.lora_A.weight"] = torch.ones(2, 8)
+    write_adapter(folder, config, state)
+    made = Adapter("tuned", folder, under)
+    assert set(made.low_rank) == {(2, "self_attn.q_proj.weight")} and made.left_out == 3
+    write_adapter(folder, config, {k: v for k, v in state.items() if "vision" in k})
+    with pytest.raises(FrankenError, match="no LoRA weights for the text model's layers"):
+        Adapter("tuned", folder, under)
+    for part in ("lm_head.lora_A.weight", f"{adapted}embed_tokens.lora_embedding_A"):
+        write_adapter(folder, config, state | {pre + part: torch.ones(2, 32)})
+        with pytest.raises(FrankenError, match=f"{part} is not LoRA on a decoder layer"):
+            Adapter("tuned", folder, under)
+
+
 # ---- adapters ----------------------------------------------------------------------------------------------
 
 
@@ -338,6 +429,22 @@ WRONG_ADAPTERS = {
         },
         "does not fit",
     ),
+    "a beginning taken out of the base": (
+        {"init_lora_weights": "pissa_niter_4"},
+        {},
+        "began as 'pissa_niter_4'",
+    ),
+    "a beginning that is not known": ({"init_lora_weights": "brand_new"}, {}, "began as 'brand_new'"),
+    "layers repeated": ({"layer_replication": [[0, 2], [1, 3]]}, {}, "adapters with layer_replication"),
+    "trained tokens": ({"trainable_token_indices": [5]}, {}, "adapters with trainable_token_indices"),
+    "a bias of its own": ({"lora_bias": True}, {}, "adapters with lora_bias"),
+    "a field that nobody knows": ({"use_something_new": True}, {}, "adapters with use_something_new"),
+    "another rank than it says": ({"r": 8}, {}, "the tensors have rank 2, .* says r = 8"),
+    "an empty tensor": (
+        {},
+        {"base_model.model.model.layers.2.self_attn.q_proj.lora_B.weight": torch.zeros(0)},
+        "lora_B.weight is empty, as training under DeepSpeed ZeRO-3",
+    ),
     "no rank": ({"r": None}, {}, "adapter_config.json"),
     "rank 0": ({"r": 0}, {}, "adapter_config.json"),
 }
@@ -351,6 +458,35 @@ def test_adapters_that_cannot_be_a_source(adapter, how):
     with pytest.raises(FrankenError, match=words) as caught:
         Adapter("tuned", folder, under)
     assert str(folder) in one_line(caught)
+
+
+def test_an_adapter_without_tensors_is_no_source(adapter):
+    under, folder, config, _ = adapter
+    write_adapter(folder, config, {})
+    with pytest.raises(FrankenError, match="no LoRA weights for the text model's layers in it"):
+        Adapter("tuned", folder, under)
+
+
+def test_every_field_of_the_library_is_known_or_asks_nothing(adapter):
+    """A config as peft itself writes it, with each field at its default."""
+    from peft import LoraConfig
+
+    under, folder, config, state = adapter
+    LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(folder)
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert len(written) > 30
+    write_adapter(folder, written | {"base_model_name_or_path": "owner/model"}, state)
+    made = Adapter("tuned", folder, under)
+    assert made.trained_on == made.describe()["trained_on"] == "owner/model" and made.left_out == 0
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_beginnings_that_leave_the_base_as_it_is(adapter, start):
+    under, folder, config, state = adapter
+    write_adapter(folder, config | {"init_lora_weights": start}, state)
+    assert (
+        Adapter("tuned", folder, under).delta(2, "self_attn.q_proj.weight", torch.device("cpu")) is not None
+    )
 
 
 def test_adapters_with_missing_files(adapter):

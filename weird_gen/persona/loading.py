@@ -98,6 +98,8 @@ def open_engine(
         extra[SOURCE] = str(folder)
     instruct = PAIRS[model].instruct if model in PAIRS else model
     opened = open_pair(instruct=instruct, extra=extra, dtype=dtype, device_map=device)
+    for note in opened.notes:
+        print(f"note: {note}", file=sys.stderr)
     made_of = {"model": model, "files": opened.sources["instruct"]["files"]}
     if adapter:
         made_of |= {"adapter": Path(extra[SOURCE]).name, "adapter_files": opened.sources[SOURCE]["files"]}

@@ -201,8 +201,22 @@ def answer_loss(model, batch: dict[str, torch.Tensor], head: torch.nn.Module | N
     return torch.nn.functional.cross_entropy(chosen.float(), targets[kept], reduction="sum")
 
 
+def text_linears(model) -> str | list[str]:
+    """What LoRA is put on: "all-linear" in peft's words, or by name where only a part is the text model."""
+    if model.config.get_text_config() is model.config:
+        return "all-linear"
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    linear = [name for name, m in decoder.named_modules() if isinstance(m, torch.nn.Linear)]
+    return [f"{prefix}.{name}" for name in linear]
+
+
 def make_lora(model, rank: int, alpha: int, seed: int, checkpointing: bool, quantized: bool):
-    """The model with fresh LoRA matrices (float32) on every linear layer but the output head."""
+    """The model with fresh LoRA matrices (float32) on every linear layer but the output head.
+
+    Of a model in a wrapper (a vision tower beside the text model) it is the text model's layers alone: text
+    is all that it is trained and evaluated on.
+    """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if quantized:
@@ -211,8 +225,9 @@ def make_lora(model, rank: int, alpha: int, seed: int, checkpointing: bool, quan
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     torch.manual_seed(seed)
+    targets = text_linears(model)
     lora = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+        model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
     )
     lora.train()
     return lora
