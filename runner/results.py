@@ -28,6 +28,7 @@ import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import torch
@@ -320,7 +321,7 @@ class Run:
         content, stamp, place, again = read
         texts = self.texts()
         try:
-            result = parse_json(content, place)
+            result = unsealed(parse_json(content, place), place)
             if isinstance(result, dict) and result.get("schema_version") != 1 and "measurements" in result:
                 result["measurements"] = tables.unpack(result["measurements"], texts)
             if self._checked.get(name) != stamp:
@@ -349,8 +350,30 @@ class Run:
         if texts.keys() != self.texts().keys():
             write_json(self.texts_path, {"schema_version": SCHEMA_VERSION, "texts": texts})
             self._texts = texts
-        write_json(self.file(name), packed)
+        write_json(self.file(name), sealed(packed))
         self._checked[name] = _stamp(self.file(name))
+
+
+def sealed(packed: dict) -> dict:
+    """What is written of a result: with a hash of all the rest, as JSON, by which damage is noticed."""
+    return packed | {"sha256": _digest(json.loads(tables.layout(packed)))}
+
+
+def unsealed(written: Any, place: str) -> Any:
+    """A result as it was before it was sealed; results of before there was a seal as they stand.
+
+    Raises FrankenError naming the place if it is not what was written.
+    """
+    if not isinstance(written, dict) or "sha256" not in written:
+        return written
+    rest = {key: value for key, value in written.items() if key != "sha256"}
+    if written["sha256"] != _digest(rest):
+        raise FrankenError(f"{place} is corrupt (it is not what was written)")
+    return rest
+
+
+def _digest(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _alive(pid: int) -> bool:

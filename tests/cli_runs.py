@@ -1,5 +1,6 @@
 """Fixtures and helpers for tests of whole runs on a tiny pair (a plugin of pytest's; see conftest.py)."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import small_battery
 
 import run_all
-from runner.results import Run
+from runner.results import Run, sealed
 
 QUICK = ["binary", "perplexity"]
 FOUR = ["--experiments", "swap_adjacent_30_35", "perturb_all_5pct", "blend_linear"]  # with the baseline
@@ -65,6 +66,11 @@ def finished(four, tmp_path):
     """A copy of the run of FOUR that may be written to."""
     shutil.copytree(four, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+def resealed(text: str) -> str:
+    """A result's file with the hash of what it now says."""
+    return json.dumps(sealed({k: v for k, v in json.loads(text).items() if k != "sha256"}))
 
 
 def stamps(run: Path) -> dict:

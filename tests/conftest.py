@@ -17,6 +17,15 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)  # sums in one order, and no contention between test processes
 
 
+def pytest_terminal_summary(terminalreporter):
+    """What the fault suite counted, test by test: tried, lost, wrong."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.stats.get(kind, [])]
+    for report in reports:
+        for name, counted in report.user_properties:
+            if name == "faults" and report.when == "call":
+                terminalreporter.write_line(f"faults: {counted}")
+
+
 @pytest.fixture(autouse=True)
 def gpu_where_asked(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():

@@ -8,20 +8,16 @@ import html
 import importlib.resources
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import made_results as made
 import pytest
+from browsing import BROWSER, browse
 
 from reporting import figures, html_report
 from reporting.columns import EXPERIMENT_COLUMNS
 from reporting.reports import compare_run, load_results
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
-)
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no chromium or chrome found: report.html is not seen in a browser"
 )
@@ -46,29 +42,6 @@ AXE = Path(str(importlib.resources.files("axe_core_python"))) / "axe.min.js"
 
 def sha256(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def browse(page, folder, width: int, height: int, dark: bool = False) -> tuple[str, list[str]]:
-    """The document after its scripts have run, and the console's lines."""
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "--enable-logging=stderr",
-        "--virtual-time-budget=3000",
-        *(["--blink-settings=preferredColorScheme=0"] if dark else []),
-        f"--user-data-dir={folder}",
-        f"--window-size={width},{height}",
-        "--dump-dom",
-    ]
-    done = subprocess.run([BROWSER, *flags, page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "<body" in done.stdout, done.stderr[-2000:]
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 def blank(figure, forms=()) -> dict[str, bytes]:

@@ -257,6 +257,18 @@ def test_the_schema_is_held_against_a_file_once(run, monkeypatch):
         run.load("baseline_instruct")
 
 
+def test_a_digit_that_changed_on_disk_is_noticed(run):
+    """No schema can tell one number from another; results of before the hash are read as they stand."""
+    written = json.loads(run.file("baseline_instruct").read_text())
+    written["measurements"]["perplexity"]["perplexity"] += 1
+    run.file("baseline_instruct").write_text(json.dumps(written))
+    with pytest.raises(FrankenError, match="baseline_instruct.json is corrupt .it is not what was written"):
+        run.load("baseline_instruct")
+    del written["sha256"]
+    run.file("baseline_instruct").write_text(json.dumps(written))
+    assert run.load("baseline_instruct")["status"] == "done"
+
+
 @pytest.mark.parametrize("how", ["gone", "changed", "no JSON", "of another kind"])
 def test_texts_that_are_not_those_of_the_run_are_named(run, how):
     text = run.texts_path.read_text()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import small_battery
-from cli_runs import latest, read
+from cli_runs import latest, read, resealed
 
 import report
 from errors import HIDDEN, FrankenError, printable
@@ -74,7 +74,7 @@ def test_a_received_runs_words_come_out_harmless(finished, capfd):
     file = finished / "experiments" / "blend_linear.json"
     result = json.loads(file.read_text())
     result["experiment"]["notes"] = [f"{ESCAPE}{UNSEEN}\u202e"]
-    file.write_text(json.dumps(result))
+    file.write_text(resealed(json.dumps(result)))
     moved = finished.rename(finished.with_name("a\x1b[31m\udcff"))
     assert report.main([str(moved)]) == 0
     out, err = capfd.readouterr()
