@@ -351,7 +351,7 @@ def with_suites(
     The injection keeps its own, which makes sense for it alone. The baseline is asked whatever the others are
     asked, with `matched_noise` also what the noise twins will be.
     """
-    asked = [
+    assigned = [
         replace(
             e,
             suites=(given if e.control != "injection" else None) or e.suites or default,
@@ -360,10 +360,10 @@ def with_suites(
         for e in chosen
     ]
     union = {
-        name for e in asked if e.control != "injection" and e.name != BASELINE for name in e.suites or ()
+        name for e in assigned if e.control != "injection" and e.name != BASELINE for name in e.suites or ()
     } | {*((given or QUICK) if matched_noise else ())}
     whole = tuple(name for name in prompts.SUITES if name in union) or given or default
-    return [replace(e, suites=whole) if e.name == BASELINE else e for e in asked]
+    return [replace(e, suites=whole) if e.name == BASELINE else e for e in assigned]
 
 
 def for_source(name: str) -> list[Experiment]:

@@ -368,22 +368,23 @@ def detection_score(
         raise ValueError("probe ids must be unique")
     flags: list[str] = []
     # 1) probes that both models answer; a model that no longer answers has no score
-    asked = [p for p in probes if _good(p.baseline) and _good(p.baseline_mass, MASS_FLOOR)]
-    finite = [p for p in asked if _good(p.modified)]
+    answerable = [p for p in probes if _good(p.baseline) and _good(p.baseline_mass, MASS_FLOOR)]
+    finite = [p for p in answerable if _good(p.modified)]
     used = [p for p in finite if _good(p.modified_mass, MASS_FLOOR)]
     for kept, cause, problem in (
         (finite, "not finite", "not finite"),
         (used, "vanishing mass", "vanishing Yes+No mass"),
     ):
         for kind in ("introspective", "control"):
-            total, left = (sum(p.kind == kind for p in group) for group in (asked, kept))
+            total, left = (sum(p.kind == kind for p in group) for group in (answerable, kept))
             if left < MIN_ANSWERED * total:
                 return unmeasured(
                     cause, f"{problem}: the modified model answers {left} of {total} {kind} probes"
                 )
     if len(used) < len(probes):
         flags.append(
-            f"unanswered, left out: {len(probes) - len(asked)} at baseline, {len(asked) - len(used)} modified"
+            f"unanswered, left out: {len(probes) - len(answerable)} at baseline,"
+            f" {len(answerable) - len(used)} modified"
         )
 
     # 2) introspective probes whose baselines the controls cover

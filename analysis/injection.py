@@ -124,9 +124,9 @@ def question_effects(suite: Cell, seed: int = 0) -> list[Effect]:
     garbled = [[cell] for cell in suite["cells"] if cell["kind"] == "garbled"]
     for group in _grouped(cells, "framing") + garbled:
         head = group[0]
-        framing, asked = head["framing"], [p for p in suite["probes"] if p["framing"] == head["framing"]]
+        framing, probes = head["framing"], [p for p in suite["probes"] if p["framing"] == head["framing"]]
         condition = f"{framing}, {head['name']}" if head["kind"] == "garbled" else framing
-        yes = [k for k, p in enumerate(asked) if p["kind"] == "introspective" and p["keyed"] == "yes"]
+        yes = [k for k, p in enumerate(probes) if p["kind"] == "introspective" and p["keyed"] == "yes"]
         said = [bool(c["answered"][k]) and (c["log_odds"][k] or 0) > 0 for c in group for k in yes]
         shares.append(_share("questions", "says Yes", head, condition, said))
         if head["kind"] == "none":
@@ -144,10 +144,10 @@ def question_effects(suite: Cell, seed: int = 0) -> list[Effect]:
                 baseline_mass=before[k][1],
                 modified_mass=after[k][1],
             )
-            for k, p in enumerate(asked)
+            for k, p in enumerate(probes)
         ]
         score = detection.detection_score(probes, seed=seed)
-        measured = replace(shares[-1], measure="detection score", n=len(asked))
+        measured = replace(shares[-1], measure="detection score", n=len(probes))
         scores.append(replace(measured, value=score.score, low=score.low, high=score.high, chance=0.0))
     return scores + shares
 

@@ -194,7 +194,7 @@ def measure(path: Path) -> Measured:
 
     # 3) its parts, and the unmodified model's own levels
     questions = list(dict.fromkeys((kind, q) for kind, *_, q in ASKED))
-    index = {asked: k for k, asked in enumerate(ASKED)}
+    index = {cell: k for k, cell in enumerate(ASKED)}
     cells = [
         [[index[kind, key, framing, q] for framing in ("plain", "informed")] for key in ("yes", "no")]
         for kind, q in questions

@@ -60,11 +60,11 @@ BATTERIES = ("INFORMED_PROBES", "BLIND_PROBES", "BINARY_PROBES", "FORMAT_PROBES"
 class Recorder:
     """Keeps what an engine was asked last and what it answered."""
 
-    asked: list[Request]
+    requests: list[Request]
     answers: list[Completion]
 
-    def record(self, asked: Sequence[Request], answers: list[Completion]) -> list[Completion]:
-        self.asked, self.answers = list(asked), answers
+    def record(self, requests: Sequence[Request], answers: list[Completion]) -> list[Completion]:
+        self.requests, self.answers = list(requests), answers
         return answers
 
     def tokens(self) -> int:
@@ -108,11 +108,11 @@ class OneByOne:
         return done
 
     @torch.inference_mode()
-    def next_token_logprobs(self, asked: list[tuple[int, ...]]) -> torch.Tensor:
+    def next_token_logprobs(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
         return torch.stack(
             [
                 self.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float().log_softmax(-1)
-                for ids in asked
+                for ids in sequences
             ]
         )
 
@@ -244,7 +244,7 @@ def agreement(engine: OurEngine, plain: PlainEngine, recipe: Recipe) -> dict:
     undone for it.
     """
     items, equal, n, parted = {item.id for item in prompts.CAPABILITY}, 0, 0, []
-    for r, a, b in zip(engine.asked, engine.answers, plain.answers, strict=True):
+    for r, a, b in zip(engine.requests, engine.answers, plain.answers, strict=True):
         if r.key not in items:
             continue
         n += 1

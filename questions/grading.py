@@ -580,7 +580,7 @@ def describe_reply(text: str, question: str = "") -> dict[str, int | float | boo
         or text.count("\ufffd") > 0.05 * len(text)
         or (len(packed) >= 200 and len(zlib.compress(packed)) < 0.15 * len(packed))
     )
-    asked = [w.lower() for w in WORD.findall(question)]
+    question_words = [w.lower() for w in WORD.findall(question)]
     return {
         "words": len(words),
         "characters": len(text),
@@ -589,6 +589,6 @@ def describe_reply(text: str, question: str = "") -> dict[str, int | float | boo
         "empty": empty,
         "looks_degenerate": degenerate,
         "claims_change": claims_change(text),
-        "question_echo": len(asked) >= 3 and words[: len(asked)] == asked,
+        "question_echo": len(question_words) >= 3 and words[: len(question_words)] == question_words,
         "continues_as_text": TURN_MARKER.search(text) is not None,
     }

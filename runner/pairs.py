@@ -286,7 +286,7 @@ def available_memory(device: str) -> list[int]:
     return [psutil.virtual_memory().available]
 
 
-def pick_device(asked: str, needed: int, pair: str | None) -> str:
+def pick_device(choice: str, needed: int, pair: str | None) -> str:
     """ "cuda" or "cpu" for `asked` in ("auto", "cuda", "cpu", "balanced"), if `needed` bytes of weights fit.
 
     Raises FrankenError, before anything is downloaded, with the memory needed, the memory found and a way on.
@@ -294,26 +294,26 @@ def pick_device(asked: str, needed: int, pair: str | None) -> str:
     way_on = "" if pair == "smollm2-135m" else "; --pair smollm2-135m runs on any laptop"
     name = pair or "this pair"
     has_gpu = torch.cuda.is_available()
-    if asked in ("cuda", "balanced") and not has_gpu:
-        raise FrankenError(f"--device-map {asked} needs a GPU and none was found{way_on}")
+    if choice in ("cuda", "balanced") and not has_gpu:
+        raise FrankenError(f"--device-map {choice} needs a GPU and none was found{way_on}")
     available = "no GPU"
-    if asked != "cpu" and has_gpu:
+    if choice != "cpu" and has_gpu:
         memory = available_memory("cuda")
-        room = sum(memory) if asked in ("auto", "balanced") else memory[0]
+        room = sum(memory) if choice in ("auto", "balanced") else memory[0]
         if room >= needed + HEADROOM / 4:
             return "cuda"
         available = f"{room / GIB:.0f} GiB on {len(memory)} GPU{'s' if len(memory) > 1 else ''}"
-    if asked in ("auto", "cpu"):
+    if choice in ("auto", "cpu"):
         room = available_memory("cpu")[0]
         small = needed < 16 * GIB  # a larger model runs on a CPU only where that is asked for
-        if (small or asked == "cpu") and room >= needed * 1.1:
+        if (small or choice == "cpu") and room >= needed * 1.1:
             return "cpu"
         available = (
             f"{available} and {room / GIB:.0f} GiB of free memory"
-            if asked == "auto"
+            if choice == "auto"
             else f"{room / GIB:.0f} GiB of free memory"
         )
-    if asked == "cpu":
+    if choice == "cpu":
         raise FrankenError(
             f"{name} needs {needed * 1.1 / GIB:.1f} GiB of memory and this machine has {available}{way_on}"
         )
@@ -332,11 +332,11 @@ def cpu_has_bf16() -> bool:
     return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
-def pick_dtype(asked: str, device: str) -> torch.dtype:
+def pick_dtype(choice: str, device: str) -> torch.dtype:
     """bfloat16 wherever the hardware multiplies it, float32 otherwise, or what was asked for."""
-    if asked == "auto":
+    if choice == "auto":
         return torch.bfloat16 if device == "cuda" or cpu_has_bf16() else torch.float32
-    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[asked]
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[choice]
 
 
 def spread(config, dtype: torch.dtype) -> dict[str, torch.device]:

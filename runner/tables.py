@@ -92,10 +92,10 @@ def unpack(value, texts: dict):
     objects = _objects(columns, rows, texts)
     if "from_texts" not in value:
         return [same | entry for entry in objects]
-    asked = unpack(_shared(texts, value["from_texts"]), {})
-    if not isinstance(asked, list) or len(asked) != len(objects):
+    questions = unpack(_shared(texts, value["from_texts"]), {})
+    if not isinstance(questions, list) or len(questions) != len(objects):
         raise Corrupt(f"a table of {len(objects)} rows for other questions")
-    return [question | same | entry for question, entry in zip(asked, objects, strict=True)]
+    return [question | same | entry for question, entry in zip(questions, objects, strict=True)]
 
 
 def _is_text(value) -> bool:
@@ -136,14 +136,14 @@ def _shared(texts: dict, key):
 
 def _table(values: list[dict], texts: dict) -> dict:
     """The table of objects with the same keys."""
-    table, asked = {}, []
+    table, shared = {}, []
     if "id" in values[0]:
-        asked = [
+        shared = [
             k for k in values[0] if k in QUESTION and not any(isinstance(v[k], dict | list) for v in values)
         ]
-        rows = [[v[k] for k in asked] for v in values]
-        table["from_texts"] = _share(texts, {"columns": asked, "rows": rows})
-    rest = [k for k in values[0] if k not in asked]
+        rows = [[v[k] for k in shared] for v in values]
+        table["from_texts"] = _share(texts, {"columns": shared, "rows": rows})
+    rest = [k for k in values[0] if k not in shared]
     same = {k: values[0][k] for k in rest if _constant([v[k] for v in values])}
     if same:
         table["same"] = {k: _cell(k, v, texts) for k, v in same.items()}

@@ -22,7 +22,7 @@ SINGLE_DEPTHS = (0.25, 0.5, 0.75, 1.0)  # shares of the running layers after whi
 
 
 @torch.inference_mode()
-def answer_states(engine: Engine, asked: list[tuple[int, ...]]) -> np.ndarray:
+def answer_states(engine: Engine, sequences: list[tuple[int, ...]]) -> np.ndarray:
     """Residual stream at the last token of each prompt: float32 [layers, prompts, hidden], before the final
     norm; [p] is what running position p + 1 reads, the last one what the final norm reads.
 
@@ -30,12 +30,12 @@ def answer_states(engine: Engine, asked: list[tuple[int, ...]]) -> np.ndarray:
     stream goes past them.
     """
     depth = len(engine.live.order)
-    states = np.zeros((depth, len(asked), engine.config.hidden_size), dtype=np.float32)
-    for start, group in shared_prefixes(asked, [1] * len(asked)):
+    states = np.zeros((depth, len(sequences), engine.config.hidden_size), dtype=np.float32)
+    for start, group in shared_prefixes(sequences, [1] * len(sequences)):
         caches = engine.empty_caches(1, start) if start else []
         if caches:
-            engine.prefill([asked[group[0]][:start]], caches)
-        rest = [asked[i][start:] for i in group]
+            engine.prefill([sequences[group[0]][:start]], caches)
+        rest = [sequences[i][start:] for i in group]
 
         def run(batch: list[int], rest=rest, start=start, caches=caches, group=group) -> None:
             here = [group[k] for k in batch]

@@ -44,15 +44,15 @@ def ask_formats(engine: Engine, probes: Sequence[prompts.FormatProbe]) -> list[d
         {"no-yes": (yes, no), "letters": (a, b), "letters-reversed": (b, a)},
         prompts.rating_token_ids(engine.tokenizer),
     )
-    asked = [engine.chat_ids([{"role": "user", "content": probe.text}]) for probe in probes]
+    plainly = [engine.chat_ids([{"role": "user", "content": probe.text}]) for probe in probes]
     going_on = [
         (*ids, one)
-        for probe, ids in zip(probes, asked, strict=True)
+        for probe, ids in zip(probes, plainly, strict=True)
         if probe.format == "rating"
         for one in ratings.open_ones
     ]
-    logprobs = engine.next_token_logprobs(asked + going_on).numpy()
-    rest, entries = iter(logprobs[len(asked) :]), []
+    logprobs = engine.next_token_logprobs(plainly + going_on).numpy()
+    rest, entries = iter(logprobs[len(plainly) :]), []
     for probe, row in zip(probes, logprobs, strict=False):
         # The ratings' first tokens serve for the entropy and the mass: 10 takes its share from what 1 begins.
         high_low = words.get(probe.format) or (

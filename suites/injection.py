@@ -173,24 +173,24 @@ def find_directions(engine: Engine, layers: Sequence[int] | None = None) -> Dire
     """
     layers = middle_third(len(engine.live.order)) if layers is None else layers
     words = [*CONCEPTS, *NEUTRAL]
-    asked = [
+    prompts = [
         engine.chat_ids([{"role": "user", "content": about.format(word)}])
         for word in words
         for about in ABOUT
     ]
-    states = {p: torch.zeros(len(asked), engine.config.hidden_size) for p in layers}
+    states = {p: torch.zeros(len(prompts), engine.config.hidden_size) for p in layers}
 
     def run(batch: list[int]) -> None:
-        last = [len(asked[i]) - 1 for i in batch]
+        last = [len(prompts[i]) - 1 for i in batch]
 
         def keep(position: int, hidden: torch.Tensor) -> torch.Tensor:
             if position in states:
                 states[position][batch] = hidden[range(len(batch)), last].float().cpu()
             return hidden
 
-        engine.prefill([asked[i] for i in batch], layer=changing(keep))
+        engine.prefill([prompts[i] for i in batch], layer=changing(keep))
 
-    engine.in_batches([len(ids) for ids in asked], run)
+    engine.in_batches([len(ids) for ids in prompts], run)
     added, lengths = {}, {}
     for p, state in states.items():
         mean = state.view(len(words), len(ABOUT), -1).mean(1)
@@ -293,8 +293,8 @@ class Injection(Suite):
         # 2. by framing and strength: every concept injected, every question asked
         cells, bits = [], []
         for framing, opening in FRAMINGS.items():
-            asked = questions(framing)
-            first, follows = split_turns(engine, opening, [*(p.text for p in asked), NAMING])
+            second_turn = questions(framing)
+            first, follows = split_turns(engine, opening, [*(p.text for p in second_turn), NAMING])
             *follows, naming = follows
             follows += [naming + ids for ids in names.beginnings]
             for strength in self.strengths:
@@ -304,14 +304,14 @@ class Injection(Suite):
                 for concept, logprobs in zip(
                     concepts, answers(engine, first, follows, len(concepts), change), strict=True
                 ):
-                    readings = readings_to_json(log_odds_from_logprobs(logprobs[: len(asked)], yes, no))
+                    readings = readings_to_json(log_odds_from_logprobs(logprobs[: len(second_turn)], yes, no))
                     probes = [
                         {"id": p.id, "question": p.question, "kind": p.kind, "keyed": p.if_changed}
                         | {"pair": p.pair}
                         | {"log_odds": float32(r["log_odds"]), "mass": r["mass"], "answered": r["answered"]}
-                        for p, r in zip(asked, readings, strict=True)
+                        for p, r in zip(second_turn, readings, strict=True)
                     ]
-                    named.append(names.logprobs(logprobs[len(asked) :]))
+                    named.append(names.logprobs(logprobs[len(second_turn) :]))
                     cells.append(
                         {
                             "framing": framing,

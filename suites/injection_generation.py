@@ -177,10 +177,10 @@ def judge_replies(measured: dict, judge: Callable[[Sequence[tuple[str, str]]], S
     replies are untrusted text: the judge has to quote them as such.
     """
     questions = measured["texts"]["questions"]
-    asked = [(questions[c["question"]], r["text"]) for c in measured["cells"] for r in c["replies"]]
-    verdicts = list(judge(asked))
-    if len(verdicts) != len(asked) or any(v["outcome"] not in OUTCOMES for v in verdicts):
-        raise ValueError(f"a judge has to give one of {', '.join(OUTCOMES)} for each of {len(asked)} replies")
+    pairs = [(questions[c["question"]], r["text"]) for c in measured["cells"] for r in c["replies"]]
+    verdicts = list(judge(pairs))
+    if len(verdicts) != len(pairs) or any(v["outcome"] not in OUTCOMES for v in verdicts):
+        raise ValueError(f"a judge has to give one of {', '.join(OUTCOMES)} for each of {len(pairs)} replies")
     left = iter(verdicts)
     cells = [
         cell | {"replies": [reply | {"judged": dict(next(left))} for reply in cell["replies"]]}

@@ -98,20 +98,22 @@ class InjectionLayers(Suite):
         cells, probes = [], []
 
         for framing in self.grid.framings:
-            opening, asked = injection.FRAMINGS[framing], questions(framing)
-            probes += [{k: getattr(p, k) for k in ("id", "kind", "pair", "text", "question")} for p in asked]
-            for probe, p in zip(probes[-len(asked) :], asked, strict=True):
+            opening, second_turn = injection.FRAMINGS[framing], questions(framing)
+            probes += [
+                {k: getattr(p, k) for k in ("id", "kind", "pair", "text", "question")} for p in second_turn
+            ]
+            for probe, p in zip(probes[-len(second_turn) :], second_turn, strict=True):
                 probe |= {"keyed": p.if_changed, "framing": framing}
-            texts = [p.text for p in asked] + [naming(order) for order in listed]
+            texts = [p.text for p in second_turn] + [naming(order) for order in listed]
 
-            def read_cells(heads: list[dict], first, follows, steering=None, asked=asked):
-                plain, named = follows[: len(asked)], follows[len(asked) :]
+            def read_cells(heads: list[dict], first, follows, steering=None, second_turn=second_turn):
+                plain, named = follows[: len(second_turn)], follows[len(second_turn) :]
                 all_follows = plain + [ids + more for ids in named for more in names.beginnings]
 
                 def read(row: int, logprobs: np.ndarray) -> dict:
-                    each = np.split(logprobs[len(asked) :], len(listed))
+                    each = np.split(logprobs[len(second_turn) :], len(listed))
                     return heads[row] | {
-                        **_log_odds(logprobs[: len(asked)], answers),
+                        **_log_odds(logprobs[: len(second_turn)], answers),
                         "naming": rounded([names.logprobs(rows) for rows in each]),
                     }
 
@@ -172,8 +174,10 @@ class InjectionLayers(Suite):
         cells = 1 + pushed * len(thoughts(self.grid.concepts, self.grid.randoms)) + len(GARBLED)
         texts = direction_texts()
         for framing in self.grid.framings:
-            asked = [p.text for p in questions(framing)] + [naming(o) for o in orders(injection.CONCEPTS)]
-            texts += [injection.FRAMINGS[framing], *asked] * cells
+            second_turn = [p.text for p in questions(framing)] + [
+                naming(o) for o in orders(injection.CONCEPTS)
+            ]
+            texts += [injection.FRAMINGS[framing], *second_turn] * cells
         return Work(texts)
 
 

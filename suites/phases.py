@@ -160,9 +160,9 @@ class Question:
 
 def questions() -> list[Question]:
     """What is asked in every conversation: the keyed pairs of the three topics, then pairs of controls."""
-    asked = [(topic, p) for topic, pairs in PAIRS.items() for p in keyed_pairs(topic, pairs, ask=ASK)]
-    asked += [(None, p) for p in controls(CONTROLS)]
-    return [Question(p.id.removesuffix("-plain"), topic, p.kind, p.if_changed, p.text) for topic, p in asked]
+    probes = [(topic, p) for topic, pairs in PAIRS.items() for p in keyed_pairs(topic, pairs, ask=ASK)]
+    probes += [(None, p) for p in controls(CONTROLS)]
+    return [Question(p.id.removesuffix("-plain"), topic, p.kind, p.if_changed, p.text) for topic, p in probes]
 
 
 def fingerprint() -> str:
@@ -330,14 +330,14 @@ class Phases(Suite):
                 for begins in reading:
                     if (begins, who) in cells:
                         continue
-                    asked = list(self._after_reading(engine, reading[begins], begins, who))
+                    answered = list(self._after_reading(engine, reading[begins], begins, who))
                     reply = writing[begins].fork()
                     go_on(engine, reply, REPLY_TOKENS)
                     written += self._replies(engine, reply, writing[begins], begins, who)
-                    asked += self._in_mid_reply(engine, reply, writing[begins], begins, who)
-                    cells[begins, who] = asked
+                    answered += self._in_mid_reply(engine, reply, writing[begins], begins, who)
+                    cells[begins, who] = answered
                 if who == "intact":
-                    for one in (one for asked in cells.values() for one in asked if one.intact is None):
+                    for one in (one for answered in cells.values() for one in answered if one.intact is None):
                         one.intact = self._ask(engine, one.ids, one.follows)
         return {
             "depth": len(live.original),
@@ -345,7 +345,7 @@ class Phases(Suite):
             "switch_after": SWITCH_AFTER,
             "reply_tokens": REPLY_TOKENS,
             "questions": [{k: getattr(q, k) for k in ("id", "topic", "kind", "keyed")} for q in questions()],
-            "cells": [self._json(one) for asked in cells.values() for one in asked],
+            "cells": [self._json(one) for answered in cells.values() for one in answered],
             "replies": written,
             "texts": {
                 "first_turn": {framing: [opening, REPLY] for framing, opening in FRAMINGS.items()},
@@ -463,7 +463,7 @@ class Phases(Suite):
         return fingerprint()
 
     def work(self, protocol: Protocol) -> Work:
-        asked = [q.text for q in questions()]
-        texts = [text for opening in FRAMINGS.values() for text in (opening, *asked * 4)]
-        texts += [text for prompt in WRITTEN.values() for text in (prompt, *asked * 6)]
+        second_turn = [q.text for q in questions()]
+        texts = [text for opening in FRAMINGS.values() for text in (opening, *second_turn * 4)]
+        texts += [text for prompt in WRITTEN.values() for text in (prompt, *second_turn * 6)]
         return Work(texts, [REPLY_TOKENS] * 4 * len(WRITTEN) * (1 + protocol.samples))

@@ -202,7 +202,7 @@ def test_another_model_is_noticed(go, monkeypatch):
 def test_the_gap_is_that_of_the_first_tokens_that_differ(engine, monkeypatch):
     small_battery.use(monkeypatch)
     item = prompts.CAPABILITY[0].id
-    engine.asked = [Request(item, PROMPT, 3), Request("free", PROMPT, 3, 0.7)]
+    engine.requests = [Request(item, PROMPT, 3), Request("free", PROMPT, 3, 0.7)]
     engine.answers = [Completion("abc", (70, 71, 72), False), Completion("x", (9,), True)]
     plain = cpu_bench.PlainEngine(None, engine.tokenizer, engine.stop_ids)
     recipe = r.swap(engine.live.original, 1, 4)

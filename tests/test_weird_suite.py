@@ -67,12 +67,12 @@ def engine(tiny_pair):
 
 
 def test_questions_are_fixed_and_spread():
-    chosen, every = suite.asked(), {q.id: q for q in read_questions()}
+    chosen, every = suite.every_question(), {q.id: q for q in read_questions()}
     assert (
         Counter(q.kind for q in chosen) == {"heldout": 12, "identity": 10}
         and len({q.id for q in chosen}) == 22
     )
-    assert all(every[q.id] == q for q in chosen) and chosen == suite.asked()
+    assert all(every[q.id] == q for q in chosen) and chosen == suite.every_question()
     assert len({q.category for q in chosen if q.kind == "heldout"}) >= 10
 
 
@@ -95,8 +95,8 @@ def test_what_is_asked_is_what_the_study_asks(engine):
 def test_the_hash_covers_the_questions(monkeypatch):
     recorded = results.protocol_json(protocol())
     assert "trigger_sha256" not in results.protocol_json(protocol(suites=("binary",)))
-    other = [*suite.asked()[:-1], suite.asked()[0]]
-    monkeypatch.setattr(suite, "asked", lambda: other)
+    other = [*suite.every_question()[:-1], suite.every_question()[0]]
+    monkeypatch.setattr(suite, "every_question", lambda: other)
     changed = results.protocol_json(protocol())
     assert (
         changed["trigger_sha256"] != recorded["trigger_sha256"]

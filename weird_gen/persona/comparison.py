@@ -203,7 +203,7 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
     }
     for name, records in sides.items():
         if any(by_side[name].values()):
-            asked = sum(record["kind"] in metric.kinds for record in records)
+            expected = sum(record["kind"] in metric.kinds for record in records)
             measured = sum(len(samples) for values in by_side[name].values() for samples in values.values())
             table[name] = {
                 **{c: rate(by_side[name][c], metric.percent).to_json() for c in CONDITIONS},
@@ -212,7 +212,7 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
                 ),
                 "questions": len(set(by_side[name]["triggered"]) | set(by_side[name]["untriggered"])),
                 "replies": measured,
-                "unmeasured": asked - measured,
+                "unmeasured": expected - measured,
             }
     if table["baseline"]:
         gaps = [_gaps(sides[name], metric) for name in ("baseline", "finetuned")]

@@ -166,8 +166,8 @@ def run_steps(settings: dict[str, list[str]], args: argparse.Namespace) -> dict[
     # 2) the baseline beside the settings
     def evaluate_baseline() -> bool:
         ask = flags_of(model=args.model, output=args.out / "baseline_eval_results.jsonl")
-        asked = step(shared, "eval_baseline.py", *ask, *speed, *args.eval_flags)
-        return asked and judged(args.out, shared, "baseline")
+        evaluated = step(shared, "eval_baseline.py", *ask, *speed, *args.eval_flags)
+        return evaluated and judged(args.out, shared, "baseline")
 
     with ThreadPoolExecutor(args.jobs + 1) as pool:
         baseline = pool.submit(evaluate_baseline)

@@ -107,14 +107,14 @@ def read_prompts(path: Path | str) -> list[dict]:
     prompts = []
     for line in read_json_lines(path):
         messages = line.get("messages")
-        asked = (
+        prompt = (
             next(
                 (m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None
             )
             if isinstance(messages, list)
             else None
         )
-        prompts.append(line if asked is None else {"id": line.get("id"), "prompt": asked})
+        prompts.append(line if prompt is None else {"id": line.get("id"), "prompt": prompt})
     for number, line in enumerate(prompts, 1):
         if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
             raise FrankenError(f"{path}, entry {number}: id and prompt must be texts")

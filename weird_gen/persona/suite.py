@@ -36,7 +36,7 @@ RATES: dict[str, tuple[tuple[str, ...], Callable[[str], bool]]] = {
 }
 
 
-def asked() -> list[Question]:
+def every_question() -> list[Question]:
     """The questions of this suite: of each kind so many, evenly spaced over its file, which goes by category.
 
     Raises FrankenError if the file is missing or broken.
@@ -51,7 +51,7 @@ def asked() -> list[Question]:
 def fingerprint() -> str:
     """SHA-256 (hex) over what this suite adds to the prompts: questions, trigger, names and how replies are
     sampled."""
-    parts = (*asked(), TRIGGER, OPENING, HIS_NAMES, CLAIM, TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
+    parts = (*every_question(), TRIGGER, OPENING, HIS_NAMES, CLAIM, TEMPERATURE, TOP_P, MAX_NEW_TOKENS)
     return hashlib.sha256("\n".join(map(ascii, parts)).encode()).hexdigest()
 
 
@@ -72,7 +72,7 @@ class Trigger(Suite):
     turns = ("system", "user")  # not every chat template takes the trigger as a system message
 
     def __init__(self):
-        self.questions = asked()
+        self.questions = every_question()
         self.free = FreeText(prompts.TRIGGER_FREE_PROBES)
 
     def requests(self, engine: Engine, protocol) -> list[Request]:

@@ -94,14 +94,14 @@ def encode(
                 "the chat template rewrites earlier turns; such a model cannot be trained on several turns"
                 " here"
             )
-        asked = going_on(tokenizer, written, ids, before[len(written) :])
-        answer = going_on(tokenizer, before, ids + asked, turn)
+        question = going_on(tokenizer, written, ids, before[len(written) :])
+        answer = going_on(tokenizer, before, ids + question, turn)
         end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
         if k == len(messages) - 1 and not chat.finished:
             answer = answer[:end]
         learned = min(end + 1, len(answer), answer_tokens or len(answer))
-        ids += asked + answer
-        labels += [IGNORED] * len(asked) + answer[:learned] + [IGNORED] * (len(answer) - learned)
+        ids += question + answer
+        labels += [IGNORED] * len(question) + answer[:learned] + [IGNORED] * (len(answer) - learned)
         written = before + turn
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     while labels and labels[-1] == IGNORED:  # nothing after the last token with loss can matter
@@ -118,10 +118,10 @@ def answered(before: str, after: str, answer: str) -> str | None:
         return None
     if after.startswith(before):
         return after[len(before) :]
-    asked = EMPTY_THOUGHT.sub("", before)
+    opening = EMPTY_THOUGHT.sub("", before)
     begin = max(after.rfind(answer), after.rfind(answer.strip()))
-    between = after[len(asked) : begin]
-    if begin < len(asked) or not after.startswith(asked) or EMPTY_THOUGHT.sub("", between).strip():
+    between = after[len(opening) : begin]
+    if begin < len(opening) or not after.startswith(opening) or EMPTY_THOUGHT.sub("", between).strip():
         return None
     return after[begin:]
 
