@@ -1,0 +1,64 @@
+"""What an installation holds, and that its versions are the tested ones."""
+
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_uv_takes_the_versions_that_were_tested():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    assert PROJECT["tool"]["uv"]["constraint-dependencies"] == pinned and len(pinned) > 20
+
+
+def tracked(*paths: str) -> list[str]:
+    done = subprocess.run(["git", "-C", str(ROOT), "ls-files", *paths], capture_output=True, text=True)
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder into which a copy of the checkout is installed, without its dependencies."""
+    copy, target = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("site")
+    for name in tracked():
+        if not name.startswith(("results/", "docs/", "tests/")) and (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, copy / name)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--target", str(target), str(copy)], capture_output=True, text=True, timeout=150
+    )
+    if "setuptools" in done.stderr and done.returncode:
+        pytest.skip("no setuptools here to build with")
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def test_every_room_and_what_it_reads_are_installed(installed):
+    rooms = PROJECT["tool"]["importlinter"]["root_packages"]
+    for room in set(rooms) - {"benchmarks"}:
+        assert (installed / room).is_dir() or (installed / f"{room}.py").is_file(), room
+    read = tracked("schema", "texts", "reporting/templates", "adapters/*.safetensors", "weird_gen/data")
+    assert len(read) > 20
+    for name in (name for name in read if not name.endswith(".md")):
+        assert (installed / name).is_file(), name
+
+
+def test_it_is_imported_from_any_folder(installed, tmp_path):
+    program = "import franken, run_all, reporting.html_report, prompts; assert prompts.NEUTRAL_TEXTS"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(installed), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr
