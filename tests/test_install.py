@@ -1,5 +1,6 @@
 """What an installation holds, and that its versions are the tested ones."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -62,3 +63,13 @@ def test_it_is_imported_from_any_folder(installed, tmp_path):
         timeout=150,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.real
+def test_the_readmes_ten_lines_of_python_run_as_printed(monkeypatch, capsys):
+    (code,) = re.findall(r"```python\n(from engine.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    names: dict = {}
+    exec(code, names)
+    assert len(capsys.readouterr().out) > 10
+    assert names["live"].recipe == names["live"].original
