@@ -202,6 +202,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--batch-size", type=int, help="most rows decoded at once; shrinks by itself when memory is short"
     )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="replies that no batch changes, to the bit: slower, --batch-size has no effect",
+    )
     run.add_argument("--list", action="store_true", help="list the experiments and exit")
     run.add_argument(
         "--dry-run",
@@ -290,6 +295,7 @@ ADDED_SETTINGS = {
     "thinking": None,
     "batch_size": None,
     "short": False,
+    "deterministic": False,
 }
 SETTINGS = (
     "pair",
@@ -321,6 +327,7 @@ SETTINGS = (
     "execute_code",
     "matched_noise",
     "batch_size",
+    "deterministic",
 )
 
 
@@ -440,7 +447,14 @@ def execute(args) -> int:
     opened.notes += template.notes()
     original = live.fingerprint()
     load_seconds = time.perf_counter() - begin
-    engine = Engine(live, opened.tokenizer, opened.stop_ids, args.batch_size, template=template)
+    engine = Engine(
+        live,
+        opened.tokenizer,
+        opened.stop_ids,
+        args.batch_size,
+        template=template,
+        deterministic=args.deterministic,
+    )
     asked = evaluate.prompts_sha256(engine, protocol)
     # 3. the manifest: written for a new run, compared for one that goes on
     recorded = protocol_json(protocol)

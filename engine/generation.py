@@ -25,6 +25,8 @@ from errors import FrankenError
 from franken import LiveModel
 
 KEPT_BYTES = 1 << 29  # of hidden states kept for the next experiment
+STEP = 64  # keys are read in whole steps of so many: how a sum over them is split depends on their number
+ROWS = 16  # decoded at once with `deterministic`, never more or fewer
 PASS_TOKENS = 64  # a further pass over the layers costs about as much as this many tokens more in a batch
 
 
@@ -49,6 +51,11 @@ class Engine:
         stop_ids: token ids that end a turn; the tokenizer's end-of-sequence token is always one of them.
         max_batch: most rows decoded at once; halved on an out-of-memory error and kept so.
         fast: use CUDA graphs (and compiled layers for large models). None: on a single GPU. Never on a CPU.
+        deterministic: a reply depends on its request alone, to the bit, whatever `max_batch` and the other
+            requests: every prompt is read by itself, ROWS rows are decoded at once, padded with copies, and
+            all of them read the same number of keys, which follows from the request. Without CUDA graphs.
+            Without it a CPU reads prompts by themselves too and keys in steps of STEP, so that in bfloat16 no
+            reply was seen to change with the batch; a GPU's may.
         template: how conversations are written; by default the tokenizer's chat template as of now.
     """
 
@@ -60,6 +67,7 @@ class Engine:
         max_batch: int | None = None,
         fast: bool | None = None,
         template: ChatTemplate | None = None,
+        deterministic: bool = False,
     ):
         self.live, self.tokenizer = live, tokenizer
         self.template = template or ChatTemplate(tokenizer)
@@ -72,11 +80,14 @@ class Engine:
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.devices = list(dict.fromkeys(bank.device for bank in live.banks))
         self.prefill_tokens = 16384 if on_gpu else 4096
+        self.deterministic = deterministic
+        self.alone = deterministic or not on_gpu  # each prompt is read by itself
         self.fast = (on_gpu and len(self.devices) == 1) if fast is None else fast
+        self.fast &= not deterministic
         most = 32
         if on_gpu:
             most = 128 if self.fast else 64
-        self.max_batch = max_batch or most
+        self.max_batch = ROWS if deterministic else max_batch or most
         self.timing = Timing()
         # told (tokens read, tokens written) after every batch of prompts and every step, for who waits
         self.on_work: Callable[[int, int], object] = lambda read, written: None
@@ -491,11 +502,18 @@ class Engine:
         requests = [self._up_to_switch(request) for request in requests]
         # 2. batches of the longest budgets first; one that does not fit is halved
         results: dict[int, Completion] = {}
+        capacities = [self._capacity(r) if self.deterministic else 0 for r in requests]
         queue = sorted(
-            range(len(requests)), key=lambda i: (-requests[i].max_new_tokens, -len(requests[i].prompt_ids), i)
+            range(len(requests)),
+            key=lambda i: (
+                -capacities[i],
+                -requests[i].max_new_tokens,
+                -len(requests[i].prompt_ids),
+                i,
+            ),
         )
         while queue:
-            batch = queue[: self.max_batch]
+            batch = [i for i in queue[: self.max_batch] if capacities[i] == capacities[queue[0]]]
             try:
                 done = self._complete_batch(
                     [requests[i] for i in batch],
@@ -504,6 +522,10 @@ class Engine:
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
+                if self.deterministic:
+                    raise FrankenError(
+                        f"out of memory: --deterministic decodes {ROWS} rows at once, never fewer"
+                    ) from None
                 self.max_batch = len(batch)
                 self._halve("max_batch")
                 if self._accelerator:
@@ -536,6 +558,18 @@ class Engine:
         ids = [*begun.token_ids, *rest.token_ids]
         return self.completion(ids, rest.stopped, begun.finite and rest.finite)
 
+    def _capacity(self, request: Request) -> int:
+        """Room for a request's prompt and reply, in whole steps of STEP tokens."""
+        return -(-(len(request.prompt_ids) + request.max_new_tokens) // STEP) * STEP
+
+    def _read_alone(self, prompts: Sequence[tuple[int, ...]], caches: list[KV], layer=None) -> torch.Tensor:
+        """Prefill each prompt by itself; the hidden state [n, hidden] of each one's last token."""
+        last = []
+        for row, ids in enumerate(prompts):
+            mine = [KV(cache.k[row : row + 1], cache.v[row : row + 1]) for cache in caches]
+            last.append(self.prefill([ids], mine, layer=layer and layer([row]))[0, -1])
+        return torch.stack(last)
+
     def _complete_batch(
         self, batch: list[Request], layer: Callable[[list[int]], Callable] | None = None
     ) -> list[Completion]:
@@ -548,32 +582,43 @@ class Engine:
 
                 self._accelerator = Accelerator(self)
             return self._accelerator.complete(batch)
+        # 1) the prompts
+        asked = len(batch)
         every = [r.prompt_ids for r in batch]
         unique = every if layer else list(dict.fromkeys(every))
-        capacity = max(len(r.prompt_ids) + r.max_new_tokens for r in batch)
-        caches = self.empty_caches(len(unique), capacity)
-        hidden = self.prefill(unique, caches, layer=layer and layer(list(range(len(batch)))))
+        caches = self.empty_caches(len(unique), max(map(self._capacity, batch)))
+        if self.deterministic or (self.alone and layer is None):
+            last = self._read_alone(unique, caches, layer)
+        else:
+            hidden = self.prefill(unique, caches, layer=layer and layer(list(range(asked))))
+            last = hidden[range(len(unique)), [len(ids) - 1 for ids in unique]]
         begin = time.perf_counter()
-        first = torch.tensor(range(len(batch)) if layer else [unique.index(ids) for ids in every])
+        first = torch.tensor(range(asked) if layer else [unique.index(ids) for ids in every])
+        if self.deterministic:
+            batch = batch + batch[-1:] * (ROWS - asked)
+            first = torch.cat([first, first[-1:].expand(ROWS - asked)])
         state = Decoding(batch, self.stop_ids, self.live.device)
-        last = hidden[first, [len(r.prompt_ids) - 1 for r in batch]]
+        last = last[first.to(last.device)]
         for cache in caches:
             cache.k, cache.v = (t[first.to(t.device)] for t in (cache.k, cache.v))
         state.take(self.choose(last, state))
+
+        # 2) the replies
         while state.running():
-            keep = state.shrink()
+            keep = None if self.deterministic else state.shrink()
             # finished rows leave the batch: on a CPU the time of a step grows with its rows
             if keep is not None:
                 for cache in caches:
                     cache.k, cache.v = (t[keep.to(t.device)] for t in (cache.k, cache.v))
-            hidden = self._decode_step(state, caches, layer and layer(state.rows))
+            rows = [min(row, asked - 1) for row in state.rows]  # a copy's is that of the last request
+            hidden = self._decode_step(state, caches, layer and layer(rows))
             state.take(self.choose(hidden, state))
             self.on_work(0, len(hidden))
         self.synchronize()
         self.timing.decode_seconds += time.perf_counter() - begin
-        self.timing.decode_tokens += sum(map(len, state.tokens))
+        self.timing.decode_tokens += sum(map(len, state.tokens[:asked]))
         self.timing.decode_steps += state.step
-        return [self.completion(ids, stopped, finite) for ids, stopped, finite in state.results()]
+        return [self.completion(ids, stopped, finite) for ids, stopped, finite in state.results()[:asked]]
 
     def completion(self, ids: list[int], stopped: bool, finite: bool) -> Completion:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -581,7 +626,9 @@ class Engine:
 
     def _decode_step(self, state: Decoding, caches: list[KV], layer=None) -> torch.Tensor:
         """One token for every row: hidden states [B, hidden] before the final norm."""
-        at, used, made = {}, int(state.positions.max()) + 1, {}
+        at, made = {}, {}
+        room = caches[0].k.shape[2]
+        used = room if self.deterministic else min(room, -(-(int(state.positions.max()) + 1) // STEP) * STEP)
 
         def mask(window, device):
             if (window, device) not in made:

@@ -15,6 +15,7 @@ from moves import SHORT as PROMPTS
 
 from engine.generation import Completion, Engine, Request, draw, find_stop_ids
 from errors import FrankenError
+from runner.pairs import open_pair
 from surgery import recipes as r
 from surgery.weights import Checkpoint
 
@@ -426,6 +427,7 @@ def test_a_batch_is_halved_until_it_fits(tiny_pair, monkeypatch, where):
     requests = greedy(PROMPTS) + sampled(PROMPTS)
     pairs = [(p[:1], p[1:]) for p in PROMPTS if len(p) > 1]
     want = engine.complete(requests), engine.next_token_logprobs(BRANCHES), engine.loglikelihood(pairs)
+    engine.alone = False  # as on a GPU, where a batch's prompts are read together
     monkeypatch.setattr(Engine, where, out_of_memory_above(2)(getattr(Engine, where)))
     done = []
     assert engine.complete(requests, on_done=lambda i, c: done.append(i)) == want[0]
@@ -535,3 +537,83 @@ def test_real_logprobs_equal_transformers(real):
             rtol=0,
         )
     engine.live.apply(engine.live.original)
+
+
+# ---- replies that no batch changes -------------------------------------------------------------------------
+
+
+def many() -> list[Request]:
+    """Greedy and sampled requests of many lengths and budgets, two of them of one prompt."""
+    lengths = [1, 2, 5, 9, 17, 30, 31, 44, 58, 63, 64, 65, 90, 101, 120, 127, 128, 129, 140, 150]
+    requests = [
+        Request(f"q{n}", tiny.random_prompt(n, n), 3 + 5 * (n % 7), 0.7 * (n % 2), seed=n) for n in lengths
+    ]
+    return [*requests, Request("again", requests[3].prompt_ids, 12, 1.0, 0.9)]
+
+
+def logits_of(engine, requests) -> dict[int, list[torch.Tensor]]:
+    """By request: the hidden states of its steps, as they come from batches."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    choose = engine.choose
+
+    def watch(hidden, state):
+        taken = set()  # the rows that fill a batch up are copies of its last one
+        for place, row in enumerate(state.rows):
+            k = requests.index(state.batch[row])
+            if k not in taken and not state.over(row):
+                seen.setdefault(k, []).append(hidden[place].clone())
+            taken.add(k)
+        return choose(hidden, state)
+
+    engine.choose = watch
+    engine.complete(requests)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_deterministic_replies_depend_on_their_request_alone_to_the_bit(tiny_pair, dtype):
+    requests = many()
+    pair = tiny_pair("qwen2-alternating")
+
+    def states(chosen, **kwargs):
+        engine = Engine(pair.live(dtype=dtype), tiny.tokenizer(), deterministic=True, **kwargs)
+        return logits_of(engine, chosen)
+
+    together = states(requests)
+    assert set(together) == set(range(len(requests)))
+    for k in (0, 7, 12, 20):
+        alone = states([requests[k]], max_batch=1)[0]
+        mine = together[k][: len(alone)]
+        assert all(torch.equal(a, b) for a, b in zip(alone, mine, strict=True))
+
+
+def test_deterministic_replies_are_those_of_any_batch(tiny_pair):
+    """In float32 nothing hangs on the last bits: the plain engine is the oracle."""
+    requests, pair = many(), tiny_pair("qwen2-alternating")
+    plain = Engine(pair.live(), tiny.tokenizer(), max_batch=1)
+    engine = Engine(pair.live(), tiny.tokenizer(), deterministic=True)
+    assert engine.complete(requests) == plain.complete(requests)
+    assert engine.timing.decode_tokens == plain.timing.decode_tokens
+
+
+def test_deterministic_never_decodes_fewer_rows(tiny_pair, monkeypatch):
+    engine = Engine(tiny_pair("llama").live(), tiny.tokenizer(), deterministic=True)
+    monkeypatch.setattr(Engine, "_complete_batch", out_of_memory_above(2)(Engine._complete_batch))
+    with pytest.raises(FrankenError, match="--deterministic decodes 16 rows"):
+        engine.complete(greedy(PROMPTS))
+
+
+@pytest.mark.real
+def test_in_bf16_no_batch_changes_a_reply_of_the_real_model(smollm2):
+    opened = open_pair(instruct=str(smollm2), dtype="bfloat16", device_map="cpu")
+    texts = ("Name a river.", "What is 17 + 5? Reply with just the number.", "Why is the sky blue?")
+
+    def replies(batch):
+        engine = Engine(opened.live, opened.tokenizer, opened.stop_ids, batch)
+        asked = [engine.chat_ids([{"role": "user", "content": text}]) for text in texts]
+        requests = [
+            Request(text, ids, 8 + k, 0.7 * k) for k, (text, ids) in enumerate(zip(texts, asked, strict=True))
+        ]
+        return engine.complete(requests)
+
+    assert replies(1) == replies(3)
