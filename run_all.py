@@ -20,10 +20,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 DESCRIPTION = "Frankenmodel: change a model's weights and ask whether it can tell."
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=DefaultsThatSay)
-    # 1. the model
-    model = p.add_argument_group("model")
+def _add_model(model) -> None:
     model.add_argument(
         "--pair",
         default="qwen2.5-coder-32b",
@@ -72,8 +69,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="keep the base layers on the GPU too; default: if they fit",
     )
-    # 2. what to run
-    what = p.add_argument_group("what to run")
+
+
+def _add_choice(what) -> None:
+    """Which experiments are run."""
     what.add_argument("--experiments", nargs="+", metavar="NAME", help="these experiments, in this order")
     what.add_argument(
         "--priority-limit",
@@ -126,6 +125,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="do not add baseline_instruct, against which shifts are measured",
     )
+
+
+def _add_questions(what) -> None:
+    """What they are asked."""
     what.add_argument(
         "--suites",
         help=(
@@ -183,8 +186,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             " which can end or slow any process of yours"
         ),
     )
-    # 3. the run
-    run = p.add_argument_group("the run")
+
+
+def _add_run(run) -> None:
     run.add_argument("--output", default="results", help="a folder run_<time> is made in it")
     run.add_argument(
         "--resume",
@@ -219,6 +223,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="MACHINE",
         help="with --dry-run: plan for another machine, h200-141gb, h100-80gb, a100-80gb, 2x40gb, ...",
     )
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=DefaultsThatSay)
+    _add_model(p.add_argument_group("model"))
+    what = p.add_argument_group("what to run")
+    _add_choice(what)
+    _add_questions(what)
+    _add_run(p.add_argument_group("the run"))
     args = p.parse_args(argv)
     if args.machine and not args.dry_run:
         p.error("--for plans for another machine: it goes with --dry-run")

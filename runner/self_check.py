@@ -227,11 +227,11 @@ def _gap_of_steps(engine: Engine, reference) -> float:
     written = [5 + k for k in range(len(requests))]
     with torch.inference_mode():
         states = Accelerator(engine).states_after(requests, written)
-        found = engine.logits(states)
+        ours = engine.logits(states)
     wanted = [
         logits_of(reference, (*r.prompt_ids, token))[-1] for r, token in zip(requests, written, strict=True)
     ]
-    return max(difference(a, b) for a, b in zip(found, wanted, strict=True))
+    return max(difference(a, b) for a, b in zip(ours, wanted, strict=True))
 
 
 def _refusal(engine: Engine, what: str) -> str | None:
