@@ -592,15 +592,19 @@ def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
     not known how it is indexed.
     """
     # 1. what is permuted, and how
-    if not all(name in layer for name in (*_HEADS, *_UNITS)):
+    needed = (*(() if edit.what == "mlp" else _HEADS), *(() if edit.what == "heads" else _UNITS))
+    if not all(name in layer for name in needed):
         raise FrankenError(
-            "the function-preserving permutation needs separate q, k, v, o, gate, up and down projections"
+            f"the function-preserving permutation of {edit.what} needs separate projections, and there is no"
+            f" {next(name for name in needed if name not in layer)}"
         )
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    width = layer["self_attn.q_proj.weight"].shape[0] // heads
     digest = hashlib.sha256(f"permute:{edit.seed}:{edit.key}".encode()).digest()
     rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    units = torch.randperm(layer["mlp.down_proj.weight"].shape[1], generator=rng)
+    down, query = layer.get("mlp.down_proj.weight"), layer.get("self_attn.q_proj.weight")
+    # both are drawn where both are there, so that each is the same alone
+    units = torch.randperm(0 if down is None else down.shape[1], generator=rng)
+    width = 0 if query is None else query.shape[0] // heads
     group_order = torch.randperm(groups, generator=rng)
     per_group = heads // groups
     head_order = torch.cat([g * per_group + torch.randperm(per_group, generator=rng) for g in group_order])

@@ -25,7 +25,7 @@ from runner.merging import merged
 from runner.self_check import check_code, check_weights
 from runner.untrusted import check_config_fits, check_config_numbers, check_template
 from runner.wheels import BY_SHA256, WHEEL_MODELS, from_wheels
-from surgery.weights import OUTER_PARTS, ROOT, Adapter, Checkpoint, Source, shown_path
+from surgery.weights import OUTER_PARTS, ROOT, Adapter, Checkpoint, Source, read_tensor, shown_path
 
 GIB = 1 << 30
 HEADROOM = 8 * GIB  # KV cache, one spare layer, activations and the float32 readout, beside the weights
@@ -211,6 +211,15 @@ def read_config(path: Path):
                 " is not supported"
             )
     return config
+
+
+def has_own_head(source: Checkpoint) -> bool:
+    """Whether there is an output head that differs from the embedding: transformers then runs it, whatever
+    the config says."""
+    head, embed = (source.outer[part].get("weight") for part in ("head", "embed"))
+    if head is None or embed is None:
+        return False
+    return head.shape != embed.shape or not torch.equal(read_tensor(head), read_tensor(embed))
 
 
 def adapter_notes(adapter: Adapter, spec: str, path: Path) -> list[str]:
@@ -447,6 +456,11 @@ def open_pair(
         path = merged(adapter)
         instruct_side = Checkpoint("instruct", path)
         notes.append(f"the adapter {shown_path(Path(instruct_adapter))} is merged into the instruct side")
+    if config.tie_word_embeddings and has_own_head(instruct_side):
+        config.tie_word_embeddings = False
+        notes.append(
+            "config.json says that the output head is the embedding; the weights have another, which runs"
+        )
     sources: dict[str, Source] = {"instruct": instruct_side}
     if chosen.stand_in:
         sources["base"] = Adapter("base", chosen.stand_in, plain)
@@ -489,11 +503,12 @@ def open_pair(
     checked = {"code": check_code(config, first, chosen_dtype), "weights": {}}
     # 4. the model, and whether it is the one that transformers makes of the same files
     live = LiveModel(sources, config, chosen_dtype, place, keep)
+    described = {name: source.describe() for name, source in sources.items()}
     live.refused_placebos = {what: why for what, why in checked["code"]["placebos"].items() if why}
     for name, source in sources.items():
         if isinstance(source, Checkpoint):
-            checked["weights"][name] = check_weights(live, name, config)
-    described = {name: source.describe() for name, source in sources.items()} | before_merging
+            checked["weights"][name] = check_weights(live, name, config, described[name])
+    described |= before_merging
     return Opened(live, tokenizer, stops, notes, described, checked)
 
 

@@ -113,6 +113,20 @@ def test_an_adapter_merged_in_is_the_adapter_as_a_source(pair, adapter, dtype):
     assert len(made) == 1 and list(cache_dir().glob("merged-*")) == made
 
 
+def test_an_adapter_that_names_another_base_is_said_and_recorded(pair, adapter):
+    places = {"instruct": str(pair / "instruct"), "dtype": "float32", "device_map": "cpu"}
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for named, said in (("owner/Instruct", 0), ("/home/else/instruct", 0), (None, 0), ("owner/other", 1)):
+        changed = config | {"base_model_name_or_path": named}
+        (adapter / "adapter_config.json").write_text(json.dumps(changed))
+        opened = open_pair(**places, extra={"tuned": str(adapter)})
+        assert [n for n in opened.notes if f"says it was trained on {named}" in n] == opened.notes
+        assert len(opened.notes) == said and opened.sources["tuned"]["trained_on"] == named
+    assert any(
+        "trained on owner/other" in n for n in open_pair(**places, instruct_adapter=str(adapter)).notes
+    )
+
+
 def test_an_adapter_that_does_not_fit_is_refused(pair, adapter):
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))

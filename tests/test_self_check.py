@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     PaliGemmaConfig,
@@ -245,6 +246,38 @@ def test_the_wrapper_says_whether_the_head_is_the_embedding(tmp_path, tied, text
     ids = tuple(i for i in tiny.random_prompt(1, 20) if i != 200)
     found = tiny.engine_logits(Engine(opened.live, opened.tokenizer), ids)
     assert torch.allclose(found, tiny.hf_logits(theirs, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_head_beside_a_tied_embedding_runs_if_it_is_another(tmp_path, own):
+    folder = tiny.write_checkpoint(tmp_path / "model", seed=8, layers=2)  # tied, and saved without a head
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = (
+        state["model.embed_tokens.weight"].flip(0).clone()
+        if own
+        else state["model.embed_tokens.weight"].clone()
+    )
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    opened = open_pair(instruct=str(folder), dtype="float32", device_map="cpu")
+    assert opened.live.tied != own and len(opened.notes) == own
+    ids = tiny.random_prompt(1, 20)
+    found = tiny.engine_logits(Engine(opened.live, opened.tokenizer), ids)
+    assert torch.allclose(found, tiny.hf_logits(theirs, ids), atol=1e-4)
+
+
+def test_widths_that_cannot_be_made_small_stay_as_they_are(monkeypatch):
+    make, asked = self_check.random_model, []
+
+    def fussy(config, seed=1):
+        asked.append(config.num_attention_heads)
+        if config.num_attention_heads == 4:
+            raise ValueError("four heads do not go with the rest")
+        return make(config, seed)
+
+    monkeypatch.setattr(self_check, "random_model", fussy)
+    config = config_of(num_attention_heads=8, num_key_value_heads=8)
+    assert max(check_code(config, CPU)["differences"].values()) < TOLERANCE / 50 and asked == [4, 8]
 
 
 def test_the_fast_path_is_asked_in_the_dtype_it_runs_in(monkeypatch):

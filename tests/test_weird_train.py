@@ -449,6 +449,20 @@ def test_an_adapter_that_is_not_finite_is_not_saved(tiny_pair, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_of_a_wrapped_model_the_text_model_alone_is_trained():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    text = shape | dict(model_type="gemma3_text", vocab_size=264, num_key_value_heads=2, head_dim=8)
+    vision = shape | dict(model_type="siglip_vision_model", image_size=28, patch_size=14)
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=200
+    )
+    lora = make_lora(Gemma3ForConditionalGeneration(config), 2, 4, 0, False, False)
+    trained = [name for name, p in lora.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 2 * 7 and all(".language_model.layers." in name for name in trained)
+
+
 def test_a_gpu_that_is_too_small_is_one_line(training, monkeypatch, capsys):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
