@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,6 +25,9 @@ from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, place
 from reporting.vocabulary import Remark
 from runner.results import Run, write_text
 from surgery.recipes import Recipe
+
+LARGE = 200  # experiments with their replies that one page holds: some 20 MB
+REPLIES = "replies"
 
 
 def group_shifts(before: dict, after: dict) -> dict[tuple[str, str], float]:
@@ -339,7 +342,8 @@ def save(path: Path, name: str, figure: Figure) -> str:
 
 
 def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mapping[str, dict]) -> None:
-    """Write run.path/report.html, whole or not at all, and figures/*.png and *.pdf beside it.
+    """Write run.path/report.html, whole or not at all, and figures/*.png and *.pdf beside it; of more than
+    LARGE experiments the replies are pages of their own in REPLIES, which the report links to.
 
     `results`: the experiments' own JSON, by name. Raises FrankenError if the disk refuses.
     """
@@ -377,60 +381,65 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
     # 3) the page
     by_name = {row.name: row for row in rows}
     layers = manifest["layers"]
-    write_text(
-        run.path / "report.html",
-        pages.render(
-            "report.html.j2",
-            run=comparison.run,
-            model=vocabulary.model_name(manifest),
-            sides=vocabulary.sides(manifest),
-            manifest=manifest,
-            comparison=comparison,
-            what=_what(manifest, comparison),
-            facts=_facts(manifest, results),
-            columns=EXPERIMENT_COLUMNS,
-            table=table,
-            folded=folded,
-            notes=list(notes),
-            legend=vocabulary.LEGEND,
-            weak_controls=vocabulary.weak_controls(comparison),
-            headline=vocabulary.headline(comparison),
-            tally=tally(named(rows)),
-            lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
-            figures=drawn,
-            first=first_figure(rows, [figure["name"] for figure in drawn]),
-            results=results,
-            baseline=results.get(comparison.baseline or "", {}).get("measurements", {}),
-            scored=[line.row for line in table if line.row.detection],
-            matched=[(row, by_name.get(row.matched.of)) for row in rows if row.matched],
-            formatted=sum(bool(row.formats) for row in named(rows)),
-            format_lines=[
-                (row, *named_score)
-                for row in by_verdict(named(rows))
-                for named_score in (row.formats or {}).items()
-            ],
-            published=[
-                (row, values) for row in rows if row.published_probe and (values := published.of(row, layers))
-            ],
-            published_source=published.SOURCE,
-            other_pair=vocabulary.other_pair(manifest),
-            injection_lines=[
-                (row, published.INJECTION.get(row.framing))
-                for row in (comparison.injection.rows if comparison.injection else ())
-            ],
-            injection_source=published.INJECTION_SOURCE,
-            costs=[(line.row.name, results[line.row.name]["performance"]) for line in table],
-            folded_costs=[
-                (line.row.name, results[line.row.name]["performance"]) for _, of in folded for line in of
-            ],
-            preamble=prompts.INFORMED_PREAMBLE,
-            parts=page_tables,
-            triggers=[row for row in rows if row.trigger],
-            trigger_legend=vocabulary.TRIGGER_LEGEND,
-            injected=injected,
-            recipe_text=recipe_text,
-            qualifier=vocabulary.qualifier,
-            counts=counts,
-            word=word,
-        ),
+    values: dict[str, Any] = dict(
+        run=comparison.run,
+        model=vocabulary.model_name(manifest),
+        sides=vocabulary.sides(manifest),
+        manifest=manifest,
+        comparison=comparison,
+        what=_what(manifest, comparison),
+        facts=_facts(manifest, results),
+        columns=EXPERIMENT_COLUMNS,
+        table=table,
+        folded=folded,
+        notes=list(notes),
+        legend=vocabulary.LEGEND,
+        weak_controls=vocabulary.weak_controls(comparison),
+        headline=vocabulary.headline(comparison),
+        tally=tally(named(rows)),
+        lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
+        figures=drawn,
+        first=first_figure(rows, [figure["name"] for figure in drawn]),
+        results=results,
+        baseline=results.get(comparison.baseline or "", {}).get("measurements", {}),
+        scored=[line.row for line in table if line.row.detection],
+        matched=[(row, by_name.get(row.matched.of)) for row in rows if row.matched],
+        formatted=sum(bool(row.formats) for row in named(rows)),
+        format_lines=[
+            (row, *named_score)
+            for row in by_verdict(named(rows))
+            for named_score in (row.formats or {}).items()
+        ],
+        published=[
+            (row, values) for row in rows if row.published_probe and (values := published.of(row, layers))
+        ],
+        published_source=published.SOURCE,
+        other_pair=vocabulary.other_pair(manifest),
+        injection_lines=[
+            (row, published.INJECTION.get(row.framing))
+            for row in (comparison.injection.rows if comparison.injection else ())
+        ],
+        injection_source=published.INJECTION_SOURCE,
+        costs=[(line.row.name, results[line.row.name]["performance"]) for line in table],
+        folded_costs=[
+            (line.row.name, results[line.row.name]["performance"]) for _, of in folded for line in of
+        ],
+        preamble=prompts.INFORMED_PREAMBLE,
+        parts=page_tables,
+        triggers=[row for row in rows if row.trigger],
+        trigger_legend=vocabulary.TRIGGER_LEGEND,
+        injected=injected,
+        recipe_text=recipe_text,
+        qualifier=vocabulary.qualifier,
+        counts=counts,
+        word=word,
     )
+    # 4) of a large run, each experiment's replies on a page of its own
+    apart = REPLIES if len(results) > LARGE else None
+    if apart:
+        (run.path / apart).mkdir(exist_ok=True)
+        lines = [(line, False) for line in table] + [(line, True) for _, of in folded for line in of]
+        for line, brief in lines:
+            page = pages.render("experiment.html.j2", line=line, brief=brief, **values)
+            write_text(run.path / apart / f"{line.row.name}.html", page)
+    write_text(run.path / "report.html", pages.render("report.html.j2", apart=apart, **values))

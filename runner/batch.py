@@ -174,6 +174,15 @@ def ended_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def outline(result: dict) -> dict:
+    """Of a result that is on disk what the rest of the batch needs: a run of a thousand experiments keeps no
+    replies in memory."""
+    experiment = {key: result["experiment"].get(key) for key in ("recipe", "suites")}
+    perplexity = result["measurements"].get("perplexity")
+    measured = {} if perplexity is None else {"perplexity": {"perplexity": perplexity["perplexity"]}}
+    return {"status": result["status"], "experiment": experiment, "measurements": measured}
+
+
 def run_batch(
     run, manifest: dict, engine, plans: list, protocol, original: str, matcher=None, changed: Sequence = ()
 ) -> int:
@@ -187,7 +196,8 @@ def run_batch(
     """
     # 1. what has been run already, and whether it is what is asked now
     run.refuse_packed()  # which may have been done while the model was loaded
-    finished = {name: run.load(name) for name in manifest["experiments"]}  # all checked before anything runs
+    # all checked before anything runs
+    finished = {name: (r := run.load(name)) and outline(r) for name in manifest["experiments"]}
     for plan in plans:
         result = finished[plan.experiment.name]
         for what in ("recipe", "suites"):  # a user's file may have changed since
@@ -239,7 +249,7 @@ def run_batch(
             matching = matcher if matcher is not None and wants(plan.experiment) else None
             if matching and not finished[name]:
                 matching.unmodified()  # before the experiment, so that none is lost if this fails
-            result = finished[name] = finished[name] or measure(plan)
+            result = finished[name] = finished[name] or outline(measure(plan))
             if matcher and name == BASELINE and "perplexity" in result["measurements"]:
                 matcher.known[0.0] = result["measurements"]["perplexity"]["perplexity"]
             if (
@@ -253,9 +263,8 @@ def run_batch(
                 manifest["experiments"].insert(manifest["experiments"].index(name) + 1, name + TWIN)
                 write_json(run.manifest_path, manifest)
                 bar.total += 1
-            finished[name + TWIN] = measure(
-                matching.twin(plan, result["measurements"]["perplexity"]["perplexity"]), matching.find
-            )
+            twin = matching.twin(plan, result["measurements"]["perplexity"]["perplexity"])
+            finished[name + TWIN] = outline(measure(twin, matching.find))
     finally:
         bar.close()
     return sum(r["status"] == "failed" for r in finished.values())

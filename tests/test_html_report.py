@@ -482,3 +482,25 @@ def test_shifts_of_groups_by_hand():
             ("control", "no"): 1.0,
         }
     )
+
+
+def test_a_large_run_keeps_each_experiments_replies_on_a_page_of_its_own(tmp_path, no_drawing, monkeypatch):
+    """The small run's page has every reply; the large one's links to them, and each page has what it had."""
+    hostile = "<script>alert(1)</script> only here"
+    results = [
+        made.result("baseline_instruct", full()),
+        made.result("swap_a", full(informed=made.free_text("informed", hostile))),
+    ]
+    _, small, _ = written(tmp_path / "small", results)
+    monkeypatch.setattr(html_report, "LARGE", 1)
+    page, large, path = written(tmp_path / "large", results)
+    assert "only here" in small and "only here" not in large and len(large) < len(small)
+    assert not (tmp_path / "small" / "replies").exists()
+    assert sorted(p.name for p in (path / "replies").iterdir()) == ["baseline_instruct.html", "swap_a.html"]
+    for name in ("baseline_instruct", "swap_a"):
+        assert f'href="replies/{name}.html"' in large and f'id="experiment-{name}"' in large
+    own = (path / "replies" / "swap_a.html").read_text()
+    assert not Page(own).broken and "../report.html#experiment-swap_a" in own
+    assert "only here" in own and "<script>alert" not in own and "Content-Security-Policy" in own
+    body = re.search(r'<details id="experiment-swap_a".*?\n</details>', small, re.S)[0]
+    assert body.partition(">")[2][:2000] in own

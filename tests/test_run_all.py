@@ -505,3 +505,14 @@ def test_the_laptop_size_pair_from_end_to_end(smollm2, tmp_path, monkeypatch):
     ]
     assert published["mass"] > 0.05 and published["answered"]
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_a_batch_keeps_no_replies_of_what_is_on_disk(four):
+    """What is left is what a noise twin is matched by, and what is compared on resume."""
+    from runner.batch import outline
+
+    for result in read(four).values():
+        kept = outline(result)
+        assert len(json.dumps(kept)) < 40_000 and "reply" not in json.dumps(kept)
+        assert kept["status"] == result["status"]
+        assert kept["experiment"]["recipe"] == result["experiment"]["recipe"]
