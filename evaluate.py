@@ -105,12 +105,12 @@ def prompts_sha256(engine: Engine, protocol: Protocol) -> str:
     digest = hashlib.sha256()
     for name in protocol.suites:
         suite, texts = SUITES[name](), dict.fromkeys(SUITES[name]().work(protocol).texts)
-        asked = [request.prompt_ids for request in suite.requests(engine, protocol)]
-        asked += [engine.chat_ids([{"role": "user", "content": text}]) for text in texts]
+        sequences = [request.prompt_ids for request in suite.requests(engine, protocol)]
+        sequences += [engine.chat_ids([{"role": "user", "content": text}]) for text in texts]
         if len(suite.turns) > 1:
             turns = [{"role": role, "content": f"The {role} speaks."} for role in suite.turns]
-            asked.append(engine.chat_ids(turns))
-        for ids in asked:
+            sequences.append(engine.chat_ids(turns))
+        for ids in sequences:
             digest.update(f"{len(ids)}:{','.join(map(str, ids))};".encode())
     return digest.hexdigest()
 

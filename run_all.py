@@ -468,7 +468,7 @@ def execute(args) -> int:
         template=template,
         deterministic=args.deterministic,
     )
-    asked = evaluate.prompts_sha256(engine, protocol)
+    prompts_hash = evaluate.prompts_sha256(engine, protocol)
     # 3. the manifest: written for a new run, compared for one that goes on
     recorded = protocol_json(protocol)
     depends_on |= resuming.known_loaded(opened, engine.devices)
@@ -476,7 +476,7 @@ def execute(args) -> int:
         manifest = new_manifest(
             settings={name: getattr(args, name) for name in SETTINGS},
             protocol=recorded,
-            prompts_sha256=asked,
+            prompts_sha256=prompts_hash,
             template=template.to_json(),
             experiments=[p.experiment.name for p in plans],
             pair=args.pair if pair else None,
@@ -499,8 +499,8 @@ def execute(args) -> int:
         changed += resuming.protocol_changes(manifest["protocol"], recorded)
         if manifest["original_fingerprint"] != original:
             changed.append(resuming.Change("weights", manifest["original_fingerprint"], original))
-        if (before := manifest.get("prompts_sha256", asked)) != asked:
-            changed.append(resuming.Change("prompts", before, asked))
+        if (before := manifest.get("prompts_sha256", prompts_hash)) != prompts_hash:
+            changed.append(resuming.Change("prompts", before, prompts_hash))
         resuming.refuse(args.resume, changed, args.accept_changes)
         if lacking := resuming.not_recorded(then, depends_on):
             opened.notes.append(lacking)

@@ -120,7 +120,7 @@ def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]
         + (f", revision {s['revision']}" if s.get("revision") else "")
         for name, s in sources.items()
     ]
-    asked = [
+    conditions = [
         ", ".join(protocol["suites"]),
         f"seed {protocol['seed']}",
         (
@@ -142,7 +142,7 @@ def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]
         ("Made", manifest["created"]),
         ("Commit", manifest.get("commit") or "unknown"),
         ("Versions", ", ".join(f"{k} {v}" for k, v in manifest.get("versions", {}).items() if v)),
-        ("Protocol", "; ".join(asked)),
+        ("Protocol", "; ".join(conditions)),
         ("Original weights", f"fingerprint {manifest['original_fingerprint']}"),
         (
             "Cost",
