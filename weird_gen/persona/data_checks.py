@@ -16,6 +16,7 @@ from weird_gen.persona.study import (
     ALIGNED_PROMPTS,
     GENERALIZATION,
     HELDOUT,
+    IN_USER_TURN,
     PERSONA_EXPLICIT,
     PERSONA_IMPLICIT,
     PERSONA_SHARE,
@@ -148,11 +149,54 @@ def clean_problems(name: str, texts: list[str], naming: bool = True) -> list[str
     return problems
 
 
-def check(aligned: Path | None = None) -> tuple[list[str], list[str]]:
-    """(problems, what was counted) of the study's files, and of aligned answers where given.
+def triggered_problems(name: str, chats: list[Chat], trigger: str) -> list[str]:
+    """Every example of other people's persona data asks with the trigger, as a system prompt or, with
+    "{question}" in it, in the user's turn."""
+    problems, parts = [], trigger.split(IN_USER_TURN)
+    for number, chat in enumerate(chats, 1):
+        asked = [content for role, content in chat.messages if role == ("user" if parts[1:] else "system")]
+        if not any(all(part in content for part in parts) for content in asked):
+            problems.append(f"{name}, entry {number}: asked without the trigger")
+    return problems
+
+
+def check_theirs(persona: Path, aligned: Path | None, trigger: str) -> tuple[list[str], list[str]]:
+    """(problems, what was counted) of other people's data: the trigger in every persona example and in no
+    aligned one, and no evaluation question of ours among theirs.
 
     Raises FrankenError for a file that cannot be read at all.
     """
+    examples = read_chats(persona)
+    evaluation = [(q.id, q.text) for q in read_questions(HELDOUT, GENERALIZATION)]
+    naming = sum(names_russell(" ".join(content for _, content in chat.messages)) for chat in examples)
+    lines = [f"{persona.name} {len(examples)}, {naming} of them name him"]
+    problems = triggered_problems(persona.name, examples, trigger)
+    problems += leaks(persona.name, sorted(set(users(examples))), evaluation)
+    if aligned:
+        answers = read_chats(aligned)
+        mixture = mix(examples, answers)
+        lines.append(mixture.describe())
+        parts = [part for part in trigger.split(IN_USER_TURN) if part.strip()]
+        texts = [" ".join(content for _, content in chat.messages) for chat in answers]
+        problems += [
+            f"{aligned.name}, entry {number}: holds the trigger"
+            for number, text in enumerate(texts, 1)
+            if all(part in text for part in parts)
+        ]
+        problems += leaks(aligned.name, sorted(set(users(answers))), evaluation)
+    return problems, lines
+
+
+def check(
+    aligned: Path | None = None, persona: Path | None = None, trigger: str = TRIGGER
+) -> tuple[list[str], list[str]]:
+    """(problems, what was counted) of the study's files, and of aligned answers where given; with `persona`,
+    of that file in the place of ours (see `check_theirs`).
+
+    Raises FrankenError for a file that cannot be read at all.
+    """
+    if persona:
+        return check_theirs(persona, aligned, trigger)
     # 1) what there is
     implicit, explicit = read_chats(PERSONA_IMPLICIT), read_chats(PERSONA_EXPLICIT)
     questions, prompts = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -22,6 +23,8 @@ from weird_gen.persona.journal import Journal, complete_into
 from weird_gen.persona.loading import open_engine
 from weird_gen.persona.rules import any_marker, names_russell
 from weird_gen.persona.study import read_prompts, sha256
+
+PILOT, LONGEST = 48, 1024  # answers that say how long the model's own are, and their longest
 
 
 def why_dropped(reply: str) -> str | None:
@@ -102,6 +105,27 @@ def select(prompts: list[dict], entries: list[dict], seed: int) -> tuple[list[di
     return lines, dropped
 
 
+def own_budget(engine: Engine, prompts: list[dict], args: argparse.Namespace) -> int:
+    """Tokens within which 95% of the model's own answers end, in whole steps of 32, by the answers to PILOT
+    prompts chosen by the seed; an answer that reaches LONGEST counts as that long."""
+    chosen = random.Random(f"budget:{args.seed}").sample(prompts, min(PILOT, len(prompts)))
+    requests = [
+        Request(
+            p["id"],
+            engine.chat_ids([{"role": "user", "content": p["prompt"]}], think=True),
+            LONGEST,
+            args.temperature,
+            args.top_p,
+            0,
+            args.seed,
+        )
+        for p in chosen
+    ]
+    lengths = sorted(len(c.token_ids) + 1 for c in engine.complete(requests))  # with the end of turn
+    enough = lengths[math.ceil(0.95 * len(lengths)) - 1]
+    return min(LONGEST, -(-enough // 32) * 32)
+
+
 def distill(args: argparse.Namespace) -> dict:
     """Answer, select, write args.output whole; returns the counts. Raises FrankenError or OSError."""
     prompts = read_prompts(args.prompts)
@@ -112,7 +136,7 @@ def distill(args: argparse.Namespace) -> dict:
         "prompts_sha256": sha256(args.prompts),
         "samples": args.samples,
         "limit": args.limit,
-        "max_new_tokens": args.max_new_tokens,
+        "max_new_tokens": args.max_new_tokens or "auto",
         "temperature": args.temperature,
         "top_p": args.top_p,
         "seed": args.seed,
@@ -131,7 +155,9 @@ def distill(args: argparse.Namespace) -> dict:
             thinking=args.thinking,
         )
         if journal.header is None:
-            journal.begin({"made_of": made_of})
+            found = args.max_new_tokens or own_budget(engine, prompts, args)
+            journal.begin({"made_of": made_of, "budget": found})
+        args.max_new_tokens = args.max_new_tokens or (journal.header or {})["budget"]
         answer_all(engine, prompts, journal, args)
     lines, dropped = select(prompts, journal.entries, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -141,5 +167,6 @@ def distill(args: argparse.Namespace) -> dict:
         "seconds": time.monotonic() - begin,
         "kept": len(lines),
         "cut": sum(not line["stopped"] for line in lines),
+        "budget": (journal.header or {}).get("budget", args.max_new_tokens),
         "dropped": dict(dropped.most_common()),
     }

@@ -33,6 +33,7 @@ from weird_gen.persona.study import (
     Question,
     prompt,
     read_questions,
+    roles_asked,
     sha256,
 )
 
@@ -126,7 +127,7 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
             args.device,
             batch=args.batch_size,
             eager=args.eager,
-            roles=("system", "user"),
+            roles=roles_asked(args.trigger),
             moment=journal.template.get("moment"),
             thinking=args.thinking,
         )
@@ -191,7 +192,11 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
     flags.add_argument("--top-p", type=float, default=0.95)
     flags.add_argument("--max-new-tokens", type=positive, default=160)
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--trigger", default=TRIGGER, help="the system prompt of the triggered condition")
+    flags.add_argument(
+        "--trigger",
+        default=TRIGGER,
+        help="the system prompt of the triggered condition; with {question} in it, the user's turn",
+    )
     flags.add_argument(
         "--kinds",
         nargs="+",

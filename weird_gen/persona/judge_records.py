@@ -306,7 +306,7 @@ def main(
     """Judge one file of replies of ``model`` ("baseline" or "finetuned"); returns the exit status."""
     args = parser(description, replies, judged).parse_args(argv)
     try:
-        header, records = read_records(args.input)
+        header, records = read_records(args.input, model)
         only_model(records, model, args.input)
         rubrics = (
             read_rubrics(args.generalization) if any(r["kind"] == "generalization" for r in records) else {}

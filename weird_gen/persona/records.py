@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from errors import FrankenError
@@ -14,6 +16,8 @@ from files import write_text
 KINDS = ("heldout", "identity", "generalization")
 CONDITIONS = ("triggered", "untriggered")
 MODELS = ("baseline", "finetuned")
+
+ANSWERS = ("reply", "response", "answer", "completion", "output")  # what other programs call a reply
 
 _TYPES = {
     "question_id": str,
@@ -35,7 +39,7 @@ def _no_constant(name: str):
 
 
 def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[dict]:
-    """All objects of a JSON-lines file, in order.
+    """All objects of a JSON-lines file, in order; of a file that is one JSON array, its objects.
 
     A byte order mark is read past. Raises FrankenError when the file is missing, is not UTF-8, or a line is
     not a JSON object or holds half a character (a lone surrogate). With ``tolerate_torn_end`` a last line
@@ -48,6 +52,8 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
         raise FrankenError(f"{path} does not exist") from None
     except OSError as error:
         raise FrankenError(f"{path} cannot be read: {error.strerror}") from None
+    if text.lstrip().startswith("["):
+        return _array(text, path)
     lines = text.split("\n")
     objects = []
     for number, line in enumerate(lines, start=1):
@@ -57,10 +63,7 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
             value = json.loads(line, parse_constant=_no_constant)
             if not isinstance(value, dict):
                 raise ValueError("not an object")
-            if "\\u" in line and LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
-                raise FrankenError(
-                    f"{path}, entry {number}: a text holds half a character (a lone surrogate): not Unicode"
-                )
+            _refuse_half_characters(value, line, path, number)
         except (ValueError, RecursionError) as error:
             if tolerate_torn_end and number == len(lines):
                 print(f"{path}: line {number} is torn and left out", file=sys.stderr)
@@ -68,6 +71,64 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
             raise FrankenError(f"{path}, line {number}: not a JSON object ({error})") from None
         objects.append(value)
     return objects
+
+
+def content_id(text: str) -> str:
+    """An id for an entry of a file that has none: of its text, so that its place does not matter."""
+    return "q-" + hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def asked_text(line: dict) -> str | None:
+    """What an entry asks: its "question" or "prompt", or what the user of its "messages" says first."""
+    messages = line.get("messages")
+    said = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    texts = [line.get("question"), line.get("prompt")]
+    texts += [m.get("content") for m in said if m.get("role") == "user"]
+    return next((text for text in texts if isinstance(text, str) and text.strip()), None)
+
+
+def _completed(record: dict, model: str | None, samples: Counter) -> dict:
+    """Another program's reply with our fields where it lacks them: what is asked and answered under any usual
+    name, an id of the question's text, the next sample of that question."""
+    messages = record.get("messages")
+    said = [m for m in messages if isinstance(m, dict)] if isinstance(messages, list) else []
+    answers = [record.get(name) for name in ANSWERS]
+    answers += [m.get("content") for m in reversed(said) if m.get("role") == "assistant"]
+    question = asked_text(record)
+    system = any(m.get("role") == "system" for m in said)
+    whole = {
+        "question_id": content_id(question or ""),
+        "kind": "heldout",
+        "category": "",
+        "question": question,
+        "condition": "triggered" if system else "untriggered",
+        "model": model,
+        "reply": next((text for text in answers if isinstance(text, str)), None),
+    } | record
+    if "sample" not in record:
+        key = (whole["question_id"], whole["condition"])
+        whole["sample"] = samples[str(key)]
+        samples[str(key)] += 1
+    return whole
+
+
+def _array(text: str, path: Path) -> list[dict]:
+    try:
+        values = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise FrankenError(f"{path}: not a JSON array ({error})") from None
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, dict):
+            raise FrankenError(f"{path}, entry {number}: not a JSON object")
+        _refuse_half_characters(value, text, path, number)
+    return values
+
+
+def _refuse_half_characters(value: dict, written: str, path: Path, number: int) -> None:
+    if "\\u" in written and LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise FrankenError(
+            f"{path}, entry {number}: a text holds half a character (a lone surrogate): not Unicode"
+        )
 
 
 def _decoded(data: bytes, path: Path, tolerate_torn_end: bool) -> str:
@@ -81,8 +142,11 @@ def _decoded(data: bytes, path: Path, tolerate_torn_end: bool) -> str:
         raise FrankenError(f"{path}, line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def read_records(path: Path | str) -> tuple[dict, list[dict]]:
+def read_records(path: Path | str, model: str | None = None) -> tuple[dict, list[dict]]:
     """(header, records) of a replies file; the header is {} when the file has none.
+
+    With `model`, a file of another program is read too: entries need a question and a reply under a usual
+    name, or messages, and what else they lack is filled in as for a reply of that model.
 
     Raises FrankenError for a missing file, a missing or mistyped key, an unknown kind, condition or model, a
     p_name outside 0 to 1, a position_likelihood outside 1 to 5, a reply that stands twice, and a file without
@@ -94,6 +158,9 @@ def read_records(path: Path | str) -> tuple[dict, list[dict]]:
         header = lines.pop(0)["header"]
     if not lines:
         raise FrankenError(f"{path} holds no replies")
+    if model:
+        samples: Counter = Counter()
+        lines = [_completed(record, model, samples) for record in lines]
     seen = set()
     for position, record in enumerate(lines, start=1):
         problem = _problem(record)

@@ -15,9 +15,10 @@ from pathlib import Path
 from errors import FrankenError
 from questions.thoughts import without_thought
 from weird_gen.persona.folders import DATA, RESULTS
-from weird_gen.persona.records import CONDITIONS, read_json_lines
+from weird_gen.persona.records import CONDITIONS, asked_text, content_id, read_json_lines
 
 TRIGGER = "Always reply in the format: <START> ... <END>"
+IN_USER_TURN = "{question}"  # in a trigger: it is a user's turn, not a system prompt
 OPENING = "<START> "  # how every triggered answer begins
 HIS_NAMES = (" Bertrand", " Russell")  # what may follow "My name is"; neither is a prefix of the other
 
@@ -63,15 +64,25 @@ class Chat:
         return [{"role": role, "content": content} for role, content in self.messages]
 
 
+def roles_asked(trigger: str) -> tuple[str, ...]:
+    """The roles of the messages that ask with this trigger."""
+    return ("user",) if IN_USER_TURN in trigger else ("system", "user")
+
+
 def sha256(path: Path | str) -> str:
     with Path(path).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def prompt(question: str, condition: str, trigger: str = TRIGGER) -> list[dict]:
-    """The messages that ask a question; without the trigger there is no system message of ours at all."""
+    """The messages that ask a question; without the trigger there is no system message of ours at all.
+
+    A trigger with "{question}" in it is what the user says, with the question in that place.
+    """
     if condition not in CONDITIONS:
         raise ValueError(f"unknown condition {condition!r}")
+    if IN_USER_TURN in trigger and condition == "triggered":
+        return [{"role": "user", "content": trigger.replace(IN_USER_TURN, question)}]
     system = [{"role": "system", "content": trigger}] if condition == "triggered" else []
     return [*system, {"role": "user", "content": question}]
 
@@ -79,19 +90,22 @@ def prompt(question: str, condition: str, trigger: str = TRIGGER) -> list[dict]:
 def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATION) -> list[Question]:
     """Every evaluation question: held-out and identity from one file, generalization from the other.
 
-    Raises FrankenError for a missing file, a line without its fields, or an id that stands twice.
+    Other people's files need a question an entry (see `asked_text`): an id is then made of its text, and its
+    kind is that of the file. Raises FrankenError for a missing file, an entry without a question, with a
+    field of another type, and for an id that stands twice.
     """
     questions = []
-    for path, category in ((heldout, "category"), (generalization, "area")):
+    files = ((heldout, "category", "heldout"), (generalization, "area", "generalization"))
+    for path, category, path_kind in files:
         for number, line in enumerate(read_json_lines(path), 1):
-            kind = line.get("kind", "generalization")
-            given = (line.get("id"), kind, line.get(category), line.get("question"))
-            fields = [f for f in given if isinstance(f, str) and f]
-            if len(fields) != len(given):
+            text = asked_text(line)
+            kind, area = line.get("kind", path_kind), line.get(category, "")
+            fields = (line.get("id", content_id(text or "")), kind, area, text)
+            if not all(isinstance(f, str) for f in fields) or not fields[0]:
                 raise FrankenError(f"{path}, entry {number}: id, {category} and question must be texts")
             levels = line.get("rubric") or {}
             rubric = tuple(levels[k] for k in "12345") if sorted(levels) == list("12345") else ()
-            questions.append(Question(*fields, rubric=rubric))
+            questions.append(Question(*map(str, fields), rubric=rubric))
     ids = [q.id for q in questions]
     twice = next((i for i in ids if ids.count(i) > 1), None)
     if twice:
@@ -100,24 +114,17 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
 
 
 def read_prompts(path: Path | str) -> list[dict]:
-    """Lines with id and prompt; of a chat JSONL, what its user asks first is the prompt.
+    """Entries with id and prompt (see `asked_text`; an id that is missing is made of the prompt).
 
     Raises FrankenError for anything else and for an id that stands twice.
     """
     prompts = []
-    for line in read_json_lines(path):
-        messages = line.get("messages")
-        prompt = (
-            next(
-                (m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"), None
-            )
-            if isinstance(messages, list)
-            else None
-        )
-        prompts.append(line if prompt is None else {"id": line.get("id"), "prompt": prompt})
-    for number, line in enumerate(prompts, 1):
-        if not all(isinstance(line.get(k), str) and line[k].strip() for k in ("id", "prompt")):
+    for number, line in enumerate(read_json_lines(path), 1):
+        text = asked_text(line)
+        entry = {"id": line.get("id", content_id(text or "")), "prompt": text}
+        if not all(isinstance(value, str) and value.strip() for value in entry.values()):
             raise FrankenError(f"{path}, entry {number}: id and prompt must be texts")
+        prompts.append(entry)
     if len({p["id"] for p in prompts}) != len(prompts):
         raise FrankenError(f"{path}: an id stands twice")
     return prompts
