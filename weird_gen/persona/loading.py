@@ -4,7 +4,6 @@ peft."""
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from engine.chat_template import ChatTemplate
 from engine.generation import Engine, find_stop_ids
 from errors import FrankenError
+from files import read_json
 from runner.pairs import (
     PAIRS,
     load_tokenizer,
@@ -58,8 +58,8 @@ def locate_adapter(adapter: str) -> Path:
 def base_of(adapter: Path) -> str | None:
     """The base model that an adapter names."""
     try:
-        return json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    except (OSError, ValueError) as e:
+        return read_json(adapter / "adapter_config.json", nan=True).get("base_model_name_or_path")
+    except (FrankenError, AttributeError) as e:
         raise FrankenError(f"{adapter}: no readable adapter_config.json") from e
 
 
