@@ -355,7 +355,7 @@ def test_models_of_a_sweep_are_changed_models():
 
 @pytest.fixture
 def no_drawing(monkeypatch):
-    monkeypatch.setattr(figures, "save", lambda figure: {"png": b"", "pdf": b"", "svg": b""})
+    monkeypatch.setattr(figures, "save", lambda figure, forms=(): {"png": b"", "pdf": b"", "svg": b""})
 
 
 def test_the_command_line(tmp_path, no_drawing, capsys):
