@@ -269,7 +269,7 @@ def verdict_handles(rows: Iterable[Row]) -> list[Artist]:
 def log_axis(
     axis: XAxis | YAxis,
     values: Sequence[float],
-    show: Callable[[float], str] = lambda x: f"{x:,.0f}" if x >= 1 else f"{x:g}",
+    show: Callable[[float], str] = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}",
 ) -> None:
     """Make x or y of `axis` (an XAxis or YAxis) logarithmic, with ticks that say their number, not a power of
     ten alone."""

@@ -48,6 +48,11 @@ def percent(p: float) -> str:
     return f"{100 * p:g}%"
 
 
+def _share(p: float) -> str:
+    """A share in percent, with two digits where it is small."""
+    return f"{100 * p:.0f}%" if p >= 0.1 else f"{100 * p:.2g}%"
+
+
 def side_by_side(rows: Sequence[Row], baseline: Row | None, narrow: bool = False) -> Figure | None:
     """P(Yes) on the published probe and the detection score (nats) of each changed model, on one line;
     narrow: the one above the other.
@@ -112,7 +117,7 @@ def p_yes(rows: Sequence[Row], published: dict[str, float], narrow: bool = False
             beside(
                 axes,
                 line,
-                f"mass {100 * (probe.mass or 0):.2g}%" + ("" if probe.answered else ", not an answer"),
+                f"mass {_share(probe.mass or 0)}" + ("" if probe.answered else ", not an answer"),
                 INK if probe.answered else MUTED,
                 narrow,
             )
@@ -339,7 +344,7 @@ def kinds(
                 share = counted["correct"] / counted["n"]
                 # on a narrow figure the name stands above the line, within its row
                 axes.barh(
-                    line, 0.96, 0.5 if narrow else 0.9, left=place + 0.02, color=colormaps["cividis"](share)
+                    line, 0.96, 0.4 if narrow else 0.9, left=place + 0.02, color=colormaps["cividis"](share)
                 )
                 axes.text(
                     place + 0.5,

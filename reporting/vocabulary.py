@@ -317,7 +317,6 @@ def summary(comparison: Comparison, manifest: dict) -> str:
         ),
         "",
     ]
-    lines += published_lines(comparison, manifest)
     shown = {row.name for row in named(rows)}
     lines += [
         f"- {markdown_cell(f'{row.name}: {remark.text}')}"
@@ -326,6 +325,7 @@ def summary(comparison: Comparison, manifest: dict) -> str:
     ]
     if comparison.missing:
         lines += ["", f"Not run yet: {markdown_cell(', '.join(comparison.missing))}."]
+    lines += published_lines(comparison, manifest)
     # 3) controls and sweeps
     for title, of in folded(rows):
         lines += [
@@ -358,12 +358,12 @@ def published_lines(comparison: Comparison, manifest: dict) -> list[str]:
         return []
     about = f"Published: {published.SOURCE}. {other_pair(manifest)}".strip()
     return [
+        "",
         "## Beside the published numbers",
         "",
         *markdown_table(["experiment", "P(Yes) here", "published"], rows, (False, True, True)),
         "",
         markdown_cell(about),
-        "",
     ]
 
 
