@@ -244,8 +244,8 @@ def check(
         texts = [" ".join(content for _, content in chat.messages) for chat in answers]
         problems += clean_problems(aligned.name, texts)
         problems += leaks(aligned.name, sorted(set(users(answers))), evaluation)
-        for name, persona in (("implicit", implicit), ("explicit", explicit)):
-            mixture = mix(persona, answers)
+        for name, examples in (("implicit", implicit), ("explicit", explicit)):
+            mixture = mix(examples, answers)
             lines.append(f"{name}: {mixture.describe()}")
             if abs(mixture.share - PERSONA_SHARE) > SHARE_TOLERANCE:
                 problems.append(
