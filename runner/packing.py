@@ -1,4 +1,5 @@
-"""A finished run's experiments in one compressed file: experiments/*.json as experiments.tar.xz, and back.
+"""A finished run's experiments in one compressed file, experiments.tar.xz, and back: experiments/*.json, and
+texts.json with the questions that they share.
 
 The archive lies in the run's folder and its members are named as the files were, so that `tar xf
 experiments.tar.xz` there gives them back too. Order, times and owners are fixed: equal files make an equal
@@ -19,6 +20,7 @@ from errors import FrankenError
 from files import read_bytes, write_bytes
 
 ARCHIVE = "experiments.tar.xz"
+TEXTS = "texts.json"
 MEMBER = re.compile(r"experiments/([^/.][^/]*)\.json")
 # The dictionary holds a run of 250 experiments; more of it would only take memory, also where it is unpacked
 FILTERS = ({"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 16 << 20},)
@@ -60,7 +62,8 @@ def _files(data: bytes) -> dict[str, bytes]:
     files: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(whole), mode="r:") as tar:
         for entry in tar:
-            content = tar.extractfile(entry) if entry.isreg() and MEMBER.fullmatch(entry.name) else None
+            known = entry.isreg() and (entry.name == TEXTS or MEMBER.fullmatch(entry.name))
+            content = tar.extractfile(entry) if known else None
             if content is None or entry.name in files:
                 raise ValueError(f"{entry.name[:80]!r} is no experiment, or stands in it twice")
             files[entry.name] = content.read()
@@ -71,7 +74,8 @@ def _files(data: bytes) -> dict[str, bytes]:
 
 
 def pack(folder: Path) -> tuple[int, int, int]:
-    """Put a run's experiments/*.json into its archive; (how many, their bytes, the archive's).
+    """Put a run's experiments/*.json and texts.json into its archive; (how many experiments, bytes of all
+    files, the archive's).
 
     The files go only when the archive has been read back from disk and holds each of them byte for byte. What
     is packed already stays so. Nobody may write to the run meanwhile (Run.alone). Raises FrankenError, and
@@ -83,7 +87,7 @@ def pack(folder: Path) -> tuple[int, int, int]:
     loose = _loose(folder)
     _refuse_others(archive, held, loose)
     files = held | loose
-    if not files:
+    if not files.keys() - {TEXTS}:
         raise FrankenError(f"{folder} holds no experiments to pack")
     # 1) the archive, under another name until it is known to be good
     if files.keys() != held.keys():
@@ -105,11 +109,12 @@ def pack(folder: Path) -> tuple[int, int, int]:
         _remove(folder / name)
     if (folder / "experiments").is_dir() and not any((folder / "experiments").iterdir()):
         (folder / "experiments").rmdir()
-    return len(files), sum(map(len, files.values())), archive.stat().st_size
+    return len(files.keys() - {TEXTS}), sum(map(len, files.values())), archive.stat().st_size
 
 
 def unpack(folder: Path) -> int:
-    """Give a packed run its experiments/*.json back and remove the archive; how many there are.
+    """Give a packed run its experiments/*.json and texts.json back and remove the archive; how many
+    experiments there are.
 
     The archive goes only when every file is there and equal. Raises FrankenError, and removes nothing, if the
     run is not packed, the archive is corrupt, a file is not what the archive has of that name, or the disk
@@ -131,14 +136,18 @@ def unpack(folder: Path) -> int:
     if lost:
         raise FrankenError(f"{folder / lost[0]} was not written as it should be; {ARCHIVE} is kept")
     _remove(archive)
-    return len(held)
+    return len(held.keys() - {TEXTS})
 
 
 def _loose(folder: Path) -> dict[str, bytes]:
-    """The experiments that are files of their own; others' half-written files have a dot in front."""
+    """The experiments that are files of their own, and the texts; others' half-written files have a dot in
+    front."""
     paths = (folder / "experiments").glob("*.json")
     named = {f"experiments/{path.name}": path for path in paths}
-    return {name: read_bytes(path) for name, path in named.items() if MEMBER.fullmatch(name)}
+    named = {name: path for name, path in named.items() if MEMBER.fullmatch(name)}
+    if (folder / TEXTS).exists():
+        named[TEXTS] = folder / TEXTS
+    return {name: read_bytes(path) for name, path in named.items()}
 
 
 def _refuse_others(archive: Path, held: dict[str, bytes], loose: dict[str, bytes]) -> None:

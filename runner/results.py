@@ -174,7 +174,7 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         self.manifest_path = path / "manifest.json"
-        self.texts_path = path / "texts.json"
+        self.texts_path = path / packing.TEXTS
         self._texts: dict | None = None
         self._checked: dict[str, tuple] = {}  # by experiment: the file that the schema has been held against
         self._archive: tuple[tuple, dict[str, bytes]] | None = None  # its stamp and what it holds
@@ -291,12 +291,21 @@ class Run:
         return content, stamp, str(file), AGAIN
 
     def texts(self) -> dict:
-        """What texts.json holds; nothing where no result has been written yet, or none of version 2.
+        """What texts.json holds, packed or not; nothing where no result has been written yet, or none of
+        version 2.
 
-        Raises FrankenError naming the file if it is corrupt or was changed.
+        Raises FrankenError naming the file if it is corrupt or was changed, or is not what the archive has.
         """
         if self._texts is None:
-            data = read_json(self.texts_path) if self.texts_path.exists() else {"texts": {}}
+            loose = read_bytes(self.texts_path) if self.texts_path.exists() else None
+            packed = self._packed()[1].get(packing.TEXTS)
+            if None not in (loose, packed) and loose != packed:
+                raise FrankenError(
+                    f"{self.texts_path} is not what {self.archive.name} has of that name; move one of them"
+                    " away"
+                )
+            content = packed if loose is None else loose
+            data = {"texts": {}} if content is None else parse_json(content, str(self.texts_path))
             shared = data.get("texts") if isinstance(data, dict) else None
             if not isinstance(shared, dict):
                 raise FrankenError(f"{self.texts_path} is corrupt (it holds no texts)")

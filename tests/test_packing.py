@@ -27,6 +27,7 @@ def run(tmp_path):
     """A run of three experiments and of one that has not run, with arrays beside the first."""
     run, _ = made.make(tmp_path / "run_x", [made.result(name) for name in NAMES], missing=("later",))
     (run.path / "experiments" / f"{NAMES[0]}.npz").write_bytes(b"arrays")
+    results.write_json(run.texts_path, {"schema_version": 2, "texts": {}})
     return run
 
 
@@ -59,8 +60,11 @@ def test_a_packed_and_unpacked_run_has_every_byte_it_had(run):
     before = files(run)
     count, size, small = run.pack()
     json_of = {
-        name: data for name, data in before.items() if name.startswith("experiments/") and "json" in name
+        name: data
+        for name, data in before.items()
+        if name == "texts.json" or (name.startswith("experiments/") and "json" in name)
     }
+    assert "texts.json" in json_of
     assert (count, size) == (3, sum(map(len, json_of.values()))) and small < size
     assert files(run) == {n: d for n, d in before.items() if n not in json_of} | {
         "experiments.tar.xz": run.archive.read_bytes()
@@ -80,6 +84,7 @@ def test_plain_tar_gives_the_files_back(run):
 
 def test_equal_files_make_an_equal_archive(run, tmp_path):
     other, _ = made.make(tmp_path / "other", [made.result(name) for name in reversed(NAMES)])
+    results.write_json(other.texts_path, {"schema_version": 2, "texts": {}})
     for file in (other.path / "experiments").iterdir():
         os.utime(file, (10**9, 10**9))
     assert packed(run) == packed(other)
@@ -103,6 +108,20 @@ def test_a_run_without_experiments_is_not_packed(tmp_path):
     with pytest.raises(FrankenError, match="empty holds no experiments to pack"):
         run.pack()
     assert not run.archive.exists()
+
+
+def test_texts_beside_an_archive_have_to_be_its_own(run):
+    wanted = run.load(NAMES[0])
+    texts = run.texts_path.read_bytes()
+    run.pack()
+    assert not run.texts_path.exists() and Run(run.path).load(NAMES[0]) == wanted
+    run.texts_path.write_bytes(texts)  # what a kill between archive and removal leaves
+    assert Run(run.path).load(NAMES[0]) == wanted
+    run.texts_path.write_bytes(texts.replace(b"version", b"Version"))
+    with pytest.raises(FrankenError, match="texts.json is not what experiments.tar.xz has"):
+        Run(run.path).load(NAMES[0])
+    with pytest.raises(FrankenError, match="texts.json is not what experiments.tar.xz has"):
+        run.unpack()
 
 
 # ---- read like any other -----------------------------------------------------------------------------------
