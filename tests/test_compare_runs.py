@@ -116,14 +116,26 @@ def test_no_difference_is_told_where_there_is_none_to_know(two, tmp_path):
 
 def test_a_figure_holds_both_runs(two):
     loaded = compare_runs.load(two)
-    (axes,) = compare_runs.figures_experiments.runs(
+    p_yes, scores = compare_runs.figures_experiments.runs(
         ["x", "y", "z"], {name: run.rows for name, run in loaded.items()}
     ).axes
-    points = {
-        (line.get_marker(), float(line.get_xdata()[0])) for line in axes.lines if len(line.get_xdata()) == 1
+
+    def points(axes):
+        return {
+            (line.get_marker(), float(line.get_xdata()[0]))
+            for line in axes.lines
+            if len(line.get_xdata()) == 1
+        }
+
+    assert points(scores) == {("o", 0.0), ("o", 0.1), ("s", 0.0), ("s", 0.1)}
+    shares = {
+        (marker, run.rows[name].published_probe.p_yes_normalized)
+        for marker, run in zip("os", loaded.values(), strict=True)
+        for name in "xyz"
+        if name in run.rows
     }
-    assert points == {("o", 0.0), ("o", 0.1), ("s", 0.0), ("s", 0.1)}
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["x", "y", "z"]
+    assert points(p_yes) == shares
+    assert [t.get_text() for t in p_yes.get_yticklabels()] == ["x", "y", "z"]
 
 
 def test_other_questions_are_flagged_before_anything_else(two, tmp_path):
