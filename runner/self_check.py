@@ -290,7 +290,7 @@ def shrunk(config, narrow: bool = True):
         width = getattr(small, key, None)
         if isinstance(width, int):
             setattr(small, key, min(width, WIDEST))
-    small.vocab_size = min(small.vocab_size, VOCABULARY)
+    small.vocab_size = VOCABULARY  # which the prompts are drawn from, however few a tiny model has
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(small, key, None)
     # 3. limits

@@ -48,7 +48,12 @@ def config_of(**changes):
     return tiny.make_config("llama", **{"tie_word_embeddings": False} | changes)
 
 
-@pytest.mark.parametrize("changes", [{}, SINKS, LONGROPE], ids=["llama", "sinks", "longrope"])
+FEW = dict(vocab_size=100)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, SINKS, LONGROPE, FEW], ids=["llama", "sinks", "longrope", "few tokens"]
+)
 def test_what_is_right_passes_with_room_to_spare(changes):
     before = torch.get_rng_state()
     outcome = check_code(config_of(**changes), CPU)
