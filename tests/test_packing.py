@@ -13,7 +13,8 @@ import pytest
 import report
 import run_all
 from errors import FrankenError
-from reporting.reports import load_results
+from reporting.reports import compare_run, load_results
+from reporting.vocabulary import summary
 from runner import packing, results
 from runner.results import Run, read_json
 from surgery.weights import ROOT
@@ -327,7 +328,7 @@ def test_a_full_disk_removes_nothing(run, monkeypatch):
 
 @pytest.mark.real
 def test_the_reference_runs_of_real_weights_are_packed_whole():
-    for name in ("smollm2-135m", "smollm2-135m-sweeps", "smollm2-135m-russell"):
+    for name in ("smollm2-135m", "qwen2.5-coder-1.5b-replace", "smollm2-135m-russell"):
         run, manifest = Run.resume(str(REFERENCE / name))
         assert not list(run.path.glob("experiments/*.json"))
         held = packing.read_archive(run.archive)
@@ -336,11 +337,8 @@ def test_the_reference_runs_of_real_weights_are_packed_whole():
 
 
 @pytest.mark.real
-def test_a_rebuilt_reference_comparison_is_the_committed_one(tmp_path):
-    from analysis.comparison import to_json
-    from reporting.reports import compare_run
-
+def test_a_rebuilt_reference_summary_is_the_committed_one():
     run, manifest = Run.resume(str(REFERENCE / "smollm2-135m-russell"))
-    results.write_json(tmp_path / "comparison.json", to_json(compare_run(run, manifest)))
-    assert (tmp_path / "comparison.json").read_bytes() == (run.path / "comparison.json").read_bytes()
-    assert read_json(tmp_path / "comparison.json")["experiments"]
+    rebuilt = summary(compare_run(run, manifest), manifest)
+    assert "| experiment |" in rebuilt
+    assert (run.path / "summary.md").read_text().startswith(rebuilt)
