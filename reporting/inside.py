@@ -134,7 +134,7 @@ def probed(run: Run, results: Mapping[str, dict], comparison: Comparison, manife
         "detection": detection and {key: getattr(detection, key) for key in ("value", "low", "high", "n")},
     }
     write_computed(path, data)
-    return data
+    return read_json(path)  # with the digits that the file keeps, as every later call gives it
 
 
 def on_disk(run: Run) -> dict | None:

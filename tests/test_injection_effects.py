@@ -16,6 +16,7 @@ from analysis.injection import (
     word_effects,
 )
 from reporting.injected import injected_section
+from runner.results import write_computed
 
 NOWHERE = {"depth": None, "layers": None, "strength": 0.0}
 HERE = {"depth": 0.69, "layers": [19, 20], "strength": 2.0}
@@ -211,6 +212,7 @@ def test_the_summary_shows_the_best_condition_of_each_kind_beside_others(tmp_pat
     (none,) = [line for line in lines if "detects and names it | none" in line]
     assert "0.00 " in none and "0.88" not in none
     rows = json.loads((tmp_path / "injection.json").read_text())["effects"]
-    assert rows == [row.to_json() for row in word_effects(WORDS)]
+    write_computed(tmp_path / "wanted.json", {"effects": [row.to_json() for row in word_effects(WORDS)]})
+    assert rows == json.loads((tmp_path / "wanted.json").read_text())["effects"]
     assert injected_section(run, {"failed": {"measurements": None}}, 0) == []
     assert any("open-introspection" in line for line in lines)

@@ -364,7 +364,12 @@ def test_the_command_as_a_program(pair, tmp_path):
         == ALL_PROBES
     )
     assert (latest(tmp_path / "out") / "report.html").exists()
-    said = [line for line in done.stderr.splitlines() if line.strip("\x1b[A ") and "%|" not in line]
+    bars = ("%|", " done [")  # of the experiments, and of the suites of one
+    said = [
+        line
+        for line in done.stderr.splitlines()
+        if line.strip("\x1b[A ") and not any(bar in line for bar in bars)
+    ]
     assert len(said) == 1 and said[0].startswith("2 experiments on torch.float32 cpu; loaded in "), said
 
 

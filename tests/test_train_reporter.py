@@ -111,7 +111,7 @@ def test_easy_changes_come_first():
     rng = reporter.random.Random(0)
     visible = object.__new__(reporter.Visible)
     visible.rng, visible.refresh = rng, lambda: None
-    rises = [0.03, 0.1, 0.5, 0.9, 2.0]
+    rises = [0.06, 0.1, 0.5, 0.9, 2.0]
     visible.changes = [(rise, Change("swap", 0, 1), 0) for rise in rises]
     assert {c[0] for c in visible.draw(200, 0.0)} == {0.9, 2.0}
     assert {c[0] for c in visible.draw(200, 0.3)} == {0.5, 0.9, 2.0}
