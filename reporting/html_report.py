@@ -411,7 +411,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             for named_score in (row.formats or {}).items()
         ],
         published=[
-            (row, values) for row in rows if row.published_probe and (values := published.of(row, layers))
+            (row, theirs) for row in rows if row.published_probe and (theirs := published.of(row, layers))
         ],
         published_source=published.SOURCE,
         other_pair=vocabulary.other_pair(manifest),
