@@ -109,10 +109,13 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def code_sha256() -> str:
-    """A hash over the names and contents of the files that measure, committed or not."""
+def code_sha256(places: Sequence[str] = CODE) -> str:
+    """A hash over the names and contents of the files that measure, committed or not.
+
+    places: files, and folders of Python files, by their paths in the checkout.
+    """
     digest = hashlib.sha256()
-    for place in CODE:
+    for place in places:
         path = ROOT / place
         for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
             digest.update(f"{file.relative_to(ROOT)} {sha256(file.read_bytes())}\n".encode())

@@ -51,8 +51,9 @@ from engine.sampling import Request
 from errors import FrankenError, first_line
 from franken import LiveModel
 from runner.cache import cache_dir
+from runner.resuming import code_sha256
 from surgery.recipes import Recipe, identity, permute_units
-from surgery.weights import ROOT, Checkpoint
+from surgery.weights import Checkpoint
 
 # Sums in another order differ by 1e-6 to 1e-5 in float32; the smallest of the faults that this is for (YaRN's
 # factor left out of one layer kind, sinks, a window one token off) by 1e-2.
@@ -79,14 +80,8 @@ _passed: dict[str, dict] = {}
 
 
 def code_hash() -> str:
-    """A hash of the sources whose results are checked here, and of the libraries' versions."""
-    files = sorted(
-        f for part in CODE for f in ([ROOT / part] if part.endswith(".py") else (ROOT / part).glob("*.py"))
-    )
-    digest = hashlib.sha256(f"{torch.__version__} {transformers.__version__}".encode())
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    """The sources whose results are checked here, by their hash, and the libraries' versions."""
+    return f"{code_sha256(CODE)} {torch.__version__} {transformers.__version__}"
 
 
 def once(what: dict, check: Callable[[], dict]) -> dict:
