@@ -104,7 +104,8 @@ def prompts_sha256(engine: Engine, protocol: Protocol) -> str:
     alike."""
     digest = hashlib.sha256()
     for name in protocol.suites:
-        suite, texts = SUITES[name](), dict.fromkeys(SUITES[name]().work(protocol).texts)
+        suite = SUITES[name]()
+        texts = dict.fromkeys(suite.work(protocol).texts)
         sequences = [request.prompt_ids for request in suite.requests(engine, protocol)]
         sequences += [engine.chat_ids([{"role": "user", "content": text}]) for text in texts]
         if len(suite.turns) > 1:
