@@ -15,7 +15,7 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, cast
@@ -187,10 +187,7 @@ class LiveModel:
                 labels.append(f"{part}.{name}")
                 hashes.append(tensor_hash(tensor))
         values = torch.stack([h.to(self.device) for h in hashes]).tolist()
-        lines = [f"{a} {b}" for a, b in zip(labels, values, strict=True)]
-        lines += [f"{p}.scale {scale!r}" for p, scale in enumerate(self.scales) if scale != 1]
-        lines += [f"parallel {start} {stop}" for start, stop in self.parallel]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+        return digest_of(dict(zip(labels, values, strict=True)), self.scales, self.parallel)
 
     # ---- the module that transformers knows ----------------------------------------------------------------
 
@@ -271,24 +268,7 @@ class LiveModel:
         return None if held is None else self.kinds[held.mix[0][0].layer]
 
     def _check(self, recipe: Recipe) -> None:
-        for source in recipe.sources:
-            if source not in self.sources:
-                raise FrankenError(
-                    f"the recipe takes layers from {source!r}; the sources here are {', '.join(self.sources)}"
-                )
-        if self.tied and recipe.embed != recipe.head:
-            raise FrankenError(
-                "embedding and output head are one tensor in this model and cannot come from two sources"
-            )
-        for p, slot in enumerate(recipe.slots):
-            for edit in slot.edits:
-                if isinstance(edit, Permute) and edit.what in self.refused_placebos:
-                    raise FrankenError(self.refused_placebos[edit.what])
-            for ref, _ in slot.mix:
-                if not 0 <= ref.layer < min(len(self.kinds), len(self.sources[ref.source].layers)):
-                    raise FrankenError(f"position {p}: layer {ref.layer} of {ref.source} does not exist")
-            if len({self.kinds[ref.layer] for ref, _ in slot.mix}) > 1:
-                raise FrankenError(f"position {p} mixes layers of different attention kinds")
+        check_recipe(recipe, self.sources, self.kinds, self.tied, self.refused_placebos)
 
     def _assign(self, slots: list[Slot]) -> list[int]:
         """Which bank serves each position. At full depth bank p is position p, so that captured graphs stay
@@ -418,44 +398,17 @@ class LiveModel:
             self.banks[j].held = plain(ref.source, ref.layer)
 
     def _jobs(self, ref: Ref, into: Layer) -> list:
-        have = self.sources[ref.source].layers[ref.layer]
-        if set(have) != set(into):
-            odd = sorted(set(have) ^ set(into))[0]
-            raise FrankenError(
-                f"layer {ref.layer} of {ref.source} does not match the model: {odd} is only on one side"
-            )
-        return [(have[name], tensor) for name, tensor in into.items()]
+        return layer_jobs(self.sources[ref.source], ref, into)
 
     def _add_delta(self, ref: Ref, into: Layer) -> None:
-        source = self.sources[ref.source]
-        for name, tensor in into.items():
-            delta = source.delta(ref.layer, name, tensor.device)
-            if delta is None:
-                continue
-            stored, under = source.layers[ref.layer][name], tensor
-            if (
-                stored.dtype.itemsize > tensor.dtype.itemsize
-            ):  # was rounded on the way: the sum is rounded once
-                under = read_tensor(stored).to(tensor.device)
-            tensor.copy_(under.float() + delta)
+        add_delta(self.sources[ref.source], ref, into)
 
     def _mix_and_edit(self, bank: Bank, slot: Slot, report: Surgery) -> None:
         """Turn the plain first layer of the mixture, already in the bank, into the mixture with its edits."""
         bank.held = None
-        if len(slot.mix) > 1:
-            weights = [w for _, w in slot.mix]
-            others = [self._fetch(ref, bank.device, own) for own, (ref, _) in enumerate(slot.mix[1:])]
-            for name, tensor in bank.tensors.items():
-                total = tensor.float() * weights[0]  # summed in float32, rounded once
-                for layer, weight in zip(others, weights[1:], strict=True):
-                    total += layer[name].float() * weight
-                tensor.copy_(total)
-        for edit in slot.edits:
-            if isinstance(edit, Noise):
-                for name, tensor in bank.tensors.items():
-                    tensor.copy_(tensor.float() + noise_for(tensor, edit, name))
-            else:
-                permute_units_in_place(bank.tensors, edit, self.config)
+        others = [self._fetch(ref, bank.device, own) for own, (ref, _) in enumerate(slot.mix[1:])]
+        mix_in_place(bank.tensors, others, slot)
+        edit_in_place(bank.tensors, slot, self.config)
         report.bytes_computed += sum(t.nbytes for t in bank.tensors.values())
         bank.held = slot
 
@@ -484,6 +437,97 @@ class LiveModel:
                 jobs.append((refs[name], tensor))
         self.stream.read(jobs)
         self.outer_held |= {part: wanted[part] for part in parts}
+
+
+def digest_of(
+    hashes: dict[str, int], scales: Sequence[float] = (), parallel: Sequence[tuple[int, int]] = ()
+) -> str:
+    """LiveModel.fingerprint of `tensor_hash` by label: "p.name" in running order and by name, then those of
+    embedding, norm and head as "part.name"."""
+    lines = [f"{label} {value}" for label, value in hashes.items()]
+    lines += [f"{p}.scale {scale!r}" for p, scale in enumerate(scales) if scale != 1]
+    lines += [f"parallel {start} {stop}" for start, stop in parallel]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
+
+
+def check_recipe(
+    recipe: Recipe,
+    sources: Mapping[str, Source],
+    kinds: Sequence[int],
+    tied: bool,
+    refused: Mapping[str, str],
+) -> None:
+    """Raises FrankenError for a recipe that no model of these sources can hold.
+
+    Args:
+        kinds: of each layer; layers of equal kind have equal plain attributes.
+        refused: Permute.what -> why it would change the function here.
+    """
+    for source in recipe.sources:
+        if source not in sources:
+            raise FrankenError(
+                f"the recipe takes layers from {source!r}; the sources here are {', '.join(sources)}"
+            )
+    if tied and recipe.embed != recipe.head:
+        raise FrankenError(
+            "embedding and output head are one tensor in this model and cannot come from two sources"
+        )
+    for p, slot in enumerate(recipe.slots):
+        for edit in slot.edits:
+            if isinstance(edit, Permute) and edit.what in refused:
+                raise FrankenError(refused[edit.what])
+        for ref, _ in slot.mix:
+            if not 0 <= ref.layer < min(len(kinds), len(sources[ref.source].layers)):
+                raise FrankenError(f"position {p}: layer {ref.layer} of {ref.source} does not exist")
+        if len({kinds[ref.layer] for ref, _ in slot.mix}) > 1:
+            raise FrankenError(f"position {p} mixes layers of different attention kinds")
+
+
+def layer_jobs(source: Source, ref: Ref, into: Layer) -> list:
+    """What a Stream reads to fill `into` with a source's layer. Raises FrankenError where names differ."""
+    have = source.layers[ref.layer]
+    if set(have) != set(into):
+        odd = sorted(set(have) ^ set(into))[0]
+        raise FrankenError(
+            f"layer {ref.layer} of {ref.source} does not match the model: {odd} is only on one side"
+        )
+    return [(have[name], tensor) for name, tensor in into.items()]
+
+
+def add_delta(source: Source, ref: Ref, into: Layer) -> None:
+    """Add what a source has beside the layer that was read: an adapter's change."""
+    for name, tensor in into.items():
+        delta = source.delta(ref.layer, name, tensor.device)
+        if delta is None:
+            continue
+        stored, under = source.layers[ref.layer][name], tensor
+        # was rounded on the way: the sum is rounded once
+        if stored.dtype.itemsize > tensor.dtype.itemsize:
+            under = read_tensor(stored).to(tensor.device)
+        tensor.copy_(under.float() + delta)
+
+
+def mix_in_place(into: Layer, others: Sequence[Layer], slot: Slot) -> None:
+    """Turn the first layer of a slot's mixture into the mixture with `others`, the rest of it in order:
+    summed in float32, rounded once."""
+    if not others:
+        return
+    weights = [w for _, w in slot.mix]
+    for name, tensor in into.items():
+        total = tensor.float() * weights[0]
+        for layer, weight in zip(others, weights[1:], strict=True):
+            total += layer[name].float() * weight
+        tensor.copy_(total)
+
+
+def edit_in_place(layer: Layer, slot: Slot, config) -> None:
+    """Noise and permutations of a slot, in order."""
+    for edit in slot.edits:
+        if isinstance(edit, Noise):
+            for name, tensor in layer.items():
+                tensor.copy_(tensor.float() + noise_for(tensor, edit, name))
+        else:
+            permute_units_in_place(layer, edit, config)
 
 
 def _ref(slot: Slot) -> tuple[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import Any, TypedDict, cast
 
 import torch
 from accelerate import infer_auto_device_map, init_empty_weights
@@ -411,39 +411,26 @@ def choose_pair(pair: str | None, base: str | None, instruct: str | None) -> Pai
     return PAIRS[pair]
 
 
-def open_pair(
-    pair: str | None = DEFAULT_PAIR,
-    base: str | None = None,
-    instruct: str | None = None,
+@dataclass
+class Located:
+    """The sources of a pair on disk, and the config of the instruct side; no weights are in memory."""
+
+    path: Path  # of the instruct side
+    config: Any
+    sources: dict[str, Source]
+    notes: list[str]
+    before_merging: dict[str, dict]  # what the manifest records of an instruct side before its adapter
+
+
+def open_sources(
+    chosen: Pair,
     base_revision: str | None = None,
     instruct_revision: str | None = None,
     extra: dict[str, str] | None = None,
-    dtype: str = "auto",
-    device_map: str = "auto",
-    resident: bool | None = None,
     instruct_adapter: str | None = None,
-) -> Opened:
-    """Load the instruct side of a pair where it runs; every other source stays on disk until it is wanted.
-
-    Args:
-        pair: a name in PAIRS; or `instruct`, a path or hub id, with or without a `base`.
-        extra: further sources by name: checkpoint directories or LoRA adapter directories (over the instruct
-            side).
-        device_map: "auto" (one GPU if it fits, else spread over all; a CPU for small models), "cuda", "cpu",
-            "balanced".
-        resident: keep the base layers on the GPU as well; None: if they fit.
-        instruct_adapter: a LoRA adapter that is merged into the instruct side, once, in the cache; a stand-in
-            for a base stays the pair's own.
-
-    Raises FrankenError with one line for anything that cannot work, before loading and, for a known pair,
-    before downloading.
-    """
-    # 1. what is meant, and whether it can fit
-    chosen = choose_pair(pair, base, instruct)
-    pair = None if instruct else pair
-    if chosen.parameters:
-        pick_device(device_map, chosen.parameters * (4 if dtype == "float32" else 2), pair)
-    # 2. the sources, the instruct side first
+) -> Located:
+    """Find, download or convert what a pair and further sources name, and hold it against each other; the
+    arguments are those of `open_pair`. Raises FrankenError for what does not fit."""
     path, revision = locate(chosen.instruct, instruct_revision or chosen.instruct_revision)
     config, notes = read_config(path), chosen.notes()
     plain = Checkpoint("instruct", path, revision)
@@ -481,7 +468,45 @@ def open_pair(
     check_config_fits(config, sources["instruct"], path)
     for name, source in sources.items():
         check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
-    tokenizer, stops = load_tokenizer(path), stop_ids(path)
+    return Located(path, config, sources, notes, before_merging)
+
+
+def open_pair(
+    pair: str | None = DEFAULT_PAIR,
+    base: str | None = None,
+    instruct: str | None = None,
+    base_revision: str | None = None,
+    instruct_revision: str | None = None,
+    extra: dict[str, str] | None = None,
+    dtype: str = "auto",
+    device_map: str = "auto",
+    resident: bool | None = None,
+    instruct_adapter: str | None = None,
+) -> Opened:
+    """Load the instruct side of a pair where it runs; every other source stays on disk until it is wanted.
+
+    Args:
+        pair: a name in PAIRS; or `instruct`, a path or hub id, with or without a `base`.
+        extra: further sources by name: checkpoint directories or LoRA adapter directories (over the instruct
+            side).
+        device_map: "auto" (one GPU if it fits, else spread over all; a CPU for small models), "cuda", "cpu",
+            "balanced".
+        resident: keep the base layers on the GPU as well; None: if they fit.
+        instruct_adapter: a LoRA adapter that is merged into the instruct side, once, in the cache; a stand-in
+            for a base stays the pair's own.
+
+    Raises FrankenError with one line for anything that cannot work, before loading and, for a known pair,
+    before downloading.
+    """
+    # 1. what is meant, and whether it can fit
+    chosen = choose_pair(pair, base, instruct)
+    pair = None if instruct else pair
+    if chosen.parameters:
+        pick_device(device_map, chosen.parameters * (4 if dtype == "float32" else 2), pair)
+    # 2. the sources, the instruct side first
+    located = open_sources(chosen, base_revision, instruct_revision, extra, instruct_adapter)
+    config, sources, notes = located.config, located.sources, located.notes
+    tokenizer, stops = load_tokenizer(located.path), stop_ids(located.path)
     # 3. where it runs, and whether its config is understood
     bytes_on_disk = sum(r.nbytes for layer in sources["instruct"].layers for r in layer.values())
     on_disk = next(iter(sources["instruct"].layers[0].values())).dtype.itemsize
@@ -508,7 +533,7 @@ def open_pair(
     for name, source in sources.items():
         if isinstance(source, Checkpoint):
             checked["weights"][name] = check_weights(live, name, config, described[name])
-    described |= before_merging
+    described |= located.before_merging
     return Opened(live, tokenizer, stops, notes, described, checked)
 
 
