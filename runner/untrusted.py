@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import re
-import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -114,11 +114,13 @@ def check_config_fits(config, source: Source, folder: Path) -> None:
 
 # As transformers has it: the same sandbox, extensions and functions.
 _CHILD = r"""
-import json, sys
+import json, resource, sys
 from datetime import datetime
 import jinja2, jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 job = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"] + 1))
+resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
 class Generation(jinja2.ext.Extension):
     tags = {"generation"}
     def parse(self, parser):
@@ -179,26 +181,24 @@ def _template_problem(sources: Sequence[str], special: Sequence[tuple[str, str]]
         "conversations": [[{"role": r, "content": said} for r in roles] for roles in _CONVERSATIONS],
         "tokens": dict(special),
         "most": WRITTEN_BYTES,
+        "seconds": TEMPLATE_SECONDS,
+        "memory": TEMPLATE_MEMORY,
     }
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (TEMPLATE_SECONDS, TEMPLATE_SECONDS + 1))
-        resource.setrlimit(resource.RLIMIT_AS, (TEMPLATE_MEMORY, TEMPLATE_MEMORY))
-
     slow = f"does not end: a short conversation took it over {TEMPLATE_SECONDS} s"
     with subprocess.Popen(
         [sys.executable, "-I", "-c", _CHILD],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=limited,
-    ) as child:
+    ) as child:  # it limits itself: Python code between fork and exec is not safe beside CUDA's threads
         try:  # by the clock too, generously: others may use the machine
             child.communicate(json.dumps(job).encode(), timeout=6 * TEMPLATE_SECONDS)
         except subprocess.TimeoutExpired:
             child.kill()
-    if child.returncode < 0:
+    if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return slow
+    if child.returncode < 0:
+        return f"ends the process that writes a short conversation, by signal {-child.returncode}"
     return {
         3: f"takes over {TEMPLATE_MEMORY >> 30} GiB of memory for a short conversation",
         4: f"writes over {WRITTEN_BYTES >> 20} MiB for a short conversation",
