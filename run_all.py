@@ -9,7 +9,6 @@ import contextlib
 import os
 import shlex
 import sys
-import time
 
 from command_line import DefaultsThatSay
 
@@ -211,6 +210,16 @@ def _add_run(run) -> None:
         action="store_true",
         help="replies that no batch changes, to the bit: slower, --batch-size has no effect",
     )
+    run.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=(
+            "spread the experiments over N loaded models, by Ray: on this machine, or on those that"
+            " RAY_ADDRESS joins. If not given: one for each GPU or group of GPUs that the model needs, where"
+            " there are several and Ray is installed; 1: one process without Ray"
+        ),
+    )
     run.add_argument("--list", action="store_true", help="list the experiments and exit")
     run.add_argument(
         "--dry-run",
@@ -235,7 +244,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.machine and not args.dry_run:
         p.error("--for plans for another machine: it goes with --dry-run")
-    for name in ("samples", "max_new_tokens", "priority_limit", "batch_size"):
+    for name in ("samples", "max_new_tokens", "priority_limit", "batch_size", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
@@ -387,20 +396,19 @@ def resume_command(path, args) -> str:
 
 
 def execute(args) -> int:
+    from datetime import datetime
+
     import torch
 
     import evaluate
-    from engine.chat_template import ChatTemplate
-    from engine.generation import Engine
     from errors import FrankenError, printable
     from experiments import TWIN
     from questions import sandbox
     from reporting.reports import write_reports
     from runner import resuming
-    from runner.batch import ended_by_signals, run_batch, set_threads
+    from runner.batch import Alone, Record, ended_by_signals
     from runner.choosing import (
         also_suites,
-        extra_sources,
         given_suites,
         make_plans,
         make_protocol,
@@ -408,9 +416,10 @@ def execute(args) -> int:
         settle_short,
         sweep_windows,
     )
-    from runner.matched_noise import Matcher
-    from runner.pairs import PAIRS, choose_pair, open_pair
+    from runner.pairs import PAIRS, choose_pair
+    from runner.replica import ModelOptions
     from runner.results import Run, check_writable, commit, new_manifest, protocol_json, write_json
+    from runner.workers import Fleet, choose_crew
 
     # 1. what is asked, of a new run or one to go on with, and whether it can be done
     run = manifest = None
@@ -432,109 +441,93 @@ def execute(args) -> int:
     given = given_suites(args)
     refuse_beforehand(args, choose_pair(args.pair, args.base, args.instruct))
     check_writable(run.path / "experiments" if run else args.output)
-    # 2. the model, the plans that fit its depth, and the engine
-    set_threads()
-    begin = time.perf_counter()
-    opened = open_pair(
-        args.pair,
-        args.base,
-        args.instruct,
-        args.base_revision,
-        args.instruct_revision,
-        extra_sources(args.source),
-        args.dtype,
-        args.device_map,
-        args.resident,
-        args.instruct_adapter,
-    )
-    live = opened.live
-    plans, left_out = make_plans(args, len(live.original), set(live.sources))
-    opened.notes += left_out
-    if args.short:
-        opened.notes.append(
-            "experiments are asked the short form, without capability; --no-short asks everything"
+    # 2. who does the work, the plans that fit the model's depth, and what is loaded
+    threads = then.get("threads") if isinstance(then.get("threads"), int) else None
+    options = ModelOptions.of(args)
+    crew = choose_crew(args.workers, options, threads)
+    with Fleet(crew, options, register_suites) if crew else Alone(options, threads) as workers:
+        shape = workers.open()
+        plans, left_out = make_plans(args, shape.layers, set(shape.sources))
+        protocol = make_protocol(args, plans)
+        loaded = workers.prepare(protocol, started(manifest) or datetime.now())
+        notes = [*loaded.notes, *left_out]
+        if args.short:
+            notes.append(
+                "experiments are asked the short form, without capability; --no-short asks everything"
+            )
+        # 3. the manifest: written for a new run, compared for one that goes on
+        recorded = protocol_json(protocol)
+        depends_on |= loaded.depends_on
+        if run is None or manifest is None:
+            manifest = new_manifest(
+                settings={name: getattr(args, name) for name in SETTINGS},
+                protocol=recorded,
+                prompts_sha256=loaded.prompts_sha256,
+                template=loaded.template,
+                experiments=[p.experiment.name for p in plans],
+                pair=args.pair if pair else None,
+                notes=notes,
+                sources=loaded.sources,
+                layers=loaded.layers,
+                dtype=loaded.dtype,
+                devices=list(loaded.devices),
+                original_fingerprint=loaded.fingerprint,
+                depends_on=depends_on,
+                load_seconds=loaded.seconds,
+                self_check=loaded.checked,
+                hardware=loaded.hardware,
+            )
+            if crew:
+                manifest["workers"] = crew.to_json()
+            run = Run.create(args.output, manifest)
+        else:
+            names = [n for n in manifest["experiments"] if not n.endswith(TWIN)]
+            if names != [p.experiment.name for p in plans]:
+                raise FrankenError(f"{args.resume} was made with other experiments; start a new run")
+            changed = resuming.changes(then, depends_on)
+            changed += resuming.protocol_changes(manifest["protocol"], recorded)
+            if manifest["original_fingerprint"] != loaded.fingerprint:
+                before = manifest["original_fingerprint"]
+                changed.append(resuming.Change("weights", before, loaded.fingerprint))
+            before = manifest.get("prompts_sha256", loaded.prompts_sha256)
+            if before != loaded.prompts_sha256:
+                changed.append(resuming.Change("prompts", before, loaded.prompts_sha256))
+            resuming.refuse(args.resume, changed, args.accept_changes)
+            if lacking := resuming.not_recorded(then, depends_on):
+                notes.append(lacking)
+            if "prompts_sha256" not in manifest:
+                notes.append("this run is older than the record of its prompts: they are not compared")
+        args.begun = run.path
+        # 4. the batch, and the reports whichever way it ends
+        for note in notes:
+            print(printable(f"note: {note}"), file=sys.stderr)
+        where = f"{crew.workers} workers, each on " if crew else ""
+        print(
+            printable(
+                f"{len(plans)} experiments on {where}torch.{loaded.dtype} {', '.join(loaded.devices)}; loaded"
+                f" in {loaded.seconds:.1f} s; results in {run.path}"
+            ),
+            file=sys.stderr,
         )
-    protocol = make_protocol(args, plans)
-    template = ChatTemplate(opened.tokenizer, started(manifest), args.thinking)
-    evaluate.check_tokenizer(opened.tokenizer, protocol, template)
-    opened.notes += template.notes()
-    original = live.fingerprint()
-    load_seconds = time.perf_counter() - begin
-    engine = Engine(
-        live,
-        opened.tokenizer,
-        opened.stop_ids,
-        args.batch_size,
-        template=template,
-        deterministic=args.deterministic,
-    )
-    prompts_hash = evaluate.prompts_sha256(engine, protocol)
-    # 3. the manifest: written for a new run, compared for one that goes on
-    recorded = protocol_json(protocol)
-    depends_on |= resuming.known_loaded(opened, engine.devices)
-    if run is None or manifest is None:
-        manifest = new_manifest(
-            settings={name: getattr(args, name) for name in SETTINGS},
-            protocol=recorded,
-            prompts_sha256=prompts_hash,
-            template=template.to_json(),
-            experiments=[p.experiment.name for p in plans],
-            pair=args.pair if pair else None,
-            notes=opened.notes,
-            sources=opened.sources,
-            layers=len(live.original),
-            dtype=str(live.dtype).removeprefix("torch."),
-            devices=[str(d) for d in engine.devices],
-            original_fingerprint=original,
-            depends_on=depends_on,
-            load_seconds=load_seconds,
-            self_check=opened.checked,
-        )
-        run = Run.create(args.output, manifest)
-    else:
-        names = [n for n in manifest["experiments"] if not n.endswith(TWIN)]
-        if names != [p.experiment.name for p in plans]:
-            raise FrankenError(f"{args.resume} was made with other experiments; start a new run")
-        changed = resuming.changes(then, depends_on)
-        changed += resuming.protocol_changes(manifest["protocol"], recorded)
-        if manifest["original_fingerprint"] != original:
-            changed.append(resuming.Change("weights", manifest["original_fingerprint"], original))
-        if (before := manifest.get("prompts_sha256", prompts_hash)) != prompts_hash:
-            changed.append(resuming.Change("prompts", before, prompts_hash))
-        resuming.refuse(args.resume, changed, args.accept_changes)
-        if lacking := resuming.not_recorded(then, depends_on):
-            opened.notes.append(lacking)
-        if "prompts_sha256" not in manifest:
-            opened.notes.append("this run is older than the record of its prompts: they are not compared")
-    args.begun = run.path
-    # 4. the batch, and the reports whichever way it ends
-    for note in opened.notes:
-        print(printable(f"note: {note}"), file=sys.stderr)
-    print(
-        printable(
-            f"{len(plans)} experiments on {live.dtype} {', '.join(map(str, engine.devices))}; loaded in"
-            f" {load_seconds:.1f} s; results in {run.path}"
-        ),
-        file=sys.stderr,
-    )
-    try:
-        with ended_by_signals():
-            with run.alone():
-                if changed:
-                    entry = resuming.entry(changed, commit())
-                    manifest["resumed"] = [*manifest.get("resumed", []), entry]
-                    write_json(run.manifest_path, manifest)
-                matcher = Matcher(engine, protocol, given, also_suites(args)) if args.matched_noise else None
-                failed = run_batch(run, manifest, engine, plans, protocol, original, matcher, changed)
-            print(printable(write_reports(run)))
-    except KeyboardInterrupt:
-        return interrupted(run, manifest, args)
-    except FrankenError as e:
-        with contextlib.suppress(FrankenError):  # the first error is the one to tell
-            write_reports(run)
-        raise FrankenError(
-            f"{e}; finished experiments are kept; once mended: {resume_command(run.path, args)}"
-        ) from e
+        try:
+            with ended_by_signals():
+                with run.alone():
+                    if changed:
+                        entry = resuming.entry(changed, commit())
+                        manifest["resumed"] = [*manifest.get("resumed", []), entry]
+                        write_json(run.manifest_path, manifest)
+                    twins = workers.twins(protocol, given, also_suites(args)) if args.matched_noise else None
+                    record = Record(run, manifest, plans, loaded.fingerprint, twins, changed)
+                    failed = workers.run(record)
+                print(printable(write_reports(run)))
+        except KeyboardInterrupt:
+            return interrupted(run, manifest, args)
+        except FrankenError as e:
+            with contextlib.suppress(FrankenError):  # the first error is the one to tell
+                write_reports(run)
+            raise FrankenError(
+                f"{e}; finished experiments are kept; once mended: {resume_command(run.path, args)}"
+            ) from e
     if failed:
         print(
             f"{failed} of {len(manifest['experiments'])} experiments failed; their errors are in"

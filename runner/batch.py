@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -20,26 +21,37 @@ from tqdm import tqdm
 import evaluate
 from engine.generation import Timing
 from errors import FrankenError, printable
-from experiments import BASELINE, TWIN
+from experiments import BASELINE, TWIN, Plan
 from franken import Surgery
 from runner.arrays import save_arrays
-from runner.matched_noise import wants
-from runner.results import SCHEMA_VERSION, write_json
-from runner.resuming import marked
+from runner.matched_noise import Matcher, Twins, wants
+from runner.replica import Loaded, ModelOptions, Replica, Shape
+from runner.results import SCHEMA, SCHEMA_VERSION, write_json
+from runner.resuming import Change, marked
 
 
-def set_threads() -> None:
-    """As many threads as this process may use: its affinity and its container's quota, unless OMP_NUM_THREADS
-    is set."""
-    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_getaffinity"):
-        return
+def allowed_threads() -> int:
+    """As many threads as this process may use: OMP_NUM_THREADS, else its affinity and its container's
+    quota."""
+    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+        return max(1, int(given))
+    if not hasattr(os, "sched_getaffinity"):
+        return torch.get_num_threads()
     allowed = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         allowed = min(allowed, max(1, int(quota) // int(period)))
     except (OSError, ValueError):
         pass
-    torch.set_num_threads(min(allowed, torch.get_num_threads()))
+    return allowed
+
+
+def set_threads(threads: int | None = None) -> None:
+    """Use this many threads; None: as many as this process may, unless OMP_NUM_THREADS is set."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(min(allowed_threads(), torch.get_num_threads()))
 
 
 def peak_memory() -> int:
@@ -103,16 +115,21 @@ def run_experiment(engine, plan, protocol, original: str, on_progress=None, find
         "graph_captures": timing["captures"],
         "capture_seconds": timing["capture_seconds"],
     }
+    weights = {
+        "original": original,
+        "modified": modified,
+        "restored": restored,
+        "exact": restored == original,
+    }
+    return _result(plan, weights, measurements, error, performance)
+
+
+def _result(plan: Plan, weights: dict, measurements: dict, error: dict | None, performance: dict) -> dict:
     return {
         "schema_version": SCHEMA_VERSION,
         "status": "failed" if error else "done",
         "experiment": plan.to_json(),
-        "weights": {
-            "original": original,
-            "modified": modified,
-            "restored": restored,
-            "exact": restored == original,
-        },
+        "weights": weights,
         "measurements": measurements,
         "error": error,
         "performance": performance,
@@ -183,88 +200,185 @@ def outline(result: dict) -> dict:
     return {"status": result["status"], "experiment": experiment, "measurements": measured}
 
 
-def run_batch(
-    run, manifest: dict, engine, plans: list, protocol, original: str, matcher=None, changed: Sequence = ()
-) -> int:
-    """Run what has not been run yet. Returns how many experiments failed, over the whole run.
+class Record:
+    """What a batch writes down: results in the run's folder, twins in its manifest, the progress bar.
 
-    With a matched_noise.Matcher, every experiment that is no control is followed by its noise twin, whose
-    name is added to the manifest as soon as it is known that there will be one. Raises FrankenError if the
-    run is packed, a result on disk is corrupt or of another recipe, if going back was not exact or if results
-    cannot be written. `changed`, what is not as it was when the run began (runner.resuming.Change), is
-    written into every new result.
+    Args:
+        plans: of all experiments but the noise twins.
+        original: fingerprint of the unmodified model.
+        twins: which experiments have a noise twin, None where none is asked for.
+        changed: what is not as it was when the run began, written into every new result.
+
+    `finished` has what is on disk (see `outline`) by name, None where an experiment has not run. Raises
+    FrankenError if the run is packed, or a result on disk is corrupt or of another recipe.
     """
-    # 1. what has been run already, and whether it is what is asked now
-    run.refuse_packed()  # which may have been done while the model was loaded
-    # all checked before anything runs
-    finished = {name: (r := run.load(name)) and outline(r) for name in manifest["experiments"]}
-    for plan in plans:
-        result = finished[plan.experiment.name]
-        for what in ("recipe", "suites"):  # a user's file may have changed since
-            if result and result["experiment"].get(what) != plan.to_json()[what]:
-                raise FrankenError(
-                    f"{run.file(plan.experiment.name)} was made with"
-                    f" {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a"
-                    " new run"
-                )
-    # 2. one experiment: measured, written, and the weights proved to be back
-    bar = tqdm(
-        total=len(finished),
-        initial=sum(r is not None for r in finished.values()),
-        unit="experiment",
-        dynamic_ncols=True,
-    )
 
-    def measure(plan, find=None) -> dict:
+    def __init__(
+        self,
+        run,
+        manifest: dict,
+        plans: Sequence[Plan],
+        original: str,
+        twins: Twins | None = None,
+        changed: Sequence[Change] = (),
+    ):
+        run.refuse_packed()  # which may have been done while the model was loaded
+        self.run, self.manifest, self.plans, self.original = run, manifest, plans, original
+        self.twins, self.changed = twins, changed
+        # all checked before anything runs
+        self.finished: dict[str, dict | None] = {}
+        for name in manifest["experiments"]:
+            result = run.load(name)
+            self.finished[name] = None if result is None else outline(result)
+        for plan in plans:
+            result = self.finished[plan.experiment.name]
+            for what in ("recipe", "suites"):  # a user's file may have changed since
+                if result and result["experiment"].get(what) != plan.to_json()[what]:
+                    raise FrankenError(
+                        f"{run.file(plan.experiment.name)} was made with"
+                        f" {'another recipe' if what == 'recipe' else 'other suites'} of that name; start a"
+                        " new run"
+                    )
+        if twins and (baseline := self.finished.get(BASELINE)):
+            self._learn(baseline)
+        self.bar = tqdm(
+            total=len(self.finished),
+            initial=sum(r is not None for r in self.finished.values()),
+            unit="experiment",
+            dynamic_ncols=True,
+        )
+
+    def has_twin(self, plan: Plan) -> bool:
+        """Whether an experiment that is done has a noise twin, as far as is known."""
+        result = self.finished[plan.experiment.name]
+        if self.twins is None or not wants(plan.experiment) or not result or result["status"] != "done":
+            return False
+        return not self.twins.refusal(result)
+
+    def add_twin(self, name: str) -> None:
+        """Name the noise twin of experiment `name` in the manifest, as soon as it is known that there is
+        one."""
+        if name + TWIN not in self.manifest["experiments"]:
+            place = self.manifest["experiments"].index(name) + 1
+            self.manifest["experiments"].insert(place, name + TWIN)
+            write_json(self.run.manifest_path, self.manifest)
+            self.bar.total += 1
+        self.finished.setdefault(name + TWIN, None)
+
+    def keep(self, plan: Plan, result: dict) -> dict:
+        """Write a result, say if it failed, and return its outline. Raises FrankenError if it cannot be
+        written, or (once it is) if the weights were not back to the original afterwards."""
+        kept = self._write(plan, result)
+        if not result["weights"]["exact"]:
+            raise FrankenError(
+                f"after {plan.experiment.name} the weights are not back to the original (fingerprint"
+                f" {result['weights']['restored']}, expected {self.original}); the run stops"
+            )
+        return kept
+
+    def _write(self, plan: Plan, result: dict) -> dict:
         name = plan.experiment.name
-        bar.set_description(name)
-        with inner_bar(engine, name) as progress:
-            result = run_experiment(engine, plan, protocol, original, progress, find)
-        if (
-            matcher
-            and wants(plan.experiment)
-            and result["status"] == "done"
-            and (note := matcher.refusal(result))
-        ):
+        twins = self.twins if wants(plan.experiment) and result["status"] == "done" else None
+        if twins is not None and (note := twins.refusal(result)):
             result["experiment"]["notes"].append(note)
-        result = marked(result, changed)
-        save_arrays(run.path / "experiments", result)
-        run.save(result)
+        result = marked(result, self.changed)
+        save_arrays(self.run.path / "experiments", result)
+        self.run.save(result)
         if result["error"]:
             first_line = (result["error"]["message"].splitlines() or [""])[0]
             said = f"{name} failed: {result['error']['type']}: {first_line}"
             tqdm.write(printable(said), file=sys.stderr)
-        if not result["weights"]["exact"]:
-            raise FrankenError(
-                f"after {name} the weights are not back to the original (fingerprint"
-                f" {result['weights']['restored']}, expected {original}); the run stops"
-            )
-        bar.update()
-        return result
+        self.bar.update()
+        self.finished[name] = kept = outline(result)
+        if self.twins and name == BASELINE:
+            self._learn(kept)
+        return kept
 
-    # 3. all of them, each with its noise twin
+    def keep_lost(self, plan: Plan, workers: int) -> None:
+        """Write that an experiment failed because every worker that tried it was lost."""
+        error = {
+            "type": "WorkerLost",
+            "message": f"{workers} workers were lost one after the other while they ran it",
+        }
+        weights = {"original": self.original, "modified": None, "restored": None, "exact": False}
+        performance = dict.fromkeys(SCHEMA["properties"]["performance"]["required"], 0)
+        performance |= {"decode_tokens_per_second": None, "peak_memory_bytes": None}
+        self._write(plan, _result(plan, weights, {}, error, performance))
+
+    def failed(self) -> int:
+        """How many experiments failed, over the whole run."""
+        return sum(bool(r) and r["status"] == "failed" for r in self.finished.values())
+
+    def _learn(self, baseline: dict) -> None:
+        if self.twins is not None and "perplexity" in baseline["measurements"]:
+            self.twins.known[0.0] = baseline["measurements"]["perplexity"]["perplexity"]
+
+
+class Alone:
+    """The one process of a run that is not spread: it loads the pair, and does one experiment after the
+    other. `runner.workers.Fleet` is its counterpart."""
+
+    def __init__(self, options: ModelOptions, threads: int | None = None):
+        self.options, self.threads = options, threads
+
+    def __enter__(self) -> Alone:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def open(self) -> Shape:
+        """Load the pair. Raises FrankenError as `runner.pairs.open_pair` does."""
+        set_threads(self.threads)
+        self.replica = Replica(self.options)
+        return self.replica.shape
+
+    def prepare(self, protocol, moment: datetime) -> Loaded:
+        """Make the engine. Raises FrankenError where these questions cannot be asked of this model."""
+        self.protocol = protocol
+        return self.replica.ready(protocol, moment)
+
+    def twins(self, protocol, given, also) -> Twins:
+        """The noise twins of a run, which are measured here."""
+        return Matcher(self._engine(), protocol, given, also)
+
+    def run(self, record: Record) -> int:
+        """Everything that is not done yet; see `run_batch`."""
+        return run_batch(record, self._engine(), self.protocol)
+
+    def _engine(self):
+        assert self.replica.engine is not None, "`prepare` comes first"
+        return self.replica.engine
+
+
+def run_batch(record: Record, engine, protocol) -> int:
+    """Run what has not been run yet, in this process. Returns how many experiments failed, over the whole
+    run.
+
+    With a matched_noise.Matcher as the record's `twins`, every experiment that is no control is followed by
+    its noise twin, whose name is added to the manifest as soon as it is known that there will be one. Raises
+    FrankenError if going back was not exact or if results cannot be written.
+    """
+    matcher = record.twins if isinstance(record.twins, Matcher) else None
+
+    def measure(plan, find=None) -> dict:
+        name = plan.experiment.name
+        record.bar.set_description(name)
+        with inner_bar(engine, name) as progress:
+            result = run_experiment(engine, plan, protocol, record.original, progress, find)
+        return record.keep(plan, result)
+
     try:
-        for plan in plans:
+        for plan in record.plans:
             name = plan.experiment.name
-            matching = matcher if matcher is not None and wants(plan.experiment) else None
-            if matching and not finished[name]:
-                matching.unmodified()  # before the experiment, so that none is lost if this fails
-            result = finished[name] = finished[name] or outline(measure(plan))
-            if matcher and name == BASELINE and "perplexity" in result["measurements"]:
-                matcher.known[0.0] = result["measurements"]["perplexity"]["perplexity"]
-            if (
-                matching is None
-                or result["status"] != "done"
-                or finished.get(name + TWIN)
-                or matching.refusal(result)
-            ):
+            if matcher is not None and wants(plan.experiment) and not record.finished[name]:
+                matcher.unmodified()  # before the experiment, so that none is lost if this fails
+            result = record.finished[name] or measure(plan)
+            if matcher is None or record.finished.get(name + TWIN) or not record.has_twin(plan):
                 continue
-            if name + TWIN not in manifest["experiments"]:
-                manifest["experiments"].insert(manifest["experiments"].index(name) + 1, name + TWIN)
-                write_json(run.manifest_path, manifest)
-                bar.total += 1
-            twin = matching.twin(plan, result["measurements"]["perplexity"]["perplexity"])
-            finished[name + TWIN] = outline(measure(twin, matching.find))
+            record.add_twin(name)
+            twin = matcher.twin(plan, result["measurements"]["perplexity"]["perplexity"])
+            measure(twin, matcher.find)
     finally:
-        bar.close()
-    return sum(r["status"] == "failed" for r in finished.values())
+        record.bar.close()
+    return record.failed()

@@ -8,7 +8,7 @@ found by bisection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from math import inf, log
 
@@ -20,6 +20,7 @@ from surgery.recipes import perturb
 
 MARGIN = 0.01  # below this share above the unmodified model's perplexity there is no damage to match
 TOLERANCE = 0.02  # relative deviation of perplexity at which the bisection ends
+BISECTION = "bisection of the noise"  # what progress calls it
 EVALUATIONS = 12  # at most; each halves the range of the logarithm of the fraction
 # noise, as a share of each tensor's own standard deviation: invisible, and nothing left
 LOWEST, HIGHEST = (
@@ -28,23 +29,23 @@ LOWEST, HIGHEST = (
 )
 
 
-def bisect(
-    target: float | None, perplexity: Callable[[float], float | None]
-) -> list[tuple[float, float | None]]:
-    """[(fraction, perplexity), ...] in the order tried, on a fixed grid: the fractions depend on the answers
-    alone.
+Tried = list[tuple[float, float | None]]  # [(fraction, perplexity), ...] in the order tried
 
-    `perplexity` of a fraction is expected to rise, None (undefined) counting as above everything; where it
-    does not, the search still ends, after EVALUATIONS at most. A target of None is not searched for: only
-    HIGHEST is tried.
+
+def search(target: float | None) -> Generator[float, float | None, Tried]:
+    """A bisection that yields the fractions to measure and is sent their perplexities; returns all it tried.
+
+    On a fixed grid: the fractions depend on the answers alone. The perplexity of a fraction is expected to
+    rise, None (undefined) counting as above everything; where it does not, the search still ends, after
+    EVALUATIONS at most. A target of None is not searched for: only HIGHEST is tried.
     """
     if target is None:
-        return [(HIGHEST, perplexity(HIGHEST))]
+        return [(HIGHEST, (yield HIGHEST))]
     low, high, tried = 0.0, 1.0, []
     for _ in range(EVALUATIONS):
         middle = (low + high) / 2
         fraction = float(f"{LOWEST * (HIGHEST / LOWEST) ** middle:.6g}")
-        reached = perplexity(fraction)
+        reached = yield fraction
         tried.append((fraction, reached))
         if deviation(reached, target) <= TOLERANCE:
             break
@@ -53,6 +54,17 @@ def bisect(
         else:
             low = middle
     return tried
+
+
+def bisect(target: float | None, perplexity: Callable[[float], float | None]) -> Tried:
+    """`search`, answered by a function."""
+    steps = search(target)
+    fraction = next(steps)
+    while True:
+        try:
+            fraction = steps.send(perplexity(fraction))
+        except StopIteration as end:
+            return end.value
 
 
 def wants(experiment: Experiment) -> bool:
@@ -73,49 +85,33 @@ def nearest(tried: Sequence[tuple[float, float | None]], target: float | None) -
     )
 
 
-class Matcher:
-    """Noise twins for the experiments of one run.
+class Twins:
+    """Which experiments of a run have a noise twin, and what it is once its noise has been measured.
 
     Args:
-        engine: its live model is modified while a twin is searched for, and left so.
+        layers: of the unmodified model.
         protocol: of the run; perplexity is measured on its texts, noise is drawn from its seed.
         suites: what --suites says, or None; the twins are asked the quick protocol then.
         also: what --also says: suites that the twins are asked besides.
+
+    `known` has the perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they
+    begin with the same fractions, so that 20 experiments measure about 50 of the 126 points they ask for. The
+    answers are the same.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        layers: int,
         protocol: evaluate.Protocol,
         suites: tuple[str, ...] | None = None,
         also: tuple[str, ...] = (),
     ):
-        self.engine, self.protocol, self.suites, self.also = engine, protocol, suites, also
-        # Perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they begin with
-        # the same fractions, so that 20 experiments measure about 50 of the 126 points they ask for. The
-        # answers are
-        # the same.
+        self.layers, self.protocol, self.suites, self.also = layers, protocol, suites, also
         self.known: dict[float, float | None] = {}
 
-    def perplexity(self, fraction: float) -> float | None:
-        """Perplexity of the unmodified model with this noise on all layers, by the perplexity suite; None:
-        undefined."""
-        if fraction not in self.known:
-            live = self.engine.live
-            live.apply(perturb(live.original, fraction, self.protocol.seed) if fraction else live.original)
-            measurements, _ = evaluate.evaluate(self.engine, replace(self.protocol, suites=("perplexity",)))
-            self.known[fraction] = measurements["perplexity"]["perplexity"]
-        return self.known[fraction]
-
     def unmodified(self) -> float | None:
-        """Perplexity of the unmodified model. Raises FrankenError if it cannot be measured."""
-        try:
-            return self.perplexity(0.0)
-        except Exception as e:
-            raise FrankenError(
-                f"the unmodified model's perplexity cannot be measured: {type(e).__name__}:"
-                f" {(str(e).splitlines() or [''])[0]}"
-            ) from e
+        """Perplexity of the unmodified model, which has to be known by now; None: undefined."""
+        return self.known[0.0]
 
     def refusal(self, result: dict) -> str | None:
         """Why an experiment, measured, has no noise twin after all, as a note for people; None where it has
@@ -149,23 +145,12 @@ class Matcher:
             },
         )
 
-    def find(self, twin: Plan, on_progress: Callable[[str, int, int], None] | None = None) -> Plan:
-        """The twin with its noise, found by bisection. **The live model is left with the last noise
-        tried.**"""
+    def found(self, twin: Plan, tried: Tried) -> Plan:
+        """The twin with the noise whose perplexity came nearest."""
         matched = twin.matched
         assert matched is not None, "`twin` made this plan, and said there what it is matched to"
-        target, count = matched["target_perplexity"], 0
-
-        def measured(fraction: float) -> float | None:
-            nonlocal count
-            if on_progress:
-                on_progress("bisection of the noise", count, EVALUATIONS)
-            count += 1
-            return self.perplexity(fraction)
-
-        tried = bisect(target, measured)
-        fraction, reached = nearest(tried, target)
-        off = deviation(reached, target)
+        fraction, reached = nearest(tried, matched["target_perplexity"])
+        off = deviation(reached, matched["target_perplexity"])
         noise = matched | {
             "reached_perplexity": reached,
             "fraction": fraction,
@@ -185,14 +170,72 @@ class Matcher:
             control="matched noise",
             suites=QUICK,
         )
-        plan = with_suites([experiment], self.suites, also=self.also)[0].plan(
-            len(self.engine.live.original), self.protocol.seed
-        )
+        plan = with_suites([experiment], self.suites, also=self.also)[0].plan(self.layers, self.protocol.seed)
         return replace(
             plan,
             matched=matched,
             notes=plan.notes + ([] if matched["ok"] or not fraction else [_shortfall(matched)]),
         )
+
+
+class Matcher(Twins):
+    """Noise twins, measured in this process. `engine`: its live model is modified while a twin is searched
+    for, and left so; the rest as in `Twins`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        protocol: evaluate.Protocol,
+        suites: tuple[str, ...] | None = None,
+        also: tuple[str, ...] = (),
+    ):
+        super().__init__(len(engine.live.original), protocol, suites, also)
+        self.engine = engine
+
+    def perplexity(self, fraction: float) -> float | None:
+        """Perplexity of the unmodified model with this noise on all layers, by the perplexity suite; None:
+        undefined."""
+        if fraction not in self.known:
+            self.known[fraction] = noised_perplexity(self.engine, self.protocol, fraction)
+        return self.known[fraction]
+
+    def unmodified(self) -> float | None:
+        """Perplexity of the unmodified model. Raises FrankenError if it cannot be measured."""
+        try:
+            return self.perplexity(0.0)
+        except Exception as e:
+            raise unmeasured(e) from e
+
+    def find(self, twin: Plan, on_progress: Callable[[str, int, int], None] | None = None) -> Plan:
+        """The twin with its noise, found by bisection. **The live model is left with the last noise
+        tried.**"""
+        matched = twin.matched
+        assert matched is not None, "`twin` made this plan, and said there what it is matched to"
+        count = 0
+
+        def measured(fraction: float) -> float | None:
+            nonlocal count
+            if on_progress:
+                on_progress(BISECTION, count, EVALUATIONS)
+            count += 1
+            return self.perplexity(fraction)
+
+        return self.found(twin, bisect(matched["target_perplexity"], measured))
+
+
+def noised_perplexity(engine: Engine, protocol: evaluate.Protocol, fraction: float) -> float | None:
+    """Perplexity of the unmodified model with this noise on all layers (0: none); None: undefined. **The live
+    model is left so.**"""
+    live = engine.live
+    live.apply(perturb(live.original, fraction, protocol.seed) if fraction else live.original)
+    measurements, _ = evaluate.evaluate(engine, replace(protocol, suites=("perplexity",)))
+    return measurements["perplexity"]["perplexity"]
+
+
+def unmeasured(e: Exception) -> FrankenError:
+    """What ends a run whose unmodified model's perplexity could not be measured."""
+    reason = (str(e).splitlines() or [""])[0]
+    return FrankenError(f"the unmodified model's perplexity cannot be measured: {type(e).__name__}: {reason}")
 
 
 def _shortfall(matched: dict) -> str:

@@ -428,13 +428,12 @@ def _stamp(file: Path) -> tuple:
 
 
 def new_manifest(**settings) -> dict:
-    """A manifest with what is known of this machine and this moment; `settings` are the run's own."""
+    """A manifest with what is known of this program and this moment; `settings` are the run's own."""
     return {
         "schema_version": SCHEMA_VERSION,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "commit": commit(),
         "versions": versions(),
-        "hardware": hardware(),
         **settings,
     }

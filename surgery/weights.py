@@ -237,6 +237,11 @@ class Checkpoint:
             raise FrankenError(f"{self.path}: the index lists {lost[0]} but no shard holds it")
         return {k: tensors[k] for k in weight_map}
 
+    def parameters(self) -> int:
+        """How many numbers the layers hold, and what stands outside them."""
+        parts = [*self.layers, *self.outer.values()]
+        return sum(math.prod(ref.shape) for part in parts for ref in part.values())
+
     def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
         """What must be added to the tensor after it is read (float32), or None. A plain checkpoint adds
         nothing."""

@@ -1,0 +1,584 @@
+"""A run spread over workers: Ray actors that each hold a loaded pair, and this process, which owns the run.
+
+This process has the folder, its lock, the manifest, the order and all writing; it loads no weights. A worker
+loads the pair, takes one job at a time (`runner.schedule`) and returns what came of it. What a lost worker
+had in hand is given to another one. Ray spreads the workers: on this machine, or over those that RAY_ADDRESS
+joins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from engine.generation import Engine
+from errors import FrankenError, first_line, printable
+from experiments import Plan
+from runner.batch import Record, allowed_threads, run_experiment, set_threads
+from runner.matched_noise import Twins, noised_perplexity
+from runner.pairs import GIB, HEADROOM
+from runner.replica import Loaded, ModelOptions, Replica, Shape, differences
+from runner.schedule import MOST_LOSSES, Job, Raised, Schedule
+from suites.base import Protocol
+from surgery.weights import ROOT
+
+HOW_TO_INSTALL = "pip install -r requirements-extras.txt (or pip install ray)"
+STORE = 1 << 28  # bytes of Ray's object store: results in flight
+STATUS = "status"  # the thread of a worker that answers while another one works
+LOOK = 0.5  # seconds between two looks at what the workers do
+NARROW = 100  # columns, where the terminal's width is not known
+
+
+# ---- how many ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many workers, how many cards each has, how many threads where they run on processors."""
+
+    workers: int
+    cards: int
+    threads: int | None
+    address: str | None = None
+
+    def to_json(self) -> dict:
+        """For the manifest."""
+        return {"workers": self.workers, "gpus_each": self.cards, "joined": self.address is not None}
+
+
+def has_ray() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("ray") is not None
+
+
+def card_memory() -> list[int]:
+    """Bytes free on each card that this process may use, asked in another one: asking takes memory there."""
+    code = (
+        "import json, torch;"
+        "print(json.dumps([torch.cuda.mem_get_info(k)[0] for k in range(torch.cuda.device_count())]))"
+    )
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    try:
+        return json.loads(asked.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        return []
+
+
+def cards_each(needed: int, free: list[int]) -> int:
+    """How many of these cards one model of `needed` bytes takes; all of them where none but all would do."""
+    for cards in range(1, len(free) + 1):
+        if sum(sorted(free)[:cards]) >= needed + HEADROOM:
+            return cards
+    return max(1, len(free))
+
+
+def choose_crew(wanted: int | None, options: ModelOptions, threads: int | None = None) -> Crew | None:
+    """The workers of a run; None for one process that does it all.
+
+    wanted: what --workers says; None: one for each card or group of cards that a model needs, where there are
+    several. threads: what a run that is resumed had, where it ran on processors.
+
+    Raises FrankenError where they cannot be had: no Ray, fewer cards, too little memory.
+    """
+    # 1. whether it is asked for at all
+    address = os.environ.get("RAY_ADDRESS") or None
+    on_cpu = options.device_map == "cpu"
+    here = 0 if on_cpu else torch.cuda.device_count()
+    if wanted == 1 or (wanted is None and (here < 2 or options.device_map == "balanced") and not address):
+        return None
+    if not has_ray():
+        if wanted is None:
+            return None
+        raise FrankenError(f"--workers {wanted} needs Ray, which is not installed: {HOW_TO_INSTALL}")
+    # 2. processors
+    if not address and (on_cpu or not torch.cuda.is_available()):
+        if wanted is None:
+            return None
+        needed, room = options.weight_bytes() * wanted, _free_memory()
+        if room < needed * 1.1:
+            raise FrankenError(
+                f"--workers {wanted}: that many models need {needed * 1.1 / GIB:.1f} GiB of memory and this"
+                f" machine has {room / GIB:.1f} GiB free"
+            )
+        return Crew(wanted, 0, threads or _share(wanted))
+    # 3. cards
+    if address:
+        with connected(Crew(0, 0, None, address)) as ray:
+            total = int(ray.cluster_resources().get("GPU", 0))
+            asked = ray.remote(card_memory).options(num_gpus=1, num_cpus=0)
+            free = ray.get(asked.remote()) * total if total and not on_cpu else []
+    else:
+        free = card_memory()
+    if not free:
+        if wanted is None:
+            return None
+        return Crew(wanted, 0, threads or 1, address)
+    cards = cards_each(options.weight_bytes(), free)
+    most = len(free) // cards
+    if wanted is None and most < 2:
+        return None
+    if wanted is not None and wanted > most:
+        each = f" and one model takes {cards} of them" if cards > 1 else ""
+        raise FrankenError(
+            f"--workers {wanted}: there are {len(free)} GPUs{each}, which is enough for {most};"
+            " --device-map cpu runs workers on processors"
+        )
+    return Crew(wanted or most, cards, None, address)
+
+
+def _share(workers: int) -> int:
+    """Threads of one worker, where OMP_NUM_THREADS does not say so."""
+    return allowed_threads() if "OMP_NUM_THREADS" in os.environ else max(1, allowed_threads() // workers)
+
+
+def _free_memory() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+# ---- Ray, kept quiet ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def connected(crew: Crew) -> Iterator[Any]:
+    """Ray, started on this machine or joined; stopped or left, with its temporary folder, afterwards.
+
+    Nothing of it reaches the terminal: its logs stay in that folder, usage statistics and the dashboard are
+    off. A Ray of our own can only be talked to with a secret that no file has. Raises FrankenError if it does
+    not start.
+    """
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    ours = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONWARNINGS": "ignore",
+    }
+    if not crew.address:
+        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    folder = None
+    try:
+        import ray
+
+        quiet = {"log_to_driver": False, "configure_logging": False, "namespace": secrets.token_hex(8)}
+        try:
+            if crew.address:
+                ray.init(address=crew.address, runtime_env={"env_vars": ours}, **quiet)
+            else:
+                # sockets lie in it, whose paths may not be longer than 107 characters
+                short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
+                folder = tempfile.mkdtemp(prefix="franken-ray-", dir=short)
+                ray.init(
+                    address="local",
+                    num_cpus=max(1, crew.workers),
+                    num_gpus=crew.workers * crew.cards,
+                    include_dashboard=False,
+                    object_store_memory=STORE,
+                    _temp_dir=folder,
+                    **quiet,
+                )
+        except Exception as e:
+            where = f"the Ray at {crew.address} cannot be joined" if crew.address else "Ray does not start"
+            raise FrankenError(f"{where}: {first_line(e)}") from e
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+# ---- in a worker -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a worker cannot take part."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a worker does now."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+    read: int = 0  # tokens, of this job
+    written: int = 0
+
+
+def _built(model):
+    raise AssertionError("a plan's recipe was made before it was sent")
+
+
+def portable(plan: Plan) -> Plan:
+    """The plan without its function, which has done its work and may come from a user's file."""
+    return replace(plan, experiment=replace(plan.experiment, build=_built))
+
+
+class Worker:
+    """A replica in a process of its own. One job at a time; `status` is answered meanwhile."""
+
+    def __init__(self, setup: Callable[[], None], options: ModelOptions, threads: int | None):
+        self.setup, self.options, self.threads = setup, options, threads
+        self.doing = Doing("loading")
+        self.replica: Replica | None = None
+        self.protocol: Protocol | None = None
+
+    def load(self) -> Shape | Refused:
+        """Load the pair."""
+        try:
+            set_threads(self.threads)
+            self.setup()
+            self.replica = Replica(self.options)
+        except FrankenError as e:
+            return Refused(str(e))
+        return self.replica.shape
+
+    def ready(self, protocol: Protocol, moment: datetime) -> Loaded | Refused:
+        """What the run has to know before this worker may be asked."""
+        if self.replica is None:
+            return Refused("it is not loaded")
+        self.protocol = protocol
+        try:
+            set_threads(self.threads)
+            loaded = self.replica.ready(protocol, moment)
+        except FrankenError as e:
+            return Refused(str(e))
+        self.doing = Doing("")
+        return loaded
+
+    def process(self) -> int:
+        """The process's id, on its machine."""
+        return os.getpid()
+
+    def status(self) -> Doing:
+        return self.doing
+
+    def experiment(self, plan: Plan, original: str, failed: Raised | None) -> dict:
+        """One experiment's result; where its noise could not be found (`failed`), that it failed."""
+
+        def fail(plan, on_progress):
+            assert failed is not None
+            raise failed.exception()
+
+        engine, protocol = self._engine()
+        try:
+            return run_experiment(
+                engine, plan, protocol, original, self._progress, fail if failed is not None else None
+            )
+        finally:
+            self.doing = Doing("")
+
+    def perplexity(self, fraction: float) -> float | None | Raised:
+        """One measurement of the unmodified model under noise, which stays in it."""
+        engine, protocol = self._engine()
+        self.doing = Doing("perplexity")
+        try:
+            return noised_perplexity(engine, protocol, fraction)
+        except Exception as e:
+            return Raised(type(e).__name__, str(e)[:2000])
+        finally:
+            self.doing = Doing("")
+
+    def _engine(self) -> tuple[Engine, Protocol]:
+        set_threads(self.threads)  # in the thread that works: some libraries count by thread
+        assert self.replica is not None and self.replica.engine is not None and self.protocol is not None
+        self.replica.engine.on_work = self._work
+        return self.replica.engine, self.protocol
+
+    def _progress(self, what: str, done: int, total: int) -> None:
+        self.doing = replace(self.doing, what=what, done=done, total=total)
+
+    def _work(self, read: int, written: int) -> None:
+        now = self.doing
+        self.doing = replace(now, read=now.read + read, written=now.written + written)
+
+
+# ---- in the run's process ----------------------------------------------------------------------------------
+
+
+class Hand:
+    """A worker as the run's process knows it."""
+
+    def __init__(self, number: int, actor):
+        self.number, self.actor = number, actor
+        self.state = "loading"  # then "idle", "working", "gone"
+        self.has_loaded = False
+        self.job: Job | None = None
+        self.doing = Doing("loading")
+
+    def shown(self, briefly: bool) -> str:
+        """What it does, for the progress line."""
+        if self.state != "working" or self.job is None:
+            return f"{self.number} {self.state}"
+        part = ""
+        if not briefly and self.doing.what:
+            part = f": {self.doing.what} {self.doing.done}/{self.doing.total}"
+        return f"{self.number} {self.job.name}{part}"
+
+
+class Fleet:
+    """The workers of one run. Use as a context manager; `open`, then `prepare`, then `run`.
+
+    setup: called in every worker before it loads; it registers the suites that stand above this room.
+    """
+
+    def __init__(self, crew: Crew, options: ModelOptions, setup: Callable[[], None]):
+        self.crew, self.options, self.setup = crew, options, setup
+        self.hands: list[Hand] = []
+        self.pending: dict[Any, Hand] = {}  # who was asked something, by Ray's reference to the answer
+        self.asked_status: dict[Any, Hand] = {}
+        self.refusals: list[str] = []
+        self.first: Loaded | None = None
+        self.begun: tuple[Protocol, datetime] | None = None
+        self.replacements = 2 * crew.workers  # for lost workers; what loses more than that is not chance
+
+    def __enter__(self) -> Fleet:
+        self._ray = contextlib.ExitStack()
+        self.options.fetch()  # once, and not by all workers at the same time
+        self.ray = self._ray.enter_context(connected(self.crew))
+        self._ray.callback(self._dismiss)
+        resources = {"num_cpus": 0 if self.crew.cards else 1, "num_gpus": self.crew.cards}
+        self.actor = self.ray.remote(concurrency_groups={STATUS: 1}, **resources)(Worker)
+        for _ in range(self.crew.workers):
+            self._hire()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._ray.close()
+
+    def open(self) -> Shape:
+        """What the first worker that is loaded says of the model. Raises FrankenError if none can be
+        loaded."""
+        while True:
+            for hand, value in self._answers():
+                if isinstance(value, Shape):
+                    hand.has_loaded = True
+                    return value
+                self._missing(hand, value)
+
+    def prepare(self, protocol: Protocol, moment: datetime) -> Loaded:
+        """What the first worker says that is ready. All others have to say the same."""
+        self.begun = protocol, moment
+        for hand in self.hands:
+            if hand.has_loaded:
+                self._ask(hand, "ready")
+        while self.first is None:
+            for hand, value in self._answers():
+                self._arrived(hand, value)
+        return self.first
+
+    def wait_for_all(self) -> None:
+        """Until no worker is loading any more."""
+        while any(hand.state == "loading" for hand in self.hands):
+            for hand, value in self._answers():
+                self._arrived(hand, value)
+
+    def run(self, record: Record) -> int:
+        """Everything that is not done yet. Returns how many experiments failed, over the whole run.
+
+        Raises FrankenError as `runner.batch.run_batch` does, and where no worker is left.
+        """
+        schedule = Schedule(record)
+        record.bar.bar_format = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}] {desc}"
+        try:
+            while True:
+                busy = self._assign(schedule, record.original)
+                if not busy and schedule.empty():
+                    return record.failed()
+                for hand, value in self._answers(LOOK):
+                    self._received(hand, value, schedule, record)
+                self._look()
+                self._show(record.bar)
+        finally:
+            record.bar.close()
+
+    # ---- what comes back ---------------------------------------------------------------------------------
+
+    def _received(self, hand: Hand, value, schedule: Schedule, record: Record) -> None:
+        job, hand.job = hand.job, None
+        if isinstance(value, _Lost):
+            if job is not None and (hopeless := schedule.lost(job)) is not None:
+                assert hopeless.plan is not None
+                record.keep_lost(hopeless.plan, MOST_LOSSES)
+                schedule.kept(hopeless)
+            elif job is not None:
+                said = f"worker {hand.number} was lost ({value.reason}); {job.name} is run again"
+                tqdm.write(printable(said), file=sys.stderr)
+            self._missing(hand, value)
+        elif job is None:
+            self._arrived(hand, value)
+        else:
+            hand.state = "idle"
+            if job.plan is None:
+                schedule.measured(job, value)
+            else:
+                record.keep(job.plan, value)
+                schedule.kept(job)
+
+    def _arrived(self, hand: Hand, value) -> None:
+        """A worker that is loaded or ready, or cannot be."""
+        if isinstance(value, Shape):
+            hand.has_loaded = True
+            if self.begun:
+                self._ask(hand, "ready")
+            return None
+        if not isinstance(value, Loaded):
+            return self._missing(hand, value)
+        if self.first is None:
+            self.first = value
+        elif others := differences(self.first, value):
+            reason = f"it has other {'; '.join(map(str, others))}"
+            return self._missing(hand, Refused(reason))
+        hand.state = "idle"
+        return None
+
+    def _missing(self, hand: Hand, value) -> None:
+        """A worker that does not take part, or no more. Raises FrankenError if none is left."""
+        loading, hand.state = hand.state == "loading", "gone"
+        with contextlib.suppress(Exception):
+            self.ray.kill(hand.actor)
+        self.pending = {ref: of for ref, of in self.pending.items() if of is not hand}
+        if isinstance(value, Refused):
+            self.refusals.append(value.message)
+        else:
+            self.refusals.append(f"worker {hand.number} was lost ({value.reason})")
+        if not loading and self.replacements > 0:
+            self.replacements -= 1
+            self._hire(hand.number)
+        left = [other for other in self.hands if other.state != "gone"]
+        if not left:
+            raise FrankenError(
+                self.refusals[0] if self.first is None else f"no worker is left: {self.refusals[-1]}"
+            )
+        if loading:
+            said = f"note: worker {hand.number} takes no part: {self.refusals[-1]}"
+            tqdm.write(printable(said), file=sys.stderr)
+
+    def _answers(self, seconds: float | None = None) -> Iterator[tuple[Hand, Any]]:
+        """Whatever was asked and is answered by now, waiting for the first at most so long."""
+        if not self.pending:
+            return
+        ready, _ = self.ray.wait(list(self.pending), num_returns=1, timeout=seconds)
+        if ready:  # all that are
+            ready, _ = self.ray.wait(list(self.pending), num_returns=len(self.pending), timeout=0)
+        for ref in ready:
+            if ref not in self.pending:  # its worker was found missing meanwhile
+                continue
+            hand = self.pending.pop(ref)
+            try:
+                yield hand, self.ray.get(ref)
+            except self.ray.exceptions.RayTaskError as e:
+                cause = e.cause if isinstance(e.cause, Exception) else e
+                raise FrankenError(
+                    f"worker {hand.number} failed: {type(cause).__name__}: {first_line(cause)}"
+                ) from e
+            except self.ray.exceptions.RayError as e:
+                yield hand, _Lost(_why(e))
+
+    def twins(self, protocol: Protocol, given, also) -> Twins:
+        """The noise twins of a run, which this process only plans."""
+        assert self.first is not None
+        return Twins(self.first.layers, protocol, given, also)
+
+    # ---- what is asked ------------------------------------------------------------------------------------
+
+    def _hire(self, number: int | None = None) -> None:
+        actor = self.actor.remote(self.setup, self.options, self.crew.threads)
+        hand = Hand(number or len(self.hands) + 1, actor)
+        self.hands = [other for other in self.hands if other.number != hand.number] + [hand]
+        self.hands.sort(key=lambda other: other.number)
+        self._ask(hand, "load")
+
+    def _ask(self, hand: Hand, what: str, *given) -> None:
+        if what == "ready":
+            assert self.begun is not None
+            given = self.begun
+        self.pending[getattr(hand.actor, what).remote(*given)] = hand
+
+    def _assign(self, schedule: Schedule, original: str) -> bool:
+        """Give work to whoever is idle; whether anybody works."""
+        for hand in self.hands:
+            if hand.state != "idle" or (job := schedule.next()) is None:
+                continue
+            hand.state, hand.job, hand.doing = "working", job, Doing("")
+            if job.plan is not None:
+                self._ask(hand, "experiment", portable(job.plan), original, job.failed)
+            else:
+                self._ask(hand, "perplexity", job.fraction)
+        return any(hand.state == "working" for hand in self.hands)
+
+    # ---- what is shown ------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Ask every worker at work what it does, without waiting for the answer: one may be slow."""
+        ready, _ = (
+            self.ray.wait(list(self.asked_status), num_returns=len(self.asked_status), timeout=0)
+            if self.asked_status
+            else ([], [])
+        )
+        for ref in ready:
+            hand = self.asked_status.pop(ref)
+            with contextlib.suppress(self.ray.exceptions.RayError):
+                hand.doing = self.ray.get(ref)
+        waiting = {id(hand) for hand in self.asked_status.values()}
+        for hand in self.hands:
+            if hand.state == "working" and id(hand) not in waiting:
+                self.asked_status[hand.actor.status.options(concurrency_group=STATUS).remote()] = hand
+
+    def _show(self, bar) -> None:
+        width = shutil.get_terminal_size((NARROW, 24)).columns - 30
+        for briefly in (False, True):
+            line = " | ".join(hand.shown(briefly) for hand in self.hands)
+            if len(line) <= width:
+                break
+        else:  # too many to name
+            states = Counter(hand.state for hand in self.hands)
+            counted = ", ".join(f"{n} {state}" for state, n in states.items())
+            line = f"{counted}: {line}"
+        bar.set_description_str(printable(line))
+
+    def _dismiss(self) -> None:
+        for hand in self.hands:
+            with contextlib.suppress(Exception):
+                self.ray.kill(hand.actor)
+
+
+@dataclass(frozen=True)
+class _Lost:
+    """The answer of a worker that is no more."""
+
+    reason: str
+
+
+def _why(e: Exception) -> str:
+    """What became of a worker, in a few words: Ray's own are a page long."""
+    return {"NodeDiedError": "its machine is gone", "OutOfMemoryError": "no memory was left"}.get(
+        type(e).__name__, "its process ended"
+    )
