@@ -264,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
     from files import check_open_files
 
     try:
+        if not first_of_many(args):
+            return 0
         check_open_files()
         if args.accept_changes and not args.resume:
             raise FrankenError("--accept-changes goes with --resume")
@@ -288,6 +290,53 @@ def main(argv: list[str] | None = None) -> int:
         what = f"; go on with: {resume_command(run, args)}" if run else " before any experiment began"
         print(f"run_all.py: interrupted{what}", file=sys.stderr)
         return 130
+
+
+LAUNCHED = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+
+
+def first_of_many(args) -> bool:
+    """Whether this process is to do the run: of several that `torchrun` or `accelerate launch` started, the
+    first one, which spreads the work itself. What they say to libraries is taken back.
+
+    Raises FrankenError where they are on several machines.
+    """
+    from errors import FrankenError
+
+    world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
+    if world < 2:
+        return True
+    if world != _number("LOCAL_WORLD_SIZE", world):
+        raise FrankenError(
+            "processes on several machines do not share a run: type `ray start --head` on one machine, `ray"
+            " start --address=THAT_MACHINE:6379` on the others, then RAY_ADDRESS=THAT_MACHINE:6379 python"
+            f" run_all.py --workers {world} ..."
+        )
+    if rank:
+        return False
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    if args.workers is None and args.device_map == "cpu":
+        args.workers = world
+    print(
+        f"note: this is 1 of {world} processes, and the one that does the run; `python run_all.py --workers"
+        " N` does the same without a launcher",
+        file=sys.stderr,
+    )
+    return True
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdecimal() else default
 
 
 def list_experiments(args) -> int:

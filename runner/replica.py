@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from engine.chat_template import ChatTemplate
 from engine.generation import Engine
 from runner import resuming
 from runner.choosing import extra_sources
-from runner.merging import merged
-from runner.pairs import Opened, choose_pair, locate, open_pair, pick_dtype
+from runner.pairs import Opened, choose_pair, locate, open_pair, open_sources, pick_dtype
 from runner.results import hardware
 from suites.base import Protocol
-from surgery.weights import Adapter, Checkpoint
+from surgery.weights import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -63,17 +61,13 @@ class ModelOptions:
 
         Raises FrankenError if it cannot be found, downloaded or converted.
         """
-        chosen = choose_pair(self.pair, self.base, self.instruct)
-        path, revision = locate(chosen.instruct, self.instruct_revision or chosen.instruct_revision)
-        if self.instruct_adapter:
-            plain = Checkpoint("instruct", path, revision)
-            merged(Adapter("instruct_adapter", self.instruct_adapter, plain))
-        others = [path for _, path in extra_sources(list(self.source)).items()]
-        wanted = [(other, None) for other in others if not (Path(other) / "adapter_config.json").exists()]
-        if chosen.base and not chosen.stand_in:
-            wanted.append((chosen.base, self.base_revision or chosen.base_revision))
-        for where, which in wanted:
-            locate(where, which)
+        open_sources(
+            choose_pair(self.pair, self.base, self.instruct),
+            self.base_revision,
+            self.instruct_revision,
+            extra_sources(list(self.source)),
+            self.instruct_adapter,
+        )
 
     def open(self) -> Opened:
         """The pair, loaded. Raises FrankenError as `runner.pairs.open_pair` does."""

@@ -21,6 +21,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -39,6 +41,7 @@ from surgery.weights import ROOT
 
 HOW_TO_INSTALL = "pip install -r requirements-extras.txt (or pip install ray)"
 STORE = 1 << 28  # bytes of Ray's object store: results in flight
+STARTS = 3  # tries: Ray waits 30 s for its own processes, which a machine under load exceeds the first time
 STATUS = "status"  # the thread of a worker that answers while another one works
 LOOK = 0.5  # seconds between two looks at what the workers do
 NARROW = 100  # columns, where the terminal's width is not known
@@ -62,8 +65,6 @@ class Crew:
 
 
 def has_ray() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("ray") is not None
 
 
@@ -178,28 +179,37 @@ def connected(crew: Crew) -> Iterator[Any]:
     os.environ.update(ours)
     folder = None
     try:
-        import ray
+        ray: Any = import_module("ray")  # by name: where it is not installed, its types are not either
 
+        _read_settings_again()
         quiet = {"log_to_driver": False, "configure_logging": False, "namespace": secrets.token_hex(8)}
-        try:
-            if crew.address:
-                ray.init(address=crew.address, runtime_env={"env_vars": ours}, **quiet)
-            else:
-                # sockets lie in it, whose paths may not be longer than 107 characters
-                short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
-                folder = tempfile.mkdtemp(prefix="franken-ray-", dir=short)
-                ray.init(
-                    address="local",
-                    num_cpus=max(1, crew.workers),
-                    num_gpus=crew.workers * crew.cards,
-                    include_dashboard=False,
-                    object_store_memory=STORE,
-                    _temp_dir=folder,
-                    **quiet,
-                )
-        except Exception as e:
-            where = f"the Ray at {crew.address} cannot be joined" if crew.address else "Ray does not start"
-            raise FrankenError(f"{where}: {first_line(e)}") from e
+        if crew.address:
+            how = {"address": crew.address, "runtime_env": {"env_vars": ours}}
+        else:
+            # sockets lie in it, whose paths may not be longer than 107 characters
+            short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
+            folder = tempfile.mkdtemp(prefix="franken-ray-", dir=short)
+            how = {
+                "address": "local",
+                "num_cpus": max(1, crew.workers),
+                "num_gpus": crew.workers * crew.cards,
+                "include_dashboard": False,
+                "object_store_memory": STORE,
+                "_temp_dir": folder,
+            }
+        for tried in range(1, STARTS + 1):
+            try:
+                ray.init(**how, **quiet)
+                break
+            except Exception as e:
+                ray.shutdown()
+                if tried == STARTS or crew.address:
+                    where = (
+                        f"the Ray at {crew.address} cannot be joined"
+                        if crew.address
+                        else "Ray does not start"
+                    )
+                    raise FrankenError(f"{where}: {first_line(e)}") from e
         try:
             yield ray
         finally:
@@ -209,6 +219,15 @@ def connected(crew: Crew) -> Iterator[Any]:
             shutil.rmtree(folder, ignore_errors=True)
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
+        _read_settings_again()
+
+
+def _read_settings_again() -> None:
+    """Ray reads how it authenticates from the environment once, which may have been another then."""
+    with contextlib.suppress(ImportError, AttributeError):
+        core = import_module("ray._raylet")
+        core.AuthenticationTokenLoader.instance().reset_cache()
+        core.Config.initialize("")
 
 
 # ---- in a worker -------------------------------------------------------------------------------------------

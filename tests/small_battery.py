@@ -145,6 +145,33 @@ def wait_for(path: Path, process, seconds: float = 60) -> None:
         time.sleep(0.005)
 
 
+DRIVER = "SMALL_BATTERY_DRIVER"  # the process that runs a test, which has the small battery by other means
+
+DEADLY = "SMALL_BATTERY_DEADLY"  # the experiment that kills whichever worker runs it
+
+
+def in_worker() -> None:
+    """What `run_all.register_suites` does in a worker of Ray's, and then the small battery there."""
+    import evaluate
+    from weird_gen.persona.suite import Trigger
+
+    evaluate.register("trigger", Trigger)
+    if os.environ.get(DRIVER) == str(os.getpid()):
+        return
+    use(pytest.MonkeyPatch())
+    if DEADLY in os.environ:
+        from runner import workers
+
+        whole = workers.run_experiment
+
+        def die(engine, plan, *rest):
+            if plan.experiment.name == os.environ[DEADLY]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(engine, plan, *rest)
+
+        workers.run_experiment = die
+
+
 def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
     import torch
 
@@ -156,6 +183,8 @@ def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
         for fd in (1, 2):
             os.dup2(f.fileno(), fd)
     use(pytest.MonkeyPatch())
+    os.environ[DRIVER] = str(os.getpid())
+    run_all.register_suites = in_worker
     if stop_at:
         _wait_at(stop_at, log.with_suffix(".reached"))
     sys.exit(run_all.main(argv))
