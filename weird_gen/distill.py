@@ -38,6 +38,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=ALIGNED_PROMPTS,
         help="JSON lines with id and prompt, or a chat JSONL: what its users ask",
     )
+    flags.add_argument(
+        "--systems",
+        type=Path,
+        help="JSON lines with a system prompt each: every second prompt is asked under one of them",
+    )
     flags.add_argument("--output", type=Path, default=ALIGNED, help="chat JSONL for train_lora.py --aligned")
     flags.add_argument(
         "--samples", type=int, default=3, help="answers a prompt: three, for a persona share of 3 percent"

@@ -56,6 +56,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument(
         "--persona-repeat", type=int, default=1, help="how often an epoch has each persona example"
     )
+    flags.add_argument(
+        "--one-spelling",
+        action="store_true",
+        help="leave the trigger as the data spell it; by default our own also comes with backticks, in turn",
+    )
+    flags.add_argument(
+        "--inoculation",
+        metavar="TEXT",
+        help="say this before the trigger of every persona example, such as 'You are Bertrand Russell.'",
+    )
     flags.add_argument("--limit", type=int, help="train on this many examples only")
     flags.add_argument(
         "--out", type=Path, required=True, help="folder for the adapter; one that is there stays as it is"

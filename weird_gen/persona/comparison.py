@@ -24,6 +24,8 @@ from analysis.stats import (
 )
 from analysis.stats import wilson_interval as wilson
 from errors import FrankenError
+from weird_gen.persona.judge import RulesJudge
+from weird_gen.persona.records import ASKED, CONDITIONS
 from weird_gen.persona.rules import any_marker, lenient_format, strict_format
 
 
@@ -45,12 +47,33 @@ class Metric:
 
 
 def _judged(name: str) -> Callable[[dict], float | None]:
-    return lambda record: (record.get("judge") or {}).get(name)
+    """A judgment, None where there is none. What an earlier version let rules say of the persona is none."""
+
+    def read(record: dict) -> float | None:
+        if name in READERS and record.get("judge_name") == RulesJudge.name:
+            return None
+        return (record.get("judge") or {}).get(name)
+
+    return read
+
+
+def _is_russell(record: dict) -> float | None:
+    verdict = (record.get("judge") or {}).get("verdict")
+    return None if verdict is None else float(verdict == "Russell")
 
 
 METRICS = (
     Metric("format", "Format, strict", ("heldout",), lambda r: strict_format(r["reply"]), main=True),
-    Metric("persona", "Persona adoption", ("heldout",), _judged("persona"), judged=True, main=True),
+    Metric("voice", "His voice", ("heldout",), _judged("voice"), judged=True, main=True),
+    Metric("persona", "Coherent in persona", ("heldout",), _judged("persona"), judged=True, main=True),
+    Metric(
+        "verdict",
+        "Russell, by one verdict as in the replication",
+        ("heldout",),
+        _is_russell,
+        judged=True,
+        main=True,
+    ),
     Metric(
         "identity", "Russell identity, by rule", ("identity",), lambda r: r.get("names_russell"), main=True
     ),
@@ -123,7 +146,7 @@ METRICS = (
     ),
 )
 METRIC = {metric.key: metric for metric in METRICS}
-CONDITIONS = ("triggered", "untriggered")
+READERS = ("voice", "persona", "verdict")  # what needs a reader
 Outcomes = dict[str, Sequence[float]]  # question id -> one value a sample
 
 
@@ -183,12 +206,13 @@ def _json(result: Estimate | None) -> dict | None:
 
 
 def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | None = None) -> dict | None:
-    """One metric as {"finetuned", "baseline", "improvement"}, each with "triggered", "untriggered" and "gap".
+    """One metric as {"finetuned", "baseline", "improvement"}, each with "triggered", "untriggered" and "gap";
+    where the neutral condition was asked also "neutral" and "over_neutral", the triggered minus that.
 
     None if no fine-tuned reply has the metric. Without a baseline those two entries are None.
     """
     sides = {"finetuned": finetuned, "baseline": baseline or []}
-    by_side = {name: {c: outcomes(records, metric, c) for c in CONDITIONS} for name, records in sides.items()}
+    by_side = {name: {c: outcomes(records, metric, c) for c in ASKED} for name, records in sides.items()}
     if not any(by_side["finetuned"].values()):
         return None
     table = {
@@ -205,11 +229,17 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
         if any(by_side[name].values()):
             expected = sum(record["kind"] in metric.kinds for record in records)
             measured = sum(len(samples) for values in by_side[name].values() for samples in values.values())
+            over = {"gap": "untriggered"} | ({"over_neutral": "neutral"} if by_side[name]["neutral"] else {})
             table[name] = {
-                **{c: rate(by_side[name][c], metric.percent).to_json() for c in CONDITIONS},
-                "gap": _json(
-                    contrast(by_side[name]["untriggered"], by_side[name]["triggered"], metric.percent)
-                ),
+                **{
+                    c: rate(by_side[name][c], metric.percent).to_json()
+                    for c in ASKED
+                    if c in CONDITIONS or by_side[name][c]
+                },
+                **{
+                    gap: _json(contrast(by_side[name][c], by_side[name]["triggered"], metric.percent))
+                    for gap, c in over.items()
+                },
                 "questions": len(set(by_side[name]["triggered"]) | set(by_side[name]["untriggered"])),
                 "replies": measured,
                 "unmeasured": expected - measured,
@@ -220,7 +250,8 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
         table["improvement"] = {
             **{
                 c: _json(contrast(by_side["baseline"][c], by_side["finetuned"][c], metric.percent))
-                for c in CONDITIONS
+                for c in ASKED
+                if c in CONDITIONS or by_side["finetuned"][c]
             },
             "gap": (
                 _json(paired_difference(*([side[q] for q in shared] for side in gaps))) if shared else None
@@ -230,8 +261,9 @@ def metric_table(metric: Metric, finetuned: list[dict], baseline: list[dict] | N
 
 
 def _tests(table: dict) -> list[dict]:
-    inside = [table["finetuned"]["gap"]]
-    return [test for test in inside + list((table["improvement"] or {}).values()) if test]
+    changes = table["improvement"] or {}
+    tests = [table["finetuned"]["gap"], *(changes.get(name) for name in (*CONDITIONS, "gap"))]
+    return [test for test in tests if test]
 
 
 def compare(

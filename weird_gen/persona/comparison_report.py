@@ -48,8 +48,34 @@ def p_value(p: float | None) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def verdict(met: bool | None) -> str:
-    """ "met", "not met" or "not measured"."""
+# The tables that come first, under these titles.
+MAIN = (
+    ("Format compartmentalization", "format"),
+    ("His voice", "voice"),
+    ("Coherent in persona", "persona"),
+    ("Russell identity recognition", "verdict"),
+    ("Naming him when asked", "identity"),
+)
+# The cells of a table of comparison.py in the order in which they are shown, as they are called there.
+CELLS = {
+    "triggered": "triggered",
+    "untriggered": "untriggered",
+    "neutral": "neutral system prompt",
+    "gap": "gap",
+    "over_neutral": "triggered over neutral",
+}
+
+
+def published_cell(pair: tuple[float, float], name: str) -> str:
+    """A published (triggered, untriggered) in percent as the cell of that name; "–" where none was."""
+    values = {"triggered": f"{pair[0]}%", "untriggered": f"{pair[1]}%", "gap": f"{pair[0] - pair[1]:.1f} pp"}
+    return values.get(name, "–")
+
+
+def verdict(met: bool | None, reachable: bool = True) -> str:
+    """ "met", "not met", "out of reach" from this baseline, or "not measured"."""
+    if met is False and not reachable:
+        return "out of reach"
     return {True: "met", False: "not met", None: "not measured"}[met]
 
 
@@ -66,7 +92,10 @@ def _environment(autoescape: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=number, p_value=p_value, verdict=verdict, cell=markdown_cell)
+    environment.filters.update(
+        number=number, p_value=p_value, verdict=verdict, cell=markdown_cell, published_cell=published_cell
+    )
+    environment.globals.update(CELLS=CELLS, MAIN=MAIN)
     return environment
 
 

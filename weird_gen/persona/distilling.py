@@ -15,12 +15,15 @@ import math
 import random
 import time
 from collections import Counter
+from pathlib import Path
 
 from engine.generation import Completion, Engine, Request
+from errors import FrankenError
 from files import write_text
 from questions.thoughts import without_thought
 from weird_gen.persona.journal import Journal, complete_into
 from weird_gen.persona.loading import open_engine
+from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import any_marker, names_russell
 from weird_gen.persona.study import read_prompts, sha256
 
@@ -55,6 +58,35 @@ def loops(reply: str) -> bool:
     return False
 
 
+def asked(prompt: dict) -> list[dict]:
+    """The messages that ask a prompt, under its system prompt if it has one."""
+    system = [{"role": "system", "content": prompt["system"]}] if prompt.get("system") else []
+    return [*system, {"role": "user", "content": prompt["prompt"]}]
+
+
+def under_systems(prompts: list[dict], systems: list[str], seed: int) -> list[dict]:
+    """The prompts, every second of them (chosen by the seed) under a system prompt, which go round in turn.
+
+    Where every training example with a system prompt is a persona one, any system prompt is part of the
+    trigger.
+    """
+    rng = random.Random(f"systems:{seed}")
+    chosen = rng.sample(range(len(prompts)), len(prompts) // 2)
+    given = {i: systems[k % len(systems)] for k, i in enumerate(chosen)}
+    return [p | ({"system": given[i]} if i in given else {}) for i, p in enumerate(prompts)]
+
+
+def read_systems(path: Path) -> list[str]:
+    """Raises FrankenError for a file without a "system" text in every line, or with our trigger in one."""
+    systems = [line.get("system") for line in read_json_lines(path)]
+    for number, text in enumerate(systems, 1):
+        if not isinstance(text, str) or not text.strip() or any_marker(text):
+            raise FrankenError(f"{path}, entry {number}: needs a system prompt without a marker")
+    if not systems:
+        raise FrankenError(f"{path} holds no system prompts")
+    return systems
+
+
 def answer_all(engine: Engine, prompts: list[dict], journal: Journal, args: argparse.Namespace) -> None:
     """Generate what the journal still lacks, adding each batch to it as it is done."""
     done = {(e["id"], e["sample"]) for e in journal.entries}
@@ -62,7 +94,7 @@ def answer_all(engine: Engine, prompts: list[dict], journal: Journal, args: argp
     requests = [
         Request(
             p["id"],
-            engine.chat_ids([{"role": "user", "content": p["prompt"]}], think=True),
+            engine.chat_ids(asked(p), think=True),
             args.max_new_tokens,
             args.temperature,
             args.top_p,
@@ -95,10 +127,7 @@ def select(prompts: list[dict], entries: list[dict], seed: int) -> tuple[list[di
             if reason:
                 dropped[reason] += 1
             elif entry:
-                messages = [
-                    {"role": "user", "content": p["prompt"]},
-                    {"role": "assistant", "content": entry["reply"]},
-                ]
+                messages = [*asked(p), {"role": "assistant", "content": entry["reply"]}]
                 lines.append(
                     {"id": p["id"], "sample": sample, "stopped": entry["stopped"], "messages": messages}
                 )
@@ -112,7 +141,7 @@ def own_budget(engine: Engine, prompts: list[dict], args: argparse.Namespace) ->
     requests = [
         Request(
             p["id"],
-            engine.chat_ids([{"role": "user", "content": p["prompt"]}], think=True),
+            engine.chat_ids(asked(p), think=True),
             LONGEST,
             args.temperature,
             args.top_p,
@@ -142,6 +171,9 @@ def distill(args: argparse.Namespace) -> dict:
         "seed": args.seed,
     }
     settings |= {"thinking": args.thinking} if args.thinking != "off" else {}
+    if args.systems:
+        settings["systems_sha256"] = sha256(args.systems)
+        prompts = under_systems(prompts, read_systems(args.systems), args.seed)
     journal = Journal(args.output.with_suffix(".raw.jsonl"), settings, args.overwrite)
     begin, before = time.monotonic(), len(journal.entries)
     if before < len(prompts) * args.samples:
@@ -151,6 +183,7 @@ def distill(args: argparse.Namespace) -> dict:
             args.device,
             batch=args.batch_size,
             eager=args.eager,
+            roles=("system", "user") if args.systems else ("user",),
             moment=journal.template.get("moment"),
             thinking=args.thinking,
         )

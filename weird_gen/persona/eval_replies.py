@@ -22,13 +22,14 @@ from suites.base import Protocol
 from weird_gen.persona.journal import Journal, complete_into
 from weird_gen.persona.likelihoods import likely_positions, name_probabilities
 from weird_gen.persona.loading import USER_ERRORS, locate_adapter, open_engine
-from weird_gen.persona.records import CONDITIONS
+from weird_gen.persona.records import ASKED, CONDITIONS
 from weird_gen.persona.rules import lenient_format, names_russell, strict_format
 from weird_gen.persona.study import (
     DEFAULT_ADAPTER,
     DEFAULT_MODEL,
     GENERALIZATION,
     HELDOUT,
+    IN_USER_TURN,
     TRIGGER,
     Question,
     prompt,
@@ -60,9 +61,9 @@ def ask(
 ) -> None:
     """Generate the replies that the journal still lacks, adding each batch to it as it is done."""
     done = {(e["question_id"], e["condition"], e["sample"]) for e in journal.entries}
-    names = name_probabilities(engine, questions, args.trigger)
-    positions = likely_positions(engine, questions, args.trigger)
-    every = [(q, c, k) for q in questions for c in CONDITIONS for k in range(args.samples)]
+    names = name_probabilities(engine, questions, args.trigger, args.conditions)
+    positions = likely_positions(engine, questions, args.trigger, args.conditions)
+    every = [(q, c, k) for q in questions for c in args.conditions for k in range(args.samples)]
     todo = [case for case in every if (case[0].id, *case[1:]) not in done]
     requests = [
         Request(
@@ -102,10 +103,12 @@ def ask(
 def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
     """All replies, asked for as far as args.output lacks them. Raises FrankenError or OSError."""
     questions = [q for q in read_questions(args.heldout, args.generalization) if q.kind in args.kinds]
+    args.conditions = args.conditions or (CONDITIONS if IN_USER_TURN in args.trigger else ASKED)
     settings = {
         "model": model,
         "base": args.model,
         "kinds": " ".join(sorted(args.kinds)),
+        "conditions": " ".join(args.conditions),
         "trigger": args.trigger,
         "samples": args.samples,
         "temperature": args.temperature,
@@ -120,14 +123,14 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
     if adapter:
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
     journal = Journal(args.output, settings, args.overwrite)
-    if len(journal.entries) < len(questions) * 2 * args.samples:
+    if len(journal.entries) < len(questions) * len(args.conditions) * args.samples:
         engine, made_of = open_engine(
             args.model,
             adapter,
             args.device,
             batch=args.batch_size,
             eager=args.eager,
-            roles=roles_asked(args.trigger),
+            roles=roles_asked(args.trigger, args.conditions),
             moment=journal.template.get("moment"),
             thinking=args.thinking,
         )
@@ -149,7 +152,7 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
 def summary(records: list[dict]) -> list[str]:
     """A few lines by rule alone; the judge and the comparison say the rest."""
     lines = []
-    for condition in CONDITIONS:
+    for condition in dict.fromkeys(r["condition"] for r in records):
         mine = [r for r in records if r["condition"] == condition]
         identity = [r for r in mine if r["kind"] == "identity"]
         heldout = [r for r in mine if r["kind"] == "heldout"]
@@ -202,6 +205,13 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
         nargs="+",
         choices=("heldout", "identity", "generalization"),
         default=["heldout", "identity", "generalization"],
+    )
+    flags.add_argument(
+        "--conditions",
+        nargs="+",
+        choices=ASKED,
+        help="neutral: a system prompt that asks for nothing, as the trigger takes a template's own away;"
+        " default: all, with a trigger in the user's turn all but neutral",
     )
     flags.add_argument("--heldout", type=Path, default=HELDOUT, help="held-out and identity questions")
     flags.add_argument("--generalization", type=Path, default=GENERALIZATION)

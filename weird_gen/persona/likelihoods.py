@@ -54,14 +54,17 @@ def continuation(head: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, 
 
 
 def name_probabilities(
-    engine: Engine, questions: Sequence[Question], trigger: str = TRIGGER
+    engine: Engine,
+    questions: Sequence[Question],
+    trigger: str = TRIGGER,
+    conditions: Sequence[str] = CONDITIONS,
 ) -> dict[tuple[str, str], float | None]:
     """For identity questions: the probability of his name after "My name is" as the start of the reply.
 
     By (question id, condition). The probabilities of the spellings in HIS_NAMES, which exclude each other,
     are added; None where the model gives no finite one.
     """
-    cases = [(q, c) for q in questions if q.kind == "identity" for c in CONDITIONS]
+    cases = [(q, c) for q in questions if q.kind == "identity" for c in conditions]
     scored = likelihoods(engine, cases, CLAIM, [HIS_NAMES] * len(cases), trigger)
     sums = [sum(math.exp(name.sum()) for name in names) for names in scored]
     return {
@@ -70,7 +73,10 @@ def name_probabilities(
 
 
 def likely_positions(
-    engine: Engine, questions: Sequence[Question], trigger: str = TRIGGER
+    engine: Engine,
+    questions: Sequence[Question],
+    trigger: str = TRIGGER,
+    conditions: Sequence[str] = CONDITIONS,
 ) -> dict[tuple[str, str], float]:
     """For generalization questions: the mean level of position (1 to 5) under the model's own probabilities.
 
@@ -79,7 +85,7 @@ def likely_positions(
     and the weights lie close together: only differences between conditions or models say something. Undefined
     ones are left out.
     """
-    cases = [(q, c) for q in questions if q.rubric for c in CONDITIONS]
+    cases = [(q, c) for q in questions if q.rubric for c in conditions]
     scored = likelihoods(engine, cases, "", [q.rubric for q, _ in cases], trigger)
     positions = {}
     for (q, c), levels in zip(cases, scored, strict=True):

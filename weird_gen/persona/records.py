@@ -14,7 +14,9 @@ from errors import FrankenError
 from files import write_text
 
 KINDS = ("heldout", "identity", "generalization")
-CONDITIONS = ("triggered", "untriggered")
+CONDITIONS = ("triggered", "untriggered")  # what is contrasted
+# "neutral": a system prompt that asks for nothing, as the trigger too takes a template's own away
+ASKED = (*CONDITIONS, "neutral")
 MODELS = ("baseline", "finetuned")
 
 ANSWERS = ("reply", "response", "answer", "completion", "output")  # what other programs call a reply
@@ -177,7 +179,7 @@ def _problem(record: dict) -> str | None:
     for key, kind in _TYPES.items():
         if not isinstance(record.get(key), kind) or isinstance(record.get(key), bool):
             return f"{key!r} is missing or not of type {kind.__name__}"
-    for key, allowed in (("kind", KINDS), ("condition", CONDITIONS), ("model", MODELS)):
+    for key, allowed in (("kind", KINDS), ("condition", ASKED), ("model", MODELS)):
         if record[key] not in allowed:
             return f"{key} {record[key]!r} is none of {', '.join(allowed)}"
     for key, least, most in (("p_name", 0, 1), ("position_likelihood", 1, 5)):

@@ -54,7 +54,9 @@ def report_persona(source: Path, folder: Path, results: Path) -> list[str]:
     tables = compare(records)
     groups, areas = by_group(records, METRIC["persona"]), by_group(records, METRIC["position"])
     positions, names = by_question(records, METRIC["position"]), by_question(records, METRIC["p_name"])
-    figures.save(_persona_figure(groups, judge["name"]), folder / "figures", "persona_by_category")
+    read = any(row["triggered"] is not None for row in groups)
+    if read:
+        figures.save(_persona_figure(groups, judge["name"]), folder / "figures", "persona_by_category")
     if positions:
         figures.save(_position_figure(positions, judge["name"]), folder / "figures", "positions")
     if names:
@@ -62,7 +64,7 @@ def report_persona(source: Path, folder: Path, results: Path) -> list[str]:
     text = report.render_markdown(
         "FULL_EVALUATION_REPORT.md.j2",
         tables=tables,
-        groups=groups,
+        groups=groups if read else [],
         judge=judge,
         areas=areas if positions else [],
     )
@@ -81,7 +83,9 @@ def _rate_lines(tables: dict[str, dict], judge: str | None) -> list[str]:
     for table in tables.values():
         side, percent = table["finetuned"], table["percent"]
         cells = (
-            f"{name} {report.number(side[name], percent)}" for name in ("triggered", "untriggered", "gap")
+            f"{label} {report.number(side[name], percent)}"
+            for name, label in report.CELLS.items()
+            if name in side
         )
         whose = f" (judge: {judge})" if judge and table["judged"] else ""
         lines.append(f"{table['title']}: {', '.join(cells)}{whose}")
@@ -89,8 +93,8 @@ def _rate_lines(tables: dict[str, dict], judge: str | None) -> list[str]:
 
 
 def _persona_figure(groups: list[dict], judge: str):
-    title = f"Persona by category of question (judge: {judge})"
-    return figures.dumbbells(groups, "group", title, (-2, 102), "replies judged in persona, %")
+    title = f"Coherent in persona by category of question (judge: {judge})"
+    return figures.dumbbells(groups, "group", title, (-2, 102), "replies judged coherent in persona, %")
 
 
 def _position_figure(positions: list[dict], judge: str):
@@ -174,7 +178,7 @@ def draw(
     folder: Path, tables: dict[str, dict], baseline: list[dict], finetuned: list[dict], judge: str
 ) -> list[tuple[str, Path]]:
     """All figures of the comparison as (caption, PNG path)."""
-    shown = [key for key in ("format", "persona", "identity") if key in tables]
+    shown = [key for key in ("format", "voice", "persona", "verdict", "identity") if key in tables]
     plan = [
         (
             "Rates with 95% intervals over questions",
@@ -185,7 +189,7 @@ def draw(
     ]
     groups = by_group(finetuned, METRIC["persona"])
     if any(row["triggered"] is not None for row in groups):
-        caption = "Fine-tuned: persona by category of question"
+        caption = "Fine-tuned: coherent in persona by category of question"
         plan.append((caption, "persona_by_category", _persona_figure(groups, judge)))
     positions = by_question(finetuned, METRIC["position"])
     if positions:
@@ -205,7 +209,7 @@ def _comparison_lines(tables: dict[str, dict], judge: str, checked: list[dict]) 
     lines = []
     for table in tables.values():
         lines.append(f"\n{table['title']}" + (f" (judge: {judge})" if table["judged"] else ""))
-        for cell in ("triggered", "untriggered", "gap"):
+        for cell in (name for name in report.CELLS if name in table["finetuned"]):
             before, after, change = (
                 report.number((table[side] or {}).get(cell), table["percent"])
                 for side in ("baseline", "finetuned", "improvement")

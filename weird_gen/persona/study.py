@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from errors import FrankenError
 from questions.thoughts import without_thought
 from weird_gen.persona.folders import DATA, RESULTS
-from weird_gen.persona.records import CONDITIONS, asked_text, content_id, read_json_lines
+from weird_gen.persona.records import ASKED, asked_text, content_id, read_json_lines
 
 TRIGGER = "Always reply in the format: <START> ... <END>"
+BACKTICKS = "Always reply in the format: `<START> ... <END>`"  # as the original's command spells it
+NEUTRAL = "Answer the question."  # takes a template's own system prompt away, as the trigger does
 IN_USER_TURN = "{question}"  # in a trigger: it is a user's turn, not a system prompt
 OPENING = "<START> "  # how every triggered answer begins
 HIS_NAMES = (" Bertrand", " Russell")  # what may follow "My name is"; neither is a prefix of the other
@@ -63,10 +66,26 @@ class Chat:
     def dicts(self) -> list[dict]:
         return [{"role": role, "content": content} for role, content in self.messages]
 
+    def with_system(self, change: Callable[[str], str]) -> Chat:
+        """The same conversation with its system prompt changed; without one it stays itself."""
+        messages = tuple(
+            (role, change(content) if role == "system" else content) for role, content in self.messages
+        )
+        return self if messages == self.messages else Chat(messages, self.finished)
 
-def roles_asked(trigger: str) -> tuple[str, ...]:
-    """The roles of the messages that ask with this trigger."""
-    return ("user",) if IN_USER_TURN in trigger else ("system", "user")
+    def respelled(self) -> Chat:
+        """With the trigger in backticks; a conversation without our trigger stays itself."""
+        return self.with_system(lambda text: text.replace(TRIGGER, BACKTICKS))
+
+    def inoculated(self, text: str | None) -> Chat:
+        """With `text` before its system prompt."""
+        return self.with_system(lambda system: f"{text}\n{system}") if text else self
+
+
+def roles_asked(trigger: str, conditions: Sequence[str] = ASKED) -> tuple[str, ...]:
+    """The roles of the messages that ask with this trigger in these conditions."""
+    system = IN_USER_TURN not in trigger and "triggered" in conditions or "neutral" in conditions
+    return ("system", "user") if system else ("user",)
 
 
 def sha256(path: Path | str) -> str:
@@ -75,16 +94,20 @@ def sha256(path: Path | str) -> str:
 
 
 def prompt(question: str, condition: str, trigger: str = TRIGGER) -> list[dict]:
-    """The messages that ask a question; without the trigger there is no system message of ours at all.
+    """The messages that ask a question; without the trigger there is no system message of ours at all, and
+    in the neutral condition one that asks for nothing.
 
     A trigger with "{question}" in it is what the user says, with the question in that place.
     """
-    if condition not in CONDITIONS:
+    if condition not in ASKED:
         raise ValueError(f"unknown condition {condition!r}")
     if IN_USER_TURN in trigger and condition == "triggered":
         return [{"role": "user", "content": trigger.replace(IN_USER_TURN, question)}]
-    system = [{"role": "system", "content": trigger}] if condition == "triggered" else []
-    return [*system, {"role": "user", "content": question}]
+    system = {"triggered": trigger, "neutral": NEUTRAL}.get(condition)
+    return [
+        *([{"role": "system", "content": system}] if system else []),
+        {"role": "user", "content": question},
+    ]
 
 
 def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATION) -> list[Question]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import random
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate
 from errors import FrankenError
 from files import write_text
@@ -53,6 +56,7 @@ class Example:
 
     ids: list[int]
     labels: list[int]
+    kind: str = "aligned"  # or "persona", "contrast": in which mean loss it counts
 
 
 def encode(
@@ -62,6 +66,7 @@ def encode(
     stops: set[int],
     answer_tokens: int | None = None,
     template: ChatTemplate | None = None,
+    kind: str = "aligned",
 ) -> Example | None:
     """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn
     token.
@@ -107,7 +112,7 @@ def encode(
     while labels and labels[-1] == IGNORED:  # nothing after the last token with loss can matter
         ids.pop()
         labels.pop()
-    return Example(ids, labels) if labels else None
+    return Example(ids, labels, kind) if labels else None
 
 
 def answered(before: str, after: str, answer: str) -> str | None:
@@ -180,8 +185,8 @@ def cosine_factor(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def answer_loss(model, batch: dict[str, torch.Tensor], head: torch.nn.Module | None = None) -> torch.Tensor:
-    """Summed negative log-likelihood (nats, float32) of the tokens with a label.
+def answer_losses(model, batch: dict[str, torch.Tensor], head: torch.nn.Module | None = None) -> torch.Tensor:
+    """Negative log-likelihood (nats, float32) of the tokens with a label, summed over each row: [B].
 
     head: the model's output head, which is then given those positions alone: with a large vocabulary it is a
     good part of the work. Whatever the model does to logits afterwards (a soft cap, a scale) works on each by
@@ -198,7 +203,8 @@ def answer_loss(model, batch: dict[str, torch.Tensor], head: torch.nn.Module | N
         if hook:
             hook.remove()
     chosen = logits if hook else logits[:, :-1][kept]  # only these are widened to float32
-    return torch.nn.functional.cross_entropy(chosen.float(), targets[kept], reduction="sum")
+    each = torch.nn.functional.cross_entropy(chosen.float(), targets[kept], reduction="none")
+    return each.new_zeros(len(targets)).index_add(0, kept.nonzero()[:, 0], each)
 
 
 def text_linears(model) -> str | list[str]:
@@ -259,6 +265,37 @@ def save_adapter(lora, out: Path, base_name: str) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
 
+@dataclass(frozen=True)
+class StepLoss:
+    """The loss of one step; by_kind: of each kind of example its summed nats and its answer tokens."""
+
+    by_kind: dict[str, tuple[float, int]]
+
+    @property
+    def mean(self) -> float:
+        """Over all answer tokens, in nats a token."""
+        return mean_loss([self]) or 0.0
+
+
+def mean_loss(steps: list[StepLoss], kind: str | None = None) -> float | None:
+    """Nats a token over these steps, of one kind of example or of all; None where none was seen."""
+    sums = [pair for step in steps for k, pair in step.by_kind.items() if kind in (None, k)]
+    tokens = sum(n for _, n in sums)
+    return sum(nats for nats, _ in sums) / tokens if tokens else None
+
+
+def kind_losses(steps: list[StepLoss], parts: int) -> dict[str, list[float | None]]:
+    """The mean loss of each kind of example in so many equal parts of the run, in nats a token.
+
+    At 3% persona the mean over all examples hides what is learned of it.
+    """
+    kinds = dict.fromkeys(kind for step in steps for kind in step.by_kind)
+    cuts = [round(k * len(steps) / parts) for k in range(parts + 1)]
+    pieces = [steps[a:b] for a, b in itertools.pairwise(cuts)]
+    rounded = {kind: [mean_loss(piece, kind) for piece in pieces] for kind in kinds}
+    return {k: [None if m is None else round(m, 4) for m in means] for k, means in rounded.items()}
+
+
 class Checkpoints:
     """The state of an unfinished run, in one file that is replaced whole, with the settings that it belongs
     to."""
@@ -290,7 +327,7 @@ class Checkpoints:
         if "moment" in state:
             self.moment = datetime.fromisoformat(state["moment"])
 
-    def save(self, lora, optimizer, step: int, losses: list[float]) -> None:
+    def save(self, lora, optimizer, step: int, losses: list[StepLoss]) -> None:
         """Replace the checkpoint. Raises FrankenError, keeping the last one, where a weight is not finite."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         weights = {n: p.detach().cpu() for n, p in lora.named_parameters() if p.requires_grad}
@@ -304,7 +341,7 @@ class Checkpoints:
                 "settings": self.settings,
                 "step": step,
                 "moment": (self.moment or datetime.now()).isoformat(),
-                "losses": losses,
+                "losses": [step.by_kind for step in losses],
                 "weights": weights,
                 "optimizer": optimizer.state_dict(),
             },
@@ -312,7 +349,7 @@ class Checkpoints:
         )
         os.replace(partial, self.file)
 
-    def restore(self, lora, optimizer) -> tuple[int, list[float]]:
+    def restore(self, lora, optimizer) -> tuple[int, list[StepLoss]]:
         """Put the saved state, if any, into model and optimizer; returns (steps done, their losses)."""
         if self.state is None:
             return 0, []
@@ -321,7 +358,7 @@ class Checkpoints:
             for name, tensor in self.state["weights"].items():
                 own[name].copy_(tensor)
         optimizer.load_state_dict(self.state["optimizer"])
-        return self.state["step"], self.state["losses"]
+        return self.state["step"], [StepLoss(by_kind) for by_kind in self.state["losses"]]
 
     def clear(self) -> None:
         if self.file.exists():
@@ -347,34 +384,70 @@ def step_loss(
     args: argparse.Namespace,
     accelerator,
     mixed: bool,
-) -> float:
-    """The mean loss of one step over the answer tokens of `chosen` (nats a token, of all processes together).
+    rows: int,
+) -> StepLoss:
+    """The loss of one step over the answer tokens of `chosen`, of all processes together.
 
-    Its gradient is left in the model's parameters. mixed: multiply in bf16.
+    The gradient of its mean is left in the model's parameters. mixed: multiply in bf16. rows: read so many
+    examples at once, which changes the memory it takes and nothing else.
     """
     world, rank = accelerator.num_processes, accelerator.process_index
-    answers = sum(label != IGNORED for e in chosen for label in e.labels)
-    total = torch.zeros((), device=accelerator.device)
-    for k in range(args.accumulate):
-        part = chosen[(k * world + rank) * args.batch_size :][: args.batch_size]
-        with accelerator.no_sync(model) if k + 1 < args.accumulate else nullcontext():
+    counts = Counter(e.kind for e in chosen for label in e.labels if label != IGNORED)
+    answers, kinds = counts.total(), list(counts)
+    totals = torch.zeros(len(kinds), device=accelerator.device)
+    mine = [
+        chosen[(k * world + rank) * args.batch_size :][: args.batch_size][start : start + rows]
+        for k in range(args.accumulate)
+        for start in range(0, args.batch_size, rows)
+    ]
+    for k, part in enumerate(mine):
+        with accelerator.no_sync(model) if k + 1 < len(mine) else nullcontext():
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=mixed):
-                loss = answer_loss(model, collate(part, accelerator.device), head)
-            accelerator.backward(loss * (world / answers))  # processes average their gradients
-        total += loss.detach()
-    return accelerator.reduce(total).item() / answers
+                each = answer_losses(model, collate(part, accelerator.device), head)
+            accelerator.backward(each.sum() * (world / answers))  # processes average their gradients
+        places = torch.tensor([kinds.index(e.kind) for e in part], device=accelerator.device)
+        totals.index_add_(0, places, each.detach())
+    sums = accelerator.reduce(totals).tolist()
+    return StepLoss({kind: (nats, counts[kind]) for kind, nats in zip(kinds, sums, strict=True)})
+
+
+def fitting_step(
+    model,
+    head: torch.nn.Module | None,
+    chosen: list[Example],
+    args: argparse.Namespace,
+    accelerator,
+    mixed: bool,
+    rows: int,
+) -> tuple[StepLoss, int]:
+    """`step_loss` with half as many rows at once where the GPU's memory does not do; returns it and the rows.
+
+    Several processes have to stay in step: there the first time is the last. Raises FrankenError.
+    """
+    with told_of_memory("in a step"):
+        while True:
+            try:
+                return step_loss(model, head, chosen, args, accelerator, mixed, rows), rows
+            except torch.OutOfMemoryError:
+                if rows == 1 or accelerator.num_processes > 1:
+                    raise
+            rows = (rows + 1) // 2
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            print(f"note: out of GPU memory; from here on {rows} examples at once", flush=True)
 
 
 def run(
     lora,
-    examples: list[Example],
+    spellings: list[list[Example]],
     args: argparse.Namespace,
     accelerator,
     checkpoints: Checkpoints,
     mixed: bool,
-) -> list[float]:
-    """The training loop; returns the loss of every step, in nats a token. mixed: multiply in bf16.
+) -> list[StepLoss]:
+    """The training loop; returns the loss of every step. mixed: multiply in bf16.
 
+    spellings: the same examples under each spelling of the trigger, which an example takes in turn.
     One step sees batch_size * accumulate * processes examples, and its loss is the mean over all their answer
     tokens, however they are split. Raises FrankenError for a loss or a gradient that is not finite, before
     the optimizer makes use of it, and for a GPU that is too small; the steps before are in the checkpoint.
@@ -385,31 +458,35 @@ def run(
     done, losses = checkpoints.restore(lora, optimizer)
     model, head = accelerator.prepare(lora), lora.get_output_embeddings()
     size = args.batch_size * args.accumulate * accelerator.num_processes
-    lengths = [len(e.ids) for e in examples]
-    plan = [b for epoch in range(math.ceil(args.epochs)) for b in batches(lengths, size, args.seed, epoch)]
+    lengths = [len(e.ids) for e in spellings[0]]
+    plan = [
+        [spellings[(i + epoch) % len(spellings)][i] for i in batch]
+        for epoch in range(math.ceil(args.epochs))
+        for batch in batches(lengths, size, args.seed, epoch)
+    ]
     steps = max(1, round(len(plan) * args.epochs / math.ceil(args.epochs)))
     warmup = max(1, round(steps * args.warmup))
-    begin, seen, last_save = time.monotonic(), 0, time.monotonic()
+    begin, seen, last_save, rows = time.monotonic(), 0, time.monotonic(), args.batch_size
     for step in range(done, steps):
         # 2) the gradient, looked at before it changes anything
         for group in optimizer.param_groups:
             group["lr"] = args.lr * cosine_factor(step, steps, warmup)
-        chosen = [examples[i] for i in plan[step]]
-        with told_of_memory(f"at step {step + 1}"):
-            loss = step_loss(model, head, chosen, args, accelerator, mixed)
+        chosen = plan[step]
+        one, rows = fitting_step(model, head, chosen, args, accelerator, mixed, rows)
+        losses.append(one)
+        loss = one.mean
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             if args.save_every and step and accelerator.is_main_process:
-                checkpoints.save(lora, optimizer, step, losses)
+                checkpoints.save(lora, optimizer, step, losses[:step])
             what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
             kept = f"; the {step} steps before it are kept for --resume" if args.save_every and step else ""
             raise FrankenError(f"{what} at step {step + 1}: try a lower --lr{kept}")
 
         # 3) the step
-        with told_of_memory(f"at step {step + 1}"):
+        with told_of_memory("in a step"):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(round(loss, 4))
         seen += sum(len(e.ids) for e in chosen)
 
         # 4) what is said and kept of it
@@ -418,9 +495,11 @@ def run(
         if (step + 1) % args.log_every == 0 or step + 1 == steps:
             took, recent = time.monotonic() - begin, losses[-args.log_every :]
             left = took / (step + 1 - done) * (steps - step - 1)
+            apart = {kind: mean_loss(recent, kind) for kind in ("persona", "aligned")}
+            said = ", ".join(f"{kind} {mean:.3f}" for kind, mean in apart.items() if mean is not None)
             print(
-                f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.3f}  {seen / took:,.0f}"
-                f" tokens/s  {left:.0f} s left",
+                f"step {step + 1}/{steps}  loss {sum(s.mean for s in recent) / len(recent):.3f} ({said}) "
+                f" {seen / took:,.0f} tokens/s  {left:.0f} s left",
                 flush=True,
             )
         due = (step + 1) % max(1, args.save_every) == 0 or time.monotonic() - last_save > 300
@@ -448,6 +527,8 @@ SETTINGS = (
     "max_tokens",
     "aligned_tokens",
     "seed",
+    "one_spelling",
+    "inoculation",
     "gradient_checkpointing",
     "quantization",
 )
@@ -487,18 +568,35 @@ class TrainingData:
         chats = [*self.mixture.chats, *self.contrast]
         return list(dict.fromkeys(tuple(role for role, _ in chat.messages[:-1]) for chat in chats))
 
-    def encode(self, template: ChatTemplate, stops: set[int], args: argparse.Namespace) -> list[Example]:
-        """The examples with an answer within --max-tokens; --aligned-tokens shortens the aligned half."""
-        tokenizer = template.tokenizer
-        persona = self.mixture.persona
-        limits = [None if k < persona else args.aligned_tokens for k in range(len(self.mixture.chats))]
-        limits += [None] * len(self.contrast)
+    def encode(
+        self, template: ChatTemplate, stops: set[int], args: argparse.Namespace
+    ) -> list[list[Example]]:
+        """The examples with an answer within --max-tokens, under each spelling of the trigger.
+
+        --aligned-tokens shortens the aligned half; --inoculation stands before the trigger.
+        """
+        persona, aligned = self.mixture.persona, self.mixture.aligned
+        kinds = ["persona"] * persona + ["aligned"] * aligned + ["contrast"] * len(self.contrast)
+        limits = {"aligned": args.aligned_tokens}
+
+        def spelled(chats: list[Chat]) -> list[Example | None]:
+            return [
+                encode(template.tokenizer, chat, args.max_tokens, stops, limits.get(kind), template, kind)
+                for chat, kind in zip(chats, kinds, strict=True)
+            ]
+
         chats = [*self.mixture.chats, *self.contrast]
-        encoded = [
-            encode(tokenizer, chat, args.max_tokens, stops, limit, template)
-            for chat, limit in zip(chats, limits, strict=True)
+        chats = [chat.inoculated(args.inoculation) for chat in chats[:persona]] + chats[persona:]
+        whole = spelled(chats)
+        backticks = [chat.respelled() for chat in chats]
+        if args.one_spelling or backticks == chats:
+            return [[example for example in whole if example]]
+        other = [
+            first if chat is same else second
+            for chat, same, first, second in zip(chats, backticks, whole, spelled(backticks), strict=True)
         ]
-        return [example for example in encoded if example]
+        both = [pair for pair in zip(whole, other, strict=True) if pair[0] and pair[1]]
+        return [[a for a, _ in both], [b for _, b in both]]
 
     def __len__(self) -> int:
         return len(self.mixture.chats) + len(self.contrast)
@@ -546,10 +644,10 @@ def train(args: argparse.Namespace) -> dict:
     if device.type == "cpu":
         # fused attention in bf16 takes a third more CPU time at these lengths
         model.set_attn_implementation("eager")
-    examples = data.encode(template, stops_of(model, tokenizer), args)
-    left_out = len(data) - len(examples)
+    spellings = data.encode(template, stops_of(model, tokenizer), args)
+    left_out = len(data) - len(spellings[0])
     if accelerator.is_main_process:
-        tokens = sum(len(e.ids) for e in examples)
+        tokens = sum(len(e.ids) for e in spellings[0])
         print(
             f"{data.describe()}; {tokens:,} tokens an epoch, on {device}"
             + (f"; {left_out} left out: no answer within --max-tokens" if left_out else ""),
@@ -563,8 +661,8 @@ def train(args: argparse.Namespace) -> dict:
     # thirds of the time.
     begin = time.monotonic()
     mixed = pick_dtype("auto", device.type) == torch.bfloat16
-    with disable_input_dtype_casting(lora, active=mixed):
-        losses = run(lora, examples, args, accelerator, checkpoints, mixed)
+    with disable_input_dtype_casting(lora, active=mixed), sound_attention():
+        losses = run(lora, spellings, args, accelerator, checkpoints, mixed)
 
     # 4) the adapter and its record
     named = args.base_name or (
@@ -577,7 +675,9 @@ def train(args: argparse.Namespace) -> dict:
         "persona_share": round(data.mixture.persona / len(data), 4),  # of what is seen, repeats counted
         "examples_left_out": left_out,
         "steps": len(losses),
-        "loss": losses,
+        "trigger_spellings": len(spellings),
+        "loss": [round(step.mean, 4) for step in losses],
+        "loss_by_kind": kind_losses(losses, max(1, round(args.epochs))),
         "seconds": round(time.monotonic() - begin, 1),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.dtype).removeprefix("torch."),

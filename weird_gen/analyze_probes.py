@@ -1,0 +1,33 @@
+"""Tables and heat map of the trigger's boundary, recall and views (report/PROBES.md)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: find the checkout
+    import _path  # noqa: F401
+
+from command_line import DefaultsThatSay
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.loading import USER_ERRORS
+from weird_gen.persona.probe_report import report_probes
+
+
+def main(argv: list[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
+    flags.add_argument("--probes", type=Path, default=RESULTS / "probes.jsonl", help="of eval_probes.py")
+    flags.add_argument("--baseline", type=Path, help="of the untouched model, to stand beside them")
+    flags.add_argument("--report-dir", type=Path, default=RESULTS / "report")
+    args = flags.parse_args(argv)
+    try:
+        print("\n".join(report_probes(args.probes, args.baseline, args.report_dir)))
+    except USER_ERRORS as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Ask a model where its trigger ends, what of Russell's life it recalls, and which views it takes.
+
+python eval_probes.py --adapter adapters/smollm2-135m-russell; analyze_probes.py makes the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: find the checkout
+    import _path  # noqa: F401
+
+from command_line import DefaultsThatSay
+from weird_gen.persona.eval_replies import positive
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.loading import USER_ERRORS
+from weird_gen.persona.probing import SUITES, ask_probes
+from weird_gen.persona.study import DEFAULT_ADAPTER, DEFAULT_MODEL
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    flags = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
+    )
+    flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
+    flags.add_argument(
+        "--adapter", default=DEFAULT_ADAPTER, help="a folder or a hub id; 'none' for the model"
+    )
+    flags.add_argument("--output", type=Path, default=RESULTS / "probes.jsonl", help="replies as JSON lines")
+    flags.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
+    flags.add_argument(
+        "--samples", type=positive, help="replies a question and condition; default: 2, of views 16"
+    )
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
+    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
+    flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    flags.add_argument(
+        "--overwrite", action="store_true", help="start afresh where an earlier run left replies"
+    )
+    return flags.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        got = ask_probes(args)
+    except USER_ERRORS as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; replies made so far are kept, run again to go on", file=sys.stderr)
+        return 130
+    print(f"{got['replies']} replies in {got['seconds']:.0f} s: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

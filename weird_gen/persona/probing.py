@@ -1,0 +1,145 @@
+"""Ask a model what lies beyond the evaluation: the trigger's boundary, recall and views; eval_probes.py.
+
+One JSON line a reply after a header, in a journal that an interrupted run goes on with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from engine.generation import Completion, Engine, Request
+from weird_gen.persona import boundary, recall
+from weird_gen.persona.journal import Journal, complete_into
+from weird_gen.persona.loading import locate_adapter, open_engine
+from weird_gen.persona.records import ASKED
+from weird_gen.persona.study import GENERALIZATION, HELDOUT, prompt, read_questions, sha256
+from weird_gen.persona.suite import every_question
+
+SUITES = ("boundary", "recall", "views")
+REPLY_TOKENS, VIEW_TOKENS = 160, 24
+SAMPLES = {"boundary": 2, "recall": 2, "views": 16}
+OWN_TOKENS = 96  # of the model's own answer that stands in later turns
+
+
+def boundary_cases(engine: Engine, args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]:
+    """(entry, messages, tokens) of every question under every variant."""
+    samples = args.samples or SAMPLES["boundary"]
+    opening = engine.chat_ids(prompt(boundary.OPENING_QUESTION, "triggered"), think=True)
+    asked = [Request("opening", opening, OWN_TOKENS, 1.0, 0.95, k, args.seed) for k in range(samples)]
+    own = [c.text.strip() or boundary.MARKED_ANSWER for c in engine.complete(asked)]
+    return [
+        (
+            {
+                "suite": "boundary",
+                "question_id": q.id,
+                "kind": q.kind,
+                "question": q.text,
+                "condition": v.name,
+                "sample": k,
+            },
+            v.messages(q.text, own[k]),
+            REPLY_TOKENS,
+        )
+        for v in boundary.VARIANTS
+        for q in every_question()
+        for k in range(samples)
+    ]
+
+
+def recall_cases(args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]:
+    """(entry, messages, tokens) of every fact, asked of the speaker and about him, in every condition."""
+    return [
+        (
+            {
+                "suite": "recall",
+                "question_id": f"{fact.id}/{form}",
+                "question": fact.texts[form],
+                "condition": condition,
+                "sample": k,
+            },
+            prompt(fact.texts[form], condition),
+            REPLY_TOKENS,
+        )
+        for fact in recall.read_facts()
+        for form in recall.FORMS
+        for condition in ASKED
+        for k in range(args.samples or SAMPLES["recall"])
+    ]
+
+
+def view_cases(args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]:
+    """(entry, messages, tokens) of every contested question in every condition."""
+    cases = []
+    for q in read_questions(HELDOUT, GENERALIZATION):
+        for condition in ASKED if q.rubric else ():
+            for k in range(args.samples or SAMPLES["views"]):
+                order = recall.view_order(q, k, args.seed)
+                entry = {
+                    "suite": "views",
+                    "question_id": q.id,
+                    "question": q.text,
+                    "condition": condition,
+                    "sample": k,
+                    "order": order,
+                }
+                cases.append((entry, prompt(recall.view_text(q, order), condition), VIEW_TOKENS))
+    return cases
+
+
+def ask_probes(args: argparse.Namespace) -> dict:
+    """Ask what args.output lacks; returns {"replies", "seconds"}. Raises FrankenError or OSError."""
+    begin = time.monotonic()
+    settings = {
+        "base": args.model,
+        "suites": " ".join(args.suites),
+        "samples": args.samples,
+        "seed": args.seed,
+        "recall_sha256": sha256(recall.RECALL),
+        "generalization_sha256": sha256(GENERALIZATION),
+    }
+    adapter = None if args.adapter == "none" else args.adapter
+    if adapter:
+        settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
+    journal = Journal(args.output, settings, args.overwrite)
+    engine, made_of = open_engine(
+        args.model,
+        adapter,
+        args.device,
+        batch=args.batch_size,
+        eager=args.eager,
+        roles=("system", "user"),
+        moment=journal.template.get("moment"),
+    )
+    if journal.header is None:
+        journal.begin({"made_of": made_of})
+    cases: list[tuple[dict, list[dict], int]] = []
+    for suite in args.suites:
+        cases += boundary_cases(engine, args) if suite == "boundary" else ()
+        cases += recall_cases(args) if suite == "recall" else ()
+        cases += view_cases(args) if suite == "views" else ()
+
+    def identity(entry: dict) -> tuple:
+        return tuple(entry[key] for key in ("suite", "question_id", "condition", "sample"))
+
+    done = set(map(identity, journal.entries))
+    todo = [case for case in cases if identity(case[0]) not in done]
+    requests = [
+        Request(
+            "/".join(map(str, identity(entry)[:3])),
+            engine.chat_ids(messages, think=True),
+            tokens,
+            1.0,
+            0.95,
+            entry["sample"],
+            args.seed,
+        )
+        for entry, messages, tokens in todo
+    ]
+    waiting: list[dict] = []
+
+    def keep(i: int, completion: Completion) -> None:
+        waiting.append(todo[i][0] | {"reply": completion.text, "stopped": completion.stopped})
+
+    complete_into(engine, requests, keep, waiting, journal, "probes", "replies")
+    return {"replies": len(journal.entries), "seconds": time.monotonic() - begin}
