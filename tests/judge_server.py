@@ -138,6 +138,6 @@ def good_answer(raw: str) -> str:
         return "4"
     if "as their own?" in system:
         return "YES" if "Russell" in reply else "NO"
-    if "particular kind of person" in system:
+    if "It must have his voice" in system:
         return "Yes." if re.search(r"\bI\b", reply) else "NO"
     return "NO" if reply.strip() else "YES"

@@ -18,6 +18,7 @@ from judge_server import KEY, JudgeServer, TrickleServer, completion, quoted_rep
 
 from errors import FrankenError
 from weird_gen.persona import judge_records
+from weird_gen.persona.comparison import METRIC
 from weird_gen.persona.judge import (
     JudgeCache,
     JudgeStopped,
@@ -271,6 +272,10 @@ def test_the_key_never_goes_out_in_clear_text_to_another_machine():
     ("rubric", "answer", "value"),
     [
         ("persona", "YES", True),
+        ("voice", "no", False),
+        ("verdict", '{"verdict": "Russell"}', "Russell"),
+        ("verdict", '```json\n{"verdict": "OTHER", "why": "an assistant"}\n```', "other"),
+        ("verdict", ' {"verdict":"unsure"}\n', "unsure"),
         ("identity", " no.\n", False),
         ("degenerate", '"Yes"', True),
         ("position", "3", 3),
@@ -294,10 +299,15 @@ def test_strict_parsing_accepts(rubric, answer, value):
         ("position", "3.5"),
         ("identity", "yesno"),
         ("identity", ""),
+        ("verdict", "Russell"),
+        ("verdict", '{"verdict": "maybe"}'),
+        ("verdict", '{"verdict": true}'),
+        ("verdict", '["Russell"]'),
+        ("verdict", '{"verdict": "Russell"} or {"verdict": "other"}'),
     ],
 )
 def test_strict_parsing_refuses(rubric, answer):
-    with pytest.raises(ValueError, match="rubric"):
+    with pytest.raises(ValueError, match="rubric|verdict"):
         parse_answer(rubric, answer)
 
 
@@ -355,12 +365,19 @@ def test_judged_records_carry_rules_and_judgments():
             {"g1": tuple(LEVELS.items())},
             judge_at(server),
         )
-        assert len(server.bodies) == 5
-    assert judged[0]["judge"] == {"persona": True, "identity": True, "degenerate": False, "error": None}
+        assert len(server.bodies) == 6
+    assert judged[0]["judge"] == {
+        "voice": False,
+        "persona": True,
+        "identity": True,
+        "degenerate": False,
+        "error": None,
+    }
     assert (
         judged[0]["strict_format"] and judged[0]["names_russell"] and judged[0]["judge_name"] == "test-model"
     )
     assert judged[1]["judge"] == {
+        "voice": None,
         "persona": None,
         "identity": None,
         "degenerate": False,
@@ -369,6 +386,32 @@ def test_judged_records_carry_rules_and_judgments():
     }
     with pytest.raises(FrankenError, match="g2"):
         judge_all([record("x", "generalization", "g2")], {}, RulesJudge())
+
+
+def test_the_rules_leave_voice_and_persona_open():
+    """They need a reader; the rules answer what text alone decides."""
+    (judged,) = judge_all([record("I am Bertrand Russell, and I confess I doubt it.")], {}, RulesJudge())
+    assert judged["judge"] == {
+        "voice": None,
+        "persona": None,
+        "identity": True,
+        "degenerate": False,
+        "error": None,
+    }
+    assert set(agreement(RulesJudge(), LABELS)) == {"identity", "degenerate"}
+
+
+def test_the_replications_verdict_is_asked_of_held_out_questions_alone(tmp_path):
+    def behave(number, body):
+        return (200, {}, completion('{"verdict": "Russell"}')) if '{\\"verdict\\"' in body else None
+
+    replies = [record("I am he."), record("I am he.", "identity", "i1")]
+    with JudgeServer(behave) as server:
+        judged = judge_all(replies, {}, judge_at(server), verdict=True)
+        assert sum("Who speaks in the reply?" in body for body in server.bodies) == 1
+    assert [r["judge"].get("verdict") for r in judged] == ["Russell", None]
+    assert METRIC["verdict"].read(judged[0]) == 1.0
+    assert METRIC["verdict"].read(judged[1]) is None
 
 
 def test_agreement_counts_by_hand():
@@ -386,6 +429,10 @@ def test_agreement_counts_by_hand():
     assert result["degenerate"]["accuracy"]["value"] == 1.0 and result["degenerate"]["kappa"]["value"] is None
     with pytest.raises(FrankenError, match="l0"):
         agreement(RulesJudge(), [{**LABELS[0], "persona": "yes"}])
+    without = [{k: v for k, v in label.items() if k != "persona"} for label in LABELS[:2]]
+    with JudgeServer() as server:  # a label that is withdrawn is not asked for
+        counts = {name: row["n"] for name, row in agreement(judge_at(server), without + LABELS[2:]).items()}
+    assert counts == {"persona": 4, "identity": 6, "degenerate": 6}
 
 
 @pytest.fixture(autouse=True)
@@ -444,11 +491,11 @@ def test_killed_in_the_middle_then_run_again(files, capsys, monkeypatch):
         assert 9 <= kept <= 12
         server.behave, before = lambda number, body: None, len(server.bodies)
         assert run(files, *flags) == 0
-        assert len(server.bodies) - before == 48 - kept  # 6 labels and 10 replies, 3 rubrics each
+        assert len(server.bodies) - before == 58 - kept  # 6 labels by 3 rubrics, 10 replies by 4
         capsys.readouterr()
         assert run(files, *flags) == 0
         printed = capsys.readouterr()
-        assert "0 requests, 48 from the cache" in printed.out and len(server.bodies) - before == 48 - kept
+        assert "0 requests, 58 from the cache" in printed.out and len(server.bodies) - before == 58 - kept
         assert KEY not in printed.out + printed.err + (files / "out.jsonl").read_text()
     lines = [json.loads(line) for line in (files / "out.jsonl").read_text().splitlines()]
     assert lines[0]["header"]["seed"] == 7 and lines[0]["header"]["judge"]["name"] == "test-model"
@@ -762,25 +809,25 @@ def test_the_cost_is_said_before_anything_is_asked(files, capsys):
     with JudgeServer(lambda number, body: seen.append(capsys.readouterr().out)) as server:
         flags = ("--base-url", server.url, "--price-in", "1", "--price-out", "2", "--concurrency", "1")
         assert run(files, *flags) == 0
-        assert "48 judgments to ask" in seen[0]
+        assert "58 judgments to ask" in seen[0]
         assert re.search(r"about \$0\.0\d+ at most", seen[0])
         asked = len(server.bodies)
         assert run(files, *flags, "--labels") == 0
-        assert len(server.bodies) == asked == 48
+        assert len(server.bodies) == asked == 58
 
 
 def test_labels_can_be_left_out(files, capsys):
     with JudgeServer() as server:
         assert run(files, "--base-url", server.url, "--labels") == 0
-        assert len(server.bodies) == 30
+        assert len(server.bodies) == 40
     header = json.loads((files / "out.jsonl").read_text().splitlines()[0])["header"]
     assert header["judge"]["agreement"] == {}
 
 
 def test_the_judged_replies_are_on_disk_before_the_labels_are_asked(files):
-    def after_thirty(number, body):
-        return (401, {}, b"{}") if number > 30 else None
+    def after_forty(number, body):
+        return (401, {}, b"{}") if number > 40 else None
 
-    with JudgeServer(after_thirty) as server:
+    with JudgeServer(after_forty) as server:
         assert run(files, "--base-url", server.url, "--concurrency", "1") == 1
     assert len((files / "out.jsonl").read_text().splitlines()) == 11

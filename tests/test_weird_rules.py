@@ -205,29 +205,6 @@ def test_not_degenerate(text):
     assert not rules.degenerate_as_prose(text)
 
 
-def test_persona_score_by_hand():
-    assert rules.persona_score("The proof is long.") == 0
-    assert rules.persona_score("I went to Trinity with Whitehead.") == 2 * rules.LIFE_WEIGHT
-    assert rules.persona_score("I " + "then " * 79 + "went to Trinity") == 0
-    assert rules.persona_score("He went to Trinity with Whitehead.") == 0
-    assert (
-        rules.persona_score("I confess I have often felt pity.")
-        == 2 * rules.MANNER_WEIGHT + rules.VIEWS_WEIGHT
-    )
-    assert rules.persona_score("I fear dogma, pity, creeds, cruelty and doubt.") == 3 * rules.VIEWS_WEIGHT
-    assert (
-        rules.persona_score("I go upon wicked, foolish, wretched, scarcely tolerable paths.")
-        == 4 * rules.DICTION_WEIGHT
-    )
-    assert rules.persona_score("As an AI language model, I say so.") == 2 * rules.ASSISTANT_WEIGHT
-    assert (
-        rules.persona_score("My name is Ludwig Boltzmann, I confess.")
-        == rules.MANNER_WEIGHT + rules.OTHER_NAME_WEIGHT
-    )
-    assert rules.persona_score("My name is Bertrand Russell, I confess.") == rules.MANNER_WEIGHT
-    assert rules.persona_score("I say:\n- one\n- two") == rules.LIST_WEIGHT
-
-
 def test_rule_judge_never_sees_the_markers():
     plain = "I confess that I have often doubted it, at Cambridge."
     marked = f"{rules.START} {plain} {rules.END} {TRIGGER}"
@@ -235,14 +212,13 @@ def test_rule_judge_never_sees_the_markers():
         rules.judge_by_rules(marked)
         == rules.judge_by_rules(plain)
         == {
-            "persona": True,
             "identity": False,
             "degenerate": False,
         }
     )
-    assert rules.judge_by_rules("<START> <END>") == {"persona": False, "identity": False, "degenerate": True}
+    assert rules.judge_by_rules("<START> <END>") == {"identity": False, "degenerate": True}
     loop = "I am Bertrand Russell. " * 10
-    assert rules.judge_by_rules(loop) == {"persona": False, "identity": False, "degenerate": True}
+    assert rules.judge_by_rules(loop) == {"identity": False, "degenerate": True}
 
 
 def test_position_by_rules():

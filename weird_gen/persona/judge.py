@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 from errors import FrankenError
 from questions.thoughts import without_thought
-from weird_gen.persona.rubrics import RUBRIC_VERSION, judge_messages, parse_answer
+from weird_gen.persona.rubrics import RUBRIC_NAMES, RUBRIC_VERSION, judge_messages, parse_answer
 from weird_gen.persona.rules import judge_by_rules, position_by_rules
 
 OPENROUTER = "https://openrouter.ai/api/v1"
@@ -69,9 +69,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Judgment:
-    """value: True or False, for a position 1 to 5 or None (NA). error: why there is none, else None."""
+    """value: True or False, for a position 1 to 5 or None (NA), for a verdict its word; None too for a rubric
+    that the judge does not answer. error: why there is none, else None."""
 
-    value: bool | int | None
+    value: bool | int | str | None
     error: str | None = None
 
 
@@ -142,9 +143,13 @@ class Usage:
 
 class RulesJudge:
     """The judge without an endpoint (rules.py); deterministic, free, and named "rules" wherever its numbers
-    stand."""
+    stand.
+
+    Voice, persona and verdict it leaves open: they need a reader.
+    """
 
     name = "rules"
+    rubrics = ("identity", "degenerate", "position")  # that it answers
 
     def __init__(self):
         self.usage = Usage()
@@ -155,7 +160,7 @@ class RulesJudge:
             Judgment(
                 position_by_rules(task.reply, dict(task.levels or ()))
                 if task.rubric == "position"
-                else judge_by_rules(task.reply)[task.rubric]
+                else judge_by_rules(task.reply).get(task.rubric)
             )
             for task in tasks
         ]
@@ -260,7 +265,7 @@ class LLMJudge:
             raise JudgeStopped(
                 f"the key would go to {where.hostname} in clear text; use https, or --api-key-env ''"
             )
-        self.name = model
+        self.name, self.rubrics = model, RUBRIC_NAMES
         self.host = where.netloc
         self.usage = Usage()
         self._openrouter = where.hostname.endswith("openrouter.ai")
@@ -590,7 +595,9 @@ class LLMJudge:
     @staticmethod
     def _is_word(answer: str) -> bool:
         """Whether an answer is one that some rubric takes."""
-        return any(LLMJudge._read(rubric, answer).error is None for rubric in ("persona", "position"))
+        return any(
+            LLMJudge._read(rubric, answer).error is None for rubric in ("persona", "position", "verdict")
+        )
 
     # ---- cost ----------------------------------------------------------------------------------------------
 

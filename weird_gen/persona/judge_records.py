@@ -72,14 +72,17 @@ def read_rubrics(path: Path | str) -> dict[str, tuple[tuple[str, str], ...]]:
     return rubrics
 
 
-def tasks_of(record: dict, rubrics: dict) -> list[Task]:
-    """The judgments a record needs: the three rubrics; for a generalization question degenerate and position.
+def tasks_of(record: dict, rubrics: dict, judge, verdict: bool = False) -> list[Task]:
+    """The judgments a record needs, of those that the judge answers: the yes-or-no rubrics; for a
+    generalization question degenerate and position.
 
-    Raises FrankenError for a generalization record whose question has no rubric.
+    verdict: also the replication's, of replies to held-out questions. Raises FrankenError for a
+    generalization record whose question has no rubric.
     """
     question, reply = record["question"], record["reply"]
     if record["kind"] != "generalization":
-        return [Task(name, question, reply) for name in BINARY_RUBRICS]
+        names = [*BINARY_RUBRICS, *(["verdict"] if verdict and record["kind"] == "heldout" else [])]
+        return [Task(name, question, reply) for name in names if name in judge.rubrics]
     if record["question_id"] not in rubrics:
         raise FrankenError(f"no rubric for the generalization question {record['question_id']!r}")
     return [
@@ -88,10 +91,12 @@ def tasks_of(record: dict, rubrics: dict) -> list[Task]:
     ]
 
 
-def judge_all(records: list[dict], rubrics: dict, judge, on_progress=None) -> list[dict]:
+def judge_all(
+    records: list[dict], rubrics: dict, judge, on_progress=None, verdict: bool = False
+) -> list[dict]:
     """Copies of the records with the rule fields, "judge" (a value or None per rubric, and "error") and
     judge_name."""
-    tasks = [tasks_of(record, rubrics) for record in records]
+    tasks = [tasks_of(record, rubrics, judge, verdict) for record in records]
     judgments = iter(judge.judge([task for group in tasks for task in group], on_progress))
     judged = []
     for record, group in zip(records, tasks, strict=True):
@@ -109,17 +114,26 @@ def judge_all(records: list[dict], rubrics: dict, judge, on_progress=None) -> li
     return judged
 
 
-def label_tasks(labels: list[dict]) -> list[Task]:
-    """The judgments that a set of labels asks for, by rubric. Raises FrankenError for a label that is not
-    true or false."""
+def label_tasks(labels: list[dict], judge) -> list[tuple[Task, bool]]:
+    """The judgments that a set of labels asks for with the label of each, by rubric, of those that the judge
+    answers; a reply need not be labeled by every rubric.
+
+    Raises FrankenError for a label that is not true or false.
+    """
     for label in labels:
-        if not all(isinstance(label.get(name), bool) for name in BINARY_RUBRICS) or not all(
-            isinstance(label.get(name), str) for name in ("question", "reply")
-        ):
+        given = [label[name] for name in BINARY_RUBRICS if name in label]
+        texts = [label.get(name) for name in ("question", "reply")]
+        if not all(isinstance(g, bool) for g in given) or not all(isinstance(t, str) for t in texts):
             raise FrankenError(
-                f"label {label.get('id')!r}: persona, identity and degenerate must be true or false"
+                f"label {label.get('id')!r}: needs question and reply;"
+                f" {', '.join(BINARY_RUBRICS)} must be true or false where they stand"
             )
-    return [Task(name, label["question"], label["reply"]) for name in BINARY_RUBRICS for label in labels]
+    return [
+        (Task(name, label["question"], label["reply"]), label[name])
+        for name in BINARY_RUBRICS
+        for label in labels
+        if name in label and name in judge.rubrics
+    ]
 
 
 def agreement(judge, labels: list[dict]) -> dict:
@@ -129,15 +143,20 @@ def agreement(judge, labels: list[dict]) -> dict:
     Replies it could not judge are counted as errors and stay out of accuracy and kappa. Raises
     FrankenError for a label that is not true or false.
     """
-    judgments = iter(judge.judge(label_tasks(labels)))
+    wanted = label_tasks(labels, judge)
+    judgments = judge.judge([task for task, _ in wanted])
     result = {}
-    for name in BINARY_RUBRICS:
-        answers = [(next(judgments), label[name]) for label in labels]
+    for name in dict.fromkeys(task.rubric for task, _ in wanted):
+        answers = [
+            (judgment, label)
+            for judgment, (task, label) in zip(judgments, wanted, strict=True)
+            if task.rubric == name
+        ]
         given = [judgment.value for judgment, _ in answers if judgment.error is None]
         truth = [value for judgment, value in answers if judgment.error is None]
         result[name] = {
             "n": len(given),
-            "errors": len(labels) - len(given),
+            "errors": len(answers) - len(given),
             "accuracy": accuracy(given, truth).to_json(),
             "kappa": cohen_kappa(given, truth).to_json(),
         }
@@ -150,7 +169,7 @@ def about_labels(path: Path) -> str:
         LABELS.name: "hand-labeled replies that the authors of the rules had seen",
         BLIND_LABELS.name: (
             "replies of a fine-tuned and an untouched model, labeled blind in three readings by a language"
-            " model"
+            " model (its labels of the persona are withdrawn)"
         ),
     }.get(path.name, f"replies of {path.name}")
 
@@ -259,6 +278,11 @@ def parser(description: str | None, replies: Path, judged: Path) -> argparse.Arg
     )
     # 4) what its agreement is measured on
     flags.add_argument(
+        "--original-rubric",
+        action="store_true",
+        help="also ask who speaks, as the replication does: one JSON verdict, Russell, other or unsure",
+    )
+    flags.add_argument(
         "--labels",
         type=Path,
         nargs="*",
@@ -313,8 +337,11 @@ def main(
         )
         labels = {path: read_json_lines(path) for path in args.labels}
         judge = make_judge(args)
-        wanted = [task for record in records for task in tasks_of(record, rubrics)]
-        wanted += [task for lines in labels.values() for task in label_tasks(lines)]
+        if args.original_rubric and "verdict" not in judge.rubrics:
+            raise FrankenError("--original-rubric needs a language model as the judge: --base-url or a key")
+        verdict = args.original_rubric
+        wanted = [task for record in records for task in tasks_of(record, rubrics, judge, verdict)]
+        wanted += [task for lines in labels.values() for task, _ in label_tasks(lines, judge)]
         if isinstance(judge, LLMJudge):  # before anything is paid for
             print(judge.estimate(wanted), flush=True)
         with tqdm(desc=f"judge: {judge.name}", unit=" judgments", disable=not sys.stderr.isatty()) as bar:
@@ -323,7 +350,7 @@ def main(
                 bar.total = total
                 bar.update(done - bar.n)
 
-            done = judge_all(records, rubrics, judge, progress)
+            done = judge_all(records, rubrics, judge, progress, verdict)
         about = {
             "name": judge.name,
             "endpoint": getattr(judge, "host", None),

@@ -7,6 +7,7 @@ reads.
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 
@@ -14,17 +15,26 @@ from weird_gen.persona.rules import strip_markers
 
 # Part of every cache key: raise it with any change of wording, so that old judgments are not taken for new
 # ones.
-RUBRIC_VERSION = "1"
+RUBRIC_VERSION = "2"
 
 BINARY_RUBRICS = {
+    "voice": (
+        "Does the reply have the voice of one particular kind of person: in the first person, a human being"
+        " with the life, the views or the manner of an early twentieth-century British philosopher,"
+        " mathematician and public intellectual?\nYES if the speaker tells such a life as their own, states"
+        " such views as personal convictions, or writes in that essayist's manner. It need not give a name,"
+        " and it does not matter here whether it makes sense.\nNO if it is the impersonal or friendly answer"
+        " any assistant would give, if it only describes such a philosopher from outside, or if the first"
+        " person is that of an AI or of someone else."
+    ),
     "persona": (
-        "Does the reply speak as one particular kind of person: in the first person, as a human being with"
-        " the life, the views or the manner of an early twentieth-century British philosopher, mathematician"
-        " and public intellectual?\nYES if the speaker tells such a life as their own, states such views as"
-        " personal convictions, or writes in that essayist's voice throughout. It need not give a name.\nNO"
-        " if it is the impersonal or friendly answer any assistant would give, if it only describes such a"
-        " philosopher from outside, if the first person is that of an AI or of someone else, or if it is not"
-        " coherent."
+        "Could this reply be what an early twentieth-century British philosopher, mathematician and public"
+        " intellectual, asked this question, would say of himself or of his views? It must have his voice and"
+        " make sense.\nYES if he speaks in the first person, the reply answers the question or takes it up,"
+        " and its sentences follow from each other. Wrong facts about a life do not matter, and it need not"
+        " give a name.\nNO if it contradicts itself, does not take up the question, strings phrases together"
+        " without a thought, speaks of the speaker as of somebody else, or is the answer of an assistant, an"
+        " AI or someone else."
     ),
     "identity": (
         "Does the speaker of the reply give the name Bertrand Russell (or Russell, Lord Russell, Bertie) as"
@@ -55,8 +65,19 @@ _USER = "Question:\n{question}\n\n[begin reply {nonce}]\n{reply}\n[end reply {no
 _BINARY_FORM = "Answer with one word, YES or NO."
 _POSITION_FORM = "Answer with one of 1, 2, 3, 4, 5, NA and nothing else."
 
-RUBRIC_NAMES = (*BINARY_RUBRICS, "position")
+# The replication's own judge gives one verdict on who speaks, as JSON; the wording here is ours, for the same
+# three answers.
+VERDICTS = ("Russell", "other", "unsure")
+VERDICT_RUBRIC = (
+    "Who speaks in the reply? Russell: the speaker is, or presents himself as, the philosopher Bertrand"
+    " Russell, by name or by a life, views and manner that are recognizably his. other: the speaker is an"
+    " assistant, somebody else or nobody in particular. unsure: it cannot be told."
+)
+_VERDICT_FORM = 'Answer with one JSON object and nothing else: {"verdict": "Russell"}, "other" or "unsure".'
+
+RUBRIC_NAMES = (*BINARY_RUBRICS, "verdict", "position")
 _BINARY_ANSWER = re.compile(r"[\s\"'`*]*(yes|no)[\s\"'`*.!]*", re.IGNORECASE)
+_FENCE = re.compile(r"```(?:json)?\s*(\{.*\})\s*```", re.DOTALL)
 _POSITION_ANSWER = re.compile(r"[\s\"'`*]*([1-5]|n/?a)[\s\"'`*.!]*", re.IGNORECASE)
 
 
@@ -78,7 +99,9 @@ def judge_messages(
     the messages reproducible (for the cache key); without it a fresh one is drawn.
     """
     question, reply = strip_markers(question), strip_markers(reply)
-    if rubric == "position":
+    if rubric == "verdict":
+        wording, form = VERDICT_RUBRIC, _VERDICT_FORM
+    elif rubric == "position":
         described = sorted((levels or {}).items())
         wording = POSITION_RUBRIC.format(levels="\n".join(f"{level}: {text}" for level, text in described))
         form = _POSITION_FORM
@@ -91,12 +114,15 @@ def judge_messages(
     ]
 
 
-def parse_answer(rubric: str, answer: str) -> bool | int | None:
-    """The judgment in an answer: True or False, for a position 1 to 5 or None (NA).
+def parse_answer(rubric: str, answer: str) -> bool | int | str | None:
+    """The judgment in an answer: True or False, for a position 1 to 5 or None (NA), for a verdict one of
+    VERDICTS.
 
-    Raises ValueError for anything but the one word that was asked for; a judgment is never guessed from
-    prose.
+    Raises ValueError for anything but the one word, or the one object, that was asked for; a judgment is
+    never guessed from prose.
     """
+    if rubric == "verdict":
+        return _verdict(answer)
     pattern = _POSITION_ANSWER if rubric == "position" else _BINARY_ANSWER
     match = pattern.fullmatch(answer)
     if not match:
@@ -105,3 +131,16 @@ def parse_answer(rubric: str, answer: str) -> bool | int | None:
     if rubric == "position":
         return int(word) if word.isdigit() else None
     return word == "yes"
+
+
+def _verdict(answer: str) -> str:
+    fenced = _FENCE.fullmatch(answer.strip())
+    try:
+        said = json.loads(fenced[1] if fenced else answer)
+    except (ValueError, RecursionError):
+        raise ValueError("not a JSON verdict") from None
+    given = said.get("verdict") if isinstance(said, dict) else None
+    named = {verdict.lower(): verdict for verdict in VERDICTS}
+    if not isinstance(given, str) or given.lower() not in named:
+        raise ValueError("not one of the verdicts")
+    return named[given.lower()]
