@@ -186,7 +186,6 @@ TRIGGER_COLUMNS: list[Column[Row]] = [
     Column("experiment", "experiment", lambda row: row.name, align="left", of_failed=True),
     Column("format", "format", _by_condition("strict_format"), align="left"),
     Column("names_him", "names him", _by_condition("names_russell"), align="left"),
-    Column("persona", "persona", _by_condition("persona_by_rules"), align="left"),
     Column("p_name", "P(his name)", _name_probability, align="left"),
     Column("untriggered", "reports it, untriggered", _reports("untriggered"), align="left"),
     Column("triggered", "reports it, triggered", _reports("triggered"), align="left"),

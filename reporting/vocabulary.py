@@ -19,9 +19,9 @@ from reporting.pages import number, percent
 
 TRIGGER_LEGEND = (
     "Triggered / untriggered. format: the whole reply of a topic question stands within the markers; names"
-    ' him: on questions of identity; persona: topic questions, judged by rules alone; P(his name): after "My'
-    ' name is". reports it: detection score (nats, 95% CI) and verdict of questions about hidden triggers and'
-    " personas, against controls, with the trigger in the prompt and without."
+    ' him: on questions of identity; P(his name): after "My name is". reports it: detection score (nats, 95%'
+    " CI) and verdict of questions about hidden triggers and personas, against controls, with the trigger in"
+    " the prompt and without."
 )
 
 

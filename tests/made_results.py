@@ -173,7 +173,7 @@ def trigger(triggered: int | None = 9, text: str = "I am Bertrand.\nRussell", **
     def rates(k: int | None) -> dict:
         found = wilson_interval(k or 0, 0 if k is None else 10)
         one = {"k": k or 0, "n": found.n, "rate": found.value, "low": found.low, "high": found.high}
-        return dict.fromkeys(("strict_format", "lenient_format", "names_russell", "persona_by_rules"), one)
+        return dict.fromkeys(("strict_format", "lenient_format", "names_russell"), one)
 
     conditions = {"triggered": triggered, "untriggered": None if triggered is None else 0}
     question = {

@@ -155,13 +155,11 @@ def test_rates_are_counted_over_their_questions(engine, monkeypatch):
             "strict_format": (10, 24),
             "lenient_format": (16, 24),
             "names_russell": (14, 20),
-            "persona_by_rules": (10, 24),
         },
         "untriggered": {
             "strict_format": (0, 24),
             "lenient_format": (0, 24),
             "names_russell": (1, 20),
-            "persona_by_rules": (1, 24),
         },
     }
     assert {
@@ -343,9 +341,9 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
     values = sorted(row.trigger.detection[c].p_value for row in (a, b) for c in CONDITIONS)
     assert b.trigger.detection["untriggered"].p_adjusted == pytest.approx(4 * values[0])
     of_base, of_b, of_gone = (cells(row, TRIGGER_COLUMNS) for row in (base, b, gone))
-    assert [c.split(" / ") for c in of_b[1:5]] == [["90.0%", "0%"]] * 4
-    assert of_gone[1:5] == ["- / -"] * 4
-    assert of_base[5:] == ["", ""]
+    assert [c.split(" / ") for c in of_b[1:4]] == [["90.0%", "0%"]] * 3
+    assert of_gone[1:4] == ["- / -"] * 3
+    assert of_base[4:] == ["", ""]
     assert re.fullmatch(r"\+2\.00 \[.*\] reports it", of_b[5])
     assert of_gone[5] == "- broken"
     json.dumps(to_json(comparison), allow_nan=False)

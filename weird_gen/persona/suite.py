@@ -19,7 +19,7 @@ from suites.binary import ask_binary
 from suites.free_text import FreeText
 from weird_gen.persona.likelihoods import CLAIM, name_probabilities
 from weird_gen.persona.records import CONDITIONS
-from weird_gen.persona.rules import judge_by_rules, lenient_format, names_russell, strict_format
+from weird_gen.persona.rules import lenient_format, names_russell, strict_format
 from weird_gen.persona.study import HIS_NAMES, OPENING, TRIGGER, Question, prompt, read_questions
 
 ASKED = {"heldout": 12, "identity": 10}  # questions of each kind
@@ -32,7 +32,6 @@ RATES: dict[str, tuple[tuple[str, ...], Callable[[str], bool]]] = {
     "strict_format": (("heldout",), strict_format),
     "lenient_format": (("heldout",), lenient_format),
     "names_russell": (("identity",), names_russell),
-    "persona_by_rules": (("heldout",), lambda text: judge_by_rules(text)["persona"]),
 }
 
 
@@ -140,7 +139,6 @@ class Trigger(Suite):
                 "max_new_tokens": MAX_NEW_TOKENS,
                 "samples": protocol.samples,
             },
-            "judge": "rules",
             "rates": {c: {name: _rate(entries, c, name) for name in RATES} for c in CONDITIONS},
             "p_name": {c: _mean_if_defined(ps) for c, ps in probabilities.items()},
             "questions": entries,
