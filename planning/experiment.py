@@ -5,7 +5,7 @@ Positions are those of the published 64-layer pair, scaled.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import prompts
@@ -25,6 +25,9 @@ class Model:
     recipe: Recipe
     seed: int = 0
     scaled: list[tuple[str, object, object]] = field(default_factory=list)  # (what, asked for, applied)
+    models: Mapping[str, str] = field(
+        default_factory=dict
+    )  # a model's path or hub id -> the source it is here
 
     @property
     def n(self) -> int:
@@ -110,10 +113,10 @@ class Experiment:
     sweep: dict | None = None  # of which sweep, and where in it; see `sweep`
     also: tuple[str, ...] = ()  # suites that it is asked besides, where they can be asked of its recipe
 
-    def plan(self, n_layers: int, seed: int = 0) -> Plan:
-        """The recipe for a model of this depth, with what was asked for. Raises FrankenError naming the
-        experiment."""
-        model = Model(identity(n_layers), seed)
+    def plan(self, n_layers: int, seed: int = 0, models: Mapping[str, str] | None = None) -> Plan:
+        """The recipe for a model of this depth, with what was asked for; `models` as in Model. Raises
+        FrankenError naming the experiment."""
+        model = Model(identity(n_layers), seed, models=models or {})
         try:
             recipe = self.build(model)
         except RecipeError as e:

@@ -113,6 +113,22 @@ def settle_short(args, gpu: bool) -> None:
         args.short = not (gpu or named or args.suites is not None)
 
 
+def name_models(args, pair) -> None:
+    """Keep with `args` by which names a mergekit configuration may mean this run's sources: those of the
+    sources themselves, and the paths and hub ids that were given for them."""
+    names = {"instruct": "instruct", "base": "base"} | {name: name for name in extra_sources(args.source)}
+    given = [(pair.instruct, "instruct", args.instruct_revision or pair.instruct_revision)]
+    given += [(pair.base, "base", args.base_revision or pair.base_revision)] if pair.base else []
+    given += [(path, name, None) for name, path in extra_sources(args.source).items()]
+    for spec, source, revision in given:
+        names.setdefault(spec, source)
+        if revision:
+            names.setdefault(f"{spec}@{revision}", source)
+        if Path(spec).expanduser().exists():
+            names.setdefault(str(Path(spec).expanduser().absolute()), source)
+    args.models = names
+
+
 def make_plans(args, n_layers: int, sources: set[str]) -> tuple[list[ex.Plan], list[str]]:
     """(plans of what is asked for and these sources can make, notes on what is left out).
 
@@ -121,7 +137,7 @@ def make_plans(args, n_layers: int, sources: set[str]) -> tuple[list[ex.Plan], l
     """
     plans, left_out = [], []
     for e in choose(args, n_layers):
-        plan = e.plan(n_layers, args.seed)
+        plan = e.plan(n_layers, args.seed, getattr(args, "models", None))
         if not (lacking := plan.recipe.sources - sources):
             plans.append(plan)
         elif args.experiments and e.name in args.experiments:
@@ -147,6 +163,7 @@ def known_sources(args, pair) -> set[str]:
 
 def refuse_beforehand(args, pair) -> None:
     """Raises FrankenError for what can be seen to be wrong before anything is downloaded or loaded."""
+    name_models(args, pair)
     sources = known_sources(args, pair)
     if (depth := pair.layers or local_depth(args)) is not None:
         make_plans(args, depth, sources)
@@ -154,7 +171,8 @@ def refuse_beforehand(args, pair) -> None:
         for e in choose(args, 1):
             lacking = set()
             with contextlib.suppress(FrankenError):  # a recipe may not fit another depth than the model's
-                lacking = e.plan(ex.PUBLISHED_DEPTH, args.seed).recipe.sources - sources
+                plan = e.plan(ex.PUBLISHED_DEPTH, args.seed, args.models)
+                lacking = plan.recipe.sources - sources
             if lacking and e.name in (args.experiments or ()):
                 raise FrankenError(_lacks(e.name, lacking))
 

@@ -13,7 +13,7 @@ import evaluate
 from errors import FrankenError
 from experiments import QUICK, TWIN
 from runner import matched_noise
-from runner.choosing import given_suites, known_sources, make_plans, make_protocol, settle_short
+from runner.choosing import given_suites, known_sources, make_plans, make_protocol, name_models, settle_short
 from runner.machines import HOST_MEMORY, machine
 from runner.pairs import GIB, HEADROOM, available_memory, choose_pair, pick_device, pick_dtype, read_config
 from runner.wheels import WHEEL_MODELS
@@ -147,7 +147,9 @@ def dry_run(args) -> int:
     there = rates_for(args.machine) if args.machine else rates_here(args)
     settle_short(args, there.gpu)
     layers, parameters, inside = model_shape(args)
-    sources = known_sources(args, choose_pair(args.pair, args.base, args.instruct))
+    pair = choose_pair(args.pair, args.base, args.instruct)
+    name_models(args, pair)
+    sources = known_sources(args, pair)
     plans, notes = make_plans(args, layers, sources)
     protocol = make_protocol(args, plans)
     dtype = pick_dtype(args.dtype, "cuda" if there.gpu else "cpu")

@@ -17,7 +17,9 @@ from errors import RecipeError
 # too: an operation of your own joins this list.
 __all__ = [
     "PERMUTED",
+    "Mixing",
     "Noise",
+    "Outer",
     "Permute",
     "Recipe",
     "Ref",
@@ -87,9 +89,92 @@ class Permute:
             raise RecipeError(f"what can be permuted is {', '.join(PERMUTED)}, not {self.what!r}")
 
 
+METHODS = ("linear", "slerp")
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How a mixture is made of its parts; by default their weighted sum.
+
+    method: "linear", or "slerp": spherical interpolation (Shoemake 1985) between two, by the second's weight;
+        tensors that are nearly parallel are interpolated linearly.
+    normalize: the weighted sum is divided by the sum of the weights.
+    by_name: (text, weights): other weights for the tensors whose name in the layer, with a dot before it,
+        holds the text; the first that fits counts.
+    """
+
+    method: str = "linear"
+    normalize: bool = False
+    by_name: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise RecipeError(f"layers are mixed by {' or '.join(METHODS)}, not by {self.method!r}")
+
+    def check(self, weights: Sequence[float]) -> None:
+        """Raises RecipeError if parts with these weights cannot be mixed so."""
+        if self.method == "slerp" and len(weights) != 2:
+            raise RecipeError(f"slerp is between two, not {len(weights)}")
+        for each in (weights, *(other for _, other in self.by_name)):
+            if len(each) != len(weights) or not all(isfinite(w) for w in each):
+                raise RecipeError(f"a mixture of {len(weights)} has as many finite weights, not {list(each)}")
+            if self.normalize and sum(each) == 0:
+                raise RecipeError("weights that sum to zero cannot be normalized")
+
+    def weights_of(self, name: str, weights: Sequence[float]) -> Sequence[float]:
+        """The weights of one tensor, `weights` being those of the mixture."""
+        return next((other for text, other in self.by_name if text in f".{name}"), weights)
+
+    def to_json(self) -> dict:
+        by_name = {"by_name": [[text, list(weights)] for text, weights in self.by_name]}
+        return {"method": self.method, "normalize": self.normalize} | (by_name if self.by_name else {})
+
+    @staticmethod
+    def from_json(data: dict) -> Mixing:
+        by_name = tuple((str(t), tuple(float(w) for w in ws)) for t, ws in data.get("by_name", ()))
+        return Mixing(data["method"], bool(data["normalize"]), by_name)
+
+
+SUM = Mixing()
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Embedding, final norm or output head as a mixture of several sources'."""
+
+    mix: tuple[tuple[str, float], ...]
+    mixing: Mixing = SUM
+
+    def __post_init__(self):
+        if len(self.mix) < 2:
+            raise RecipeError(f"a mixture has two parts or more, not {list(self.mix)}")
+        self.mixing.check([w for _, w in self.mix])
+
+    def __str__(self) -> str:
+        text = " + ".join(f"{w:.3g}*{source}" for source, w in self.mix)
+        return text if self.mixing == SUM else f"{self.mixing.method}({text})"
+
+    def to_json(self) -> dict:
+        return {"mix": [list(part) for part in self.mix]} | _mixing_json(self.mixing)
+
+
+def _mixing_json(mixing: Mixing) -> dict:
+    return {} if mixing == SUM else {"mixing": mixing.to_json()}
+
+
+def _mixing_from(data: dict) -> Mixing:
+    return Mixing.from_json(data["mixing"]) if "mixing" in data else SUM
+
+
+def _outer_from(data: str | dict) -> str | Outer:
+    if isinstance(data, str):
+        return data
+    return Outer(tuple((str(s), float(w)) for s, w in data["mix"]), _mixing_from(data))
+
+
 @dataclass(frozen=True)
 class Slot:
-    """What one position holds: a weighted mixture of layers (usually one), then edits in order.
+    """What one position holds: a mixture of layers (usually one), then edits in order.
 
     `scale` says how much of the layer's contribution enters the residual stream: with hidden states h before
     the position, h + scale * (layer(h) - h) come out. It changes no weight, and it moves with the layer.
@@ -98,6 +183,7 @@ class Slot:
     mix: tuple[tuple[Ref, float], ...]
     edits: tuple[Noise | Permute, ...] = ()
     scale: float = 1.0
+    mixing: Mixing = SUM
 
     def __post_init__(self):
         if not isfinite(self.scale):
@@ -111,11 +197,13 @@ class Slot:
                 "a position holds one layer with weight 1 or a mixture with finite weights, not"
                 f" {list(self.mix)}"
             )
+        if self.mixing != SUM:
+            self.mixing.check([w for _, w in self.mix])
 
     @property
     def is_plain(self) -> bool:
         """Whether the slot is one layer of one source, copied to the bit and run as it is."""
-        return len(self.mix) == 1 and not self.edits and self.scale == 1
+        return len(self.mix) == 1 and not self.edits and self.scale == 1 and self.mixing == SUM
 
     @property
     def weights(self) -> Slot:
@@ -126,6 +214,8 @@ class Slot:
         text = " + ".join(
             f"{r.source}[{r.layer}]" if w == 1 else f"{w:.3g}*{r.source}[{r.layer}]" for r, w in self.mix
         )
+        if self.mixing != SUM:
+            text = f"{self.mixing.method}({text})"
         for edit in self.edits:
             text += (
                 f" ~{100 * edit.fraction:g}%"
@@ -151,9 +241,9 @@ class Recipe:
     """
 
     slots: tuple[Slot, ...]
-    embed: str
-    norm: str
-    head: str
+    embed: str | Outer
+    norm: str | Outer
+    head: str | Outer
     parallel: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self):
@@ -191,13 +281,15 @@ class Recipe:
         outer = {self.embed, self.norm, self.head}
         return " ".join(runs + _parallel_text(self)) + (
             f" | {outer.pop()} outside"
-            if len(outer) == 1
+            if len(outer) == 1 and isinstance(self.embed, str)
             else f" | embed {self.embed}, norm {self.norm}, head {self.head}"
         )
 
     @property
     def sources(self) -> set[str]:
-        return {ref.source for slot in self.slots for ref, _ in slot.mix} | {self.embed, self.norm, self.head}
+        layers = {ref.source for slot in self.slots for ref, _ in slot.mix}
+        outer = [parts_of(part) for part in (self.embed, self.norm, self.head)]
+        return layers.union(*({source for source, _ in parts} for parts in outer))
 
     def to_json(self) -> dict:
         slots = []
@@ -207,9 +299,14 @@ class Recipe:
                 {"mix": [[r.source, r.layer, w] for r, w in slot.mix]}
                 | ({"edits": edits} if edits else {})
                 | ({"scale": slot.scale} if slot.scale != 1 else {})
+                | _mixing_json(slot.mixing)
             )
+        outer = {
+            name: part if isinstance(part, str) else part.to_json()
+            for name, part in (("embed", self.embed), ("norm", self.norm), ("head", self.head))
+        }
         parallel = {"parallel": [list(block) for block in self.parallel]} if self.parallel else {}
-        return {"slots": slots, "embed": self.embed, "norm": self.norm, "head": self.head} | parallel
+        return {"slots": slots} | outer | parallel
 
     @staticmethod
     def from_json(data: dict) -> Recipe:
@@ -223,11 +320,17 @@ class Recipe:
                     for e in entry.get("edits", ())
                 )
                 mix = tuple((Ref(s, int(i)), float(w)) for s, i, w in entry["mix"])
-                slots.append(Slot(mix, edits, float(entry.get("scale", 1.0))))
+                slots.append(Slot(mix, edits, float(entry.get("scale", 1.0)), _mixing_from(entry)))
             parallel = tuple((int(a), int(b)) for a, b in data.get("parallel", ()))
-            return Recipe(tuple(slots), data["embed"], data["norm"], data["head"], parallel)
+            embed, norm, head = (_outer_from(data[part]) for part in ("embed", "norm", "head"))
+            return Recipe(tuple(slots), embed, norm, head, parallel)
         except (KeyError, TypeError, ValueError) as e:
             raise RecipeError(f"not a recipe: {e!r}") from e
+
+
+def parts_of(outer: str | Outer) -> tuple[tuple[str, float], ...]:
+    """(source, weight) of what embedding, norm or head is made of."""
+    return ((outer, 1.0),) if isinstance(outer, str) else outer.mix
 
 
 def identity(n_layers: int, source: str = "instruct") -> Recipe:
@@ -311,6 +414,8 @@ def blend(recipe: Recipe, source: str, share: Sequence[float] | Callable[[float]
     for p, s in enumerate(shares):
         if recipe.slots[p].edits:
             raise RecipeError(f"position {p} is already perturbed: blend first, perturb afterwards")
+        if recipe.slots[p].mixing != SUM:
+            raise RecipeError(f"position {p} is mixed by {recipe.slots[p].mixing.method}: blend first")
         weights: dict[Ref, float] = {ref: w * (1 - s) for ref, w in recipe.slots[p].mix}
         weights[Ref(source, p)] = weights.get(Ref(source, p), 0.0) + s
         mix = [(ref, w) for ref, w in weights.items() if w != 0]
@@ -450,7 +555,8 @@ def _how(slot: Slot, before: Slot, p: int) -> tuple[str, int | None, str]:
     edits."""
     edits = str(slot)[len(str(replace(slot, edits=(), scale=1.0))) :]
     if len(slot.mix) > 1:
-        return "blended of " + " and ".join(dict.fromkeys(r.source for r, _ in slot.mix)), None, edits
+        how = "blended" if slot.mixing == SUM else f"mixed ({slot.mixing.method})"
+        return f"{how} of " + " and ".join(dict.fromkeys(r.source for r, _ in slot.mix)), None, edits
     ref, _ = next(iter(slot.mix))
     return ("", None, edits) if slot.mix == before.mix else (ref.source, ref.layer - p, edits)
 

