@@ -3,7 +3,7 @@
 
 `python report.py results/run_...`; of several runs only a comparison is made, in a folder of its own.
 `--pack` puts the JSON of finished runs into one compressed file each, which is read just as well; `--unpack`
-takes it out again.
+takes it out again. `--table` writes a run for a notebook.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from errors import FrankenError, printable
 from files import check_open_files
 from reporting.reports import load_results, write_reports
+from reporting.table import check_table, write_tables
 from runner.results import Run, read_json
 
 
@@ -39,11 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     packing.add_argument(
         "--unpack", action="store_true", help="only take them out again, as before a run is resumed"
     )
+    p.add_argument(
+        "--table",
+        metavar="FILE",
+        help=(
+            "only write the runs as two tables, FILE.parquet or FILE.csv: one row a reading, and beside it,"
+            " as FILE.experiments, one row an experiment"
+        ),
+    )
     args = p.parse_args(argv)
     try:
         check_open_files()
         if args.output and (args.pack or args.unpack):
             raise FrankenError("--output is for the comparison of several runs, not for --pack or --unpack")
+        if args.table:
+            if args.output or args.pack or args.unpack:
+                raise FrankenError(
+                    "--table is all that is written; it goes without --output, --pack, --unpack"
+                )
+            check_table(Path(args.table))
         if args.output and len(args.runs) == 1:
             raise FrankenError(
                 "--output is for the comparison of several runs; a run's own report goes to its folder"
@@ -51,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [Run.resume(path)[0] for path in args.runs]  # all of them, before anything is written
         if len({run.path.resolve() for run in runs}) < len(runs):
             raise FrankenError("the same run is given twice")
+        if args.table:
+            print(printable(write_tables(runs, Path(args.table))))
+            return 0
         if args.pack or args.unpack:
             for run in runs:
                 done = _pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked"
