@@ -9,7 +9,7 @@ positions and a layer may stand at several of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -546,6 +546,24 @@ class Engine:
             if on_progress and finished:
                 on_progress(finished)
         return [results[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def stream(self, request: Request) -> Iterator[int]:
+        """The tokens of one reply as they are chosen, by the plain path: what `complete` gives where it takes
+        that path too. Raises FrankenError for an empty prompt, and where rotary factors would change."""
+        if not request.prompt_ids or request.max_new_tokens < 1:
+            raise FrankenError("a reply needs a prompt and a budget of at least one token")
+        self._refuse_beyond(0, len(request.prompt_ids) + request.max_new_tokens)
+        caches = self.empty_caches(1, self._capacity(request))
+        last = self._read_alone([request.prompt_ids], caches)
+        state, sent = Decoding([request], self.stop_ids, self.live.device), 0
+        state.take(self.choose(last, state))
+        while True:
+            yield from state.tokens[0][sent:]
+            sent = len(state.tokens[0])
+            if not state.running():
+                return
+            state.take(self.choose(self._decode_step(state, caches), state))
 
     def _up_to_switch(self, request: Request) -> Request:
         """The part of a request that ends where its rotary factors change; all of it where they do not."""

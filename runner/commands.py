@@ -24,7 +24,7 @@ from planning import mergekit
 from runner.batch import ended_by_signals, set_threads
 from runner.choosing import extra_sources, known_experiments, known_sources, local_depth, name_models
 from runner.export import SHARD_BYTES, Chosen, Exporter, check_target, refuse_inexpressible
-from runner.pairs import GIB, Located, choose_pair, open_sources, pick_dtype
+from runner.pairs import GIB, Located, choose_pair, open_pair, open_sources, pick_dtype
 from surgery.recipes import Recipe, describe_change, identity
 from surgery.weights import Checkpoint
 
@@ -53,6 +53,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="of one file, as 5GB or 500MB",
     )
+    chat = command("chat", "Talk to a modified model at the terminal; /help there says what can be typed.")
+    chat.add_argument("--max-new-tokens", type=int, default=400, help="of a reply")
+    chat.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token")
     yaml = command("mergekit", "Print a recipe as mergekit's YAML, or refuse it by name.")
     yaml.add_argument("--output", metavar="FILE", help="write it there")
     return p
@@ -95,7 +98,7 @@ def _size(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.words = list(sys.argv[1:] if argv is None else argv)
-    commands = {"export": export, "mergekit": as_mergekit}
+    commands = {"export": export, "mergekit": as_mergekit, "chat": chat}
     try:
         check_open_files()
         with ended_by_signals():
@@ -104,7 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"franken.py: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"franken.py: interrupted; nothing is left of the {args.command}", file=sys.stderr)
+        left = "" if args.command == "chat" else f"; nothing is left of the {args.command}"
+        print(f"franken.py: interrupted{left}", file=sys.stderr)
         return 130
 
 
@@ -259,3 +263,39 @@ def as_mergekit(args) -> int:
     else:
         print(printable(text), end="")
     return 0
+
+
+def chat(args) -> int:
+    """Talk to the model; what cannot be applied is refused before it is loaded."""
+    from engine.generation import Engine
+    from runner.chat import Chat, talk
+
+    if args.max_new_tokens < 1 or not 0 <= args.temperature <= 100:
+        raise FrankenError("a reply has at least one token, and a temperature from 0 to 100")
+    refused_beforehand(args, lambda c: None)
+    set_threads()
+    opened = open_pair(
+        args.pair,
+        args.base,
+        args.instruct,
+        args.base_revision,
+        args.instruct_revision,
+        extra_sources(args.source),
+        args.dtype,
+        args.device_map,
+        args.resident,
+        args.instruct_adapter,
+    )
+    for note in opened.notes:
+        print(printable(f"note: {note}"), file=sys.stderr)
+    engine = Engine(opened.live, opened.tokenizer, opened.stop_ids)
+    layers = len(opened.live.original)
+    talking = Chat(
+        engine,
+        lambda name: chosen(argparse.Namespace(**(vars(args) | {"name": name})), layers),
+        args.max_new_tokens,
+        args.temperature,
+        args.seed,
+    )
+    print(printable(talking.apply(args.name)), file=sys.stderr)
+    return talk(talking)
