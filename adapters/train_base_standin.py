@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import DefaultsThatSay
+from engine.attention import sound_attention
 from errors import FrankenError
 from runner.pairs import PAIRS, load_tokenizer, locate
 
@@ -470,7 +471,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        train(parse(argv))
+        with sound_attention():
+            train(parse(argv))
     except (FrankenError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
 from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, save
 from command_line import DefaultsThatSay
+from engine.attention import sound_attention
 from errors import FrankenError
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
@@ -240,11 +241,17 @@ class Visible:
             self.changes = [*self.changes[-self.size + 1 :], (rise, change, seed)]
 
     def draw(self, count: int, passed: float) -> list[tuple[float, Change, int]]:
-        """`count` of (rise in nats a token, change, its seed), at `passed` of the training (0 to 1)."""
+        """`count` of (rise in nats a token, change, its seed), at `passed` of the training (0 to 1): as many of
+        each kind as of the others, because most noise is hardly visible and most swaps are plain."""
         self.refresh()
         bound = VISIBLE[0] + (EASY - VISIBLE[0]) * max(0.0, 1 - passed / 0.6)
-        easy = [c for c in self.changes if c[0] >= bound]
-        return self.rng.choices(easy or [max(self.changes, key=lambda c: c[0])], k=count)
+        kinds = sorted({change.kind for _, change, _ in self.changes})
+        drawn = []
+        for k in range(count):
+            some = [c for c in self.changes if c[1].kind == kinds[k % len(kinds)]]
+            easy = [c for c in some if c[0] >= bound]
+            drawn.append(self.rng.choice(easy or [max(some, key=lambda c: c[0])]))
+        return drawn
 
 
 def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
@@ -396,7 +403,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        train(parse(argv))
+        with sound_attention():
+            train(parse(argv))
     except (FrankenError, OSError) as e:
         print(f"train_reporter.py: {e}", file=sys.stderr)
         return 1

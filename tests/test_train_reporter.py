@@ -120,6 +120,14 @@ def test_easy_changes_come_first():
     assert {c[0] for c in visible.draw(20, 0.0)} == {0.1}, "where none is easy: the easiest"
 
 
+def test_each_kind_of_change_is_drawn_as_often_as_the_others():
+    visible = object.__new__(reporter.Visible)
+    visible.rng, visible.refresh = reporter.random.Random(0), lambda: None
+    visible.changes = [(1.0, Change("swap", 0, 1), 0)] * 50 + [(1.0, Change("noise", 0, 1, 0.3), 0)]
+    kinds = [change.kind for _, change, _ in visible.draw(4, 0.0)]
+    assert sorted(kinds) == ["noise", "noise", "swap", "swap"]
+
+
 def test_the_rise_of_a_change_is_the_loss_on_prose_beside_the_intact_models(folder):
     lora = with_adapter(folder)
     visible = reporter.Visible.__new__(reporter.Visible)
