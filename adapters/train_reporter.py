@@ -241,8 +241,10 @@ class Visible:
             self.changes = [*self.changes[-self.size + 1 :], (rise, change, seed)]
 
     def draw(self, count: int, passed: float) -> list[tuple[float, Change, int]]:
-        """`count` of (rise in nats a token, change, its seed), at `passed` of the training (0 to 1): as many of
-        each kind as of the others, because most noise is hardly visible and most swaps are plain."""
+        """`count` of (rise in nats a token, change, its seed), at `passed` of the training (0 to 1).
+
+        As many of each kind as of the others: most noise is hardly visible and most swaps are plain.
+        """
         self.refresh()
         bound = VISIBLE[0] + (EASY - VISIBLE[0]) * max(0.0, 1 - passed / 0.6)
         kinds = sorted({change.kind for _, change, _ in self.changes})
