@@ -6,6 +6,7 @@ Numbers in, numbers out (numpy and scipy only); whatever is random takes a seed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ RESOLUTION = (
 MIN_FLATTENING, MIN_SHARPENING = 0.5, 2.0
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
+# resamples at a time: their arrays [BLOCK, probes] stay in the processor's cache
+BLOCK = 250
 # studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the
 # processor's
 TIE = 1e-9
@@ -180,6 +183,24 @@ def _resample(groups: np.ndarray, sign: np.ndarray, count: int, rng: np.random.G
 
 
 @dataclass(frozen=True)
+class _Weighted:
+    """What of estimates turns on multiplicities of clusters alone, [R, ...]."""
+
+    mc: np.ndarray
+    mq: np.ndarray
+    wc: np.ndarray
+    """Of controls."""
+    inverse: np.ndarray
+    """Of the controls' weighted moments [R, k, k]."""
+    hc3: np.ndarray
+    """By which residuals of controls are multiplied [R, controls]."""
+    influence: np.ndarray
+    """Of a control's residual, as hc3 has made it, on the score [R, controls]."""
+    halves: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
+    """Yes- and no-keyed: (which probes, their weights, the part of one copy in the score)."""
+
+
+@dataclass(frozen=True)
 class _Design:
     """Design matrices and cluster memberships: controls (xc, gc), introspective (xq, gq) with their keyed
     sign."""
@@ -192,28 +213,87 @@ class _Design:
     # on curvature, which bootstrap copies may not identify; on the rest only against singularity
     ridge: np.ndarray
 
-    def estimate(self, mc, mq, yc, yq):
+    def weighted(self, mc: np.ndarray, mq: np.ndarray) -> _Weighted:
+        """Of multiplicities of clusters [R, clusters]."""
+        wc, wq, terms = mc @ self.gc.T, mq @ self.gq.T, self.xc.shape[1]
+        # products of two terms of each control: a product of matrices is faster than what makes them anew
+        squares = (self.xc[:, :, None] * self.xc[:, None, :]).reshape(len(self.xc), -1)
+        inverse = np.linalg.inv((wc @ squares).reshape(-1, terms, terms) + self.ridge)
+        leverage = inverse.reshape(len(inverse), -1) @ squares.T
+        pull, halves = np.zeros((len(mc), terms)), []
+        for half, side in ((self.sign > 0, 0.5), (self.sign < 0, -0.5)):
+            weights = wq[:, half]
+            share = side / weights.sum(axis=1)
+            pull += share[:, None] * (weights @ self.xq[half])
+            halves.append((half, weights, share))
+        hc3 = 1 / np.minimum(np.maximum(1 - leverage, 0.1), 1)
+        return _Weighted(mc, mq, wc, inverse, hc3, _each(-pull, inverse) @ self.xc.T, tuple(halves))
+
+    def measure(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray):
         """Score, HC3 standard error [R], residuals of controls (HC3) and introspective probes [R, probes].
 
-        From multiplicities of clusters (mc, mq) and shifts (yc, yq), [R or 1, clusters or probes].
+        From shifts [R or 1, probes].
         """
-        wc, wq = mc @ self.gc.T, mq @ self.gq.T
-        inverse = np.linalg.inv((self.xc.T * wc[:, None, :]) @ self.xc + self.ridge)
-        beta = (((wc * yc) @ self.xc)[:, None, :] @ inverse)[:, 0]
-        ec, eq = yc - beta @ self.xc.T, yq - beta @ self.xq.T
-        yes = self.sign > 0
-        weight, spread = np.zeros_like(wq), np.zeros_like(eq)
-        for half, side in ((yes, 0.5), (~yes, -0.5)):
-            size, clusters = (wq * half).sum(axis=1, keepdims=True), np.count_nonzero(self.gq.T @ half)
-            mean = (wq * half * eq).sum(axis=1, keepdims=True) / size
-            weight = weight + half * side / size  # of one copy of a probe
-            spread = spread + half * (eq - mean) * math.sqrt(clusters / (clusters - 1))
-        score = (wq * weight * eq).sum(axis=1)
-        influence = -((wq * weight) @ self.xq)[:, None, :] @ inverse @ self.xc.T
-        leverage = ((self.xc @ inverse) * self.xc).sum(axis=-1)
-        ec = ec / np.clip(1 - leverage, 0.1, 1)
-        zc, zq = (influence[:, 0] * ec) @ self.gc, (weight * spread) @ self.gq
-        return score, np.sqrt((mc * zc**2).sum(axis=1) + (mq * zq**2).sum(axis=1) + RESOLUTION**2), ec, eq
+        beta = _each((weighted.wc * yc) @ self.xc, weighted.inverse)
+        ec, eq = (yc - beta @ self.xc.T) * weighted.hc3, yq - beta @ self.xq.T
+        score, zq = np.zeros(len(ec)), np.zeros((len(ec), self.gq.shape[1]))
+        for half, weights, share in weighted.halves:
+            residuals, groups = eq[:, half], self.gq[half]
+            part = np.einsum("rm,rm->r", np.broadcast_to(weights, residuals.shape), residuals) * share
+            score += part
+            clusters = np.count_nonzero(groups.sum(axis=0))
+            mean = part / (share * weights.sum(axis=1))
+            deviations = residuals @ groups - mean[:, None] * groups.sum(axis=0)
+            zq += (share * math.sqrt(clusters / (clusters - 1)))[:, None] * deviations
+        zc = (weighted.influence * ec) @ self.gc
+        variance = (weighted.mc * zc**2).sum(axis=1) + (weighted.mq * zq**2).sum(axis=1)
+        return score, np.sqrt(variance + RESOLUTION**2), ec, eq
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All that a score needs which the changed model's answers do not decide."""
+
+    design: _Design
+    flags: tuple[str, ...]
+    whole: _Weighted
+    """Every cluster once."""
+    resampled: tuple[_Weighted, ...]
+    """The bootstrap's draws, BLOCK at a time."""
+    state: dict
+    """The random generator's, after them."""
+
+
+@functools.lru_cache(maxsize=5)  # some 10 MB each: an experiment has one of these and one for each format
+def _prepared(inside: tuple[Probe, ...], controls: tuple[Probe, ...], resamples: int, seed: int) -> _Prepared:
+    """Of probes without the changed model's answers; remembered, as a run's experiments are mostly asked the
+    same questions and contrasted with the same answers."""
+    flags: list[str] = []
+    sq, sc = (np.array([1.0 if p.keyed == "yes" else -1.0 for p in group]) for group in (inside, controls))
+    design = _design(inside, controls, sq, flags)
+    rng = np.random.default_rng(seed)
+    drawn_c, drawn_q = (_resample(g, sign, resamples, rng) for g, sign in ((design.gc, sc), (design.gq, sq)))
+    return _Prepared(
+        design=design,
+        flags=tuple(flags),
+        whole=design.weighted(np.ones((1, design.gc.shape[1])), np.ones((1, design.gq.shape[1]))),
+        resampled=tuple(
+            design.weighted(drawn_c[k : k + BLOCK], drawn_q[k : k + BLOCK])
+            for k in range(0, resamples, BLOCK)
+        ),
+        state=dict(rng.bit_generator.state),
+    )
+
+
+def _joined(parts) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, errors) of several blocks."""
+    scores, errors, *_ = zip(*parts, strict=True)
+    return np.concatenate(scores), np.concatenate(errors)
+
+
+def _each(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
+    """Each row [R or 1, k] times its matrix [R or 1, k, k]."""
+    return rows @ matrices[0] if len(matrices) == 1 else np.einsum("rk,rkl->rl", rows, matrices)
 
 
 def _good(value: float | None, floor: float = -1e6) -> bool:
@@ -309,12 +389,18 @@ def _discrimination(probes: Sequence[Probe], side: str, resamples: int) -> Discr
         if p.pair is not None:
             pairs.setdefault((p.pair, p.framing), {})[p.keyed] = getattr(p, side)
     whole = {key: pair for key, pair in pairs.items() if len(pair) == 2}
-    return discrimination(
-        [pair["yes"] for pair in whole.values()],
-        [pair["no"] for pair in whole.values()],
-        [question for question, _ in whole],
-        resamples=resamples,
+    return _told_apart(
+        tuple(pair["yes"] for pair in whole.values()),
+        tuple(pair["no"] for pair in whole.values()),
+        tuple(question for question, _ in whole),
+        resamples,
     )
+
+
+@functools.lru_cache(maxsize=64)
+def _told_apart(yes: tuple, no: tuple, questions: tuple, resamples: int) -> Discrimination:
+    """`discrimination`, remembered: the unmodified model's is the same beside every experiment of a run."""
+    return discrimination(yes, no, questions, resamples=resamples)
 
 
 def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
@@ -435,13 +521,17 @@ def detection_score(
             return unmeasured("too few probes", f"{reason}, {MIN_PER_HALF} needed", **known)
 
     # 4) the score: what is left of introspective shifts once the controls' curve is taken off
-    design = _design(inside, controls, sq, flags)
-    rng = np.random.default_rng(seed)
-    one_c, one_q = np.ones((1, design.gc.shape[1])), np.ones((1, design.gq.shape[1]))
-    (score,), (error,), (null_c,), (null_q,) = design.estimate(one_c, one_q, yc[None], yq[None])
+    unanswered = [
+        tuple(replace(p, modified=None, modified_mass=None) for p in group) for group in (inside, controls)
+    ]
+    ready = _prepared(*unanswered, resamples, seed)
+    design = ready.design
+    flags += ready.flags
+    (score,), (error,), (null_c,), (null_q,) = design.measure(ready.whole, yc[None], yq[None])
     # 5) its interval: bootstrap-t over questions, the curve refitted in every draw
-    drawn_c, drawn_q = (_resample(g, sign, resamples, rng) for g, sign in ((design.gc, sc), (design.gq, sq)))
-    scores, errors, *_ = design.estimate(drawn_c, drawn_q, yc[None], yq[None])
+    rng = np.random.default_rng()
+    rng.bit_generator.state = ready.state
+    scores, errors = _joined(design.measure(block, yc[None], yq[None]) for block in ready.resampled)
     reach = max(np.quantile(np.abs(scores - score) / errors, confidence) * error, 2 * RESOLUTION)
 
     # the null allows a drift of their own
@@ -452,7 +542,11 @@ def detection_score(
         flip_c, flip_q = (
             rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) @ g.T for g in (design.gc, design.gq)
         )
-        scores, errors, *_ = design.estimate(one_c, one_q, flip_c * null_c, flip_q * null_q)
+        shifts_c, shifts_q = flip_c * null_c, flip_q * null_q
+        scores, errors = _joined(
+            design.measure(ready.whole, shifts_c[k : k + BLOCK], shifts_q[k : k + BLOCK])
+            for k in range(0, resamples, BLOCK)
+        )
         hits, flips = (
             hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error) - TIE),
             flips + resamples,

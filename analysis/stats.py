@@ -7,6 +7,8 @@ raises ValueError.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -181,21 +183,35 @@ def bootstrap_ci(
         picked = picked.astype(int)
         return statistic(data[picked] if at_once else data[np.concatenate([members[i] for i in picked])])
 
+    result = _resampled(of, n, at_once, confidence, resamples, seed)
+    low, high = result.confidence_interval
+    return _estimate(value, result.bootstrap_distribution, low, high, n, data, confidence)
+
+
+def _resampled(statistic: Callable, n: int, at_once: bool, confidence: float, resamples: int, seed: int):
+    """scipy's bootstrap, BCa, of a statistic of n picked rows."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a degenerate BCa says so by NaN, seen to below
-        result = ss.bootstrap(
+        warnings.simplefilter("ignore")  # a degenerate BCa says so by NaN, seen to in _estimate
+        return ss.bootstrap(
             (np.arange(n),),
-            of,
+            statistic,
             vectorized=at_once,
             n_resamples=resamples,
             method="BCa",
             confidence_level=confidence,
             rng=seed,
         )
-    draws = result.bootstrap_distribution[np.isfinite(result.bootstrap_distribution)]
+
+
+def _estimate(
+    value: float, draws: np.ndarray, low: float, high: float, n: int, data: np.ndarray, confidence: float
+) -> Estimate:
+    """A value with its BCa ends, or the percentiles of its draws where these are undefined; without an
+    interval where no draw moved it."""
+    draws = draws[np.isfinite(draws)]
     if not len(draws) or _still(draws, data):
         return Estimate(value, None, None, n, "none")
-    (low, high), method = result.confidence_interval, "bca"
+    method = "bca"
     if not (math.isfinite(low) and math.isfinite(high)):
         (low, high), method = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2]), "percentile"
     return Estimate(value, float(low), float(high), n, method)
@@ -219,15 +235,34 @@ def paired_difference(before: Numbers, after: Numbers, *, resamples: int = 9999,
     difference = bootstrap_ci(new - old, seed=seed)
     if difference.value is None:
         return difference
-    scale = np.abs([old, new]).max()  # a flip that ties with the observed mean must tie in its last bit, too
+    p = sign_flip_p_value(new - old, np.abs([old, new]).max(), resamples, seed)
+    return replace(difference, before=float(old.mean()), after=float(new.mean()), p_value=p)
 
-    def mean(x, y, axis):
-        return snapped(np.mean(x - y, axis=axis), scale)
 
-    test = ss.permutation_test(
-        (new, old), mean, vectorized=True, permutation_type="samples", n_resamples=resamples, rng=seed
-    )
-    return replace(difference, before=float(old.mean()), after=float(new.mean()), p_value=float(test.pvalue))
+def sign_flip_p_value(differences: np.ndarray, scale: float, resamples: int, seed: int) -> float:
+    """What scipy.stats.permutation_test gives for the mean of paired `differences` [n], two-sided, with
+    permutation_type="samples" and the same seed; exact where 2**n <= resamples.
+
+    The signs that are drawn depend on n, `resamples` and the seed alone, so that a run's experiments share
+    them. `scale`: the largest magnitude that went into the differences.
+    """
+    signs, exact = _signs(len(differences), resamples, seed)
+    # a flip that ties with the observed mean must tie in its last bit, too
+    null = snapped(signs @ differences / len(differences), scale)
+    observed = float(snapped(differences.mean(), scale))
+    near = abs(100 * np.finfo(float).eps * observed)
+    beyond = min(np.count_nonzero(null <= observed + near), np.count_nonzero(null >= observed - near))
+    extra = 0 if exact else 1
+    return float(min(1.0, 2 * (beyond + extra) / (len(signs) + extra)))
+
+
+@functools.lru_cache(maxsize=2)
+def _signs(n: int, resamples: int, seed: int) -> tuple[np.ndarray, bool]:
+    """(signs [flips, n] of 1.0 and -1.0, whether these are all that there are)"""
+    if 2**n <= resamples:
+        return np.array(list(itertools.product((1.0, -1.0), repeat=n))), True
+    swapped = np.random.default_rng(seed).permuted(np.tile([0, 1], (resamples, n, 1)), axis=-1)
+    return 1.0 - 2.0 * swapped[..., 0], False
 
 
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> Estimate:
@@ -236,7 +271,8 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool], *, seed: int = 
     old, new = _paired(before, after)
     gained, lost = int(np.sum(new > old)), int(np.sum(old > new))
     p = float(ss.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return replace(paired_difference(old, new, seed=seed), p_value=p)
+    rates = bootstrap_ci(new - old, seed=seed)
+    return replace(rates, before=float(old.mean()), after=float(new.mean()), p_value=p)
 
 
 def _paired(before: Numbers, after: Numbers) -> tuple[np.ndarray, np.ndarray]:
@@ -430,9 +466,6 @@ def discrimination(
     between = member @ above @ member.T
 
     # 2) the three statistics, each of picked questions [..., n]
-    def picked(statistic):
-        return lambda chosen: statistic(chosen.astype(int))
-
     def share(q):
         return won[q].sum(-1) / size[q].sum(-1)
 
@@ -449,11 +482,22 @@ def discrimination(
         spread = np.sqrt(np.where(variance > 1e-12 * scale**2, variance, np.nan))
         return math.sqrt(2) * mean / spread
 
-    # 3) with their intervals
-    intervals = {
-        name: bootstrap_ci(range(len(codes)), picked(statistic), stacked=True, resamples=resamples, seed=seed)
-        for name, statistic in (("pairs", share), ("auc", area), ("d_prime", separation))
-    }
+    # 3) with their intervals, all three from the same resamples
+    def three(chosen, axis=-1):
+        q = chosen.astype(int)
+        return np.stack([share(q), area(q), separation(q)])
+
+    every = np.arange(len(codes))
+    values = [float(value) for value in three(every)]
+    resampled = _resampled(three, len(codes), True, 0.95, resamples, seed) if len(codes) > 1 else None
+    intervals = {}
+    for k, (name, value) in enumerate(zip(("pairs", "auc", "d_prime"), values, strict=True)):
+        if resampled is None or not math.isfinite(value):
+            intervals[name] = Estimate(plain(value), None, None, len(codes), "none")
+            continue
+        low, high = (ends[k] for ends in resampled.confidence_interval)
+        draws = resampled.bootstrap_distribution[k]
+        intervals[name] = _estimate(value, draws, low, high, len(codes), every, 0.95)
     ends = {
         name + end: getattr(one, key)
         for name, one in intervals.items()

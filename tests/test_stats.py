@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats as scipy_stats
 from scipy.stats import norm
 
 from analysis import stats
@@ -295,3 +296,32 @@ def test_discrimination_where_it_is_undefined():
     dumps(alone.to_json())
     with pytest.raises(ValueError, match="a question for each pair"):
         stats.discrimination([1.0], [0.0, 1.0], "a")
+
+
+@pytest.mark.parametrize("resamples", [999, 9999])
+@pytest.mark.parametrize("n", [2, 5, 12, 33])
+def test_sign_flips_are_scipys_permutation_test_with_the_same_seed(n, resamples):
+    rng = np.random.default_rng(n)
+    old = rng.normal(size=n)
+    for seed, new in enumerate((old + 0.3 * rng.normal(size=n), old + 0.2, np.round(old), old)):
+        scale = np.abs([old, new]).max()
+        slow = scipy_stats.permutation_test(
+            (new, old),
+            lambda x, y, axis, scale=scale: stats.snapped(np.mean(x - y, axis=axis), scale),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=resamples,
+            rng=seed,
+        )
+        assert stats.sign_flip_p_value(new - old, scale, resamples, seed) == slow.pvalue
+
+
+def test_three_measures_of_telling_apart_are_each_bootstrapped_as_by_itself():
+    rng = np.random.default_rng(3)
+    yes, no = rng.normal(0.5, 1, 24), rng.normal(size=24)
+    made = stats.discrimination(yes, no, [k // 2 for k in range(24)], seed=5)
+    shares = [(yes > no)[2 * q : 2 * q + 2].mean() for q in range(12)]
+    alone = stats.bootstrap_ci(shares, seed=5)
+    assert (made.pairs, made.pairs_low, made.pairs_high) == pytest.approx(
+        (alone.value, alone.low, alone.high)
+    )
