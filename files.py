@@ -12,6 +12,7 @@ from typing import Any
 
 from errors import FrankenError
 
+ROOT = Path(__file__).resolve().parent  # this checkout, or where it is installed
 LONGEST_JSON = 1 << 30  # bytes; the largest files that are read here hold some MB
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -40,23 +41,25 @@ def check_open_files(least: int = LEAST_FILES) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, lasting: bool = True) -> None:
     """Write a text file whole or not at all: a reader, or a resumed run, never sees half of it.
 
+    lasting: it is on the disk on return and survives a power cut, for which a disk takes some milliseconds.
     Raises FrankenError if it cannot be written (no such folder, full disk, no permission).
     """
     # model output may hold lone surrogates
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"), lasting)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, lasting: bool = True) -> None:
     """Like write_text, for bytes."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
+            if lasting:
+                os.fsync(f.fileno())
         os.replace(partial, path)
     except BaseException as e:  # Ctrl-C too leaves nothing half-written
         with contextlib.suppress(OSError):

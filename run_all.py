@@ -417,9 +417,10 @@ def execute(args) -> int:
         settle_short,
         sweep_windows,
     )
+    from runner.manifest import commit, new_manifest, protocol_json
     from runner.pairs import PAIRS, choose_pair
     from runner.replica import ModelOptions
-    from runner.results import Run, check_writable, commit, new_manifest, protocol_json, write_json
+    from runner.results import Run, check_writable, write_json
     from runner.workers import Fleet, choose_crew
 
     # 1. what is asked, of a new run or one to go on with, and whether it can be done

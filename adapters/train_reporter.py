@@ -35,9 +35,9 @@ from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, sav
 from command_line import DefaultsThatSay
 from engine.attention import sound_attention
 from errors import FrankenError
+from files import ROOT
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
-from surgery.weights import ROOT
 
 NOISE = (0.03, 0.5)  # of each tensor's own standard deviation, log-uniform
 VISIBLE = (0.05, 4.0)  # nats a token by which a trained change may raise the loss on neutral prose

@@ -6,7 +6,7 @@ Holm's correction is over the run's experiments that are no controls; those are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,50 +55,78 @@ def compare(results: Mapping[str, dict], manifest: dict, run: str, baseline_name
         run: the run's name.
         baseline_name: the experiment that all others are contrasted with.
     """
-    # 1) Each experiment by itself, against the baseline.
-    baseline = results.get(baseline_name)
-    if baseline is not None and baseline["status"] != "done":
-        baseline = None
+    before, seed = baseline_of(results.get(baseline_name)), manifest["protocol"]["seed"]
+    return together(
+        [row_of(result, before, seed) for result in results.values()],
+        {name: result["experiment"]["recipe"] for name, result in results.items()},
+        [r["measurements"]["injection"] for r in results.values() if "injection" in r["measurements"]],
+        manifest,
+        run,
+        baseline_name if before is not None else None,
+    )
+
+
+def baseline_of(result: dict | None) -> dict | None:
+    """The measurements that a run's experiments are contrasted with; None where the unmodified model was not
+    measured to the end."""
+    return result["measurements"] if result is not None and result["status"] == "done" else None
+
+
+def together(
+    rows: list[Row],
+    recipes: Mapping[str, dict],
+    injected: Sequence[dict],
+    manifest: dict,
+    run: str,
+    baseline: str | None,
+) -> Comparison:
+    """What `compare` makes of rows that were made one by one (row_of), in the manifest's order.
+
+    Args:
+        recipes: of each experiment, as JSON, by name.
+        injected: what the suite "injection" measured, wherever it was asked.
+        run: the run's name.
+        baseline: the experiment that the rows are contrasted with, None if they are not.
+    """
+    # 1) What needs the other rows: equal recipes, families of tests, placebos, noise of equal perplexity.
     seed = manifest["protocol"]["seed"]
-    rows = [_row(result, baseline, seed) for result in results.values()]
-    # 2) What needs the other rows: equal recipes, families of tests, placebos, noise of equal perplexity.
-    rows = _with_equals(rows, results)
+    rows = _with_equals(rows, recipes)
     rows = _corrected(rows)
     band = _placebo_band(rows)
     rows = [_placed(row, band) for row in rows]
     twins = {row.matched.of: row for row in rows if row.matched}
     rows = [_beside_noise(row, twins.get(row.name)) for row in rows]
-    # 3) Verdicts, which weigh all of that.
-    unmodified = next((row for row in rows if baseline and row.name == baseline_name), None)
+    # 2) Verdicts, which weigh all of that.
+    unmodified = next((row for row in rows if row.name == baseline), None)
     rows = [replace(row, verdict=verdict(row, unmodified, twins.get(row.name))) for row in rows]
     # where the short form stands beside the whole, the whole
-    injected = max(
-        (r["measurements"]["injection"] for r in results.values() if "injection" in r["measurements"]),
-        key=lambda measured: len(measured["cells"]),
-        default=None,
-    )
+    whole = max(injected, key=lambda measured: len(measured["cells"]), default=None)
+    made = {row.name for row in rows}
     return Comparison(
         run=run,
-        baseline=baseline_name if baseline else None,
+        baseline=baseline,
         correction=CORRECTION,
         experiments=tuple(rows),
-        missing=tuple(n for n in manifest["experiments"] if n not in results),
+        missing=tuple(n for n in manifest["experiments"] if n not in made),
         placebo=band,
         auroc=_auroc(rows, seed),
-        injection=_injection(injected, seed) if injected else None,
+        injection=_injection(whole, seed) if whole else None,
     )
 
 
 # ---- one experiment
 
 
-def _row(result: dict, baseline: dict | None, seed: int) -> Row:
+def row_of(result: dict, baseline: dict | None, seed: int) -> Row:
+    """One experiment's row by itself, against the baseline's measurements: without what needs other rows.
+
+    The baseline's own row is not contrasted, which it is known by: its measurements are the same object."""
     experiment = result["experiment"]
     error, sweep, matched, suites = (
         result["error"],
         *(experiment.get(key) for key in ("sweep", "matched", "suites")),
     )
-    before = baseline["measurements"] if baseline and baseline is not result else {}
+    before = baseline if baseline is not None and baseline is not result["measurements"] else {}
     return Row(
         name=experiment["name"],
         group=experiment["group"],
@@ -289,12 +317,12 @@ def paired_probes(before: dict, after: dict) -> list[detection.Probe]:
 # ---- what needs the other rows
 
 
-def _with_equals(rows: Iterable[Row], results: Mapping[str, dict]) -> list[Row]:
+def _with_equals(rows: Iterable[Row], recipes: Mapping[str, dict]) -> list[Row]:
     """Name, for each row, the first experiment of the same recipe; concept injection changes no weights."""
     first: dict[str, str] = {}
     out = []
     for row in rows:
-        recipe = str(results[row.name]["experiment"]["recipe"])
+        recipe = str(recipes[row.name])
         out.append(row if row.control == "injection" else replace(row, same_as=first.get(recipe)))
         first.setdefault(recipe, row.name)
     return out
@@ -443,8 +471,7 @@ def _seen(rows: list[InjectionRow]) -> tuple[bool, str]:
     seen = [row for row in rows if row.detection.call == detection.REPORTS]
     if not seen:
         return False, (
-            "no strength of a concept that was put into the model is detected: with these probes, a null of"
-            " this run shows nothing" + _seen_but_for_scaling(rows)
+            "no strength of a concept that was put into the model is detected" + _seen_but_for_scaling(rows)
         )
     best = max(seen, key=lambda row: row.detection.score or 0.0)  # who reports it has a score
     score = best.detection

@@ -71,24 +71,29 @@ def paired(measured: dict, cells: Iterable[dict], topic: str) -> list[Probe]:
 
 def phase_scores(results: Mapping[str, dict], seed: int = 0) -> list[PhaseScore]:
     """All scores of a run's experiments that were asked the suite `phases`, in order."""
+    return adjusted([score for result in results.values() for score in scores_of(result, seed)])
+
+
+def scores_of(result: dict, seed: int = 0) -> list[PhaseScore]:
+    """One experiment's scores, by themselves; none where it was not asked."""
+    measured, experiment = result["measurements"].get("phases"), result["experiment"]
+    combinations: dict[tuple[str, str, str], list[dict]] = {}
+    for cell in measured["cells"] if measured else ():
+        combinations.setdefault((cell["occasion"], cell["begins"], cell["answers"]), []).append(cell)
     scores = []
-    for name, result in results.items():
-        measured = result["measurements"].get("phases")
-        if not measured:
-            continue
-        combinations: dict[tuple[str, str, str], list[dict]] = {}
-        for cell in measured["cells"]:
-            key = cell["occasion"], cell["begins"], cell["answers"]
-            combinations.setdefault(key, []).append(cell)
-        for (occasion, begins, answers), cells in combinations.items():
-            for topic in TOPICS:
-                score = detection_score(paired(measured, cells, topic), resamples=RESAMPLES, seed=seed)
-                control, true = result["experiment"].get("control"), is_true(topic, begins, answers)
-                scores.append(PhaseScore(name, control, occasion, begins, answers, topic, true, score))
-    return _adjusted(scores)
+    for (occasion, begins, answers), cells in combinations.items():
+        for topic in TOPICS:
+            score = detection_score(paired(measured, cells, topic), resamples=RESAMPLES, seed=seed)
+            control, true = experiment.get("control"), is_true(topic, begins, answers)
+            scores.append(
+                PhaseScore(experiment["name"], control, occasion, begins, answers, topic, true, score)
+            )
+    return scores
 
 
-def _adjusted(scores: list[PhaseScore]) -> list[PhaseScore]:
+def adjusted(scores: list[PhaseScore]) -> list[PhaseScore]:
+    """The scores with Holm's correction within topic and combination, over experiments that are no
+    controls."""
     families: dict[tuple, list[int]] = {}
     for k, one in enumerate(scores):
         if one.control is None:

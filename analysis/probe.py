@@ -23,8 +23,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from sklearn import config_context
-from sklearn.linear_model import LogisticRegression
 
 from analysis.stats import plain, snapped
 
@@ -140,6 +138,9 @@ def decision(train: np.ndarray, changed: np.ndarray, test: np.ndarray) -> np.nda
     weight, basis = np.linalg.eigh(train @ train.T)
     keep = weight > 1e-10 * max(weight.max(), 1e-300)
     turn = basis[:, keep] / np.sqrt(weight[keep])
+    from sklearn import config_context  # here: a second to import, for which no report without a probe waits
+    from sklearn.linear_model import LogisticRegression
+
     made = LogisticRegression(C=PENALTY, class_weight="balanced", solver="newton-cholesky")
     with config_context(assume_finite=True, skip_parameter_validation=True):
         made.fit(train @ (train.T @ turn), changed)

@@ -24,8 +24,9 @@ from errors import FrankenError
 from files import write_text
 from runner.batch import Record
 from runner.choosing import make_plans, make_protocol
+from runner.manifest import hardware, protocol_json, versions
 from runner.replica import ModelOptions
-from runner.results import Run, hardware, protocol_json, versions
+from runner.results import Run
 from runner.workers import Fleet, choose_crew
 
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from errors import FrankenError
 from files import write_bytes
-from suites.base import ARRAYS
 
 
 def save_arrays(folder: Path, result: dict) -> None:
@@ -24,6 +23,8 @@ def save_arrays(folder: Path, result: dict) -> None:
 
     Raises FrankenError if the disk refuses.
     """
+    from suites.base import ARRAYS  # here: a suite needs torch, which a reader of arrays can do without
+
     name, arrays, holders = result["experiment"]["name"], {}, []
     for suite, measured in result["measurements"].items():
         if ARRAYS in measured:

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from errors import FrankenError, first_line
-from files import refuse_special_in
+from files import ROOT, refuse_special_in
 from franken import LiveModel, find_layers
 from runner.cache import sha256_of
 from runner.gguf import from_gguf, is_gguf
@@ -25,7 +25,7 @@ from runner.merging import merged
 from runner.self_check import check_code, check_weights
 from runner.untrusted import check_config_fits, check_config_numbers, check_template
 from runner.wheels import BY_SHA256, WHEEL_MODELS, from_wheels
-from surgery.weights import OUTER_PARTS, ROOT, Adapter, Checkpoint, Source, read_tensor, shown_path
+from surgery.weights import OUTER_PARTS, Adapter, Checkpoint, Source, read_tensor, shown_path
 
 GIB = 1 << 30
 HEADROOM = 8 * GIB  # KV cache, one spare layer, activations and the float32 readout, beside the weights

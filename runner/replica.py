@@ -16,8 +16,8 @@ from engine.chat_template import ChatTemplate
 from engine.generation import Engine
 from runner import resuming
 from runner.choosing import extra_sources
+from runner.manifest import hardware
 from runner.pairs import Opened, choose_pair, locate, open_pair, open_sources, pick_dtype
-from runner.results import hardware
 from suites.base import Protocol
 from surgery.weights import Checkpoint
 

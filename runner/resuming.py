@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from errors import FrankenError
-from files import read_bytes
-from surgery.weights import ROOT
+from files import ROOT, read_bytes
 
 # What measures: a change anywhere else (pages, documentation, training) leaves numbers as they are.
 CODE = (
@@ -194,7 +193,7 @@ def not_recorded(then: Mapping[str, Any], now: Iterable[str]) -> str | None:
 
 
 def protocol_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """Where two protocols of `runner.results.protocol_json` differ."""
+    """Where two protocols of `runner.manifest.protocol_json` differ."""
     names = dict.fromkeys([*then, *now])
     return [
         Change(f"protocol: {WORDS.get(name, name)}", then.get(name), now.get(name))

@@ -31,13 +31,13 @@ from tqdm import tqdm
 from engine.generation import Engine
 from errors import FrankenError, first_line, printable
 from experiments import Plan
+from files import ROOT
 from runner.batch import Record, allowed_threads, run_experiment, set_threads
 from runner.matched_noise import Twins, noised_perplexity
 from runner.pairs import GIB, HEADROOM
 from runner.replica import Loaded, ModelOptions, Replica, Shape, differences
 from runner.schedule import MOST_LOSSES, Job, Raised, Schedule
 from suites.base import Protocol
-from surgery.weights import ROOT
 
 HOW_TO_INSTALL = "pip install -r requirements-extras.txt (or pip install ray)"
 STORE = 1 << 28  # bytes of Ray's object store: results in flight

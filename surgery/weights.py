@@ -26,9 +26,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from errors import FrankenError, first_line
-from files import read_json, refuse_special
+from files import ROOT, read_json, refuse_special
 
-ROOT = Path(__file__).resolve().parent.parent  # this checkout
 Layer = dict[str, torch.Tensor]  # name within the layer, such as "self_attn.q_proj.weight" -> tensor
 OUTER_PARTS = ("embed", "norm", "head")  # what a model has besides its layers
 

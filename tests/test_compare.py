@@ -10,9 +10,9 @@ from scipy.stats import mannwhitneyu
 
 from analysis import compare
 from analysis.comparison import Claims, Failure, FormatScore, Perplexity, PlaceboBand, PublishedProbe
+from files import ROOT
 from reporting.reports import compare_run
 from runner.results import Run
-from surgery.weights import ROOT
 
 
 def sigmoid(x):
@@ -435,10 +435,10 @@ def test_injection_is_compared_with_strength_zero(tmp_path):
     assert placed.same_as is None
 
 
-def test_an_injection_that_is_not_seen_says_what_a_null_is_worth(tmp_path):
+def test_an_injection_that_is_not_seen_says_so(tmp_path):
     found = run_with_injection(tmp_path / "run", injected(0.0, strengths=(0.0, 1.0, 2.0))).injection
     assert not found.seen
-    assert "shows nothing" in found.reason
+    assert found.reason.startswith("no strength of a concept that was put into the model is detected")
     assert [r.strength for r in found.rows] == [1.0, 2.0]
 
 

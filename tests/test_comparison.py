@@ -10,9 +10,9 @@ import pytest
 from analysis import comparison
 from analysis.stats import Discrimination
 from errors import FrankenError
+from files import ROOT
 from reporting.reports import compare_run, read_comparison
 from runner.results import Run, write_json
-from surgery.weights import ROOT
 
 
 def study():

@@ -13,11 +13,11 @@ import pytest
 import report
 import run_all
 from errors import FrankenError
+from files import ROOT
 from reporting.reports import compare_run, load_results
 from reporting.vocabulary import summary
 from runner import packing, results
 from runner.results import Run
-from surgery.weights import ROOT
 
 NAMES = ["baseline_instruct", "placebo_mlp_1", "swap_adjacent_30_35"]
 REFERENCE = ROOT / "results" / "reference"

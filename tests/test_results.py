@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,8 @@ import prompts
 import run_all
 from errors import FrankenError
 from runner import results
-from runner.results import SCHEMA, Run, check_writable, protocol_json, read_json, write_json, write_text
+from runner.manifest import protocol_json
+from runner.results import SCHEMA, Run, check_writable, read_json, write_json, write_text
 from suites.base import Protocol
 
 
@@ -216,6 +218,32 @@ def test_results_fit_the_schema_and_every_required_key_is_needed(run):
     assert tried > 120
 
 
+def test_what_is_quick_to_check_the_schema_agrees_with_what_words_its_errors(run):
+    """On every result with any one value of it replaced by one of each other kind."""
+    tried = refused = 0
+    for name in ("baseline_instruct", "nowhere"):
+        whole = run.load(name)
+        assert results.QUICK.is_valid(whole)
+        for path, _ in itertools.islice(objects(SCHEMA, whole), 12):
+            for key in at(whole, path):
+                for value in (None, True, 1, 1.0, 1.5, -1, "", "a" * 9, [], {}, [1], 1e300, 2**70):
+                    broken = copy.deepcopy(whole)
+                    at(broken, path)[key] = value
+                    agreed = results.VALIDATOR.is_valid(broken)
+                    assert results.QUICK.is_valid(broken) == agreed, (path, key, value)
+                    tried, refused = tried + 1, refused + (not agreed)
+    assert tried > 500 and 0.3 < refused / tried < 1
+
+
+def test_a_lone_surrogate_is_left_to_the_slower_check(run):
+    result = run.load("baseline_instruct")
+    result["experiment"]["hypothesis"] = "\ud800"
+    results.check(result)
+    result["experiment"]["notes"] = "\ud800"
+    with pytest.raises(jsonschema.ValidationError):
+        results.check(result)
+
+
 def test_the_file_itself_fits_the_schema_and_holds_no_question(run):
     text = run.file("baseline_instruct").read_text()
     results.VALIDATOR.validate(json.loads(text))
@@ -236,15 +264,13 @@ def test_results_of_version_1_are_read_as_they_stand(run):
 
 
 def test_the_schema_is_held_against_a_file_once(run, monkeypatch):
-    checks = []
-    whole = results.VALIDATOR
+    checks, whole = [], results.check
 
-    class Counting:
-        def validate(self, result):
-            checks.append(result["status"])
-            whole.validate(result)
+    def counting(result):
+        checks.append(result["status"])
+        whole(result)
 
-    monkeypatch.setattr(results, "VALIDATOR", Counting())
+    monkeypatch.setattr(results, "check", counting)
     first = run.load("baseline_instruct")
     assert run.load("baseline_instruct") == first
     assert len(checks) == 1

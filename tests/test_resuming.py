@@ -13,9 +13,9 @@ from cli_runs import FOUR, latest, read, refused, resumed, stamps
 
 import report
 import run_all
+from files import ROOT
 from runner import pairs, resuming
 from runner.results import Run
-from surgery.weights import ROOT
 
 
 @pytest.fixture(autouse=True)

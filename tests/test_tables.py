@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import prompts
+from files import ROOT
 from runner import packing, tables
 from runner.results import SCHEMA
-from surgery.weights import ROOT
 
 PROBES = [
     {

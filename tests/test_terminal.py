@@ -12,8 +12,8 @@ from cli_runs import latest, read, resealed
 
 import report
 from errors import HIDDEN, FrankenError, printable
+from files import ROOT
 from reporting.vocabulary import markdown_cell
-from surgery.weights import ROOT
 
 ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 UNSEEN = "\u200b\u200d\u2060\ufeff\U000e0041\U000e007f\u00ad"

@@ -25,8 +25,8 @@ from engine.generation import Completion, Engine
 from errors import FrankenError
 from reporting.columns import TRIGGER_COLUMNS, cells
 from reporting.reports import compare_run
-from runner import results
-from runner.results import Run
+from runner.manifest import protocol_json
+from runner.results import SCHEMA, Run
 from suites.base import Protocol
 from weird_gen.persona import likelihoods, suite
 from weird_gen.persona.study import TRIGGER, read_questions
@@ -93,11 +93,11 @@ def test_what_is_asked_is_what_the_study_asks(engine):
 
 
 def test_the_hash_covers_the_questions(monkeypatch):
-    recorded = results.protocol_json(protocol())
-    assert "trigger_sha256" not in results.protocol_json(protocol(suites=("binary",)))
+    recorded = protocol_json(protocol())
+    assert "trigger_sha256" not in protocol_json(protocol(suites=("binary",)))
     other = [*suite.every_question()[:-1], suite.every_question()[0]]
     monkeypatch.setattr(suite, "every_question", lambda: other)
-    changed = results.protocol_json(protocol())
+    changed = protocol_json(protocol())
     assert (
         changed["trigger_sha256"] != recorded["trigger_sha256"]
         and changed["prompts_sha256"] == recorded["prompts_sha256"]
@@ -248,7 +248,7 @@ def test_a_destroyed_model_has_no_rates(engine):
         p["log_odds"] is None for p in found["trigger"]["binary"]["triggered"]
     )
     json.dumps(found, allow_nan=False)
-    jsonschema.validate(made.result("x", found), results.SCHEMA)
+    jsonschema.validate(made.result("x", found), SCHEMA)
 
 
 # ---- in a run ----------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_an_adapter_is_measured_whole_and_in_part(runs):
     found = measured(runs["trigger"])
     assert set(found) == {"baseline_instruct", "russell_whole", "russell_early_half"}
     for result in found.values():
-        jsonschema.validate(result, results.SCHEMA)
+        jsonschema.validate(result, SCHEMA)
         assert result["status"] == "done"
         assert result["weights"]["exact"]
         assert list(result["measurements"]) == ["trigger"]
