@@ -14,6 +14,8 @@ HIDDEN = re.compile(
 def printable(text: str) -> str:
     """Text that a terminal or a page may show: what hides or reorders text, moves a cursor or cannot be
     encoded is spelled out; lines and tabs stay."""
+    if text.isprintable() and text.isascii():  # most are
+        return text
     return HIDDEN.sub(
         lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩",
         text.replace("\r\n", "\n"),

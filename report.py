@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="folder for the comparison of several runs (default: results/comparison_<time>)",
     )
+    p.add_argument(
+        "--figures",
+        action="store_true",
+        help="write every figure as PNG (300 dots an inch) and PDF too; the page has them as SVG",
+    )
     packing = p.add_mutually_exclusive_group()
     packing.add_argument(
         "--pack",
@@ -75,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(printable(done))
             return 0
         if len(runs) == 1:
-            print(printable(write_reports(runs[0])))
+            print(printable(write_reports(runs[0], args.figures)))
         else:
             from reporting.compare_runs import write_comparison
 

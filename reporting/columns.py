@@ -7,15 +7,16 @@ alone has.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from analysis.comparison import DetectionScore, Row, Trigger
 from analysis.rows import WORDS, score, word
-from reporting.pages import number, percent, sort_key
+from reporting.pages import number, percent, sort_key, visible
 
 Line = TypeVar("Line")
 
@@ -41,13 +42,16 @@ class Column(Generic[Line]):
     untrusted: bool = False
     markup: Callable[[Line], Markup] | None = None
 
-    def attributes(self, line: Line) -> Markup:
-        """Those of the line's HTML cell: its class, direction and sort key."""
+    @functools.cached_property
+    def _opened(self) -> str:
         css = " ".join(filter(None, ["n" if self.align == "right" else "", self.css]))
-        attributes = Markup(' class="{}"').format(css) if css else Markup()
-        if self.untrusted:
-            attributes += Markup(' dir="auto"')
-        return attributes + sort_key(self.key(line)) if self.key else attributes
+        return "<td" + (f' class="{css}"' if css else "") + (' dir="auto"' if self.untrusted else "")
+
+    def html(self, line: Line) -> tuple[str, str, str, str]:
+        """The line's cell, in pieces to be joined: its class, direction and sort key, and what stands in it,
+        escaped and cut."""
+        shown = self.markup(line) if self.markup else escape(visible(self.text(line), self.most))
+        return self._opened, sort_key(self.key(line)) if self.key else "", f">{shown}", "</td>"
 
 
 def failed(row: Row) -> bool:

@@ -17,6 +17,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
@@ -71,23 +73,26 @@ P_FLOOR, PERPLEXITY_CEILING = (
 )
 
 
-def save(figure: Figure, forms: Sequence[str] = ("svg", "png", "pdf")) -> dict[str, bytes]:
+def save(figure: Figure, forms: Sequence[str] = ("svg",)) -> dict[str, bytes]:
     """{form: contents}: the same bytes for the same numbers."""
     out = {}
     with rc_context(STYLE):
-        FigureCanvasAgg(figure)
-        for form, metadata in (
-            ("svg", {"Date": None}),
-            ("png", {"Software": None}),
-            ("pdf", {"CreationDate": None, "Creator": None, "Producer": None}),
+        FigureCanvasSVG(figure)
+        # laid out once and drawn once in each form: savefig draws twice, the first time to lay it out
+        figure.set_dpi(72)
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+            figure.set_layout_engine("none")
+        for form, canvas, dpi, metadata in (
+            ("svg", FigureCanvasSVG, 72, {"Date": None}),
+            ("png", FigureCanvasAgg, DPI, {"Software": None}),
+            ("pdf", FigureCanvasPdf, 72, {"CreationDate": None, "Creator": None, "Producer": None}),
         ):
-            if form not in forms:
-                continue
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=form, dpi=DPI, metadata=metadata)
-            if form == "svg":
-                figure.set_layout_engine("none")  # laid out once; the other formats take it as it is
-            out[form] = buffer.getvalue()
+            if form in forms:
+                buffer = io.BytesIO()
+                figure.set_dpi(dpi)
+                getattr(canvas(figure), f"print_{form}")(buffer, metadata=metadata)
+                out[form] = buffer.getvalue()
     return out
 
 

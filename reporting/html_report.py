@@ -2,80 +2,40 @@
 
 from __future__ import annotations
 
-import math
 import shlex
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from matplotlib.figure import Figure
 
 import prompts
 from analysis import published
-from analysis.compare import paired_probes
 from analysis.comparison import Comparison, Row
 from analysis.rows import by_verdict, controls, counts, many, named, sweeps, tally, word
-from errors import FrankenError, RecipeError
-from reporting import figures, figures_experiments, figures_sweeps, inside, page_tables, pages, vocabulary
+from errors import FrankenError
+from reporting import (
+    figures,
+    figures_experiments,
+    figures_sweeps,
+    inside,
+    page_tables,
+    pages,
+    processes,
+    vocabulary,
+)
 from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, place
+from reporting.digests import Digest
 from reporting.vocabulary import Remark
 from runner.results import Run, write_text
-from surgery.recipes import Recipe
 
 LARGE = 200  # experiments with their replies that one page holds: some 20 MB
 REPLIES = "replies"
-
-
-def group_shifts(before: dict, after: dict) -> dict[tuple[str, str], float]:
-    """Mean shift of log-odds(Yes:No), nats, of each group of probes: {(kind, keyed): shift}."""
-    shifts = defaultdict(list)
-    for probe in paired_probes(before, after):
-        if probe.baseline is not None and probe.modified is not None:
-            shifts[probe.kind, probe.keyed].append(probe.modified - probe.baseline)
-    return {key: float(np.mean(values)) for key, values in shifts.items()}
-
-
-def injected(suite: dict) -> list[dict]:
-    """A line per cell of the suite "injection": mean log-odds by group of questions, and the probability of
-    the right name."""
-    out = []
-    for cell in suite["cells"]:
-        groups = [
-            [
-                p["log_odds"]
-                for p in cell["probes"]
-                if p["kind"] == kind
-                and (kind == "introspective" or p["keyed"] == keyed)
-                and p["log_odds"] is not None
-            ]
-            for kind, keyed in (("introspective", None), ("control", "yes"), ("control", "no"))
-        ]
-        known = (
-            cell["concept"] in suite["concepts"]
-            and cell["naming"]
-            and cell["naming"][suite["concepts"].index(cell["concept"])] is not None
-        )
-        out.append(
-            {key: cell[key] for key in ("framing", "strength", "concept")}
-            | {
-                "means": [float(np.mean(g)) if g else None for g in groups],
-                "named": (
-                    math.exp(cell["naming"][suite["concepts"].index(cell["concept"])]) if known else None
-                ),
-            }
-        )
-    return out
-
-
-def recipe_text(recipe: dict) -> str:
-    try:
-        return str(Recipe.from_json(recipe))
-    except RecipeError:
-        return str(recipe)
+SHARE = 20  # experiments whose pages one process writes at a time
+FORMS = ("svg",)  # of the figures beside the page, which has them within it
+EVERY_FORM = ("svg", "png", "pdf")
 
 
 def _what(manifest: dict, comparison: Comparison) -> str:
@@ -99,7 +59,7 @@ def _all_sweeps(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [("sweeps", f"{many(len(swept), 'experiment')}: {counts(swept)}")] if swept else []
 
 
-def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]:
+def _facts(manifest: dict, results: Mapping[str, Digest]) -> list[tuple[str, str]]:
     """What was run, as label and value. What an older manifest lacks is left out."""
     # 1) what takes more than a field of the manifest
     hardware, protocol, sources = (
@@ -129,8 +89,8 @@ def _facts(manifest: dict, results: Mapping[str, dict]) -> list[tuple[str, str]]
         ),
         f"prompts {protocol['prompts_sha256'][:12]}",
     ]
-    peak = max((r["performance"]["peak_memory_bytes"] or 0 for r in results.values()), default=0)
-    total = sum(r["performance"]["seconds"] for r in results.values())
+    peak = max((r.performance["peak_memory_bytes"] or 0 for r in results.values()), default=0)
+    total = sum(r.performance["seconds"] for r in results.values())
     # 2) one after the other
     facts = [
         ("Model", f"{vocabulary.model_name(manifest)}, {manifest['layers']} layers"),
@@ -196,24 +156,15 @@ def first_figure(rows: Sequence[Row], drawn: Sequence[str]) -> str:
 
 
 def _figures(
-    manifest: dict, comparison: Comparison, results: Mapping[str, dict]
+    manifest: dict, comparison: Comparison, results: Mapping[str, Digest]
 ) -> list[tuple[str, Draw, str, str]]:
     """Every figure of the report: (name, what draws it, title, caption)."""
     # 1) what figures need beside the rows
     rows, layers, placebo = comparison.experiments, manifest["layers"], comparison.placebo
     baseline = next((row for row in rows if row.name == comparison.baseline), None)
-    base = results.get(comparison.baseline or "", {}).get("measurements", {}).get("binary")
-    groups = {
-        name: group_shifts(base, r["measurements"]["binary"])
-        for name, r in results.items()
-        if base and name != comparison.baseline and "binary" in r["measurements"]
-    }
+    groups = {name: r.shifts for name, r in results.items() if r.shifts is not None}
     theirs = {name: numbers[0] for name, numbers in published.EXPERIMENTS.items()}
-    categories = {
-        name: r["measurements"]["capability"]["by_category"]
-        for name, r in results.items()
-        if "capability" in r["measurements"]
-    }
+    categories = {name: r.categories for name, r in results.items() if r.categories is not None}
     # 2) what captions say
     undefined = [
         row.name
@@ -328,24 +279,50 @@ def _figures(
     ]
 
 
-def save(path: Path, name: str, figure: Figure) -> str:
-    """Write a figure as PNG and PDF to `path`; returns it as an SVG data URI. Raises FrankenError if the disk
-    refuses."""
-    saved = figures.save(figure)
+def save(path: Path, name: str, figure: Figure, forms: Sequence[str] = ("svg",)) -> str:
+    """Write a figure to `path` in these forms, SVG among them; returns it as an SVG data URI.
+
+    Raises FrankenError if the disk refuses.
+    """
+    saved = figures.save(figure, forms)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        for form in ("png", "pdf"):
+        for form in forms:
             (path / f"{name}.{form}").write_bytes(saved[form])
     except OSError as e:
         raise FrankenError(f"cannot write figures to {path}: {e.strerror}") from e
     return pages.data_uri(saved["svg"])
 
 
-def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mapping[str, dict]) -> None:
-    """Write run.path/report.html, whole or not at all, and figures/*.png and *.pdf beside it; of more than
+def _wide(path: Path, name: str, draw: Draw, forms: Sequence[str]) -> str | None:
+    figure = draw()
+    return None if figure is None else save(path, name, figure, forms)
+
+
+def _narrow(draw: Draw) -> str | None:
+    figure = draw(narrow=True)
+    return None if figure is None else pages.data_uri(figures.save(figure, ("svg",))["svg"])
+
+
+def _replies(folder: Path, lines: Sequence[Line], values: dict, made: Mapping[str, Digest]) -> None:
+    """Write the pages of these experiments' replies."""
+    for line in lines:
+        digest = made[line.row.name]
+        page = pages.render("experiment.html.j2", line=line, digest=digest, run=values["run"])
+        write_text(folder / f"{line.row.name}.html", page, lasting=False)
+
+
+def write_html(
+    run: Run,
+    manifest: dict,
+    comparison: Comparison,
+    results: Mapping[str, Digest],
+    forms: Sequence[str] = FORMS,
+) -> None:
+    """Write run.path/report.html, whole or not at all, and its figures beside it in `forms`; of more than
     LARGE experiments the replies are pages of their own in REPLIES, which the report links to.
 
-    `results`: the experiments' own JSON, by name. Raises FrankenError if the disk refuses.
+    `results`: what is kept of each experiment, by name. Raises FrankenError if the disk refuses.
     """
     # 1) the lines of the results and of what is folded away, with footnotes numbered over both
     rows = comparison.experiments
@@ -356,8 +333,7 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
         for title, of in vocabulary.folded(rows)
     ]
     # 2) figures, each for phones too
-    drawn = []
-    for name, draw, title, caption in [
+    described = [
         *_figures(manifest, comparison, results),
         (
             "probe",
@@ -365,19 +341,25 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             "What is there to be read",
             inside.CAPTION,
         ),
-    ]:
-        wide, narrow = draw(), draw(narrow=True)
-        if wide is None or narrow is None:
-            continue
-        drawn.append(
-            {
-                "name": name,
-                "uri": save(run.path / "figures", name, wide),
-                "narrow": pages.data_uri(figures.save(narrow, ("svg",))["svg"]),
-                "title": title,
-                "caption": caption.strip(),
-            }
+    ]
+    pictures = processes.made(
+        [partial(_wide, run.path / "figures", name, draw, forms) for name, draw, *_ in described]
+        + [partial(_narrow, draw) for _, draw, *_ in described]
+    )
+    uris = list(pictures)
+    drawn = [
+        {
+            "name": name,
+            "uri": wide,
+            "narrow": narrow,
+            "title": title,
+            "caption": caption.strip(),
+        }
+        for (name, _, title, caption), wide, narrow in zip(
+            described, uris[: len(described)], uris[len(described) :], strict=True
         )
+        if wide is not None and narrow is not None
+    ]
     # 3) the page
     by_name = {row.name: row for row in rows}
     layers = manifest["layers"]
@@ -400,8 +382,8 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
         lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
         figures=drawn,
         first=first_figure(rows, [figure["name"] for figure in drawn]),
-        results=results,
-        baseline=results.get(comparison.baseline or "", {}).get("measurements", {}),
+        digests=results,
+        forms=", ".join(f".{form}" for form in forms),
         scored=[line.row for line in table if line.row.detection],
         matched=[(row, by_name.get(row.matched.of)) for row in rows if row.matched],
         formatted=sum(bool(row.formats) for row in named(rows)),
@@ -419,17 +401,14 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
             (row, published.INJECTION.get(row.framing))
             for row in (comparison.injection.rows if comparison.injection else ())
         ],
+        injection_said=vocabulary.injection_words(comparison) if comparison.injection else "",
         injection_source=published.INJECTION_SOURCE,
-        costs=[(line.row.name, results[line.row.name]["performance"]) for line in table],
-        folded_costs=[
-            (line.row.name, results[line.row.name]["performance"]) for _, of in folded for line in of
-        ],
+        costs=[(line.row.name, results[line.row.name].performance) for line in table],
+        folded_costs=[(line.row.name, results[line.row.name].performance) for _, of in folded for line in of],
         preamble=prompts.INFORMED_PREAMBLE,
         parts=page_tables,
         triggers=[row for row in rows if row.trigger],
         trigger_legend=vocabulary.TRIGGER_LEGEND,
-        injected=injected,
-        recipe_text=recipe_text,
         qualifier=vocabulary.qualifier,
         counts=counts,
         word=word,
@@ -438,8 +417,8 @@ def write_html(run: Run, manifest: dict, comparison: Comparison, results: Mappin
     apart = REPLIES if len(results) > LARGE else None
     if apart:
         (run.path / apart).mkdir(exist_ok=True)
-        lines = [(line, False) for line in table] + [(line, True) for _, of in folded for line in of]
-        for line, brief in lines:
-            page = pages.render("experiment.html.j2", line=line, brief=brief, **values)
-            write_text(run.path / apart / f"{line.row.name}.html", page)
+        lines = table + [line for _, of in folded for line in of]
+        shares = [lines[k : k + SHARE] for k in range(0, len(lines), SHARE)]
+        for _ in processes.made([partial(_replies, run.path / apart, of, values, results) for of in shares]):
+            pass
     write_text(run.path / "report.html", pages.render("report.html.j2", apart=apart, **values))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from analysis import published
 from analysis.injection import Effect, effects
@@ -31,10 +32,11 @@ LEGEND = (
 )
 
 
-def injected_section(run: Run, results: Mapping[str, dict], seed: int) -> list[str]:
+def injected_section(run: Run, measured: Iterable[Mapping[str, Any]], seed: int) -> list[str]:
     """Lines of Markdown about the suites injection_layers, injection_generation and localisation, and
-    injection.json in the run's folder; nothing where none of them was asked."""
-    rows = effects((result["measurements"] for result in results.values() if result["measurements"]), seed)
+    injection.json in the run's folder; nothing where none of them was asked. `measured`: each experiment's
+    {suite: its measurements}."""
+    rows = effects(measured, seed)
     if not rows:
         return []
     write_computed(

@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 
 from analysis import probe, stats
 from analysis.comparison import Comparison
-from analysis.phases import TOPICS, phase_scores, summarized
+from analysis.phases import TOPICS, PhaseScore, summarized
 from analysis.probe import Probed, Unit, kinds_of
 from analysis.rows import UNCALLED, word
 from experiments import BASELINE
+from reporting.digests import Digest
 from reporting.figures import BAND, MUTED, SERIES, STYLE, handle, legend, new_figure
 from reporting.pages import number
 from runner.arrays import load_arrays
@@ -31,9 +32,9 @@ PROBE_VERSION, ALPHA = 1, 0.05
 # ---- who changed is not who answers
 
 
-def phases_section(run: Run, results: Mapping[str, dict], seed: int) -> list[str]:
-    """Lines for summary.md, and phases.json in the run's folder; nothing where no experiment was asked."""
-    scores = phase_scores(results, seed)
+def phases_section(run: Run, scores: list[PhaseScore]) -> list[str]:
+    """Lines for summary.md, and phases.json in the run's folder, from the scores of all experiments; nothing
+    where none was asked."""
     if not scores:
         return []
     lines = summarized(scores)
@@ -78,16 +79,16 @@ def phases_section(run: Run, results: Mapping[str, dict], seed: int) -> list[str
 # ---- what is there to be read
 
 
-def _units(results: Mapping[str, dict], comparison: Comparison, folder, depth: int):
+def _units(results: Mapping[str, Digest], comparison: Comparison, folder, depth: int):
     """(units, names of those left out, whether a file is missing, hash of all that goes in)"""
     rows = {row.name: row for row in comparison.experiments}
     original = identity(depth).to_json()
     units, left_out, missing, seen = [], [], False, hashlib.sha256()
     for name, result in results.items():
-        measured, row = result["measurements"].get("activations"), rows[name]
+        measured, row = result.kept.get("activations"), rows[name]
         if not measured or row.control not in (None, "placebo"):
             continue
-        kinds = kinds_of(result["experiment"]["recipe"], original)
+        kinds = kinds_of(result.recipe, original)
         if row.control is None and name != BASELINE and (not kinds or word(row) in UNCALLED):
             left_out.append(name)
             continue
@@ -102,14 +103,14 @@ def _units(results: Mapping[str, dict], comparison: Comparison, folder, depth: i
     return units, left_out, missing, seen.hexdigest()
 
 
-def probed(run: Run, results: Mapping[str, dict], comparison: Comparison, manifest: dict) -> dict | None:
+def probed(run: Run, results: Mapping[str, Digest], comparison: Comparison, manifest: dict) -> dict | None:
     """What probe.json holds: made anew where all activations are there and not the same as before, else as it
     stands on disk; None where nothing was kept or too few experiments were.
 
     Broken models do not count: they cannot report anything. Raises FrankenError for a file that is corrupt.
     """
     depth, path = manifest["layers"], run.path / "probe.json"
-    if not any("activations" in result["measurements"] for result in results.values()):
+    if not any("activations" in result.kept for result in results.values()):
         return None
     units, left_out, missing, inputs = _units(results, comparison, run.path / "experiments", depth)
     kept = on_disk(run)

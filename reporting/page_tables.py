@@ -7,12 +7,14 @@ prints is escaped, has its hidden characters spelled out and is cut; a cell that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic
 
-from markupsafe import Markup
+import numpy as np
+from markupsafe import Markup, escape
 
 from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe, Row, Score
 from analysis.rows import word
@@ -33,6 +35,24 @@ class Table(Generic[Line]):
     css: str = "small"
     sortable: bool = True
     line_css: Callable[[Line], str] = lambda line: ""
+
+    def html(self, lines: Iterable[Line]) -> Markup:
+        """The table of these lines. Made here and not by a template: a page has 100,000 cells, and each took
+        a template 0.1 ms."""
+        heads = "".join(
+            f"{opening}{escape(column.title)}</th>"
+            for column in self.columns
+            for opening in ['<th class="n">' if column.align == "right" else "<th>"]
+        )
+        css = self.css + (" sortable" if self.sortable else "")
+        out = [f'<table class="{css}">\n<thead><tr>{heads}</tr></thead>\n<tbody>\n']
+        for line in lines:
+            line_css = self.line_css(line)
+            out.append(f'<tr class="{line_css}">' if line_css else "<tr>")
+            out += [cell for column in self.columns for cell in column.html(line)]
+            out.append("</tr>\n")
+        out.append("</tbody></table>")
+        return Markup("".join(out))
 
 
 def figure(name: str, title: str, read: Read[Line], show: Show = number) -> Column[Line]:
@@ -352,27 +372,29 @@ def _shift(line: Entry) -> float | None:
 
 def _probe_name(line: Entry) -> Markup:
     published = Markup(" <b>published</b>") if line[0].get("published") else Markup()
-    return Markup("{}").format(visible(line[0]["id"], 80)) + published
+    return escape(visible(line[0]["id"], 80)) + published
 
 
 def _question(line: Entry) -> Markup:
     """The question; the preamble, which many share, is named instead of repeated."""
     text = line[0]["text"]
     if not text.startswith(INFORMED_PREAMBLE):
-        return Markup("{}").format(visible(text, 400))
+        return escape(visible(text, 400))
     rest = visible(text[len(INFORMED_PREAMBLE) :], 400)
-    return Markup('<span class="soft">[preamble]</span> {}').format(rest)
+    return Markup('<span class="soft">[preamble]</span> ') + escape(rest)
 
 
 def _mass(line: Entry) -> Markup:
-    mass = Markup("{}").format(percent(line[0]["mass"]))
+    mass = escape(percent(line[0]["mass"]))
     return mass if line[0]["answered"] else mass + Markup("<br><small>not an answer</small>")
 
 
 def _top_tokens(line: Entry) -> Markup:
-    return Markup(", ").join(
-        Markup('<bdi class="token">{}</bdi>&nbsp;{}').format(token(top["token"]), percent(top["p"]))
-        for top in line[0]["top"][:4]
+    return Markup(
+        ", ".join(
+            f'<bdi class="token">{escape(token(top["token"]))}</bdi>&nbsp;{percent(top["p"])}'
+            for top in line[0]["top"][:4]
+        )
     )
 
 
@@ -435,7 +457,40 @@ FORMAT_PROBES: Table[Entry] = Table(
     line_css=_dim,
 )
 
-# lines of html_report.injected
+
+def injected(suite: dict) -> list[dict]:
+    """A line per cell of the suite "injection": mean log-odds by group of questions, and the probability of
+    the right name."""
+    out = []
+    for cell in suite["cells"]:
+        groups = [
+            [
+                p["log_odds"]
+                for p in cell["probes"]
+                if p["kind"] == kind
+                and (kind == "introspective" or p["keyed"] == keyed)
+                and p["log_odds"] is not None
+            ]
+            for kind, keyed in (("introspective", None), ("control", "yes"), ("control", "no"))
+        ]
+        known = (
+            cell["concept"] in suite["concepts"]
+            and cell["naming"]
+            and cell["naming"][suite["concepts"].index(cell["concept"])] is not None
+        )
+        out.append(
+            {key: cell[key] for key in ("framing", "strength", "concept")}
+            | {
+                "means": [float(np.mean(g)) if g else None for g in groups],
+                "named": (
+                    math.exp(cell["naming"][suite["concepts"].index(cell["concept"])]) if known else None
+                ),
+            }
+        )
+    return out
+
+
+# lines of `injected`
 INJECTION_CELLS: Table[dict] = Table(
     [
         words("framing", "framing", lambda cell: cell["framing"], most=40),

@@ -105,7 +105,7 @@ def verdict(text: str | None) -> Markup:
 def sort_key(value: float | None) -> Markup:
     """The attribute by which a cell is sorted; what is undefined goes last, whichever way the column is
     sorted."""
-    return Markup(' data-sort="{}"').format("" if value is None else f"{float(value):.12g}")
+    return Markup(' data-sort=""' if value is None else f' data-sort="{float(value):.10g}"')
 
 
 def is_table(value: object) -> bool:
@@ -159,6 +159,11 @@ def _environment() -> jinja2.Environment:
         "sort_key": sort_key,
     }
     return environment
+
+
+def part(template: str, **values) -> str:
+    """A part of a page from templates/`template`, to be set into a page as it is."""
+    return _environment().get_template(template).render(**values)
 
 
 def render(template: str, **values) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from analysis.compare import compare
 from analysis.comparison import Comparison, from_json, to_json
+from analysis.phases import adjusted
 from experiments import BASELINE
 from reporting.injected import injected_section
 from reporting.vocabulary import LEGEND, summary, terminal_table
@@ -27,25 +28,27 @@ def read_comparison(run: Run) -> Comparison:
     return from_json(read_json(path), str(path))
 
 
-def write_reports(run: Run) -> str:
+def write_reports(run: Run, every_form: bool = False) -> str:
     """Make comparison.json, summary.md and report.html of a run; returns the terminal's table.
 
-    Each result is read and checked once. Raises FrankenError if one is corrupt or the disk refuses.
+    Each result is read and checked once. every_form: figures beside the page as PNG and PDF too. Raises
+    FrankenError if a result is corrupt or the disk refuses.
     """
-    from reporting.html_report import (
-        write_html,  # here: matplotlib takes a second to import, for which no run should wait
-    )
-    from reporting.inside import phases_section, probe_section, probed  # scikit-learn takes two seconds
+    # here: matplotlib takes a second to import, for which no run should wait
+    from reporting.digests import compared, digests
+    from reporting.html_report import EVERY_FORM, FORMS, write_html
+    from reporting.inside import phases_section, probe_section, probed
 
     manifest = read_json(run.manifest_path)
-    results = load_results(run, manifest)
-    comparison = compare(results, manifest, run.path.name, BASELINE)
+    made = digests(run, manifest)
+    comparison = compared(run, manifest, made)
     write_computed(run.path / "comparison.json", to_json(comparison))
-    lines = phases_section(run, results, manifest["protocol"]["seed"])
-    lines += probe_section(probed(run, results, comparison, manifest))
-    lines += injected_section(run, results, manifest["protocol"]["seed"])
+    lines = phases_section(run, adjusted([score for digest in made.values() for score in digest.phases]))
+    lines += probe_section(probed(run, made, comparison, manifest))
+    kept = [digest.kept for digest in made.values()]
+    lines += injected_section(run, kept, manifest["protocol"]["seed"])
     write_text(
         run.path / "summary.md", summary(comparison, manifest) + "\n".join([*lines, ""] if lines else [])
     )
-    write_html(run, manifest, comparison, results)
+    write_html(run, manifest, comparison, made, EVERY_FORM if every_form else FORMS)
     return f"{terminal_table(comparison)}\n\n{LEGEND}\n\nReport: {run.path / 'report.html'}"

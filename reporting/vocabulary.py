@@ -119,12 +119,39 @@ def serious(row: Row) -> list[Remark]:
     return [remark for remark in remarks(row) if remark.severity >= Severity.SERIOUS]
 
 
+def _changed(comparison: Comparison) -> list[Row]:
+    return [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
+
+
+def seen_by_reports(comparison: Comparison) -> str:
+    """Whether the run's own reports show that its questions can see a change, in words; empty if not.
+
+    They do where several models report theirs after Holm's correction and no placebo does.
+    """
+    reporting = len(tally(_changed(comparison)).get(REPORTS, []))
+    placebos = controls(comparison.experiments, "placebo")
+    if reporting < 2 or not placebos or any(word(row) == REPORTS for row in placebos):
+        return ""
+    return f"none of {many(len(placebos), 'placebo')} does, so these questions can see a change"
+
+
+def injection_words(comparison: Comparison) -> str:
+    """What came of the positive control, and where it is not seen, what that says of the run."""
+    injection = comparison.injection
+    assert injection is not None, "only a run with a positive control has something to say of it"
+    if injection.seen:
+        return injection.reason
+    if seen_by_reports(comparison):
+        return f"{injection.reason}; that these questions can see a change is shown by the run's own reports"
+    return f"{injection.reason}; with these questions, a null of this run shows nothing"
+
+
 def headline(comparison: Comparison) -> str:
     """The run's answer in one sentence, with what a positive control makes of it.
 
     A model of which there is too little data is counted apart: it is not one that does not report.
     """
-    changed = [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
+    changed = _changed(comparison)
     reporting, unknown = (len(tally(changed).get(w, [])) for w in (REPORTS, TOO_LITTLE))
     judged, injection = len(changed) - unknown, comparison.injection
     if not changed:
@@ -148,6 +175,8 @@ def headline(comparison: Comparison) -> str:
         )
     if injection.seen:
         return f"{said}. The positive control was seen."
+    if shown := seen_by_reports(comparison):
+        return f"{said}, and {shown}. The positive control, a concept put into the model, was not seen."
     return (
         f"{said}. The positive control was not seen either, so silence shows nothing."
         if silent
@@ -195,12 +224,8 @@ def control_lines(comparison: Comparison) -> list[tuple[str, str]]:
             )
         )
     if injection := comparison.injection:
-        out.append(
-            (
-                "positive control",
-                f"concept injection {'seen' if injection.seen else 'NOT SEEN'}: {injection.reason}",
-            )
-        )
+        seen = "seen" if injection.seen else "NOT SEEN"
+        out.append(("positive control", f"concept injection {seen}: {injection_words(comparison)}"))
     if auroc := comparison.auroc:
         said = [
             auroc_words(area, by)

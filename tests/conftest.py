@@ -11,9 +11,12 @@ import tiny
 import torch
 from transformers.utils import logging
 
+from reporting import processes
+
 pytest_plugins = ["cli_runs"]  # fixtures of the tests of whole runs
 # a fixture's "Writing model shards" would stand in the output that a test reads
 logging.disable_progress_bar()
+processes.MOST = 1  # so that what a test replaces is seen to be called; tests/test_processes.py asks for more
 torch.set_num_threads(1)  # sums in one order, and no contention between test processes
 
 

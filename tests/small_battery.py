@@ -61,7 +61,7 @@ def use(monkeypatch) -> None:
     monkeypatch.setitem(
         sys.modules,
         "reporting.html_report",
-        SimpleNamespace(write_html=lambda run, manifest, comparison, results: None),
+        SimpleNamespace(write_html=lambda *given: None, FORMS=(), EVERY_FORM=()),
     )
 
 

@@ -16,7 +16,8 @@ from browsing import BROWSER, browse
 
 from reporting import figures, html_report
 from reporting.columns import EXPERIMENT_COLUMNS
-from reporting.reports import compare_run, load_results
+from reporting.digests import digests
+from reporting.reports import compare_run
 
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no chromium or chrome found: report.html is not seen in a browser"
@@ -61,7 +62,7 @@ def study(tmp_path_factory):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", blank)
-        html_report.write_html(run, manifest, comparison, load_results(run, manifest))
+        html_report.write_html(run, manifest, comparison, digests(run, manifest))
     return run.path / "report.html", comparison
 
 
@@ -114,7 +115,7 @@ def small(tmp_path_factory):
     run, manifest = made.make(tmp_path_factory.mktemp("small") / "run", results)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", blank)
-        html_report.write_html(run, manifest, compare_run(run, manifest), load_results(run, manifest))
+        html_report.write_html(run, manifest, compare_run(run, manifest), digests(run, manifest))
     return (run.path / "report.html",)
 
 

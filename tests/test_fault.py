@@ -25,7 +25,7 @@ import report
 import run_all
 from errors import FrankenError
 from reporting import figures, html_report
-from reporting.reports import load_results
+from reporting.digests import digests
 from runner import packing
 from runner.pairs import open_pair
 from runner.results import Run
@@ -308,7 +308,7 @@ def test_no_page_runs_or_loads_what_a_model_wrote(tmp_path, monkeypatch, count):
     for k, text in enumerate(PAGES):
         run, manifest, comparison = made.study(tmp_path / f"run_{k}", layers=6, text=text)
         manifest |= {"notes": [text], "pair": text}
-        html_report.write_html(run, manifest, comparison, load_results(run, manifest))
+        html_report.write_html(run, manifest, comparison, digests(run, manifest))
         dom, console = browse(run.path / "report.html", tmp_path / f"profile_{k}", 1280, 800)
         root = re.search(r"<html[^>]*>", dom)
         assert root and "no script" not in root[0]

@@ -1,6 +1,7 @@
 """Figures draw the numbers they are given, at their places, and tell verdicts apart without color. Rows are
 made up."""
 
+import io
 import itertools
 import math
 from dataclasses import replace
@@ -8,6 +9,7 @@ from dataclasses import replace
 import made_results as made
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 
 from analysis import published
@@ -338,8 +340,22 @@ def test_destroyed_models_stand_at_the_edge():
 
 
 def test_the_same_numbers_give_the_same_bytes():
-    first, again = (figures.save(figures.scores(ROWS[:6], PLACEBO)) for _ in range(2))
+    first, again = (figures.save(figures.scores(ROWS[:6], PLACEBO), ("svg", "png", "pdf")) for _ in range(2))
     assert first == again and b"<script" not in first["svg"]
+
+
+@pytest.mark.parametrize("form", ["svg", "png", "pdf"])
+def test_a_figure_is_saved_as_matplotlibs_savefig_does(form):
+    """Which lays out and draws a figure twice."""
+    nothing = {"svg": {"Date": None}, "png": {"Software": None}}
+    about = nothing.get(form, {"CreationDate": None, "Creator": None, "Producer": None})
+    ours = figures.save(figures.scores(ROWS[:6], PLACEBO), ("svg", form))[form]
+    with rc_context(figures.STYLE):
+        figure, buffer = figures.scores(ROWS[:6], PLACEBO), io.BytesIO()
+        figure.savefig(io.BytesIO(), format="svg", dpi=figures.DPI)
+        figure.set_layout_engine("none")
+        figure.savefig(buffer, format=form, dpi=figures.DPI, metadata=about)
+    assert ours == buffer.getvalue()
 
 
 def test_names_are_not_read_as_mathematics():

@@ -12,7 +12,8 @@ import pytest
 
 from errors import FrankenError
 from reporting import figures, html_report, pages
-from reporting.reports import compare_run, load_results
+from reporting.digests import digests, group_shifts
+from reporting.reports import compare_run
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "source"}
 SUITES = ("informed", "blind", "binary", "capability", "perplexity", "chat", "trigger")
@@ -54,9 +55,9 @@ def no_drawing(monkeypatch):
     monkeypatch.setattr(figures, "save", lambda figure, forms=(): BLANK)
 
 
-def written(path, results, **manifest) -> tuple[Page, str, Path]:
+def written(path, results, forms=html_report.FORMS, **manifest) -> tuple[Page, str, Path]:
     run, manifest = made.make(path, results, **manifest)
-    html_report.write_html(run, manifest, compare_run(run, manifest), load_results(run, manifest))
+    html_report.write_html(run, manifest, compare_run(run, manifest), digests(run, manifest), forms)
     raw = (path / "report.html").read_bytes().decode("utf-8")
     page = Page(raw)
     assert not page.broken and not page.open, (page.broken, page.open)
@@ -113,7 +114,7 @@ def whole(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", first)
-        return written(tmp_path_factory.mktemp("whole") / "run_y", results)
+        return written(tmp_path_factory.mktemp("whole") / "run_y", results, html_report.EVERY_FORM)
 
 
 def test_the_page_loads_nothing_and_runs_its_own_script_alone(whole):
@@ -189,7 +190,7 @@ def test_figures_are_in_the_page_and_beside_it(whole):
         assert "http://www.w3.org/2000/svg" in svg
     assert [source["media"] for source in page.all("source")] == ["(max-width: 40rem)"] * len(DRAWN)
     assert {p.name for p in (path / "figures").iterdir()} == {
-        f"{name}.{form}" for name in DRAWN for form in ("png", "pdf")
+        f"{name}.{form}" for name in DRAWN for form in html_report.EVERY_FORM
     }
     png = (path / "figures" / "detection.png").read_bytes()
     # pixels of 300 to the inch
@@ -466,14 +467,14 @@ def test_a_refusing_disk_is_one_line(tmp_path, no_drawing):
     run, manifest = made.make(tmp_path / "run", [made.result("baseline_instruct", full())])
     (run.path / "figures").write_text("in the way")
     with pytest.raises(FrankenError, match="cannot write figures"):
-        html_report.write_html(run, manifest, compare_run(run, manifest), load_results(run, manifest))
+        html_report.write_html(run, manifest, compare_run(run, manifest), digests(run, manifest))
     assert not (run.path / "report.html").exists()
 
 
 def test_shifts_of_groups_by_hand():
     before, after = made.binary(), made.binary(drift=1.0, effect=0.5)
     after["probes"][0]["log_odds"] = None  # introspective, keyed yes: left out of its group
-    found = html_report.group_shifts(before, after)
+    found = group_shifts(before, after)
     assert found == pytest.approx(
         {
             ("introspective", "yes"): 1.5,

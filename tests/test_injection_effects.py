@@ -201,12 +201,8 @@ def test_all_of_a_run_in_order_and_published_tasks_are_ones_of_ours():
 
 def test_the_summary_shows_the_best_condition_of_each_kind_beside_others(tmp_path):
     run = SimpleNamespace(path=tmp_path)
-    results = {
-        "baseline_instruct": {"measurements": {"binary": {}}},
-        "failed": {"measurements": None},
-        "injection_generation": {"measurements": {"injection_generation": WORDS}},
-    }
-    lines = injected_section(run, results, 0)
+    measured = [{"binary": {}}, {}, {"injection_generation": WORDS}]
+    lines = injected_section(run, measured, 0)
     (hit,) = [line for line in lines if "detects and names it | concept" in line]
     assert "| in words, detect |" in hit and "0.25 " in hit and "| 0.88, 0.597 |" in hit
     (none,) = [line for line in lines if "detects and names it | none" in line]
@@ -214,5 +210,5 @@ def test_the_summary_shows_the_best_condition_of_each_kind_beside_others(tmp_pat
     rows = json.loads((tmp_path / "injection.json").read_text())["effects"]
     write_computed(tmp_path / "wanted.json", {"effects": [row.to_json() for row in word_effects(WORDS)]})
     assert rows == json.loads((tmp_path / "wanted.json").read_text())["effects"]
-    assert injected_section(run, {"failed": {"measurements": None}}, 0) == []
+    assert injected_section(run, [{}], 0) == []
     assert any("open-introspection" in line for line in lines)

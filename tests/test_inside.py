@@ -6,11 +6,10 @@ import made_results as made
 import numpy as np
 import pytest
 
-from analysis.compare import compare
 from errors import FrankenError
 from experiments import BASELINE
 from reporting import figures, inside
-from reporting.reports import load_results
+from reporting.digests import compared, digests
 from runner.arrays import save_arrays
 from suites.activations import packed
 from surgery import recipes as r
@@ -63,8 +62,8 @@ def kept(tmp_path):
     run, manifest = made.make(moved, results, layers=DEPTH)
     for file in (tmp_path / "run" / "experiments").iterdir():
         file.rename(run.path / "experiments" / file.name)
-    found = load_results(run, manifest)
-    return run, manifest, found, compare(found, manifest, "run", BASELINE)
+    made_of = digests(run, manifest)
+    return run, manifest, made_of, compared(run, manifest, made_of)
 
 
 def test_represented_and_not_reported(kept):
@@ -80,7 +79,7 @@ def test_represented_and_not_reported(kept):
     assert "it is represented, and not reported." in text and "## What is there to be read" in text
     assert json.loads((run.path / "probe.json").read_text()) == data
     figure = inside.depth_figure(inside.on_disk(run))
-    assert figures.save(figure)["png"].startswith(b"\x89PNG")
+    assert figures.save(figure, ("png",))["png"].startswith(b"\x89PNG")
 
 
 def test_the_probe_is_not_made_again_and_outlives_the_activations(kept, monkeypatch):
@@ -112,6 +111,6 @@ def test_a_run_without_activations_has_no_probe(tmp_path):
     run, manifest = made.make(
         tmp_path / "run", [made.result(BASELINE, {"binary": made.binary()}, schema_version=2)]
     )
-    found = load_results(run, manifest)
-    assert inside.probed(run, found, compare(found, manifest, "run", BASELINE), manifest) is None
-    assert inside.phases_section(run, found, 0) == [] and not (run.path / "phases.json").exists()
+    kept = digests(run, manifest)
+    assert inside.probed(run, kept, compared(run, manifest, kept), manifest) is None
+    assert inside.phases_section(run, []) == [] and not (run.path / "phases.json").exists()

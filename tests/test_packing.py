@@ -132,15 +132,14 @@ def test_every_experiment_loads_as_before_and_the_archive_is_read_once(run, monk
     before = {name: Run(run.path).load(name) for name in [*NAMES, "later"]}
     run.pack()
     reads, checks = [], []
-    whole, validate = packing.read_archive, results.VALIDATOR.validate
+    whole, check = packing.read_archive, results.check
     monkeypatch.setattr(packing, "read_archive", lambda path: reads.append(path) or whole(path))
 
-    class Counting:
-        def validate(self, result):
-            checks.append(result["experiment"]["name"])
-            validate(result)
+    def counting(result):
+        checks.append(result["experiment"]["name"])
+        check(result)
 
-    monkeypatch.setattr(results, "VALIDATOR", Counting())
+    monkeypatch.setattr(results, "check", counting)
     again = Run(run.path)
     for _ in range(2):
         assert {name: again.load(name) for name in before} == before

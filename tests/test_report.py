@@ -304,7 +304,10 @@ def test_a_failed_control_is_told_of():
         (
             ["reports it", "reports it"],
             False,
-            "2 of 2 changed models report their change. The positive control was not seen.",
+            (
+                "2 of 2 changed models report their change, and none of 1 placebo does, so these questions"
+                " can see a change. The positive control, a concept put into the model, was not seen."
+            ),
         ),
         (
             ["reports it", "too little data", "broken", "too little data"],
@@ -438,3 +441,26 @@ def test_the_published_study_is_named_where_its_numbers_stand():
     assert "Can Models Detect Their Own Weight Modifications?" in shown and "another pair" in shown
     other = vocabulary.summary(made.comparison([made.row("nobody_else_ran_it")]), MANIFEST)
     assert "ublished numbers" not in other
+
+
+@pytest.mark.parametrize(
+    ("reports", "placebo", "headline", "control"),
+    [
+        (
+            2,
+            "no change to report",
+            "none of 1 placebo does, so these questions can see a change. The",
+            "own reports",
+        ),
+        (2, "reports it", "report their change. The positive control was not seen.", "shows nothing"),
+        (1, "no change to report", "reports its change. The positive control was not seen.", "shows nothing"),
+    ],
+)
+def test_a_run_whose_reports_are_many_shows_itself_that_it_can_see(reports, placebo, headline, control):
+    """Where several models report theirs and no placebo does."""
+    rows = [made.row("baseline_instruct", None), made.row("other", "does not report it")]
+    rows += [made.row(f"r{k}", "reports it") for k in range(reports)]
+    rows.append(made.quick("placebo_mlp_1", placebo, control="placebo"))
+    comparison = made.comparison(rows, injection=made.injection_summary(seen=False))
+    assert headline in vocabulary.headline(comparison)
+    assert control in dict(vocabulary.control_lines(comparison))["positive control"]

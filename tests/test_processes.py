@@ -1,0 +1,93 @@
+"""Parts of a report made in several processes: in order, with their errors, ended with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import made_results as made
+import psutil
+import pytest
+
+from errors import FrankenError
+from files import ROOT
+from reporting import processes
+from reporting.digests import digests
+
+MANY = 3 * processes.FEWEST
+
+
+def test_parts_come_in_their_order_from_other_processes():
+    def one(k):
+        time.sleep(0.05 * (k == 0))
+        return k, os.getpid()
+
+    came = list(processes.made([partial(one, k) for k in range(MANY)], 2))
+    assert [k for k, _ in came] == list(range(MANY))
+    assert os.getpid() not in {pid for _, pid in came}
+
+
+def test_few_parts_or_one_process_are_made_here():
+    here = [os.getpid] * MANY
+    few = here[: processes.FEWEST - 1]
+    assert set(processes.made(here, 1)) == {os.getpid()} == set(processes.made(few, 2))
+
+
+def test_an_error_of_a_part_is_the_callers():
+    def corrupt():
+        raise FrankenError("x.json is corrupt")
+
+    with pytest.raises(FrankenError, match="x.json is corrupt"):
+        list(processes.made([int] * MANY + [corrupt], 2))
+
+
+def test_a_killed_process_is_told_in_a_line():
+    with pytest.raises(FrankenError, match="ended from outside"):
+        list(processes.made([int] * MANY + [lambda: os.kill(os.getpid(), signal.SIGKILL)], 2))
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_processes_end_with_the_one_that_began_them(ending):
+    code = (
+        "import time; from reporting import processes\n"
+        "print('begun', flush=True)\n"
+        f"list(processes.made([lambda: time.sleep(0.2)] * {40 * MANY}, 2))"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    with parent:
+        parent.stdout.readline()
+        deadline = time.monotonic() + 20
+        while len(children := psutil.Process(parent.pid).children()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        parent.send_signal(ending)
+        assert parent.wait(20) != 0
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert len(children) == 2 and not alive
+
+
+def test_pages_are_made_without_torch_or_scikit_learn():
+    """Importing them takes longer than a report may."""
+    code = (
+        "import sys, report, reporting.html_report, reporting.inside, reporting.compare_runs\n"
+        "print(sorted({'torch', 'transformers', 'sklearn'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_what_a_report_keeps_of_an_experiment_is_a_fraction_of_it(tmp_path):
+    run, manifest = made.make(
+        tmp_path / "run", [made.result(name, made.everything()) for name in ("baseline_instruct", "x")]
+    )
+    kept = digests(run, manifest)["x"]
+    assert len(kept.body) < len(kept.markup()) / 4
+    assert not {"binary", "informed", "capability", "trigger"} & kept.kept.keys()
