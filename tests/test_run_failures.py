@@ -290,11 +290,11 @@ def interrupting(monkeypatch, times: int, then=None):
     """The first `times` calls of write_reports are interrupted; after that `then`, or what it really is."""
     real, calls = reports.write_reports, []
 
-    def once(run):
+    def once(run, *options):
         calls.append(run)
         if len(calls) <= times:
             raise KeyboardInterrupt
-        return (then or real)(run)
+        return (then or real)(run, *options)
 
     monkeypatch.setattr(reports, "write_reports", once)
     return calls
