@@ -16,6 +16,7 @@ from pathlib import Path
 
 from errors import FrankenError, printable
 from files import check_open_files
+from reporting.inspect_log import write_logs
 from reporting.reports import load_results, write_reports
 from reporting.table import check_table, write_tables
 from runner.results import Run, read_json
@@ -53,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             " as FILE.experiments, one row an experiment"
         ),
     )
+    p.add_argument(
+        "--inspect-log", action="store_true", help="only write each run's experiments as logs of Inspect"
+    )
     args = p.parse_args(argv)
     try:
         check_open_files()
@@ -73,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FrankenError("the same run is given twice")
         if args.table:
             print(printable(write_tables(runs, Path(args.table))))
+            return 0
+        if args.inspect_log:
+            for run in runs:
+                print(printable(write_logs(run)))
             return 0
         if args.pack or args.unpack:
             for run in runs:

@@ -172,6 +172,22 @@ def _add_run(run) -> None:
             " there are several and Ray is installed; 1: one process without Ray"
         ),
     )
+    run.add_argument(
+        "--inspect-log",
+        action="store_true",
+        help="also write each experiment as a log of Inspect, inspect/NAME.eval (needs inspect-ai)",
+    )
+    run.add_argument(
+        "--log",
+        choices=("trackio", "wandb", "tensorboard"),
+        help="also send each experiment's numbers, and the verdicts at the end, to a tracker (needs it)",
+    )
+    run.add_argument(
+        "--push",
+        metavar="USER/NAME",
+        help="also send the run's folder to a dataset repository of the model hub after every experiment"
+        " (HF_TOKEN; made private where it is new)",
+    )
     run.add_argument("--list", action="store_true", help="list the experiments and exit")
     run.add_argument(
         "--dry-run",
@@ -393,17 +409,32 @@ def resume_settings(args, path: str, manifest: dict) -> None:
 def resume_command(path, args) -> str:
     """What to type to go on with a run."""
     files = [word for file in args.experiments_file for word in ("--experiments-file", file)]
+    files += ["--inspect-log"] if args.inspect_log else []
+    files += [word for name in ("log", "push") if (v := getattr(args, name)) for word in (f"--{name}", v)]
     return shlex.join(["python", "run_all.py", "--resume", str(path), *files])
+
+
+def followers_of(args):
+    """What --log, --push and --inspect-log ask for. Raises FrankenError before anything is loaded."""
+    from reporting.followers import Followers, Hub, Tracker
+    from reporting.inspect_log import InspectLogs
+
+    made = [InspectLogs()] if args.inspect_log else []
+    made += [Tracker(args.log)] if args.log else []
+    made += [Hub(args.push)] if args.push else []  # last: it sends what the others wrote
+    return Followers(made)
 
 
 def execute(args) -> int:
     from datetime import datetime
 
     import torch
+    from tqdm import tqdm
 
     import evaluate
     from errors import FrankenError, printable
     from experiments import TWIN
+    from files import read_json
     from questions import sandbox
     from reporting.reports import write_reports
     from runner import resuming
@@ -439,6 +470,7 @@ def execute(args) -> int:
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
     sandbox.check(args.execute_code)
     sweep_windows(args)
+    followers = followers_of(args)  # a missing package or token is told before anything is loaded
     settle_short(args, torch.cuda.is_available() and args.device_map != "cpu")
     given = given_suites(args)
     refuse_beforehand(args, choose_pair(args.pair, args.base, args.instruct))
@@ -511,6 +543,8 @@ def execute(args) -> int:
             ),
             file=sys.stderr,
         )
+        manifest_then, kept = manifest, run
+        followers.tell(lambda who: who.begin(kept, manifest_then))
         try:
             with ended_by_signals():
                 with run.alone():
@@ -520,8 +554,12 @@ def execute(args) -> int:
                         write_json(run.manifest_path, manifest)
                     twins = workers.twins(protocol, given, also_suites(args)) if args.matched_noise else None
                     record = Record(run, manifest, plans, loaded.fingerprint, twins, changed)
+                    followers.say = tqdm.write
+                    record.on_kept = lambda result: followers.tell(lambda who: who.experiment(result))
                     failed = workers.run(record)
                 print(printable(write_reports(run)))
+                compared = read_json(run.path / "comparison.json")
+                followers.tell(lambda who: who.end(compared))
         except KeyboardInterrupt:
             return interrupted(run, manifest, args)
         except FrankenError as e:
@@ -536,7 +574,11 @@ def execute(args) -> int:
             f" {run.path / 'experiments'}",
             file=sys.stderr,
         )
-    return 1 if failed else 0
+    for name, reason in followers.failed.items():
+        print(
+            printable(f"{name} failed in the end: {reason}; the run is whole in {run.path}"), file=sys.stderr
+        )
+    return 1 if failed or followers.failed else 0
 
 
 def interrupted(run, manifest: dict, args) -> int:

@@ -7,7 +7,6 @@ generated reply, or a text's perplexity. READING has the columns, docs/results-f
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +18,7 @@ from analysis.comparison import to_json
 from errors import FrankenError, printable
 from experiments import BASELINE
 from files import write_bytes, write_text
+from reporting.followers import need
 from reporting.reports import load_results
 from runner.results import Run, read_json
 
@@ -219,22 +219,12 @@ def _flat(value: dict, stem: str = "") -> Iterator[tuple[str, Any]]:
 # ---- writing -----------------------------------------------------------------------------------------------
 
 
-def installed(package: str) -> bool:
-    """Whether a package can be imported; it is not imported."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # sys.modules says that it is not there
-        return False
-
-
 def check_table(path: Path) -> None:
     """Raises FrankenError for a file that cannot become a table, before anything is read."""
     if path.suffix not in (".parquet", ".csv"):
         raise FrankenError(f"--table {path}: expected a name that ends in .parquet or .csv")
-    if path.suffix == ".parquet" and not installed("pyarrow"):
-        raise FrankenError(
-            "Parquet needs pyarrow: pip install pyarrow (or --table with a name that ends in .csv)"
-        )
+    if path.suffix == ".parquet":
+        need("pyarrow", "pyarrow", "a table in Parquet (.csv needs nothing)")
 
 
 def write_tables(runs: list[Run], path: Path) -> str:

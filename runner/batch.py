@@ -225,6 +225,7 @@ class Record:
         run.refuse_packed()  # which may have been done while the model was loaded
         self.run, self.manifest, self.plans, self.original = run, manifest, plans, original
         self.twins, self.changed = twins, changed
+        self.on_kept: Callable[[dict], object] = lambda result: None  # told of every result that is on disk
         # all checked before anything runs
         self.finished: dict[str, dict | None] = {}
         for name in manifest["experiments"]:
@@ -284,6 +285,7 @@ class Record:
         result = marked(result, self.changed)
         save_arrays(self.run.path / "experiments", result)
         self.run.save(result)
+        self.on_kept(result)
         if result["error"]:
             first_line = (result["error"]["message"].splitlines() or [""])[0]
             said = f"{name} failed: {result['error']['type']}: {first_line}"
