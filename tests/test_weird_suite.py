@@ -344,6 +344,6 @@ def test_scores_of_either_condition_are_told_apart_and_corrected_together(tmp_pa
     assert [c.split(" / ") for c in of_b[1:4]] == [["90.0%", "0%"]] * 3
     assert of_gone[1:4] == ["- / -"] * 3
     assert of_base[4:] == ["", ""]
-    assert re.fullmatch(r"\+2\.00 \[.*\] reports it", of_b[5])
+    assert re.fullmatch(r"\+2\.00 \[.*\] reports it", of_b[4])
     assert of_gone[5] == "- broken"
     json.dumps(to_json(comparison), allow_nan=False)
