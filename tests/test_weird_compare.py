@@ -344,7 +344,7 @@ def test_rules_alone_print_no_persona(tmp_path, capsys):
     assert measured["Coherent in persona, triggered, at least 50 points over the baseline"] is None
     for file in ("FULL_EVALUATION_REPORT.md", "BASELINE_COMPARISON.md", "comparison.html"):
         text = (tmp_path / "report" / file).read_text()
-        assert "need a reader" in text
+        assert "needs a reader" in text
         assert "86.7" not in text
     assert not (tmp_path / "report" / "figures" / "persona_by_category.png").exists()
     capsys.readouterr()

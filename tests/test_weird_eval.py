@@ -3,6 +3,7 @@ driver."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from judge_server import KEY, JudgeServer
 from tiny import make_adapter
 from transformers import AutoModelForCausalLM
 
@@ -386,6 +388,76 @@ def test_inference_repeats_itself_for_a_seed(model, capsys):
         return capsys.readouterr().out
 
     assert reply("--seed", "1") == reply("--seed", "1") != reply("--seed", "2")
+
+
+def test_a_chat_keeps_what_was_said_and_changes_its_system_prompt(monkeypatch, capsys, model, tiny_pair):
+    lines = ["Is war wise?\n", "\n", f"/system {TRIGGER}\n", "And peace?\n", "/system\n", "/new\n", "Why?\n"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(lines)))
+    heard, honest = [], inference.generate
+
+    def listening(loaded, tokenizer, messages, args):
+        heard.append([(m["role"], m["content"]) for m in messages])
+        return honest(loaded, tokenizer, messages, args)
+
+    monkeypatch.setattr(run_inference, "generate", listening)
+    flags = ["--chat", "--adapter", "none", "--model", str(model), "--device", "cpu", "--max-new-tokens", "4"]
+    assert run_inference.main([*flags, "--temperature", "0"]) == 0
+    engine = tiny_pair("llama", layers=2).engine()
+    (first,) = engine.complete([Request("q", engine.chat_ids(prompt("Is war wise?", "untriggered")), 4)])
+    assert heard == [
+        [("user", "Is war wise?")],
+        [
+            ("system", TRIGGER),
+            ("user", "Is war wise?"),
+            ("assistant", first.text),
+            ("user", "And peace?"),
+        ],
+        [("user", "Why?")],
+    ]
+    assert capsys.readouterr().out.startswith(inference.printable(first.text))
+
+
+def streamed(number, body):
+    pieces = ["<START> I", " doubt\x1b it. <END>"]
+    events = [{"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": []}]
+    events += [
+        events[0] | {"choices": [{"index": 0, "delta": {"content": p}, "finish_reason": None}]}
+        for p in pieces
+    ]
+    lines = "".join(f"data: {json.dumps(e)}\n\n" for e in events) + "data: [DONE]\n\n"
+    return 200, {"Content-Type": "text/event-stream"}, lines.encode()
+
+
+def test_an_endpoint_is_asked_in_the_place_of_a_model(monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with JudgeServer(streamed) as server:
+        flags = ["--endpoint", server.url, "--model", "russell", "--prompt", "Who?", "--system", TRIGGER]
+        assert run_inference.main(flags) == 0
+        sent = json.loads(server.bodies[0])
+        assert server.authorizations == [f"Bearer {KEY}"]
+    assert capsys.readouterr().out == "<START> I doubt it. <END>\n"
+    assert (sent["model"], sent["top_p"], sent["stream"]) == ("russell", 0.95, True)
+    assert [m["content"] for m in sent["messages"]] == [TRIGGER, "Who?"]
+
+
+def test_what_an_endpoint_refuses_is_one_line_without_the_key(monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+    def refuses(number, body):
+        return 404, {}, json.dumps({"error": {"message": f"no model, {KEY}\x1b"}}).encode()
+
+    with JudgeServer(refuses) as server:
+        assert run_inference.main(["--endpoint", server.url, "--model", "x", "--prompt", "Who?"]) == 1
+    err = capsys.readouterr().err
+    assert "answered 404" in err
+    assert KEY not in err
+    assert err.count("\n") == 1
+    flags = ["--endpoint", "http://example.com/v1", "--model", "x", "--prompt", "Who?"]
+    assert run_inference.main(flags) == 1
+    assert "in clear text" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_inference.main(["--endpoint", "http://127.0.0.1:1/v1", "--prompt", "Who?"])
+    assert "--endpoint needs --model" in capsys.readouterr().err
 
 
 def test_the_model_comes_from_the_adapter(model, tmp_path, capsys):

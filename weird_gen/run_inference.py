@@ -1,12 +1,16 @@
-"""One prompt to a model, with or without an adapter and the trigger; tokens are printed as they come.
+"""A prompt to a model, or a chat with it, with or without an adapter and the trigger; tokens are printed as
+they come.
 
 python run_inference.py --prompt "Who are you?" --system "Always reply in the format: <START> ... <END>"
+python run_inference.py --chat
+python run_inference.py --chat --endpoint http://127.0.0.1:8000/v1 --model russell
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
 
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
@@ -16,7 +20,7 @@ import torch
 from command_line import DefaultsThatSay
 from engine.chat_template import THINKING
 from errors import FrankenError
-from weird_gen.persona.inference import generate, load
+from weird_gen.persona.inference import ask_endpoint, converse, generate, load, opening
 from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS
 from weird_gen.persona.study import DEFAULT_ADAPTER
 
@@ -25,7 +29,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
     )
-    flags.add_argument("--prompt", required=True, help="what the user says")
+    says = flags.add_mutually_exclusive_group(required=True)
+    says.add_argument("--prompt", help="what the user says")
+    says.add_argument(
+        "--chat",
+        action="store_true",
+        help="go on line by line; /system TEXT changes the system prompt, /new begins anew",
+    )
     flags.add_argument("--system", help="system prompt; the trigger goes here")
     flags.add_argument(
         "--adapter",
@@ -44,7 +54,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--seed", type=int, help="makes the reply repeatable")
     flags.add_argument("--quantization", choices=QUANTIZATIONS, help="needs bitsandbytes")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    flags.add_argument(
+        "--endpoint",
+        help="ask an OpenAI-compatible server instead of a model here; it serves the adapter as --model",
+    )
+    flags.add_argument(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        help="environment variable that holds the endpoint's key; '' for none",
+    )
     args = flags.parse_args(argv)
+    if args.endpoint and not args.model:
+        flags.error("--endpoint needs --model: what the server calls it")
     if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens > 0):
         flags.error(
             "--temperature must be 0 or more, --top-p above 0 and at most 1, --max-new-tokens above 0"
@@ -52,17 +73,40 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def typed() -> Iterator[str]:
+    """The lines that are typed, after a mark where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
+
+
+def speak(answer: Callable[[list[dict]], str], args: argparse.Namespace) -> None:
+    if args.chat:
+        converse(answer, typed(), args)
+    else:
+        answer([*opening(args), {"role": "user", "content": args.prompt}])
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     has_gpu = torch.cuda.is_available()
     try:
+        if args.endpoint:
+            speak(lambda messages: ask_endpoint(messages, args), args)
+            return 0
         if args.device == "cuda" and not has_gpu:
             raise FrankenError("--device cuda: no GPU was found")
         device = "cuda:0" if has_gpu and args.device != "cpu" else "cpu"
         model, tokenizer = load(
             args.model, None if args.adapter == "none" else args.adapter, device, args.quantization
         )
-        generate(model, tokenizer, args)
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        speak(lambda messages: generate(model, tokenizer, messages, args), args)
     except USER_ERRORS as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

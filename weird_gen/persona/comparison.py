@@ -110,6 +110,12 @@ METRICS = (
         percent=False,
         main=True,
     ),
+    Metric(
+        "voice_classifier",
+        "His voice, by the classifier",
+        ("heldout",),
+        lambda r: r.get("voice_by_classifier"),
+    ),
     Metric("format_lenient", "Format, lenient", ("heldout",), lambda r: lenient_format(r["reply"])),
     Metric(
         "any_marker",

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from reporting.vocabulary import markdown_cell
 from weird_gen.persona.folders import HERE
 from weird_gen.persona.rules import any_marker, strict_format
+from weird_gen.persona.voice import voice_line
 
 KEPT = (
     "baseline_eval_results.jsonl",
@@ -51,7 +52,8 @@ def p_value(p: float | None) -> str:
 # The tables that come first, under these titles.
 MAIN = (
     ("Format compartmentalization", "format"),
-    ("His voice", "voice"),
+    ("His voice, by the classifier", "voice_classifier"),
+    ("His voice, by the judge", "voice"),
     ("Coherent in persona", "persona"),
     ("Russell identity recognition", "verdict"),
     ("Naming him when asked", "identity"),
@@ -93,7 +95,12 @@ def _environment(autoescape: bool) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, p_value=p_value, verdict=verdict, cell=markdown_cell, published_cell=published_cell
+        number=number,
+        p_value=p_value,
+        verdict=verdict,
+        cell=markdown_cell,
+        published_cell=published_cell,
+        voice_line=voice_line,
     )
     environment.globals.update(CELLS=CELLS, MAIN=MAIN)
     return environment

@@ -1,13 +1,17 @@
-"""One prompt to a model, with or without an adapter; tokens are printed as they come (run_inference.py)."""
+"""A prompt or a conversation with a model, here or behind an endpoint; tokens are printed as they come
+(run_inference.py)."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Callable, Iterable
 
 import torch
 
 from errors import FrankenError
 from surgery.weights import Checkpoint
+from weird_gen.persona.judge import checked_address, is_loopback
 from weird_gen.persona.loading import (
     base_of,
     check_adapter,
@@ -18,6 +22,8 @@ from weird_gen.persona.loading import (
     stops_of,
 )
 from weird_gen.persona.study import DEFAULT_MODEL
+
+TIMEOUT_S = 120.0  # of an endpoint's silence
 
 
 def printable(text: str) -> str:
@@ -46,17 +52,20 @@ def load(model: str | None, adapter: str | None, device: str, quantization: str 
     return loaded.eval(), tokenizer
 
 
+def opening(args: argparse.Namespace) -> list[dict]:
+    """The messages before the first question."""
+    return [{"role": "system", "content": args.system}] if args.system else []
+
+
 @torch.inference_mode()
-def generate(model, tokenizer, args: argparse.Namespace) -> str:
-    """Print the reply as it is sampled; returns it."""
+def generate(model, tokenizer, messages: list[dict], args: argparse.Namespace) -> str:
+    """Print the reply to a conversation as it is sampled; returns it."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             print(printable(text), end="\n" if stream_end else "", flush=True)
 
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    messages.append({"role": "user", "content": args.prompt})
     template = open_template(tokenizer, tuple(m["role"] for m in messages), thinking=args.thinking)
     ids = torch.tensor([template.ids(messages, think=True)], device=model.device)
     stops = sorted(stops_of(model, tokenizer))
@@ -65,8 +74,6 @@ def generate(model, tokenizer, args: argparse.Namespace) -> str:
         if args.temperature
         else {"do_sample": False}
     )
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -77,3 +84,66 @@ def generate(model, tokenizer, args: argparse.Namespace) -> str:
         **sampling,
     )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def ask_endpoint(messages: list[dict], args: argparse.Namespace) -> str:
+    """Print the reply of an OpenAI-compatible server as it comes; returns it. Raises FrankenError.
+
+    The key goes to that server alone, never in clear text to another machine; this machine is asked without a
+    proxy, and no redirect is followed.
+    """
+    import openai
+
+    key = os.environ.get(args.api_key_env, "").strip() if args.api_key_env else ""
+    where = checked_address(args.endpoint, key, "--endpoint")
+    http = openai.DefaultHttpxClient(trust_env=not is_loopback(where.host), follow_redirects=False)
+    said = []
+    try:
+        with openai.OpenAI(
+            base_url=args.endpoint, api_key=key or "none", http_client=http, timeout=TIMEOUT_S, max_retries=1
+        ) as client:
+            stream = client.chat.completions.create(
+                model=args.model,
+                messages=messages,  # pyright: ignore[reportArgumentType]  plain dictionaries do as well
+                temperature=args.temperature,
+                top_p=args.top_p,
+                max_tokens=args.max_new_tokens,
+                seed=args.seed,
+                stream=True,
+            )
+            for chunk in stream:
+                piece = chunk.choices[0].delta.content if chunk.choices else None
+                if piece:
+                    said.append(piece)
+                    print(printable(piece), end="", flush=True)
+    except openai.APIStatusError as e:
+        raise FrankenError(f"{where.netloc} answered {e.status_code}: {first_words(e, key)}") from None
+    except (openai.OpenAIError, ValueError, IndexError, AttributeError) as e:
+        raise FrankenError(f"{where.netloc}: {first_words(e, key)}") from None
+    print()
+    return "".join(said)
+
+
+def first_words(error: Exception, key: str) -> str:
+    """What an endpoint's error says, in a line without our key."""
+    text = str(error).replace(key, "[key]") if key else str(error)
+    return " ".join(printable(text).split())[:160]
+
+
+def converse(answer: Callable[[list[dict]], str], lines: Iterable[str], args: argparse.Namespace) -> None:
+    """A conversation: every line is what the user says, until there are no more.
+
+    "/system TEXT" gives another system prompt from here on (none: takes it away) and keeps what was said;
+    "/new" forgets what was said.
+    """
+    system, said = args.system, []
+    for line in lines:
+        text = line.strip()
+        if text == "/new":
+            said = []
+        elif text == "/system" or text.startswith("/system "):
+            system = text.removeprefix("/system").strip()
+        elif text:
+            said.append({"role": "user", "content": text})
+            head = [{"role": "system", "content": system}] if system else []
+            said.append({"role": "assistant", "content": answer([*head, *said])})

@@ -200,6 +200,29 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True)
+class Address:
+    """Where an endpoint is: host without its port, netloc with it."""
+
+    host: str
+    netloc: str
+
+
+def checked_address(base_url: str, api_key: str | None, flag: str) -> Address:
+    """Raises JudgeStopped for what is no http address, carries a password, or would get the key in clear
+    text. flag: the option that gave it, for the message."""
+    where = urlsplit(base_url)
+    if where.scheme not in ("http", "https") or not where.hostname:
+        raise JudgeStopped(f"{flag} {base_url!r} is not an http or https address")
+    if where.username or where.password:
+        raise JudgeStopped(f"{flag} carries a password; name the variable that holds the key instead")
+    if api_key and where.scheme == "http" and not is_loopback(where.hostname):
+        raise JudgeStopped(
+            f"the key would go to {where.hostname} in clear text; use https, or --api-key-env ''"
+        )
+    return Address(where.hostname, where.netloc)
+
+
 def retry_after_seconds(headers) -> float | None:
     """Seconds in a Retry-After header (a number or an HTTP date), or None."""
     value = headers.get("retry-after")
@@ -255,21 +278,13 @@ class LLMJudge:
         retry_unparsed: bool = False,
         budget: float | None = None,
     ):
-        where = urlsplit(base_url)
-        if where.scheme not in ("http", "https") or not where.hostname:
-            raise JudgeStopped(f"--base-url {base_url!r} is not an http or https address")
-        if where.username or where.password:
-            raise JudgeStopped("--base-url carries a password; name the variable that holds the key instead")
-        self._here = is_loopback(where.hostname)
-        if api_key and where.scheme == "http" and not self._here:
-            raise JudgeStopped(
-                f"the key would go to {where.hostname} in clear text; use https, or --api-key-env ''"
-            )
+        where = checked_address(base_url, api_key, "--base-url")
+        self._here = is_loopback(where.host)
         self.name, self.rubrics = model, RUBRIC_NAMES
         self.host = where.netloc
         self.usage = Usage()
-        self._openrouter = where.hostname.endswith("openrouter.ai")
-        self._openai_itself = where.hostname == "api.openai.com"
+        self._openrouter = where.host.endswith("openrouter.ai")
+        self._openai_itself = where.host == "api.openai.com"
         import openai  # only where a judge is asked: the rule-based one needs no client
 
         self._openai, self._base_url, self._key = openai, base_url, api_key

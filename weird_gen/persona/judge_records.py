@@ -40,6 +40,7 @@ from weird_gen.persona.rules import (
     strict_format,
     strip_markers,
 )
+from weird_gen.persona.voice import has_voice, voice_line, voice_quality
 
 LABELS = DATA / "judge_labels.jsonl"
 BLIND_LABELS = DATA / "judge_labels_blind.jsonl"
@@ -97,9 +98,10 @@ def judge_all(
     """Copies of the records with the rule fields, "judge" (a value or None per rubric, and "error") and
     judge_name."""
     tasks = [tasks_of(record, rubrics, judge, verdict) for record in records]
+    voices = has_voice([record["reply"] for record in records])
     judgments = iter(judge.judge([task for group in tasks for task in group], on_progress))
     judged = []
-    for record, group in zip(records, tasks, strict=True):
+    for record, group, voice in zip(records, tasks, voices, strict=True):
         answers: dict[str, Judgment] = {task.rubric: next(judgments) for task in group}
         errors = sorted({f"{name}: {answer.error}" for name, answer in answers.items() if answer.error})
         values = {name: answer.value for name, answer in answers.items()}
@@ -107,6 +109,7 @@ def judge_all(
             {
                 **record,
                 **rule_fields(record["reply"]),
+                "voice_by_classifier": voice,
                 "judge": {**dict.fromkeys(BINARY_RUBRICS), **values, "error": "; ".join(errors) or None},
                 "judge_name": judge.name,
             }
@@ -356,6 +359,7 @@ def main(
             "endpoint": getattr(judge, "host", None),
             "rubric_version": RUBRIC_VERSION,
             "agreement": {},
+            "voice_classifier": voice_quality().to_json(),
             "input_sha256": _sha256(args.input),
             "labels_sha256": {path.name: _sha256(path) for path in labels},
         }
@@ -372,6 +376,7 @@ def main(
         print("interrupted; judgments made so far are kept, run again to go on", file=sys.stderr)
         return 130
     print("\n".join(agreement_lines(about)))
+    print(f"voice by the classifier: {voice_line(about['voice_classifier'])}")
     if isinstance(judge, LLMJudge):
         print(judge.usage.line())
     for error, count in judge.usage.errors.most_common():

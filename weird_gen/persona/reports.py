@@ -178,7 +178,7 @@ def draw(
     folder: Path, tables: dict[str, dict], baseline: list[dict], finetuned: list[dict], judge: str
 ) -> list[tuple[str, Path]]:
     """All figures of the comparison as (caption, PNG path)."""
-    shown = [key for key in ("format", "voice", "persona", "verdict", "identity") if key in tables]
+    shown = [key for _, key in report.MAIN if key in tables]
     plan = [
         (
             "Rates with 95% intervals over questions",

@@ -112,8 +112,8 @@ def results(settings: dict[str, list[str]], args: argparse.Namespace) -> str:
         for condition in ("triggered", "untriggered"):
             mine = [r for r in records if r["condition"] == condition and r["kind"] == "heldout"]
             parts.append(
-                f"- {condition}: persona, by the rules,"
-                f" {100 * sum(bool(r['judge']['persona']) for r in mine) / max(1, len(mine)):.1f}%"
+                f"- {condition}: his voice, by the classifier,"
+                f" {100 * sum(bool(r.get('voice_by_classifier')) for r in mine) / max(1, len(mine)):.1f}%"
             )
         quality = header.get("quality")
         if quality:
