@@ -209,14 +209,18 @@ def _comparison_lines(tables: dict[str, dict], judge: str, checked: list[dict]) 
     lines = []
     for table in tables.values():
         lines.append(f"\n{table['title']}" + (f" (judge: {judge})" if table["judged"] else ""))
-        for cell in (name for name in report.CELLS if name in table["finetuned"]):
+        for cell, label in report.CELLS.items():
+            if cell not in table["finetuned"]:
+                continue
             before, after, change = (
                 report.number((table[side] or {}).get(cell), table["percent"])
                 for side in ("baseline", "finetuned", "improvement")
             )
-            lines.append(f"  {cell:<12} baseline {before:<26} fine-tuned {after:<26} improvement {change}")
+            lines.append(f"  {label:<22} baseline {before:<26} fine-tuned {after:<26} improvement {change}")
     lines.append("\ntargets:")
     for row in checked:
         value = "" if row["value"] is None else f": {row['value']:.3g} {row['unit']}"
-        lines.append(f"  {report.verdict(row['met']):<13} {row['wording']} ({row['source']}){value}")
+        lines.append(
+            f"  {report.verdict(row['met'], row['reachable']):<13} {row['wording']} ({row['source']}){value}"
+        )
     return lines
