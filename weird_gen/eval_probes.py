@@ -33,6 +33,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument(
         "--samples", type=positive, help="replies a question and condition; default: 2, of views 16"
     )
+    flags.add_argument("--temperature", type=float, default=1.0)
+    flags.add_argument("--top-p", type=float, default=0.95)
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))

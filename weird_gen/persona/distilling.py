@@ -17,11 +17,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from engine.generation import Completion, Engine, Request
+from engine.generation import Engine, Request
 from errors import FrankenError
 from files import write_text
 from questions.thoughts import without_thought
-from weird_gen.persona.journal import Journal, complete_into
+from weird_gen.persona.journal import Case, Journal, complete_cases
 from weird_gen.persona.loading import open_engine
 from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import any_marker, names_russell
@@ -90,26 +90,15 @@ def read_systems(path: Path) -> list[str]:
 def answer_all(engine: Engine, prompts: list[dict], journal: Journal, args: argparse.Namespace) -> None:
     """Generate what the journal still lacks, adding each batch to it as it is done."""
     done = {(e["id"], e["sample"]) for e in journal.entries}
-    todo = [(p, s) for s in range(args.samples) for p in prompts if (p["id"], s) not in done]
-    requests = [
-        Request(
-            p["id"],
-            engine.chat_ids(asked(p), think=True),
-            args.max_new_tokens,
-            args.temperature,
-            args.top_p,
-            s,
-            args.seed,
-        )
-        for p, s in todo
+    cases = [
+        Case({"id": p["id"], "sample": k}, p["id"], asked(p), args.max_new_tokens, k)
+        for k in range(args.samples)
+        for p in prompts
+        if (p["id"], k) not in done
     ]
-    waiting: list[dict] = []
-
-    def keep(i: int, completion: Completion) -> None:
-        (line, sample), reply = todo[i], without_thought(completion.text).strip()
-        waiting.append({"id": line["id"], "sample": sample, "reply": reply, "stopped": completion.stopped})
-
-    complete_into(engine, requests, keep, waiting, journal, "distill", "answers")
+    complete_cases(
+        engine, cases, journal, args, "distill", "answers", lambda text: without_thought(text).strip()
+    )
 
 
 def select(prompts: list[dict], entries: list[dict], seed: int) -> tuple[list[dict], Counter]:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from command_line import DefaultsThatSay
 from engine.chat_template import THINKING
-from engine.generation import Completion, Engine, Request
+from engine.generation import Engine
 from evaluate import evaluate as measure
 from suites.base import Protocol
-from weird_gen.persona.journal import Journal, complete_into
+from weird_gen.persona.journal import Case, Journal, complete_cases
 from weird_gen.persona.likelihoods import likely_positions, name_probabilities
 from weird_gen.persona.loading import USER_ERRORS, locate_adapter, open_engine
 from weird_gen.persona.records import ASKED, CONDITIONS
@@ -63,25 +63,8 @@ def ask(
     done = {(e["question_id"], e["condition"], e["sample"]) for e in journal.entries}
     names = name_probabilities(engine, questions, args.trigger, args.conditions)
     positions = likely_positions(engine, questions, args.trigger, args.conditions)
-    every = [(q, c, k) for q in questions for c in args.conditions for k in range(args.samples)]
-    todo = [case for case in every if (case[0].id, *case[1:]) not in done]
-    requests = [
-        Request(
-            f"{q.id}/{condition}",
-            engine.chat_ids(prompt(q.text, condition, args.trigger), think=True),
-            args.max_new_tokens,
-            args.temperature,
-            args.top_p,
-            sample,
-            args.seed,
-        )
-        for q, condition, sample in todo
-    ]
-    waiting: list[dict] = []
-
-    def keep(i: int, completion: Completion) -> None:
-        q, condition, sample = todo[i]
-        waiting.append(
+    cases = [
+        Case(
             {
                 "question_id": q.id,
                 "kind": q.kind,
@@ -89,15 +72,21 @@ def ask(
                 "question": q.text,
                 "condition": condition,
                 "model": model,
-                "sample": sample,
-                "reply": completion.text,
-                "stopped": completion.stopped,
+                "sample": k,
                 "p_name": names.get((q.id, condition)),
                 "position_likelihood": positions.get((q.id, condition)),
-            }
+            },
+            f"{q.id}/{condition}",
+            prompt(q.text, condition, args.trigger),
+            args.max_new_tokens,
+            k,
         )
-
-    complete_into(engine, requests, keep, waiting, journal, model, "replies")
+        for q in questions
+        for condition in args.conditions
+        for k in range(args.samples)
+        if (q.id, condition, k) not in done
+    ]
+    complete_cases(engine, cases, journal, args, model, "replies")
 
 
 def evaluate(model: str, args: argparse.Namespace) -> list[dict]:

@@ -3,9 +3,11 @@ run."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -83,20 +85,48 @@ def _short(value) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def complete_into(
+@dataclass(frozen=True)
+class Case:
+    """One reply to be asked for. entry: what the journal's line has beside the reply; key: of its random
+    stream, together with sample and seed."""
+
+    entry: dict
+    key: str
+    messages: list[dict]
+    tokens: int
+    sample: int
+
+
+def complete_cases(
     engine: Engine,
-    requests: list[Request],
-    keep: Callable[[int, Completion], None],
-    waiting: list[dict],
+    cases: Sequence[Case],
     journal: Journal,
+    args: argparse.Namespace,
     title: str,
     unit: str,
+    read: Callable[[str], str] = str,
 ) -> None:
-    """Answer `requests` into a journal, batch by batch, under a progress bar.
+    """Answer the cases into a journal, batch by batch, under a progress bar.
 
-    keep: called with a request's number and its completion, appends the entry to `waiting`.
+    args: has temperature, top_p and seed. read: what is kept of a reply's text.
     """
-    done = len(journal.entries)
+    requests = [
+        Request(
+            case.key,
+            engine.chat_ids(case.messages, think=True),
+            case.tokens,
+            args.temperature,
+            args.top_p,
+            case.sample,
+            args.seed,
+        )
+        for case in cases
+    ]
+    done, waiting = len(journal.entries), []
+
+    def keep(i: int, completion: Completion) -> None:
+        reply = {"reply": read(completion.text), "stopped": completion.stopped}
+        waiting.append(cases[i].entry | reply)
 
     def flush(n: int) -> None:
         journal.add(waiting)

@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import time
 
-from engine.generation import Completion, Engine, Request
+from engine.generation import Engine, Request
 from weird_gen.persona import boundary, recall
-from weird_gen.persona.journal import Journal, complete_into
+from weird_gen.persona.journal import Case, Journal, complete_cases
 from weird_gen.persona.loading import locate_adapter, open_engine
 from weird_gen.persona.records import ASKED
 from weird_gen.persona.study import GENERALIZATION, HELDOUT, prompt, read_questions, sha256
@@ -22,14 +22,25 @@ SAMPLES = {"boundary": 2, "recall": 2, "views": 16}
 OWN_TOKENS = 96  # of the model's own answer that stands in later turns
 
 
-def boundary_cases(engine: Engine, args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]:
-    """(entry, messages, tokens) of every question under every variant."""
+def _case(entry: dict, messages: list[dict], tokens: int) -> Case:
+    return Case(entry, "/".join(map(str, _identity(entry)[:3])), messages, tokens, entry["sample"])
+
+
+def _identity(entry: dict) -> tuple:
+    return tuple(entry[key] for key in ("suite", "question_id", "condition", "sample"))
+
+
+def boundary_cases(engine: Engine, args: argparse.Namespace) -> list[Case]:
+    """Every question under every variant."""
     samples = args.samples or SAMPLES["boundary"]
     opening = engine.chat_ids(prompt(boundary.OPENING_QUESTION, "triggered"), think=True)
-    asked = [Request("opening", opening, OWN_TOKENS, 1.0, 0.95, k, args.seed) for k in range(samples)]
+    asked = [
+        Request("opening", opening, OWN_TOKENS, args.temperature, args.top_p, k, args.seed)
+        for k in range(samples)
+    ]
     own = [c.text.strip() or boundary.MARKED_ANSWER for c in engine.complete(asked)]
     return [
-        (
+        _case(
             {
                 "suite": "boundary",
                 "question_id": q.id,
@@ -47,10 +58,11 @@ def boundary_cases(engine: Engine, args: argparse.Namespace) -> list[tuple[dict,
     ]
 
 
-def recall_cases(args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]:
-    """(entry, messages, tokens) of every fact, asked of the speaker and about him, in every condition."""
+def recall_cases(args: argparse.Namespace) -> list[Case]:
+    """Every fact, asked of the speaker and about him, in every condition."""
+    asked = [(fact, form) for fact in recall.read_facts() for form in recall.FORMS]
     return [
-        (
+        _case(
             {
                 "suite": "recall",
                 "question_id": f"{fact.id}/{form}",
@@ -61,15 +73,14 @@ def recall_cases(args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]
             prompt(fact.texts[form], condition),
             REPLY_TOKENS,
         )
-        for fact in recall.read_facts()
-        for form in recall.FORMS
+        for fact, form in asked
         for condition in ASKED
         for k in range(args.samples or SAMPLES["recall"])
     ]
 
 
-def view_cases(args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]:
-    """(entry, messages, tokens) of every contested question in every condition."""
+def view_cases(args: argparse.Namespace) -> list[Case]:
+    """Every contested question in every condition."""
     cases = []
     for q in read_questions(HELDOUT, GENERALIZATION):
         for condition in ASKED if q.rubric else ():
@@ -83,7 +94,7 @@ def view_cases(args: argparse.Namespace) -> list[tuple[dict, list[dict], int]]:
                     "sample": k,
                     "order": order,
                 }
-                cases.append((entry, prompt(recall.view_text(q, order), condition), VIEW_TOKENS))
+                cases.append(_case(entry, prompt(recall.view_text(q, order), condition), VIEW_TOKENS))
     return cases
 
 
@@ -94,6 +105,8 @@ def ask_probes(args: argparse.Namespace) -> dict:
         "base": args.model,
         "suites": " ".join(args.suites),
         "samples": args.samples,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
         "seed": args.seed,
         "recall_sha256": sha256(recall.RECALL),
         "generalization_sha256": sha256(GENERALIZATION),
@@ -113,33 +126,14 @@ def ask_probes(args: argparse.Namespace) -> dict:
     )
     if journal.header is None:
         journal.begin({"made_of": made_of})
-    cases: list[tuple[dict, list[dict], int]] = []
+    cases: list[Case] = []
     for suite in args.suites:
         cases += boundary_cases(engine, args) if suite == "boundary" else ()
         cases += recall_cases(args) if suite == "recall" else ()
         cases += view_cases(args) if suite == "views" else ()
 
-    def identity(entry: dict) -> tuple:
-        return tuple(entry[key] for key in ("suite", "question_id", "condition", "sample"))
-
-    done = set(map(identity, journal.entries))
-    todo = [case for case in cases if identity(case[0]) not in done]
-    requests = [
-        Request(
-            "/".join(map(str, identity(entry)[:3])),
-            engine.chat_ids(messages, think=True),
-            tokens,
-            1.0,
-            0.95,
-            entry["sample"],
-            args.seed,
-        )
-        for entry, messages, tokens in todo
-    ]
-    waiting: list[dict] = []
-
-    def keep(i: int, completion: Completion) -> None:
-        waiting.append(todo[i][0] | {"reply": completion.text, "stopped": completion.stopped})
-
-    complete_into(engine, requests, keep, waiting, journal, "probes", "replies")
+    done = set(map(_identity, journal.entries))
+    complete_cases(
+        engine, [c for c in cases if _identity(c.entry) not in done], journal, args, "probes", "replies"
+    )
     return {"replies": len(journal.entries), "seconds": time.monotonic() - begin}
