@@ -25,6 +25,7 @@ from suites.free_text import FreeText
 from suites.injection import SHORT, Injection
 from suites.injection_generation import InjectionGeneration
 from suites.injection_layers import InjectionLayers
+from suites.lm_eval import LmEval
 from suites.localisation import Localisation
 from suites.perplexity import Perplexity
 from suites.phases import Phases
@@ -42,6 +43,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "injection_short": lambda: Injection(SHORT),
     "phases": Phases,
     "activations": Activations,
+    "lm_eval": LmEval,
     "injection_layers": InjectionLayers,
     "injection_layers_grid": lambda: InjectionLayers(injection_layers.GRID),
     "injection_generation": InjectionGeneration,

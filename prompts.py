@@ -43,6 +43,7 @@ SUITES = (
     "injection_generation_grid",
     "localisation",
     "localisation_grid",
+    "lm_eval",
 )
 # Suites that hand a cache from the changed to the intact model: both need the same number of layers.
 ONE_DEPTH = ("phases",)

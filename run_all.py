@@ -105,6 +105,18 @@ def _add_questions(what) -> None:
             " conversation, the other answers it; same depth only), activations"
         ),
     )
+    what.add_argument(
+        "--lm-eval",
+        metavar="TASKS",
+        help=(
+            "ask every experiment these tasks of EleutherAI's lm-evaluation-harness besides, comma-separated"
+            " (needs lm-eval)"
+        ),
+    )
+    what.add_argument(
+        "--include-path", metavar="DIR", help="with --lm-eval: a folder of further tasks, which may be code"
+    )
+    what.add_argument("--limit", type=int, metavar="N", help="with --lm-eval: documents of each task at most")
     what.add_argument("--samples", type=int, default=1, help="replies per free-text probe")
     what.add_argument("--max-new-tokens", type=int, default=80, help="budget of a free-text reply")
     what.add_argument(
@@ -212,7 +224,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if args.machine and not args.dry_run:
         p.error("--for plans for another machine: it goes with --dry-run")
-    for name in ("samples", "max_new_tokens", "priority_limit", "batch_size", "workers"):
+    for name in ("samples", "max_new_tokens", "priority_limit", "batch_size", "limit", "workers"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
     return args
@@ -335,6 +347,9 @@ ADDED_SETTINGS = {
     "batch_size": None,
     "short": False,
     "deterministic": False,
+    "lm_eval": None,
+    "include_path": None,
+    "limit": None,
 }
 SETTINGS = (
     "pair",
@@ -367,6 +382,9 @@ SETTINGS = (
     "matched_noise",
     "batch_size",
     "deterministic",
+    "lm_eval",
+    "include_path",
+    "limit",
 )
 
 
@@ -399,7 +417,12 @@ def resume_settings(args, path: str, manifest: dict) -> None:
     if lost := set(SETTINGS) - set(settings):
         raise FrankenError(f"{path}/manifest.json is corrupt (the setting {min(lost)} is missing)")
     ask_for_files(path, settings["experiments_file"], args.experiments_file)
-    given = {"experiments_file": args.experiments_file}
+    if settings["include_path"] and not args.include_path:
+        raise FrankenError(
+            f"{path} was made with tasks of a folder, which may hold code: look at it, then resume with"
+            f" --include-path {settings['include_path']}"
+        )
+    given = {"experiments_file": args.experiments_file, "include_path": args.include_path}
     if args.batch_size is not None:
         given["batch_size"] = args.batch_size
     for name in SETTINGS:
@@ -409,6 +432,7 @@ def resume_settings(args, path: str, manifest: dict) -> None:
 def resume_command(path, args) -> str:
     """What to type to go on with a run."""
     files = [word for file in args.experiments_file for word in ("--experiments-file", file)]
+    files += ["--include-path", args.include_path] if args.include_path else []
     files += ["--inspect-log"] if args.inspect_log else []
     files += [word for name in ("log", "push") if (v := getattr(args, name)) for word in (f"--{name}", v)]
     return shlex.join(["python", "run_all.py", "--resume", str(path), *files])
@@ -442,6 +466,7 @@ def execute(args) -> int:
     from runner.choosing import (
         also_suites,
         given_suites,
+        harness_of,
         make_plans,
         make_protocol,
         refuse_beforehand,
@@ -470,6 +495,7 @@ def execute(args) -> int:
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
     sandbox.check(args.execute_code)
     sweep_windows(args)
+    harness_of(args)
     followers = followers_of(args)  # a missing package or token is told before anything is loaded
     settle_short(args, torch.cuda.is_available() and args.device_map != "cpu")
     given = given_suites(args)

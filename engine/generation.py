@@ -74,6 +74,10 @@ class Engine:
         self.config = live.config
         self.config._attn_implementation = ATTENTION
         self.stop_ids = sorted({*stop_ids, *find_stop_ids(tokenizer)})
+        eos = tokenizer.eos_token_id
+        self.own_stops = sorted(
+            {*stop_ids, *([] if eos is None else [eos])}
+        )  # transformers stops at these alone
         on_gpu = live.device.type == "cuda"
         if on_gpu:
             # it plans anew for every new shape: a first experiment took 2.3 s longer, probably so

@@ -28,7 +28,7 @@ from runner.results import Run
 from surgery.recipes import Recipe
 
 # Suites whose measurements are read over several experiments. Few experiments of a run are asked these.
-KEPT = ("injection", "injection_layers", "injection_generation", "localisation", "activations")
+KEPT = ("injection", "injection_layers", "injection_generation", "localisation", "activations", "lm_eval")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from analysis.compare import compare
 from analysis.comparison import Comparison, from_json, to_json
 from analysis.phases import adjusted
 from experiments import BASELINE
+from reporting.harness import harness_section
 from reporting.injected import injected_section
 from reporting.vocabulary import LEGEND, summary, terminal_table
 from runner.results import Run, read_json, write_computed, write_text
@@ -47,6 +48,7 @@ def write_reports(run: Run, every_form: bool = False) -> str:
     lines += probe_section(probed(run, made, comparison, manifest))
     kept = [digest.kept for digest in made.values()]
     lines += injected_section(run, kept, manifest["protocol"]["seed"])
+    lines += harness_section({n: d.kept["lm_eval"] for n, d in made.items() if "lm_eval" in d.kept})
     write_text(
         run.path / "summary.md", summary(comparison, manifest) + "\n".join([*lines, ""] if lines else [])
     )

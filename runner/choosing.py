@@ -189,10 +189,32 @@ def given_suites(args) -> tuple[str, ...] | None:
 
 
 def also_suites(args) -> tuple[str, ...]:
-    """The suites of --also, in order. Raises FrankenError for a suite there is not."""
+    """The suites of --also and --lm-eval, in order. Raises FrankenError for a suite there is not."""
     import evaluate  # here: it takes seconds, and --list does not need it
 
-    return evaluate.parse_suites(args.also) if args.also is not None else ()
+    also = evaluate.parse_suites(args.also) if args.also is not None else ()
+    return tuple(dict.fromkeys((*also, *(["lm_eval"] if getattr(args, "lm_eval", None) else []))))
+
+
+def harness_of(args):
+    """What --lm-eval, --include-path and --limit say, None without --lm-eval.
+
+    Raises FrankenError for what goes without it, no tasks, a folder that is none, or a missing package.
+    """
+    from suites.base import Harness
+    from suites.lm_eval import check_installed
+
+    if not getattr(args, "lm_eval", None):
+        if getattr(args, "include_path", None) or getattr(args, "limit", None):
+            raise FrankenError("--include-path and --limit go with --lm-eval")
+        return None
+    tasks = tuple(filter(None, (part.strip() for part in args.lm_eval.split(","))))
+    if not tasks:
+        raise FrankenError("--lm-eval names no task")
+    if args.include_path and not Path(args.include_path).is_dir():
+        raise FrankenError(f"--include-path {args.include_path}: there is no such folder")
+    check_installed()
+    return Harness(tasks, args.include_path, args.limit)
 
 
 def local_depth(args) -> int | None:
@@ -219,7 +241,10 @@ def make_protocol(args, plans: list):
         args.max_new_tokens,
         seed=args.seed,
         execute_code=args.execute_code,
+        harness=harness_of(args),
     )
+    if "lm_eval" in protocol.suites and protocol.harness is None:
+        raise FrankenError("the suite lm_eval needs tasks: --lm-eval TASKS")
     if args.perplexity_file:
         protocol = replace(protocol, texts=evaluate.read_text(args.perplexity_file))
     return protocol

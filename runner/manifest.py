@@ -46,6 +46,10 @@ def protocol_json(protocol: Protocol) -> dict:
         for name, text in protocol.texts
     ]
     data |= {"suites": list(protocol.suites), "prompts_sha256": prompts.fingerprint()}
+    if protocol.harness is None:
+        del data["harness"]
+    else:
+        data["harness"] |= {"tasks": list(protocol.harness.tasks)}
     prints = {f"{name}_sha256": SUITES[name]().fingerprint() for name in protocol.suites}
     data |= {key: value for key, value in prints.items() if value}
     return data

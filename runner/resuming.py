@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,13 +79,21 @@ def known_before(args) -> dict[str, Any]:
 
     Raises FrankenError if a user's file cannot be read.
     """
-    return {
+    known = {"lm-eval tasks": _folder_sha256(args.include_path)} if args.include_path else {}
+    return known | {
         "experiments files": [sha256(read_bytes(path)) for path in args.experiments_file],
         "perplexity file": sha256(read_bytes(args.perplexity_file)) if args.perplexity_file else None,
         "batch size": args.batch_size,
         "code": code_sha256(),
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
+
+
+def _folder_sha256(folder: str) -> str:
+    """SHA-256 (hex) over the names and contents of all files in a folder of tasks."""
+    files = sorted(f for f in Path(folder).rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    parts = [f"{f.relative_to(folder)} {sha256(read_bytes(f))}" for f in files]
+    return sha256("\n".join(parts).encode())
 
 
 def known_loaded(opened, devices: Sequence[torch.device]) -> dict[str, Any]:

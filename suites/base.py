@@ -31,6 +31,16 @@ logsumexp: Any = special.logsumexp  # by its stubs it may also return signs, whi
 
 
 @dataclass(frozen=True)
+class Harness:
+    """What lm-evaluation-harness is to ask: tasks by name, a folder of further ones, documents of each at
+    most."""
+
+    tasks: tuple[str, ...]
+    include_path: str | None = None
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
 class Protocol:
     """What is asked and how. Two results are comparable if their protocols are equal."""
 
@@ -43,6 +53,7 @@ class Protocol:
     texts: tuple[tuple[str, str], ...] = field(
         default_factory=lambda: tuple(sorted(prompts.NEUTRAL_TEXTS.items()))
     )
+    harness: Harness | None = None  # of the suite lm_eval
 
 
 @dataclass(frozen=True)

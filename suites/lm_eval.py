@@ -1,0 +1,178 @@
+"""EleutherAI's lm-evaluation-harness on the live modified model, whatever its recipe does.
+
+The harness asks, our engine answers: depth, scales and parallel layers need no transformers module. Prompts
+and scores are those of the harness's own `hf` model over an exported checkpoint. The package is imported when
+the suite is asked; a task of one's own is YAML that may call Python, and is run as code.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from engine.generation import Completion, Engine, Request
+from errors import FrankenError, first_line
+from suites.base import Protocol, Suite, finite
+
+MAX_GEN_TOKENS = 256  # of a reply where the task says nothing, as the harness has it
+
+
+def check_installed() -> None:
+    """Raises FrankenError if lm_eval is not installed; it is not imported."""
+    try:
+        there = importlib.util.find_spec("lm_eval") is not None
+    except ValueError:  # sys.modules says that it is not there
+        there = False
+    if not there:
+        raise FrankenError("--lm-eval needs lm-eval: pip install lm-eval")
+
+
+@functools.lru_cache(maxsize=2)
+def task_manager(include_path: str | None) -> Any:
+    """The harness's tasks and those of a folder, looked through once: there are thousands of files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
+class LmEval(Suite):
+    """The tasks that `Protocol.harness` names."""
+
+    def measure(self, engine: Engine, protocol: Protocol, replies: list[Completion]) -> dict:
+        """{"version", "tasks", "limit", "results": {task: {metric: value}}, "n": {task: documents}}."""
+        check_installed()
+        asked = protocol.harness
+        if asked is None:
+            raise FrankenError("the suite lm_eval needs tasks: --lm-eval TASKS")
+        import lm_eval
+
+        try:
+            found = lm_eval.simple_evaluate(
+                model=_model(engine, protocol.seed),
+                tasks=list(asked.tasks),
+                task_manager=task_manager(asked.include_path),
+                limit=asked.limit,
+                bootstrap_iters=0,
+                log_samples=False,
+            )
+        except (KeyError, ValueError, OSError) as e:  # an unknown task, data that is not there
+            raise FrankenError(f"lm-eval: {first_line(e)}") from e
+        assert found is not None, "only another process of several gives nothing"
+        results = {
+            str(task): {
+                str(name).removesuffix(",none"): finite(value)
+                for name, value in metrics.items()
+                if isinstance(value, int | float) and "stderr" not in name and name != "sample_len"
+            }
+            for task, metrics in found["results"].items()
+        }
+        counts = {task: int(n["effective"]) for task, n in found.get("n-samples", {}).items()}
+        return {
+            "version": lm_eval.__version__,
+            "tasks": list(asked.tasks),
+            "limit": asked.limit,
+            "results": results,
+            "n": counts,
+        }
+
+
+def _model(engine: Engine, seed: int) -> Any:
+    """The harness's model over our engine; made here, because its base class is the package's."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    class OurEngine(TemplateLM):
+        tokenizer = engine.tokenizer
+
+        @property
+        def eot_token_id(self) -> int:
+            return engine.tokenizer.eos_token_id
+
+        @property
+        def prefix_token_id(self) -> int:
+            bos = engine.tokenizer.bos_token_id
+            return self.eot_token_id if bos is None else bos
+
+        @property
+        def max_length(self) -> int:
+            return engine.config.max_position_embeddings
+
+        @property
+        def tokenizer_name(self) -> str:
+            return "frankenmodel"
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+            special = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+            begins = engine.tokenizer.decode([self.prefix_token_id])
+            if add_special_tokens is None and begins and string.startswith(begins):
+                special = {"add_special_tokens": False}
+            return engine.tokenizer.encode(string, **special)
+
+        def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+            return score(engine, [(context, target) for _, context, target in requests])
+
+        def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+            totals = []
+            for request in requests:
+                windows = utils.get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length,
+                    context_len=1,
+                )
+                pairs = [utils.make_disjoint_window(window) for window in windows]
+                totals.append(sum(value for value, _ in score(engine, pairs)))
+            return totals
+
+        def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+            asked, ends = [], []
+            for k, request in enumerate(requests):
+                text, wanted = request.args[0], dict(request.args[1])
+                until = wanted.get("until") or []
+                ends.append([until] if isinstance(until, str) else list(until))
+                budget = int(wanted.get("max_gen_toks") or wanted.get("max_new_tokens") or MAX_GEN_TOKENS)
+                prompt = self.tok_encode(text)[-(self.max_length - budget) :]
+                temperature = float(wanted.get("temperature") or 0.0) if wanted.get("do_sample") else 0.0
+                top_p = float(wanted.get("top_p") or 1.0)
+                asked.append(Request(f"lm_eval-{k}", tuple(prompt), budget, temperature, top_p, seed=seed))
+            usual, engine.stop_ids = engine.stop_ids, engine.own_stops  # the harness would not stop at others
+            try:
+                completions = engine.complete(asked)
+            finally:
+                engine.stop_ids = usual
+            written = []
+            for completion, stops in zip(completions, ends, strict=True):
+                text = completion.text
+                for stop in stops:
+                    text = text.split(stop)[0] if stop else text
+                written.append(text)
+            return written
+
+    return OurEngine()
+
+
+@torch.inference_mode()
+def score(engine: Engine, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+    """For each (context, target): the target's log-probability (nats) and whether each of its tokens was the
+    likeliest. Contexts that are too long lose their beginning."""
+    longest = engine.config.max_position_embeddings
+    whole = [tuple([*context, *target][-(longest + 1) :]) for context, target in pairs]
+    results: list = [None] * len(pairs)
+
+    def run(batch: list[int]) -> None:
+        hidden = engine.prefill([whole[i][:-1] for i in batch])
+        for row, i in enumerate(batch):
+            target = torch.tensor(pairs[i][1], device=hidden.device)
+            end = len(whole[i]) - 1
+            logprobs = engine.logits(hidden[row, end - len(target) : end]).log_softmax(-1)
+            target = target.to(logprobs.device)
+            of_target = logprobs.gather(1, target[:, None])[:, 0]
+            greedy = bool((logprobs.argmax(-1) == target).all())
+            results[i] = float(of_target.double().sum()), greedy
+
+    engine.in_batches([len(ids) - 1 for ids in whole], run)
+    return results

@@ -1,0 +1,176 @@
+"""lm-evaluation-harness on the live modified model, against the harness alone on the exported checkpoint."""
+
+import json
+import sys
+
+import pytest
+import small_battery
+import tiny
+import torch
+from cli_runs import latest, read, refused
+from exports import exporter
+
+from runner.export import Chosen
+from suites.base import Harness, Protocol
+from suites.lm_eval import LmEval, score, task_manager
+from surgery.recipes import attenuate, identity, repeat, swap
+
+CHOICE = """
+task: mill_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}} Answer:"
+doc_to_choice: [" Yes", " No", " maybe so"]
+doc_to_target: answer
+metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
+"""
+WORDS = """
+task: mill_words
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{question}}}}"
+metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
+"""
+WRITTEN = """
+task: mill_written
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["e"], max_gen_toks: 12, do_sample: false}}
+metric_list: [{{metric: exact_match}}]
+"""
+TASKS = {"mill_choice": CHOICE, "mill_words": WORDS, "mill_written": WRITTEN}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of three tasks over nine local documents, made once: looking through it takes seconds."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "mill.jsonl"
+    lines = [
+        {"question": f"Does mill {k} stand by the river{'?' * (k % 3)}", "answer": k % 3} for k in range(9)
+    ]
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, text in TASKS.items():
+        (folder / f"{name}.yaml").write_text(text.format(data=data))
+    return folder
+
+
+def alone(folder, checkpoint, limit=None) -> dict:
+    """What the harness by itself gives of a checkpoint."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", batch_size=4, max_length=512)
+    found = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(TASKS),
+        task_manager=task_manager(str(folder)),
+        limit=limit,
+        bootstrap_iters=0,
+    )
+    return found["results"]
+
+
+def need():
+    return pytest.importorskip("lm_eval", reason="lm-eval is not installed (requirements-extras.txt)")
+
+
+SURGERIES = {"swap": (swap(identity(6), 1, 4), None), "repeat": (repeat(identity(6), 2, 4), 4)}
+
+
+@pytest.mark.parametrize(("recipe", "limit"), SURGERIES.values(), ids=SURGERIES)
+def test_the_live_model_scores_as_its_exported_checkpoint(tiny_pair, tasks, tmp_path, recipe, limit):
+    need()
+    pair = tiny_pair("qwen2")
+    live = pair.live()
+    live.apply(recipe)
+    exporter(pair).write(Chosen("mine", recipe), tmp_path / "out")
+    protocol = Protocol(("lm_eval",), harness=Harness(tuple(TASKS), str(tasks), limit))
+    ours = LmEval().measure(pair.engine(live), protocol, [])
+    theirs = alone(tasks, tmp_path / "out", limit)
+    assert set(ours["results"]) == set(TASKS) and ours["n"]["mill_choice"] == (limit or 9)
+    for task, metrics in ours["results"].items():
+        assert metrics
+        for name, value in metrics.items():
+            assert value == pytest.approx(theirs[task][f"{name},none"], rel=1e-4), (task, name)
+
+
+def test_scores_are_log_probabilities_and_greediness(tiny_pair):
+    pair = tiny_pair("qwen2")
+    pairs = [(tiny.random_prompt(k, 5 + k), tiny.random_prompt(50 + k, 1 + k % 3)) for k in range(6)]
+    model = pair.rebuilt([("instruct", i) for i in range(6)])
+    pairs.append((pairs[0][0], (int(tiny.hf_logits(model, pairs[0][0])[-1].argmax()),)))
+    for (context, target), (value, greedy) in zip(pairs, score(pair.engine(), pairs), strict=True):
+        logits = tiny.hf_logits(model, [*context, *target])[len(context) - 1 : -1].log_softmax(-1)
+        want = logits.gather(1, torch.tensor(target)[:, None]).sum()
+        assert value == pytest.approx(float(want), abs=1e-3)
+        assert greedy == (logits.argmax(-1).tolist() == list(target))
+    assert score(pair.engine(), pairs[-1:])[0][1] is True
+
+
+def test_a_long_context_loses_its_beginning(tiny_pair):
+    engine = tiny_pair("qwen2").engine()
+    long, target = tiny.random_prompt(1, 700), tiny.random_prompt(2, 3)
+    assert score(engine, [(long, target)]) == score(engine, [(long[-510:], target)])
+
+
+def test_what_no_checkpoint_can_be_is_asked_too(tiny_pair, tasks):
+    need()
+    pair = tiny_pair("qwen2")
+    live = pair.live()
+    live.apply(attenuate(identity(6), 0.5, 2, 4))
+    protocol = Protocol(("lm_eval",), harness=Harness(("mill_choice",), str(tasks), 3))
+    assert LmEval().measure(pair.engine(live), protocol, [])["results"]["mill_choice"]["acc"] is not None
+
+
+def test_results_stand_in_the_experiments_and_in_the_report(go, tasks, tmp_path, monkeypatch):
+    need()
+    small_battery.use(monkeypatch)
+    more = ["--lm-eval", "mill_choice", "--include-path", tasks, "--limit", "3", "--suites", "quick"]
+    code, _, err = go("--experiments", "swap_adjacent_30_35", *more)
+    assert code == 0, err
+    run = latest(tmp_path / "out")
+    results = read(run)
+    assert set(results) == {"baseline_instruct", "swap_adjacent_30_35"}
+    for result in results.values():
+        assert result["measurements"]["lm_eval"]["n"] == {"mill_choice": 3}
+        assert 0 <= result["measurements"]["lm_eval"]["results"]["mill_choice"]["acc"] <= 1
+    summary = (run / "summary.md").read_text()
+    assert "mill_choice: acc" in summary
+    assert json.loads((run / "manifest.json").read_text())["protocol"]["harness"]["tasks"] == ["mill_choice"]
+    capture = go("--resume", run)
+    refused(capture, "resume with --include-path")
+
+
+def test_a_task_that_is_not_there_is_named(tiny_pair, tasks):
+    need()
+    protocol = Protocol(("lm_eval",), harness=Harness(("no_such_task",), str(tasks), 3))
+    with pytest.raises(Exception, match="no_such_task"):
+        LmEval().measure(tiny_pair("qwen2").engine(), protocol, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--limit", "3"], "go with --lm-eval"),
+        (["--lm-eval", ","], "names no task"),
+        (["--lm-eval", "x", "--include-path", "nowhere"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_before_loading(go, monkeypatch, words, said):
+    monkeypatch.setattr("runner.pairs.open_pair", lambda *a: pytest.fail("a model was loaded"))
+    refused(go(*words), said)
+
+
+def test_without_the_package_it_says_what_to_install(go, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    refused(go("--lm-eval", "x"), "pip install lm-eval")
