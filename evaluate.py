@@ -40,7 +40,7 @@ SUITES: dict[str, Callable[[], Suite]] = {
     "perplexity": Perplexity,
     "chat": Chat,
     "injection": Injection,
-    "injection_short": lambda: Injection(SHORT),
+    "injection_short": lambda: Injection(**SHORT),
     "phases": Phases,
     "activations": Activations,
     "lm_eval": LmEval,

@@ -237,7 +237,7 @@ EXPERIMENTS: list[Experiment] = [
         "concept_injection_short",
         "control",
         lambda m: m.recipe,
-        "As concept_injection, in one strength",
+        "As concept_injection, in one strength and with the mechanism explained",
         changes_nothing=True,
         suites=("injection_short",),
         control="injection",

@@ -11,7 +11,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from analysis.comparison import Injection, InjectionRow, Row
 from analysis.rows import UNCALLED, by_verdict, named, score, scored, sweeps, word
@@ -43,6 +43,10 @@ from reporting.figures import (
     verdict_handles,
 )
 from reporting.figures import p_yes as p_yes_of
+
+# of P(Yes) on an axis by log-odds; what lies beyond the ceiling is drawn at it
+P_CEILING = 1 - 1e-6
+ODDS_TICKS = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
 
 
 def percent(p: float) -> str:
@@ -262,7 +266,7 @@ def p_yes_perplexity(rows: Sequence[Row], narrow: bool = False) -> Figure | None
     controls small."""
     # 1) what has both numbers; experiments with a line of their own are large and named
     every = [
-        (x, y, probe, row)
+        (x, min(y, P_CEILING), probe, row)
         for row, probe, y in answers(rows)
         if row.status == "done" and (x := perplexity(row)) is not None
     ]
@@ -277,7 +281,11 @@ def p_yes_perplexity(rows: Sequence[Row], narrow: bool = False) -> Figure | None
         figure = new_figure(names_height(len(points), 3.8, narrow), narrow=narrow)
         axes = figure.subplots()
         log_axis(axes.xaxis, [x for x, *_ in every])
-        log_axis(axes.yaxis, [y for _, y, *_ in every], percent)
+        # by log-odds, so that what lies near 100% is told apart as well as what lies near 0
+        axes.set_yscale("logit", nonpositive="clip")
+        axes.yaxis.set_major_locator(FixedLocator(ODDS_TICKS))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: percent(y)))
+        axes.yaxis.set_minor_locator(NullLocator())
         # 2) a point each
         for x, y, probe, row in every:
             color, marker = look(row)
@@ -359,7 +367,9 @@ def kinds(
             beside(axes, line, word(row) or "", look(row)[0], narrow)
         axes.set_xlim(0, len(categories))
         axes.set_xticks(
-            [k + 0.5 for k in range(len(categories))], [label(c.replace("_", " ")) for c in categories]
+            [k + 0.5 for k in range(len(categories))],
+            # side by side, two long names would run into each other
+            [label(c.replace("_", " ")).replace(" ", " " if narrow else "\n") for c in categories],
         )
         axes.tick_params(
             axis="x", length=0, labeltop=True, labelbottom=False, labelrotation=60 if narrow else 0
@@ -430,7 +440,10 @@ def formats(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
     shown = [(row, by_format) for row in by_verdict(drawn(rows)) if (by_format := row.formats)]
     if not shown:
         return None
-    names = list(dict.fromkeys(f for _, by_format in shown for f in by_format))
+    # a format that gave no score anywhere has no place and no legend
+    names = list(
+        dict.fromkeys(f for _, by_format in shown for f, d in by_format.items() if d.score is not None)
+    )
     with rc_context(STYLE):
         figure, axes = lines([row.name for row, _ in shown], 1.7 if narrow else 1.3, narrow)
         sure = [d for row, by_format in shown for d in by_format.values() if word(row) not in UNCALLED]

@@ -230,8 +230,8 @@ def _figures(
             partial(figures_experiments.p_yes_perplexity, rows),
             "P(Yes) against perplexity",
             (
-                "Every experiment, controls and sweeps small. Does P(Yes) rise with damage alone? Hollow"
-                " crosses: under 1% mass, not an answer."
+                "Every experiment, controls and sweeps small; P(Yes) by its log-odds. Does it rise with"
+                " damage alone? Hollow crosses: under 1% mass, not an answer."
             ),
         ),
         (

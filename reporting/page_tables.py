@@ -20,7 +20,7 @@ from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe
 from analysis.rows import word
 from prompts import INFORMED_PREAMBLE
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, Line, cells, pick, place
-from reporting.pages import difference, number, percent, rate, size, token, verdict, visible
+from reporting.pages import breakable, difference, number, percent, rate, size, token, verdict, visible
 
 Read = Callable[[Line], float | None]
 Show = Callable[[float | None], str]
@@ -92,7 +92,12 @@ def _reason(row: Row) -> str:
 
 BEHIND: Table[Row] = Table(
     [
-        words("experiment", "experiment", lambda row: row.name),
+        words(
+            "experiment",
+            "experiment",
+            lambda row: row.name,
+            markup=lambda row: breakable(visible(row.name, 80)),
+        ),
         Column(
             "verdict",
             "verdict",
@@ -101,7 +106,7 @@ BEHIND: Table[Row] = Table(
             "left",
             markup=lambda r: verdict(word(r)),
         ),
-        words("reason", "because", _reason, css="wide", most=400),
+        words("reason", "because", _reason, css="wide", most=700),
         words("call", "call", lambda row: _score(row).call, css="nowrap"),
         _of_score("score", "score"),
         _of_score("p_value", "p", partial(number, form=".2g")),

@@ -45,6 +45,11 @@ def token(text: str) -> str:
     return visible(shown, LONGEST_TOKEN) or "(empty)"
 
 
+def breakable(text: str) -> Markup:
+    """A name that may be parted after an underscore where its column is narrow."""
+    return Markup("_<wbr>").join(str(text).split("_"))
+
+
 def linked(text: str) -> Markup:
     """Text of our own in which every "arXiv 2602.20031" leads to that paper."""
     return Markup(
@@ -147,6 +152,7 @@ def _environment() -> jinja2.Environment:
         "slug": slug,
         "verdict": verdict,
         "linked": linked,
+        "breakable": breakable,
         "percent": percent,
         "number": number,
     }

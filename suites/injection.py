@@ -35,7 +35,6 @@ CONCEPTS = ("bread", "ocean", "wolf", "music", "winter", "castle", "doctor", "wa
 # one core's
 # time.
 STRENGTHS = (0.0, 0.03, 0.1, 0.3, 1.0)
-SHORT = (0.0, 0.3)  # what the suite injection_short asks
 UNIT = (
     "times the mean norm of the residual stream after that layer, at the last token of the neutral prompts; "
     "added after every layer of the middle third"
@@ -60,6 +59,9 @@ OPENING = (
     " ready."
 )
 FRAMINGS = {"plain": OPENING, "informed": EXPLANATION + OPENING}
+# What the suite injection_short asks: one strength, and with the mechanism explained, where others saw most
+# (published.py). It reads half of the tokens that both framings take.
+SHORT = {"strengths": (0.0, 0.3), "framings": ("informed",)}
 REPLY = "I am ready for your questions."
 PAIRS = (
     (
@@ -112,14 +114,14 @@ def questions(framing: str) -> list[BinaryProbe]:
     return [*keyed_pairs("injection", PAIRS, framing, ask=ASK), *controls(CONTROLS, framing)]
 
 
-def fingerprint(strengths: Sequence[float] | None = None) -> str:
+def fingerprint(strengths: Sequence[float] | None = None, framings: Iterable[str] | None = None) -> str:
     """SHA-256 (hex) over every text of this suite and its strengths: equal fingerprints asked the same."""
     parts = (
         ABOUT,
         CONCEPTS,
         NEUTRAL,
         STRENGTHS if strengths is None else strengths,
-        sorted(FRAMINGS.items()),
+        sorted(FRAMINGS.items() if framings is None else ((f, FRAMINGS[f]) for f in framings)),
         REPLY,
         PAIRS,
         CONTROLS,
@@ -281,9 +283,10 @@ class Injection(Suite):
 
     turns = ("user", "assistant", "user")
 
-    def __init__(self, strengths: Sequence[float] | None = None):
-        """strengths: those of a short form, 0 among them; None: all."""
+    def __init__(self, strengths: Sequence[float] | None = None, framings: Sequence[str] | None = None):
+        """strengths: those of a short form, 0 among them; None: all. framings: of FRAMINGS, None: all."""
         self.strengths = tuple(STRENGTHS if strengths is None else strengths)
+        self.framings = {name: FRAMINGS[name] for name in (FRAMINGS if framings is None else framings)}
         self.recorded_as = None if strengths is None else "injection"
 
     def measure(self, engine: Engine, protocol, replies) -> dict:
@@ -292,7 +295,7 @@ class Injection(Suite):
         names, directions = Names(engine.tokenizer, CONCEPTS), find_directions(engine)
         # 2. by framing and strength: every concept injected, every question asked
         cells, bits = [], []
-        for framing, opening in FRAMINGS.items():
+        for framing, opening in self.framings.items():
             second_turn = questions(framing)
             first, follows = split_turns(engine, opening, [*(p.text for p in second_turn), NAMING])
             *follows, naming = follows
@@ -331,15 +334,15 @@ class Injection(Suite):
         # 3. what was done, beside what was read
         layers = middle_third(len(engine.live.order))
         texts = {
-            "first_turn": {framing: [opening, REPLY] for framing, opening in FRAMINGS.items()},
+            "first_turn": {framing: [opening, REPLY] for framing, opening in self.framings.items()},
             "naming": NAMING,
-            "questions": {p.id: p.text for framing in FRAMINGS for p in questions(framing)},
+            "questions": {p.id: p.text for framing in self.framings for p in questions(framing)},
         }
         return {
             "layers": [layers.start, layers.stop],
             "concepts": list(CONCEPTS),
             "strengths": list(self.strengths),
-            "framings": list(FRAMINGS),
+            "framings": list(self.framings),
             "unit": UNIT,
             "cells": cells,
             "bits": bits,
@@ -350,11 +353,11 @@ class Injection(Suite):
         answer_token_ids(tokenizer)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.strengths)
+        return fingerprint(self.strengths, self.framings)
 
     def work(self, protocol: Protocol) -> Work:
         texts = [about.format(word) for about in ABOUT for word in (*CONCEPTS, *NEUTRAL)]
         cells = sum(len(CONCEPTS) if strength else 1 for strength in self.strengths)
-        for framing, opening in FRAMINGS.items():
+        for framing, opening in self.framings.items():
             texts += [opening, NAMING, *(p.text for p in questions(framing))] * cells
         return Work(texts)

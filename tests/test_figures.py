@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 
 from analysis import published
-from analysis.comparison import Injection
+from analysis.comparison import FormatScore, Injection
 from reporting import figures, figures_experiments, figures_sweeps
 
 ROWS = made.study_rows()
@@ -342,6 +342,14 @@ def test_destroyed_models_stand_at_the_edge():
 def test_the_same_numbers_give_the_same_bytes():
     first, again = (figures.save(figures.scores(ROWS[:6], PLACEBO), ("svg", "png", "pdf")) for _ in range(2))
     assert first == again and b"<script" not in first["svg"]
+
+
+def test_a_format_without_a_score_anywhere_has_no_legend():
+    known = {"no_first": FormatScore(0.1, 0.0, "does not report it", 0.1, 0.0, 0.2, 1.0)}
+    silent = {"rating": FormatScore(None, None, "broken", None, None, None, 0.0)}
+    figure = figures_experiments.formats([replace(made.row("x"), formats=known | silent)])
+    words = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert words == ["Yes or No, as in the other figures", "No or Yes"]
 
 
 @pytest.mark.parametrize("form", ["svg", "png", "pdf"])

@@ -359,6 +359,12 @@ def test_the_short_form_measures_its_part_of_the_whole(tmp_path, few, monkeypatc
     assert short["cells"] == [cell for cell in whole["cells"] if cell["strength"] in (0.0, 0.5)]
     prints = {injection.Injection(s).fingerprint() for s in (None, (0.0, 0.5), (0.0, 4.0))}
     assert len(prints) == 3 and injection.Injection(FEW["STRENGTHS"]).fingerprint() in prints
+    monkeypatch.setitem(SUITES, "injection_short", lambda: injection.Injection((0.0, 0.5), ("informed",)))
+    shorter = evaluate(engine, Protocol(("injection_short",)))[0]["injection"]
+    assert shorter["framings"] == ["informed"] and list(shorter["texts"]["first_turn"]) == ["informed"]
+    assert shorter["cells"] == [cell for cell in short["cells"] if cell["framing"] == "informed"]
+    asked = {injection.Injection((0.0, 0.5), framings).fingerprint() for framings in (None, ("informed",))}
+    assert len(asked) == 2 and injection.Injection((0.0, 0.5)).fingerprint() in asked
     few_texts, all_texts = (len(injection.Injection(s).work(Protocol()).texts) for s in ((0.0, 0.5), None))
     assert few_texts < all_texts
 

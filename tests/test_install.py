@@ -65,6 +65,25 @@ def test_it_is_imported_from_any_folder(installed, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_the_installed_command_is_run_all_and_report(installed, tmp_path):
+    """As `uvx --from git+... frankenmodel run ...` has it."""
+
+    def said(*args: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(installed / "bin" / "frankenmodel"), *args],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(installed), "PATH": "", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+
+    listed, refused = said("run", "--list"), said("report", "nowhere")
+    assert listed.returncode == 0 and "baseline_instruct" in listed.stdout, listed.stderr
+    assert refused.returncode == 1 and refused.stderr.startswith("report.py: cannot read nowhere")
+    assert said().returncode == 2 and said("--help").stdout.startswith("usage: frankenmodel run")
+
+
 @pytest.mark.real
 def test_the_readmes_ten_lines_of_python_run_as_printed(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(from engine.*?)```", (ROOT / "README.md").read_text(), re.S)
