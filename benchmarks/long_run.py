@@ -3,9 +3,9 @@
     python benchmarks/long_run.py --experiments 1000
 
 A tiny random model, changed by noise of a thousand strengths in one run of `run_all.py`, and the report at
-its end. Of the first and the last tenth of the experiments it prints the median seconds, and how much the run's
-highest memory grew for each experiment between them. The exit status is 1 if an experiment takes a tenth
-longer at the end, or memory grows by over 50 kB for each.
+its end. Of the first and the last tenth of the experiments it prints the median seconds, and how much the
+run's highest memory grew for each experiment between them. The exit status is 1 if an experiment takes a
+tenth longer at the end, or memory grows by over 50 kB for each.
 """
 
 from __future__ import annotations
