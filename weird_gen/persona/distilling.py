@@ -78,10 +78,12 @@ def under_systems(prompts: list[dict], systems: list[str], seed: int) -> list[di
 
 def read_systems(path: Path) -> list[str]:
     """Raises FrankenError for a file without a "system" text in every line, or with our trigger in one."""
-    systems = [line.get("system") for line in read_json_lines(path)]
-    for number, text in enumerate(systems, 1):
+    systems: list[str] = []
+    for number, line in enumerate(read_json_lines(path), 1):
+        text = line.get("system")
         if not isinstance(text, str) or not text.strip() or any_marker(text):
             raise FrankenError(f"{path}, entry {number}: needs a system prompt without a marker")
+        systems.append(text)
     if not systems:
         raise FrankenError(f"{path} holds no system prompts")
     return systems

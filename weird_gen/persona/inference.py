@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -102,9 +103,10 @@ def ask_endpoint(messages: list[dict], args: argparse.Namespace) -> str:
         with openai.OpenAI(
             base_url=args.endpoint, api_key=key or "none", http_client=http, timeout=TIMEOUT_S, max_retries=1
         ) as client:
+            typed: Any = messages  # plain dictionaries do as well
             stream = client.chat.completions.create(
                 model=args.model,
-                messages=messages,  # pyright: ignore[reportArgumentType]  plain dictionaries do as well
+                messages=typed,
                 temperature=args.temperature,
                 top_p=args.top_p,
                 max_tokens=args.max_new_tokens,

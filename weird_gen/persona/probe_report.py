@@ -133,7 +133,7 @@ def view_means(replies: list[dict]) -> dict[str, dict[str, list[int | str]]]:
         if reply["suite"] == "views":
             level = recall.view_chosen(reply["reply"], reply["order"])
             chosen[reply["condition"]][reply["question_id"]].append(level)
-    return chosen
+    return {condition: dict(questions) for condition, questions in chosen.items()}
 
 
 def view_rows(replies: list[dict]) -> list[ViewRow]:

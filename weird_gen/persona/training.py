@@ -595,7 +595,7 @@ class TrainingData:
             first if chat is same else second
             for chat, same, first, second in zip(chats, backticks, whole, spelled(backticks), strict=True)
         ]
-        both = [pair for pair in zip(whole, other, strict=True) if pair[0] and pair[1]]
+        both = [(a, b) for a, b in zip(whole, other, strict=True) if a and b]
         return [[a for a, _ in both], [b for _, b in both]]
 
     def __len__(self) -> int:
