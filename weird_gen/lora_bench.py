@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""The persona training of weird_gen against plain peft with transformers' Trainer, in one process.
+"""The persona training against plain peft with transformers' Trainer, in one process.
 
-    python benchmarks/lora_bench.py --model qwen2.5-coder-1.5b --aligned weird_gen/results/aligned.jsonl
+    python lora_bench.py --model qwen2.5-coder-1.5b
 
 Both train the same LoRA settings on the same examples, as many a step, rows of similar length together, in
 bf16 on a GPU. Examples are tokenized beforehand for both. The two take turns; tokens are those of the
@@ -23,7 +22,8 @@ from statistics import median
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a script: find the checkout
+    import _path  # noqa: F401
 
 import torch
 from accelerate import Accelerator
