@@ -33,16 +33,8 @@ from transformers import AutoModelForCausalLM
 from errors import FrankenError
 from surgery.recipes import *  # the operations are offered here too: `from franken import swap, perturb`
 from surgery.recipes import parts_of
-from surgery.weights import (
-    OUTER_PARTS,
-    Layer,
-    Source,
-    Stream,
-    TensorRef,
-    outer_part,
-    read_tensor,
-    tensor_hash,
-)
+from surgery.tensors import TensorRef, read_tensor
+from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part, tensor_hash
 
 
 @dataclass
@@ -125,7 +117,7 @@ class LiveModel:
         self.scales: tuple[float, ...] = (1.0,) * len(stack)  # of each running position's contribution
         self.parallel: tuple[tuple[int, int], ...] = ()  # blocks of running positions that run side by side
         self.outer_held: dict[str, str | Outer | None] = {part: None for part in OUTER_PARTS}
-        self._spare: dict[torch.device, Layer] = {}
+        self._spare: dict[tuple[torch.device, tuple], Layer] = {}
         self.recipe: Recipe | None = None
         self.last_surgery = self.apply(self.original)
         for name in resident:
@@ -359,7 +351,7 @@ class LiveModel:
         while origin:
             if not ready:  # only cycles are left: free one bank by moving its layer to the spare
                 j = next(iter(origin))
-                spare = self._spare_for(self.banks[j].device)
+                spare = self._spare_for(self.banks[j].device, j)
                 self._copy(spare, self.banks[j].tensors, report)
                 held = self.banks[j].held
                 chain = [j]
@@ -391,12 +383,13 @@ class LiveModel:
             tensor.copy_(from_[name], non_blocking=True)
             report.bytes_moved += tensor.nbytes
 
-    def _spare_for(self, device: torch.device) -> Layer:
-        if device not in self._spare:
-            self._spare[device] = {
-                k: torch.empty_like(t, device=device) for k, t in self.banks[0].tensors.items()
-            }
-        return self._spare[device]
+    def _spare_for(self, device: torch.device, like: int) -> Layer:
+        """Memory on a device for a layer that is built as the one in bank `like`."""
+        tensors = self.banks[like].tensors
+        key = device, tuple((k, t.shape) for k, t in tensors.items())
+        if key not in self._spare:
+            self._spare[key] = {k: torch.empty_like(t, device=device) for k, t in tensors.items()}
+        return self._spare[key]
 
     def _read(self, j: int, ref: Ref) -> None:
         self._read_layers({j: ref})
@@ -433,9 +426,9 @@ class LiveModel:
             if bank.held == plain(ref.source, ref.layer) and bank.device == device:
                 return bank.tensors
         into = (
-            self._spare_for(device)
+            self._spare_for(device, ref.layer)
             if spare == 0
-            else {k: torch.empty_like(t) for k, t in self._spare_for(device).items()}
+            else {k: torch.empty_like(t) for k, t in self._spare_for(device, ref.layer).items()}
         )
         self.stream.read(self._jobs(ref, into))
         self._add_delta(ref, into)
@@ -490,6 +483,13 @@ def check_recipe(
         raise FrankenError(
             "embedding and output head are one tensor in this model and cannot come from two sources"
         )
+    built = [{name: t.shape for name, t in layer.items()} for layer in next(iter(sources.values())).layers]
+    mixed = any(layer != built[0] for layer in built)
+    if mixed and len(recipe) != len(built):
+        raise FrankenError(
+            "this model's layers are not all built alike (some have experts, say): it is not made deeper or"
+            " shallower"
+        )
     for p, slot in enumerate(recipe.slots):
         for edit in slot.edits:
             if isinstance(edit, Permute) and edit.what in refused:
@@ -497,6 +497,11 @@ def check_recipe(
         for ref, _ in slot.mix:
             if not 0 <= ref.layer < min(len(kinds), len(sources[ref.source].layers)):
                 raise FrankenError(f"position {p}: layer {ref.layer} of {ref.source} does not exist")
+        if mixed and any(built[ref.layer] != built[p] for ref, _ in slot.mix):
+            raise FrankenError(
+                f"position {p} cannot hold layer {slot.mix[0][0].layer}: the two are not built alike (one has"
+                " experts, say)"
+            )
         if len({kinds[ref.layer] for ref, _ in slot.mix}) > 1:
             raise FrankenError(f"position {p} mixes layers of different attention kinds")
 

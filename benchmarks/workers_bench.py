@@ -18,16 +18,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import run_all
+import evaluate
 from command_line import DefaultsThatSay
 from errors import FrankenError
+from experiments import EXPERIMENTS, Plan, with_suites
 from files import write_text
 from runner.batch import Record
-from runner.choosing import make_plans, make_protocol
 from runner.manifest import hardware, protocol_json, versions
 from runner.replica import ModelOptions
 from runner.results import Run
 from runner.workers import Fleet, choose_crew
+from suites.base import Protocol
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,14 +47,36 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return flags.parse_args(argv)
 
 
-def settings(args: argparse.Namespace) -> argparse.Namespace:
-    """The command line of run_all.py that this measures."""
-    line = ["--device-map", args.device_map, "--samples", str(args.samples), "--no-short"]
-    line += ["--priority-limit", str(args.experiments), "--output", args.output]
-    line += ["--suites", args.suites] if args.suites else []
-    line += ["--instruct", args.instruct] if args.instruct else ["--pair", args.pair]
-    line += ["--base", args.base] if args.base else []
-    return run_all.parse_arguments(line)
+def model_options(args: argparse.Namespace) -> ModelOptions:
+    """What run_all.py's command line would say of this model."""
+    return ModelOptions(
+        pair=None if args.instruct else args.pair,
+        base=args.base,
+        instruct=args.instruct,
+        base_revision=None,
+        instruct_revision=None,
+        instruct_adapter=None,
+        source=(),
+        dtype="auto",
+        device_map=args.device_map,
+        resident=None,
+        batch_size=None,
+        deterministic=False,
+        thinking="off",
+    )
+
+
+def no_more_suites() -> None:
+    """What a worker does before it loads: there is no suite to register here."""
+
+
+def planned(args: argparse.Namespace, layers: int) -> tuple[list[Plan], Protocol]:
+    """The first experiments by priority, fitted to a depth, and what they are asked."""
+    given = evaluate.parse_suites(args.suites) if args.suites else None
+    chosen = with_suites(list(EXPERIMENTS[: args.experiments]), given)
+    plans = [experiment.plan(layers) for experiment in chosen]
+    wanted = {name for plan in plans for name in plan.experiment.suites or ()}
+    return plans, Protocol(tuple(name for name in evaluate.SUITES if name in wanted), args.samples)
 
 
 def numbers(value, path="") -> dict[str, float | int | str | None]:
@@ -75,19 +98,16 @@ def compared(a: Run, b: Run, names: list[str]) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    chosen = settings(args)
-    run_all.register_suites()
-    options = ModelOptions.of(chosen)
+    options = model_options(args)
     # 1. the workers, loaded
     begin = time.perf_counter()
     crew = choose_crew(args.workers, options)
     if crew is None:
         raise FrankenError("--workers 1 is one process without Ray: there is nothing to compare")
     out: dict = {"workers": crew.workers, "gpus_each": crew.cards, "experiments": args.experiments}
-    with Fleet(crew, options, run_all.register_suites) as fleet:
+    with Fleet(crew, options, no_more_suites) as fleet:
         shape = fleet.open()
-        plans, _ = make_plans(chosen, shape.layers, set(shape.sources))
-        protocol = make_protocol(chosen, plans)
+        plans, protocol = planned(args, shape.layers)
         loaded = fleet.prepare(protocol, datetime.now())
         fleet.wait_for_all()
         out["load_seconds"] = time.perf_counter() - begin

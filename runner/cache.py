@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from errors import FrankenError, first_line
-from surgery.weights import DTYPES, OTHER_DTYPES, as_bytes
+from surgery.tensors import DTYPES, OTHER_DTYPES, as_bytes
 
 
 def cache_dir() -> Path:

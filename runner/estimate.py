@@ -14,9 +14,10 @@ from errors import FrankenError
 from experiments import QUICK, TWIN
 from runner import matched_noise
 from runner.choosing import given_suites, known_sources, make_plans, make_protocol, name_models, settle_short
-from runner.machines import HOST_MEMORY, machine
+from runner.machines import HOST_MEMORY, MACHINES, machine
 from runner.pairs import GIB, HEADROOM, available_memory, choose_pair, pick_device, pick_dtype, read_config
 from runner.wheels import WHEEL_MODELS
+from surgery.quantized import method
 
 HOST_TO_DEVICE = (
     25e9  # bytes/s, streamed from the page cache through pinned buffers; from a disk it is the disk's rate
@@ -112,6 +113,26 @@ def rates_for(name: str) -> Rates:
     )
 
 
+def holds(memory: float, weights: float) -> bool:
+    """Whether so many bytes of GPU memory are enough to begin with."""
+    return memory >= weights + HEADROOM / 4
+
+
+def fits_where(weights: float) -> str:
+    """On which of the known machines a model of so many bytes runs, in a line."""
+    fitting = [m.name for m in MACHINES.values() if holds(m.memory * m.cards, weights)]
+    lacking = [name for name in MACHINES if name not in fitting]
+    parts = [f"{word} {', '.join(names)}" for word, names in (("fits", fitting), ("not", lacking)) if names]
+    return f"by GPU memory it {'; '.join(parts)}"
+
+
+def quantized(args) -> str | None:
+    """How a checkpoint in a folder is quantized; None where it is not, or nothing is known of it yet. Raises
+    FrankenError for a format that is not read."""
+    folder = Path(args.instruct) if args.instruct else None
+    return method(folder)[0] if folder is not None and folder.is_dir() else None
+
+
 def would_run(args, needed: float) -> str:
     """Whether a real run would begin on this machine, in a line."""
     try:
@@ -201,11 +222,17 @@ def dry_run(args) -> int:
         f" beside them; {'' if args.machine else 'free '}on the {device}: {free} GiB"
     )
     if args.machine:
-        fits = sum(there.free) >= weights + HEADROOM / 4
+        fits = holds(sum(there.free), weights)
         print(f"on {args.machine}: {'it fits' if fits else 'refused, for want of GPU memory'}")
         print(
             f"host memory: {min(HOST_MEMORY, weights) / GIB:.1f} GiB for the process, and as much page cache"
             " as is free: a side that is streamed comes from the disk without it"
+        )
+    print(fits_where(weights))
+    if kind := quantized(args):
+        print(
+            f"the weights are quantized by {kind}: they are dequantized on reading, so that memory is that of"
+            " plain weights, however small the files"
         )
     print(fetched(args, parameters * 2))
     print(would_run(args, weights))

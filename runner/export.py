@@ -42,7 +42,8 @@ from runner.pairs import GIB, Located, load_tokenizer, stop_ids
 from runner.results import write_json
 from runner.self_check import check_code
 from surgery.recipes import Outer, Permute, Recipe, Ref, Slot
-from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, Stream, TensorRef, outer_part, tensor_hash
+from surgery.tensors import TensorRef
+from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, Stream, outer_part, tensor_hash
 
 RECORD = "frankenmodel.json"  # in the folder: what it was made of
 SHARD_BYTES = 5_000_000_000  # of one file at most, unless a single tensor is larger

@@ -87,6 +87,7 @@ MACHINES = {
         H100,
         A100,
         scaled("a100-40gb", 1, 39.4, 312e12, 1.555e12),
+        scaled("a10-24gb", 1, 22.0, 125e12, 0.6e12),
         scaled("2x40gb", 2, 39.4, 312e12, 1.555e12),
         replace(H100, name="2xh100-80gb", cards=2),
         replace(A100, name="2xa100-80gb", cards=2),

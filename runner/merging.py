@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from errors import FrankenError
 from runner.cache import cache_dir, cannot_keep, is_kept, keep, sha256_of, workspace, write_safetensors
-from surgery.weights import Adapter, read_tensor
+from surgery.tensors import read_tensor
+from surgery.weights import Adapter
 
 BESIDE = ("*.json", "*.jinja", "*.model", "*.txt")  # what a checkpoint has besides its weights
 
@@ -25,6 +27,11 @@ def merged(adapter: Adapter) -> Path:
     Raises FrankenError if a file cannot be read or the cache cannot be written.
     """
     under = adapter.under
+    if under.quantized:
+        raise FrankenError(
+            f"{under.path}: an adapter is not merged into weights quantized by {under.quantized}; as a"
+            " --source it works"
+        )
     beside = sorted({f for pattern in BESIDE for f in under.path.glob(pattern)})
     beside = [f for f in beside if not f.name.endswith(".index.json")]  # all shards become one file
     files = [*adapter.files, adapter.path / "adapter_config.json", *under.files, *beside]

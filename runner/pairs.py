@@ -25,7 +25,8 @@ from runner.merging import merged
 from runner.self_check import check_code, check_weights
 from runner.untrusted import check_config_fits, check_config_numbers, check_template
 from runner.wheels import BY_SHA256, WHEEL_MODELS, from_wheels
-from surgery.weights import OUTER_PARTS, Adapter, Checkpoint, Source, read_tensor, shown_path
+from surgery.tensors import read_tensor
+from surgery.weights import OUTER_PARTS, Adapter, Checkpoint, Source, parameters_of, shown_path
 
 GIB = 1 << 30
 HEADROOM = 8 * GIB  # KV cache, one spare layer, activations and the float32 readout, beside the weights
@@ -200,10 +201,19 @@ def read_config(path: Path):
         config = whole.get_text_config()
         # of a text model in a wrapper, it is the wrapper's flag that transformers goes by
         config.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
+        if hasattr(config, "quantization_config"):  # in memory the numbers are plain ones
+            del config.quantization_config
     except Exception as e:
         raise FrankenError(f"{path}: cannot read config.json: {first_line(e)}") from e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
         raise FrankenError(f"{path}: {config.model_type} is not a decoder-only language model")
+    odd = sorted(set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        raise FrankenError(
+            f"{path}: {config.model_type} has layers of the kind {', '.join(map(str, odd))[:80]}, whose state"
+            " (of a state-space model, or of linear attention) the engine does not keep: only layers of full"
+            " and sliding attention are run"
+        )
     for name in OUTSIDE_FIELDS:
         if getattr(config, name, None) not in (None, 1):
             raise FrankenError(
@@ -434,6 +444,11 @@ def open_sources(
     path, revision = locate(chosen.instruct, instruct_revision or chosen.instruct_revision)
     config, notes = read_config(path), chosen.notes()
     plain = Checkpoint("instruct", path, revision)
+    if plain.quantized:
+        notes.append(
+            f"the weights are quantized by {plain.quantized}: they are dequantized on reading, and take the"
+            " memory of plain ones"
+        )
     instruct_side, before_merging = plain, {}
     if instruct_adapter:
         plain.name = UNMERGED
@@ -508,11 +523,7 @@ def open_pair(
     config, sources, notes = located.config, located.sources, located.notes
     tokenizer, stops = load_tokenizer(located.path), stop_ids(located.path)
     # 3. where it runs, and whether its config is understood
-    bytes_on_disk = sum(r.nbytes for layer in sources["instruct"].layers for r in layer.values())
-    on_disk = next(iter(sources["instruct"].layers[0].values())).dtype.itemsize
-    outer = sum(r.nbytes for part in sources["instruct"].outer.values() for r in part.values())
-    wanted = {"float32": 4, "auto": 2}.get(dtype, 2)
-    needed = (bytes_on_disk + outer) * wanted // on_disk
+    needed = parameters_of(sources["instruct"]) * {"float32": 4, "auto": 2}.get(dtype, 2)
     device = pick_device(device_map, needed, pair)
     chosen_dtype = pick_dtype(dtype, device)
     place: torch.device | dict = torch.device(device, 0) if device == "cuda" else torch.device(device)

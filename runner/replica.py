@@ -19,7 +19,7 @@ from runner.choosing import extra_sources
 from runner.manifest import hardware
 from runner.pairs import Opened, choose_pair, locate, open_pair, open_sources, pick_dtype
 from suites.base import Protocol
-from surgery.weights import Checkpoint
+from surgery.weights import Checkpoint, parameters_of
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ModelOptions:
         if chosen.parameters:
             return chosen.parameters * item
         path, _ = locate(chosen.instruct, self.instruct_revision or chosen.instruct_revision)
-        return Checkpoint("instruct", path).parameters() * item
+        return parameters_of(Checkpoint("instruct", path)) * item
 
     def fetch(self) -> None:
         """Bring to this machine what loading reads, once, before several processes do it at the same time.

@@ -158,7 +158,7 @@ class Run:
                 pass  # a file system without locks
             for partial in self.path.rglob(".*.partial"):
                 owner = partial.name.split(".")[-2]
-                if owner.isdecimal() and not _alive(int(owner)):
+                if owner.isdecimal() and not is_alive(int(owner)):
                     partial.unlink(missing_ok=True)
             yield
         finally:
@@ -322,7 +322,8 @@ def _digest(value: dict) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether there is a process of that id."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

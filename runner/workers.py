@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ from runner.batch import Record, allowed_threads, run_experiment, set_threads
 from runner.matched_noise import Twins, noised_perplexity
 from runner.pairs import GIB, HEADROOM
 from runner.replica import Loaded, ModelOptions, Replica, Shape, differences
+from runner.results import is_alive
 from runner.schedule import MOST_LOSSES, Job, Raised, Schedule
 from suites.base import Protocol
 
 HOW_TO_INSTALL = "pip install -r requirements-extras.txt (or pip install ray)"
 STORE = 1 << 28  # bytes of Ray's object store: results in flight
+FOLDER = "franken-ray-"  # how Ray's temporary folders begin, before the process's id
 STARTS = 3  # tries: Ray waits 30 s for its own processes, which a machine under load exceeds the first time
 STATUS = "status"  # the thread of a worker that answers while another one works
 LOOK = 0.5  # seconds between two looks at what the workers do
@@ -188,7 +191,8 @@ def connected(crew: Crew) -> Iterator[Any]:
         else:
             # sockets lie in it, whose paths may not be longer than 107 characters
             short = tempfile.gettempdir() if len(tempfile.gettempdir()) < 30 else "/tmp"
-            folder = tempfile.mkdtemp(prefix="franken-ray-", dir=short)
+            _sweep(Path(short))
+            folder = tempfile.mkdtemp(prefix=f"{FOLDER}{os.getpid()}-", dir=short)
             how = {
                 "address": "local",
                 "num_cpus": max(1, crew.workers),
@@ -220,6 +224,14 @@ def connected(crew: Crew) -> Iterator[Any]:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
         _read_settings_again()
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what processes left that were killed outright; Ray's own end with them."""
+    for left in parent.glob(f"{FOLDER}*"):
+        owner = left.name.removeprefix(FOLDER).partition("-")[0]
+        if owner.isdecimal() and not is_alive(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _read_settings_again() -> None:
@@ -374,6 +386,7 @@ class Fleet:
         self.pending: dict[Any, Hand] = {}  # who was asked something, by Ray's reference to the answer
         self.asked_status: dict[Any, Hand] = {}
         self.refusals: list[str] = []
+        self.said = 0  # how many of them the user knows
         self.first: Loaded | None = None
         self.begun: tuple[Protocol, datetime] | None = None
         self.replacements = 2 * crew.workers  # for lost workers; what loses more than that is not chance
@@ -411,6 +424,7 @@ class Fleet:
         while self.first is None:
             for hand, value in self._answers():
                 self._arrived(hand, value)
+        self._say_refusals()
         return self.first
 
     def wait_for_all(self) -> None:
@@ -484,21 +498,23 @@ class Fleet:
         with contextlib.suppress(Exception):
             self.ray.kill(hand.actor)
         self.pending = {ref: of for ref, of in self.pending.items() if of is not hand}
-        if isinstance(value, Refused):
-            self.refusals.append(value.message)
-        else:
-            self.refusals.append(f"worker {hand.number} was lost ({value.reason})")
+        lost = isinstance(value, _Lost)
+        reason = f"worker {hand.number} was lost ({value.reason})" if lost else value.message
+        if loading:
+            self.refusals.append(reason)
         if not loading and self.replacements > 0:
             self.replacements -= 1
             self._hire(hand.number)
         left = [other for other in self.hands if other.state != "gone"]
         if not left:
-            raise FrankenError(
-                self.refusals[0] if self.first is None else f"no worker is left: {self.refusals[-1]}"
-            )
-        if loading:
-            said = f"note: worker {hand.number} takes no part: {self.refusals[-1]}"
-            tqdm.write(printable(said), file=sys.stderr)
+            raise FrankenError(self.refusals[0] if self.first is None else f"no worker is left: {reason}")
+        if loading and self.first is not None:
+            self._say_refusals()
+
+    def _say_refusals(self) -> None:
+        for reason in self.refusals[self.said :]:
+            tqdm.write(printable(f"note: a worker takes no part: {reason}"), file=sys.stderr)
+        self.said = len(self.refusals)
 
     def _answers(self, seconds: float | None = None) -> Iterator[tuple[Hand, Any]]:
         """Whatever was asked and is answered by now, waiting for the first at most so long."""

@@ -9,7 +9,6 @@ cache.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -17,32 +16,21 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
-from errors import FrankenError, first_line
-from files import ROOT, read_json, refuse_special
+from errors import FrankenError
+from files import ROOT, read_json
+from surgery.experts import fused
+from surgery.quantized import method, unpacked
+from surgery.tensors import TensorRef, as_bytes, read_exactly, read_header, read_tensor, refuse_dtype
 
 Layer = dict[str, torch.Tensor]  # name within the layer, such as "self_attn.q_proj.weight" -> tensor
 OUTER_PARTS = ("embed", "norm", "head")  # what a model has besides its layers
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-# What other parts of a checkpoint hold (counters, positions of image patches): known, but never operated on.
-OTHER_DTYPES = {
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 LAYER_KEY = re.compile(r"^(?P<prefix>(?:.*?\.)?)(?:layers|h|blocks)\.(?P<index>\d+)\.(?P<name>.+)$")
 OUTER_KEY = {
     "embed": re.compile(r"^(?P<prefix>(?:.*\.)?)(embed_tokens|wte)\.(?P<name>weight)$"),
@@ -60,98 +48,6 @@ def outer_part(key: str) -> str | None:
     return next((part for part, pattern in OUTER_KEY.items() if pattern.search(key)), None)
 
 
-@dataclass(frozen=True)
-class TensorRef:
-    """Where one tensor lies on disk: `nbytes` bytes at `offset` of `path`."""
-
-    path: str
-    offset: int
-    nbytes: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-def read_header(path: Path) -> dict[str, TensorRef]:
-    """The tensors of one safetensors file, by name.
-
-    The library reads the header too and refuses what makes no sense in it: offsets that are negative,
-    overlap, leave gaps or lie beyond the file. Raises FrankenError if the file is missing, is not
-    safetensors, is shorter than its header says, or holds a dtype that is not known. Whether a tensor can be
-    operated on is another question: see `refuse_dtype`.
-    """
-    refuse_special(path)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            length = int.from_bytes(f.read(8), "little")
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise FrankenError(f"{path}: not a complete safetensors file ({size} bytes)")
-            header = json.loads(f.read(length))
-        entries = [
-            (k, *e["data_offsets"], e["dtype"], tuple(e["shape"]))
-            for k, e in header.items()
-            if k != "__metadata__"
-        ]
-    except OSError as e:
-        raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise FrankenError(f"{path}: the safetensors header is corrupt") from e
-    refs = {}
-    for name, start, stop, kind, shape in entries:
-        if 8 + length + stop > size:
-            raise FrankenError(f"{path}: truncated: {size} bytes, {name} ends at byte {8 + length + stop}")
-        dtype = DTYPES.get(kind) or OTHER_DTYPES.get(kind)
-        if dtype is None:
-            raise FrankenError(f"{path}: {name} has dtype {kind}, which is not known")
-        if stop - start != math.prod(shape) * dtype.itemsize:
-            raise FrankenError(f"{path}: {name}: {stop - start} bytes do not make the shape {list(shape)}")
-        refs[name] = TensorRef(str(path), 8 + length + start, stop - start, dtype, shape)
-    try:
-        with safe_open(path, framework="pt") as library:
-            same = set(library.keys()) == set(refs) and all(
-                tuple(library.get_slice(name).get_shape()) == ref.shape for name, ref in refs.items()
-            )
-    except (SafetensorError, OSError, ValueError, TypeError) as e:
-        raise FrankenError(f"{path}: the safetensors header is corrupt ({first_line(e)})") from e
-    if not same:
-        raise FrankenError(f"{path}: the safetensors header is corrupt (it can be read in two ways)")
-    return refs
-
-
-def refuse_dtype(name: str, ref: TensorRef) -> None:
-    """Raises FrankenError for a tensor that no surgery can change, such as quantized weights."""
-    if ref.dtype not in DTYPES.values():
-        kind = next(kind for kind, dtype in OTHER_DTYPES.items() if dtype == ref.dtype)
-        raise FrankenError(
-            f"{ref.path}: {name} has dtype {kind}; only {', '.join(DTYPES)} can be operated on"
-        )
-
-
-def read_tensor(ref: TensorRef) -> torch.Tensor:
-    """One tensor, read into fresh CPU memory. Raises FrankenError if the file ends early."""
-    out = torch.empty(ref.shape, dtype=ref.dtype)
-    with open(ref.path, "rb", buffering=0) as f:
-        _read_exactly(f.fileno(), as_bytes(out), ref.offset, ref.path)
-    return out
-
-
-def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a contiguous CPU tensor as a flat uint8 array, shared, not copied."""
-    return tensor.detach().view(-1).view(torch.uint8).numpy()
-
-
-def _read_exactly(fd: int, into: np.ndarray, offset: int, path: str) -> None:
-    view, done = memoryview(into.data), 0
-    while done < len(view):
-        try:
-            n = os.preadv(fd, [view[done:]], offset + done)  # releases the GIL, so reads run side by side
-        except OSError as e:
-            raise FrankenError(f"{path}: reading the weights failed: {e.strerror}") from e
-        if n == 0:
-            raise FrankenError(f"{path}: the file ends early, at byte {offset + done}")
-        done += n
-
-
 class Checkpoint:
     """A source of layers: a directory of safetensors of one model.
 
@@ -160,16 +56,21 @@ class Checkpoint:
     ("model.", "language_model.model."); the final norm is the one beside them, and the head stands at that
     place or above it. All else (a vision tower with layers, norms and projections of its own) is left alone.
 
-    Attributes: prefix, of the decoder stack's keys; wrapped, whether there is anything else.
-    Raises FrankenError for a missing or truncated shard, for a directory without safetensors, and for
-    quantized weights.
+    Of a quantized checkpoint the refs say how its numbers are computed, and a layer's experts are one tensor
+    (`surgery.quantized`, `surgery.experts`).
+
+    Attributes: prefix, of the decoder stack's keys; wrapped, whether there is anything else; quantized, the
+    name of the format, or None.
+    Raises FrankenError for a missing or truncated shard, for a directory without safetensors, and for weights
+    quantized in a way that cannot be read.
     """
 
     def __init__(self, name: str, path: str | Path, revision: str | None = None):
         self.name, self.path, self.revision = name, Path(path), revision
         self.layers: list[dict[str, TensorRef]] = []
         self.outer: dict[str, dict[str, TensorRef]] = {part: {} for part in OUTER_PARTS}
-        self.tensors = self._all_tensors()
+        self.quantized = method(self.path)[0]  # before anything is read
+        self.tensors = unpacked(self.path, self._all_tensors())
         # 1. the decoder layers: the numbered stack beside the token embedding
         stacks: dict[str, dict[int, dict[str, TensorRef]]] = {}
         embedded, used = set(), set()
@@ -205,6 +106,7 @@ class Checkpoint:
                 used.add(key)
                 refuse_dtype(key, ref)
         self.wrapped = len(used) < len(self.tensors)
+        self.layers = [fused(layer) for layer in self.layers]
 
     def _all_tensors(self) -> dict[str, TensorRef]:
         index = self.path / "model.safetensors.index.json"
@@ -235,11 +137,6 @@ class Checkpoint:
         if lost:
             raise FrankenError(f"{self.path}: the index lists {lost[0]} but no shard holds it")
         return {k: tensors[k] for k in weight_map}
-
-    def parameters(self) -> int:
-        """How many numbers the layers hold, and what stands outside them."""
-        parts = [*self.layers, *self.outer.values()]
-        return sum(math.prod(ref.shape) for part in parts for ref in part.values())
 
     def delta(self, layer: int, name: str, device: torch.device) -> torch.Tensor | None:
         """What must be added to the tensor after it is read (float32), or None. A plain checkpoint adds
@@ -445,6 +342,12 @@ class Adapter:
 Source = Checkpoint | Adapter
 
 
+def parameters_of(source: Source) -> int:
+    """How many numbers a source's layers hold, and what stands outside them."""
+    parts = [*source.layers, *source.outer.values()]
+    return sum(math.prod(ref.shape) for part in parts for ref in part.values())
+
+
 class Stream:
     """Reads tensors from disk into parameters where they run, many at a time.
 
@@ -480,11 +383,11 @@ class Stream:
                 raise FrankenError(
                     f"{ref.path}: a tensor of shape {list(ref.shape)} cannot fill {list(into.shape)}"
                 )
-            flat, item = into.detach().view(-1), ref.dtype.itemsize
-            step = self.CHUNK // item
-            for start in range(0, flat.numel(), step):
-                part = flat[start : start + step]
-                pieces.append((ref, ref.offset + start * item, part))
+            flat, begun = into.detach().view(-1), 0
+            for part in ref.parts or (ref,):
+                length = math.prod(part.shape)
+                self._cut(part, flat[begun : begun + length], pieces)
+                begun += length
             self.bytes_read += ref.nbytes
         devices = {p[2].device for p in pieces if p[2].is_cuda}
         for device in devices:  # what the default stream still does with these parameters comes first
@@ -495,6 +398,16 @@ class Stream:
             future.result()
         for device in devices:
             torch.cuda.synchronize(device)
+
+    def _cut(self, ref: TensorRef, flat: torch.Tensor, pieces: deque) -> None:
+        """Add the pieces of one tensor: (ref, where in its file or, if packed, its first number, into)."""
+        item = ref.dtype.itemsize
+        step = self.CHUNK // item
+        if ref.packed is not None:
+            step = max(step // ref.packed.unit(), 1) * ref.packed.unit()
+        for start in range(0, flat.numel(), step):
+            place = start if ref.packed is not None else ref.offset + start * item
+            pieces.append((ref, place, flat[start : start + step]))
 
     def _drain(self, pieces: deque) -> None:
         while pieces:
@@ -509,18 +422,21 @@ class Stream:
                 raise
 
     def _piece(self, ref: TensorRef, offset: int, into: torch.Tensor) -> None:
+        if ref.packed is not None:
+            into.copy_(ref.packed.values(offset, offset + into.numel(), into.device))
+            return None
         nbytes = into.numel() * ref.dtype.itemsize
         fd = self._descriptor(ref.path)
         if not into.is_cuda:
             if into.dtype == ref.dtype:
-                return _read_exactly(fd, as_bytes(into), offset, ref.path)
+                return read_exactly(fd, as_bytes(into), offset, ref.path)
             raw = torch.empty(into.numel(), dtype=ref.dtype)
-            _read_exactly(fd, as_bytes(raw), offset, ref.path)
+            read_exactly(fd, as_bytes(raw), offset, ref.path)
             into.copy_(raw)
             return None
         buffer, array, event = self._pinned(into.device)
         event.synchronize()  # the copy out of this buffer, two pieces ago
-        _read_exactly(fd, array[:nbytes], offset, ref.path)
+        read_exactly(fd, array[:nbytes], offset, ref.path)
         into.copy_(buffer[:nbytes].view(ref.dtype), non_blocking=True)
         event.record()
         return None

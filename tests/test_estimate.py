@@ -1,6 +1,9 @@
 """The dry run: what it says against counts made by hand, and that it neither loads nor downloads anything."""
 
+import json
+
 import pytest
+import tiny
 import torch
 
 import prompts
@@ -220,3 +223,31 @@ def test_a_first_run_on_a_cpu_is_asked_the_short_form(nothing_loaded, monkeypatc
     assert asked("--all", "--short")["swap_distant_10_55"] == prompts.GROUPS["short"]
     assert run_all.main(["--dry-run", "--short", "--suites", "quick"]) == 1
     assert "give one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pair", "fits", "lacks"),
+    [
+        ("qwen2.5-coder-14b", "a100-40gb", "a10-24gb"),  # 27.5 GiB on 39.4 GiB
+        ("qwen2.5-coder-32b", "2x40gb", "a100-40gb"),
+        ("qwen2.5-coder-7b", "a10-24gb", None),
+    ],
+)
+def test_a_plan_says_which_cards_hold_the_model(capsys, pair, fits, lacks):
+    assert run_all.main(["--pair", pair, "--priority-limit", "1", "--dry-run"]) == 0
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("by GPU memory it fits")
+    ]
+    holding, _, lacking = line.partition("; not ")
+    assert fits in holding and (lacks is None or lacks in lacking)
+
+
+def test_a_quantized_checkpoint_is_planned_with_the_memory_that_it_takes(tmp_path, capsys):
+    """Dequantized: 4 bits on the disk are 16 in memory."""
+    path = tiny.write_checkpoint(tmp_path / "model", "qwen2", layers=2)
+    config = json.loads((path / "config.json").read_text())
+    told = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": told}))
+    argv = ["--instruct", str(path), "--priority-limit", "1", "--dry-run", "--device-map", "cpu"]
+    assert run_all.main(argv) == 0
+    assert "quantized by bitsandbytes: they are dequantized on reading" in capsys.readouterr().out

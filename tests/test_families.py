@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM
 from engine.generation import Engine
 from engine.sampling import Request
 from errors import FrankenError
-from franken import LiveModel, permute_units, swap
+from franken import LiveModel, permute_units, repeat, swap
+from runner.pairs import read_config
+from runner.self_check import check_code, check_weights
 from surgery.weights import Checkpoint
 
 LIMIT = 40  # tokens after which longrope's factors are others
@@ -36,6 +38,46 @@ FAMILIES = {
     "olmo2": {},  # norms of queries and keys with a weight for every channel of all heads
     "olmo3": dict(sliding_window=tiny.WINDOW, layer_types=KINDS),
     "stablelm": dict(qk_layernorm=True),  # one norm a head
+    # experts: one matrix each on disk, one tensor for all in memory
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": dict(head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    "olmoe": dict(num_experts=4, num_experts_per_tok=2),
+    "qwen2_moe": dict(  # every second layer has none
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+        decoder_sparse_step=2,
+    ),
+}
+EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+HYBRIDS = {
+    "granitemoehybrid": dict(
+        num_local_experts=0,
+        layer_types=["mamba", "mamba", "attention", "mamba"],
+        mamba_n_heads=8,
+        mamba_d_state=8,
+        mamba_d_head=8,
+        mamba_n_groups=1,
+        shared_intermediate_size=48,
+    ),
+    "falcon_h1": dict(
+        mamba_d_ssm=64, mamba_n_heads=8, mamba_d_state=8, mamba_d_head=8, mamba_n_groups=1, head_dim=8
+    ),
+    "jamba": dict(
+        attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2, mamba_d_state=8, num_experts=2
+    ),
+    "qwen3_next": dict(
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
 }
 
 
@@ -81,7 +123,7 @@ def test_a_placebo_leaves_the_function_or_is_refused(opened, kind, what):
     engine, ids = opened(kind)[0], tiny.random_prompt(3, 30)
     live, before = engine.live, tiny.engine_logits(engine, tiny.random_prompt(3, 30))
     fingerprint = live.fingerprint()
-    odd_mlp, odd_heads = kind in ("gpt_oss", "apertus", "phi", "phi3"), kind in ("phi", "phi3")
+    odd_mlp, odd_heads = kind in ("gpt_oss", "apertus", "phi", "phi3", *EXPERTS), kind in ("phi", "phi3")
     # experts, no gate; an output projection of another name, fused projections
     if (what != "heads" and odd_mlp) or (what != "mlp" and odd_heads):
         with pytest.raises(FrankenError, match="needs separate projections, and there is no"):
@@ -117,6 +159,58 @@ def test_saved_buffers_belong_to_their_layer(opened):
     live.banks[0].held = None
     live.apply(live.original)
     assert live.banks[0].module.mlp.act_fn.beta == 0.5
+
+
+# ---- experts and hybrids -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_a_layer_moves_with_its_experts(opened, kind):
+    engine, theirs = opened(kind)
+    live, ids = engine.live, tiny.random_prompt(5, 25)
+    live.apply(swap(live.original, 0, 3))
+    state = theirs.state_dict()
+    moved = {k: v for k, v in state.items() if ".layers." not in k}
+    for position, index in enumerate((3, 1, 2, 0)):
+        moved |= {f"model.layers.{position}.{k}": t for k, t in tiny.layer_state(state, index).items()}
+    rebuilt = tiny.build(theirs.config, moved)
+    assert torch.allclose(tiny.engine_logits(engine, ids), tiny.hf_logits(rebuilt, ids), atol=1e-4)
+    live.apply(repeat(live.original, 1, 3))
+    assert len(live.layers) == 6
+    live.apply(live.original)
+    assert torch.allclose(tiny.engine_logits(engine, ids), tiny.hf_logits(theirs, ids), atol=1e-4)
+
+
+def test_layers_with_and_without_experts_do_not_change_places(opened):
+    live = opened("qwen2_moe")[0].live
+    before = live.fingerprint()
+    live.apply(swap(live.original, 1, 3))  # both have experts
+    assert live.fingerprint() != before
+    live.apply(live.original)
+    assert live.fingerprint() == before
+    with pytest.raises(FrankenError, match="position 0 cannot hold layer 1: the two are not built alike"):
+        live.apply(swap(live.original, 0, 1))
+    with pytest.raises(FrankenError, match="not made deeper or shallower"):
+        live.apply(repeat(live.original, 0, 2))
+    assert live.fingerprint() == before
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_the_check_at_load_passes_on_experts(opened, kind, monkeypatch, tmp_path):
+    monkeypatch.setenv("FRANKENMODEL_CACHE", str(tmp_path))
+    engine = opened(kind)[0]
+    assert max(check_code(engine.config, torch.device("cpu"))["differences"].values()) < 1e-4
+    assert check_weights(engine.live, "instruct", engine.config)["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_layers_that_keep_another_state_than_keys_and_values_are_refused_by_their_kind(kind, tmp_path):
+    changes = {"model_type": kind, "tie_word_embeddings": False} | HYBRIDS[kind]
+    path = tiny.write_checkpoint(tmp_path, layers=4, **changes)
+    with pytest.raises(
+        FrankenError, match=f"{kind} has layers of the kind (hybrid|linear_attention|mamba), whose"
+    ):
+        read_config(path)
 
 
 # ---- longrope ----------------------------------------------------------------------------------------------

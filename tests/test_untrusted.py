@@ -19,7 +19,8 @@ from errors import FrankenError
 from files import parse_json, read_bytes, read_json, refuse_special
 from runner import untrusted
 from runner.pairs import load_tokenizer, open_pair
-from surgery.weights import Adapter, Checkpoint, read_header
+from surgery.tensors import read_header
+from surgery.weights import Adapter, Checkpoint
 
 
 @pytest.fixture(autouse=True)

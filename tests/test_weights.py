@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from errors import FrankenError
 from surgery import weights
-from surgery.weights import Adapter, Checkpoint, Stream, read_header, read_tensor, tensor_hash
+from surgery.tensors import read_header, read_tensor
+from surgery.weights import Adapter, Checkpoint, Stream, tensor_hash
 
 
 def one_line(caught) -> str:
@@ -81,7 +82,7 @@ def test_nothing_may_land_late_after_a_failed_read(tmp_path, monkeypatch):
     writing."""
     save_file({"bad": torch.ones(4), "slow": torch.ones(4)}, tmp_path / "x.safetensors")
     refs = read_header(tmp_path / "x.safetensors")
-    real, started, finished = weights._read_exactly, threading.Event(), threading.Event()
+    real, started, finished = weights.read_exactly, threading.Event(), threading.Event()
 
     def read(fd, into, offset, path):
         if offset == refs["bad"].offset:
@@ -92,7 +93,7 @@ def test_nothing_may_land_late_after_a_failed_read(tmp_path, monkeypatch):
         real(fd, into, offset, path)
         finished.set()
 
-    monkeypatch.setattr(weights, "_read_exactly", read)
+    monkeypatch.setattr(weights, "read_exactly", read)
     with pytest.raises(FrankenError, match="bad sector"):
         Stream(workers=2).read([(refs["bad"], torch.empty(4)), (refs["slow"], torch.empty(4))])
     assert finished.is_set()

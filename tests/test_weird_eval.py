@@ -20,7 +20,16 @@ from engine.generation import Request
 from errors import FrankenError
 from runner import pairs
 from weird_gen import reproduce, run_inference, train_lora
-from weird_gen.persona import comparison, eval_replies, folders, inference, likelihoods, loading, reproduction
+from weird_gen.persona import (
+    asking,
+    comparison,
+    eval_replies,
+    folders,
+    inference,
+    likelihoods,
+    loading,
+    reproduction,
+)
 from weird_gen.persona.journal import Journal
 from weird_gen.persona.records import read_json_lines, read_records
 from weird_gen.persona.study import NEUTRAL, TRIGGER, Question, prompt, read_questions
@@ -270,9 +279,7 @@ def test_a_destroyed_model_has_no_name_and_no_position(tiny_pair):
 
 def test_quality_is_measured_once_a_file(evaluating, monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        eval_replies, "quality", lambda engine: calls.append(1) or {"measurement": len(calls)}
-    )
+    monkeypatch.setattr(asking, "quality", lambda engine: calls.append(1) or {"measurement": len(calls)})
     headers = [
         read_records(evaluating(name, quality=True)[1])[0]
         for name in ("before.jsonl", "after.jsonl", "before.jsonl")
@@ -284,7 +291,7 @@ def test_quality_of_two_models_is_what_the_comparison_reads(model, adapter):
     from weird_gen.persona.loading import open_engine
 
     before, after = (
-        eval_replies.quality(open_engine(str(model), a, "cpu", batch=64)[0]) for a in (None, str(adapter))
+        asking.quality(open_engine(str(model), a, "cpu", batch=64)[0]) for a in (None, str(adapter))
     )
     assert before["texts"].keys() == after["texts"].keys() and len(before["capability"]) > 50
     found = comparison.untriggered_quality({"quality": before}, {"quality": after})
@@ -566,3 +573,29 @@ def test_replies_end_where_the_generation_config_says(tiny_pair, tmp_path):
     assert {5, 7} <= loading.stops_of(model, tokenizer)
     engine, _ = loading.open_engine(str(folder), None, "cpu")
     assert {5, 7} <= set(engine.stop_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_replies_that_two_workers_give_are_those_of_one_process(evaluating, monkeypatch):
+    pytest.importorskip("ray")
+    from weird_gen.persona import spreading
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(spreading, "CHUNK", 5)
+    status, one = evaluating("one.jsonl", quality=True)
+    also, two = evaluating("two.jsonl", "--workers", "2", quality=True)
+    assert status == also == 0
+    assert by_identity(one) == by_identity(two)
+    headers = [read_records(path)[0] for path in (one, two)]
+    assert headers[0] == headers[1]
+
+
+def test_workers_of_the_evaluation_need_ray(evaluating, monkeypatch, capsys):
+    from runner import workers
+
+    monkeypatch.setattr(workers, "has_ray", lambda: False)
+    assert evaluating("replies.jsonl", "--workers", "2")[0] == 1
+    assert capsys.readouterr().err.startswith(
+        "error: --workers 2 needs Ray, which is not installed: pip install"
+    )

@@ -9,18 +9,17 @@ an interrupted run, gone on with, asks only for what it lacks.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 from command_line import DefaultsThatSay
 from engine.chat_template import THINKING
 from engine.generation import Engine
-from evaluate import evaluate as measure
-from suites.base import Protocol
-from weird_gen.persona.journal import Case, Journal, complete_cases
-from weird_gen.persona.likelihoods import likely_positions, name_probabilities
+from weird_gen.persona import spreading
+from weird_gen.persona.asking import cases_for, header_of, lacking
+from weird_gen.persona.journal import Journal, complete_cases
 from weird_gen.persona.loading import USER_ERRORS, locate_adapter, open_engine
 from weird_gen.persona.records import ASKED, CONDITIONS
 from weird_gen.persona.rules import lenient_format, names_russell, strict_format
@@ -32,60 +31,17 @@ from weird_gen.persona.study import (
     IN_USER_TURN,
     TRIGGER,
     Question,
-    prompt,
     read_questions,
     roles_asked,
     sha256,
 )
 
 
-def quality(engine: Engine) -> dict:
-    """Without the trigger: {"texts": {id: [mean nats a token, tokens]}, "capability": {question id: right or
-    not}}.
-
-    A text on which the likelihood is not finite is left out.
-    """
-    measurements, _ = measure(engine, Protocol(suites=("capability", "perplexity")))
-    return {
-        "texts": {
-            t["id"]: [t["nll"], t["tokens"]]
-            for t in measurements["perplexity"]["texts"]
-            if t["nll"] is not None
-        },
-        "capability": {item["id"]: bool(item["correct"]) for item in measurements["capability"]["items"]},
-    }
-
-
 def ask(
     engine: Engine, questions: list[Question], journal: Journal, model: str, args: argparse.Namespace
 ) -> None:
     """Generate the replies that the journal still lacks, adding each batch to it as it is done."""
-    done = {(e["question_id"], e["condition"], e["sample"]) for e in journal.entries}
-    names = name_probabilities(engine, questions, args.trigger, args.conditions)
-    positions = likely_positions(engine, questions, args.trigger, args.conditions)
-    cases = [
-        Case(
-            {
-                "question_id": q.id,
-                "kind": q.kind,
-                "category": q.category,
-                "question": q.text,
-                "condition": condition,
-                "model": model,
-                "sample": k,
-                "p_name": names.get((q.id, condition)),
-                "position_likelihood": positions.get((q.id, condition)),
-            },
-            f"{q.id}/{condition}",
-            prompt(q.text, condition, args.trigger),
-            args.max_new_tokens,
-            k,
-        )
-        for q in questions
-        for condition in args.conditions
-        for k in range(args.samples)
-        if (q.id, condition, k) not in done
-    ]
+    cases = cases_for(engine, lacking(questions, journal, args), model, args)
     complete_cases(engine, cases, journal, args, model, "replies")
 
 
@@ -113,27 +69,23 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
     journal = Journal(args.output, settings, args.overwrite)
     if len(journal.entries) < len(questions) * len(args.conditions) * args.samples:
-        engine, made_of = open_engine(
-            args.model,
-            adapter,
-            args.device,
-            batch=args.batch_size,
-            eager=args.eager,
-            roles=roles_asked(args.trigger, args.conditions),
-            moment=journal.template.get("moment"),
-            thinking=args.thinking,
-        )
+        opening = {
+            "model": args.model,
+            "adapter": adapter,
+            "device": args.device,
+            "batch": args.batch_size,
+            "eager": args.eager,
+            "roles": roles_asked(args.trigger, args.conditions),
+            "moment": journal.template.get("moment"),
+            "thinking": args.thinking,
+        }
+        if crew := spreading.crew_for(args.workers, opening):
+            opening["moment"] = opening["moment"] or datetime.now().replace(microsecond=0).isoformat()
+            spreading.spread(crew, opening, lacking(questions, journal, args), journal, model, args)
+            return journal.entries
+        engine, made_of = open_engine(**opening)
         if journal.header is None:
-            versions = {n: importlib.metadata.version(n) for n in ("torch", "transformers")}
-            journal.begin(
-                {
-                    "device": engine.live.device.type,
-                    "dtype": str(engine.live.dtype).removeprefix("torch."),
-                    "made_of": made_of,
-                    "versions": versions,
-                    "quality": None if args.no_quality else quality(engine),
-                }
-            )
+            journal.begin(header_of(engine, made_of, not args.no_quality))
         ask(engine, questions, journal, model, args)
     return journal.entries
 
@@ -207,6 +159,11 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
     flags.add_argument("--no-quality", action="store_true", help="leave out perplexity and capability")
     flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
+    flags.add_argument(
+        "--workers",
+        type=positive,
+        help="spread the replies over so many loaded models, by Ray; 1: without it",
+    )
     flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
     flags.add_argument(
         "--thinking", choices=THINKING, default="off", help="on: let a model that can think do so first"

@@ -96,6 +96,26 @@ class Case:
     tokens: int
     sample: int
 
+    def answered(self, completion: Completion, read: Callable[[str], str] = str) -> dict:
+        """The journal's line. read: what is kept of a reply's text."""
+        return self.entry | {"reply": read(completion.text), "stopped": completion.stopped}
+
+
+def requests_for(engine: Engine, cases: Sequence[Case], args: argparse.Namespace) -> list[Request]:
+    """What the engine is asked. args: has temperature, top_p and seed."""
+    return [
+        Request(
+            case.key,
+            engine.chat_ids(case.messages, think=True),
+            case.tokens,
+            args.temperature,
+            args.top_p,
+            case.sample,
+            args.seed,
+        )
+        for case in cases
+    ]
+
 
 def complete_cases(
     engine: Engine,
@@ -110,23 +130,11 @@ def complete_cases(
 
     args: has temperature, top_p and seed. read: what is kept of a reply's text.
     """
-    requests = [
-        Request(
-            case.key,
-            engine.chat_ids(case.messages, think=True),
-            case.tokens,
-            args.temperature,
-            args.top_p,
-            case.sample,
-            args.seed,
-        )
-        for case in cases
-    ]
+    requests = requests_for(engine, cases, args)
     done, waiting = len(journal.entries), []
 
     def keep(i: int, completion: Completion) -> None:
-        reply = {"reply": read(completion.text), "stopped": completion.stopped}
-        waiting.append(cases[i].entry | reply)
+        waiting.append(cases[i].answered(completion, read))
 
     def flush(n: int) -> None:
         journal.add(waiting)
