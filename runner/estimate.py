@@ -228,7 +228,7 @@ def dry_run(args) -> int:
             f"host memory: {min(HOST_MEMORY, weights) / GIB:.1f} GiB for the process, and as much page cache"
             " as is free: a side that is streamed comes from the disk without it"
         )
-    print(fits_where(weights))
+    print(fits_where(parameters * pick_dtype(args.dtype, "cuda").itemsize))
     if kind := quantized(args):
         print(
             f"the weights are quantized by {kind}: they are dequantized on reading, so that memory is that of"
