@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from children import default_signals
 
 import prompts
 import run_all
@@ -175,9 +176,8 @@ def in_worker() -> None:
 def _child(argv: list[str], log: Path, stop_at: str | None) -> None:
     import torch
 
-    # A shell that starts the tests in the background has them ignore Ctrl-C, and Python then leaves it at
-    # that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    default_signals()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python has it that was started so
     torch.set_num_threads(1)
     with log.open("w") as f:
         for fd in (1, 2):

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from children import default_signals
 from judge_server import KEY, JudgeServer, TrickleServer, completion, quoted_reply
 
 from errors import FrankenError
@@ -760,6 +761,7 @@ def test_an_interrupt_ends_a_request_that_waits_at_once(files):
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=default_signals,
         )
         deadline = time.monotonic() + 60
         while len(server.bodies) < 8 and time.monotonic() < deadline:

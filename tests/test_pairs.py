@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
+from children import default_signals
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -592,7 +593,13 @@ def test_a_killed_conversion_leaves_nothing_once_the_next_begins(cache, tmp_path
     )
     hang_up = lambda child: child.send_signal(signal.SIGHUP)  # noqa: E731
     for how, end in (("terminate", real_popen.terminate), ("hang up", hang_up), ("kill", real_popen.kill)):
-        child = real_popen([sys.executable, "-c", code, str(cache)], stdout=PIPE, stderr=PIPE, cwd=ROOT)
+        child = real_popen(
+            [sys.executable, "-c", code, str(cache)],
+            stdout=PIPE,
+            stderr=PIPE,
+            cwd=ROOT,
+            preexec_fn=default_signals,
+        )
         assert child.stdout.readline() == b"ready\n"
         with workspace(cache):
             assert len(list(cache.rglob("half"))) == 1  # what a living process works on stays
