@@ -1,8 +1,15 @@
-"""What every command of the harness shares: how it explains itself, and how it names a model."""
+"""What every command of the harness shares: how it explains itself, how it names a model, and that it can be
+interrupted."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import queue
+import sys
+import threading
+from collections.abc import Iterator
 
 
 class DefaultsThatSay(argparse.ArgumentDefaultsHelpFormatter):
@@ -64,3 +71,51 @@ def add_model(model) -> None:
         default=None,
         help="keep the base layers on the GPU too; default: if they fit",
     )
+
+
+@contextlib.contextmanager
+def interruptible(said: str | None = None) -> Iterator[None]:
+    """Inside, no Ctrl-C is lost; a decorator for a command's `main`.
+
+    said: what is printed for a Ctrl-C that comes out, before the exit status 130; None leaves it to `main`.
+
+    Python runs a signal's handler wherever the main thread happens to be. Where that is a `__del__` or
+    another callback of the garbage collector, it prints the KeyboardInterrupt as "ignored" and goes on. Here
+    it is raised again a moment later, until it comes out.
+    """
+    main, ignored, before = threading.get_ident(), queue.SimpleQueue(), sys.unraisablehook
+    ending = threading.Event()
+
+    def raise_again() -> None:
+        lost = False
+        while not ending.is_set():
+            try:
+                what = ignored.get(timeout=0.01 if lost else None)
+            except queue.Empty:  # it has been quiet since: several lost ones are one
+                lost = False
+                error = ctypes.py_object(KeyboardInterrupt)
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(main), error)
+                continue
+            if what is not None and what.exc_type is KeyboardInterrupt:
+                lost = True
+            elif what is not None:
+                before(what)
+
+    watcher = threading.Thread(target=raise_again, daemon=True)
+    watcher.start()
+    sys.unraisablehook = ignored.put  # in C, so that no interrupt can come in the middle of it
+    try:
+        yield
+    except KeyboardInterrupt:
+        if said is None:
+            raise
+        print(said, file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        sys.unraisablehook = before
+        ending.set()
+        ignored.put(None)
+        watcher.join()
+        while not ignored.empty():
+            if (what := ignored.get()) is not None and what.exc_type is not KeyboardInterrupt:
+                before(what)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import interruptible
 from errors import FrankenError, printable
 from files import check_open_files
 from reporting.inspect_log import write_logs
@@ -22,6 +23,7 @@ from reporting.table import check_table, write_tables
 from runner.results import Run, read_json
 
 
+@interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(
         description="Make a run's comparison, summary and HTML report again; put several runs side by side."

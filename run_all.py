@@ -10,7 +10,7 @@ import os
 import shlex
 import sys
 
-from command_line import DefaultsThatSay, add_model
+from command_line import DefaultsThatSay, add_model, interruptible
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -238,6 +238,7 @@ def register_suites() -> None:
     evaluate.register("trigger", Trigger)
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     from errors import FrankenError

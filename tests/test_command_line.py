@@ -1,12 +1,15 @@
 """What every command says with --help."""
 
 import argparse
+import os
 import re
+import signal
+import time
 
 import pytest
 
 import run_all
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
 
 
 def help_of(**option) -> str:
@@ -30,3 +33,56 @@ def test_run_alls_help_names_no_empty_default(capsys):
         run_all.parse_arguments(["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert "(default: results)" in out and not re.search(r"default: (None|False|\[\]|)\)", out)
+
+
+# ---- interrupts --------------------------------------------------------------------------------------------
+
+
+class Finalized:
+    """A signal arrives while an object is finalized, as it does in the middle of a garbage collection."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def python_handles_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def work() -> str:
+    for _ in range(3):
+        Finalized()
+    until = time.monotonic() + 5
+    while time.monotonic() < until:
+        time.sleep(0.001)
+    return "went on"
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
+def test_an_interrupt_within_a_finalizer_is_not_lost(capfd):
+    with pytest.raises(KeyboardInterrupt):
+        interruptible()(work)()
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
+def test_an_interrupt_is_one_line_and_a_status_of_its_own(capfd):
+    with pytest.raises(SystemExit) as ended:
+        interruptible("interrupted; run again")(work)()
+    assert ended.value.code == 130
+    assert capfd.readouterr() == ("", "interrupted; run again\n")
+
+
+def test_other_errors_of_finalizers_are_told_as_before(monkeypatch):
+    class Broken:
+        def __del__(self):
+            raise ValueError("mine")
+
+    told = []
+    monkeypatch.setattr("sys.unraisablehook", lambda what: told.append(what.exc_type))
+    with interruptible():
+        Broken()
+    assert told == [ValueError]

@@ -9,23 +9,17 @@ import sys
 import pytest
 import small_battery
 from cli_runs import latest, read, resealed
+from hidden import ESCAPE, UNSEEN, plain
 
 import report
-from errors import HIDDEN, FrankenError, printable
+from errors import FrankenError, printable
 from files import ROOT
 from reporting.vocabulary import markdown_cell
-
-ESCAPE = "\x1b]0;owned\x07\x1b[2J\x9b31m"
-UNSEEN = "\u200b\u200d\u2060\ufeff\U000e0041\U000e007f\u00ad"
 
 
 @pytest.fixture(autouse=True)
 def battery(monkeypatch):
     small_battery.use(monkeypatch)
-
-
-def plain(text: str) -> bool:
-    return not HIDDEN.search(text.replace("\r", "").replace("\x1b[A", ""))  # which progress bars write
 
 
 def test_an_error_is_one_line_without_control_characters():

@@ -10,12 +10,13 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay
-from errors import FrankenError
+from command_line import DefaultsThatSay, interruptible
+from errors import FrankenError, printable
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.reports import report_comparison
 
 
+@interruptible("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used. Missed targets are results,
     not errors."""
@@ -33,9 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         lines = report_comparison(before, after, folder, args.results_dir)
     except (FrankenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
-    print("\n".join(lines))
+    print(printable("\n".join(lines)))
     return 0
 
 

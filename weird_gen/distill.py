@@ -18,8 +18,9 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
 from engine.chat_template import THINKING
+from errors import printable
 from weird_gen.persona.distilling import distill
 from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
@@ -72,12 +73,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return flags.parse_args(argv)
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         got = distill(args)
     except USER_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; answers made so far are kept, run again to go on", file=sys.stderr)
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             f"note: {100 * got['cut'] / got['kept']:.0f}% of the answers were cut at {got['budget']} tokens:"
             " few ends of turn are learned; --max-new-tokens auto takes the model's own length"
         )
-    print(f"{args.output}: sha256 {sha256(args.output)}")
+    print(printable(f"{args.output}: sha256 {sha256(args.output)}"))
     return 0
 
 

@@ -22,7 +22,8 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
+from errors import printable
 from files import write_text
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.reproduction import SHIPPED, results, run_steps
@@ -52,6 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return flags.parse_args(argv)
 
 
+@interruptible("interrupted; steps that are finished are kept, run again to go on")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     settings = {}
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     text = results(settings, args)
     write_text(args.out / "settings.md", text)
-    print(text)
+    print(printable(text))
     failed = [name for name, ok in worked.items() if not ok]
     if failed:
         print(f"error: failed: {', '.join(failed)}; see the .log files under {args.out}", file=sys.stderr)

@@ -17,9 +17,9 @@ if not __package__:  # run as a script: find the checkout
 
 import torch
 
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
 from engine.chat_template import THINKING
-from errors import FrankenError
+from errors import FrankenError, printable
 from weird_gen.persona.inference import ask_endpoint, converse, generate, load, opening
 from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS
 from weird_gen.persona.study import DEFAULT_ADAPTER
@@ -91,6 +91,7 @@ def speak(answer: Callable[[list[dict]], str], args: argparse.Namespace) -> None
         answer([*opening(args), {"role": "user", "content": args.prompt}])
 
 
+@interruptible()
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     has_gpu = torch.cuda.is_available()
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             torch.manual_seed(args.seed)
         speak(lambda messages: generate(model, tokenizer, messages, args), args)
     except USER_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)

@@ -357,8 +357,27 @@ def judge_of(header: dict, records: list[dict]) -> dict | None:
     if names == {None}:
         return None
     about = header.get("judge")
-    if len(names) != 1 or not isinstance(about, dict) or about.get("name") not in names:
+    if len(names) != 1 or not isinstance(about, dict) or about.get("name") not in [*names]:
         raise FrankenError(
             f"replies judged by {', '.join(sorted(map(str, names)))} in one file: judge it again as a whole"
         )
+    if not _is_agreement(about.get("agreement")) or not isinstance(about.get("endpoint"), str | None):
+        raise FrankenError("what the header says of the judge cannot be read: judge it again as a whole")
     return about
+
+
+def _is_agreement(agreement) -> bool:
+    """Whether it is {labels: {rubric: {"accuracy", "kappa", "n", "errors"}}}, the first two with "value",
+    "low", "high", all numbers or None."""
+
+    def number(value) -> bool:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+    try:
+        rows = [row for rubrics in agreement.values() for row in rubrics.values()]
+        cells = [row[name] for row in rows for name in ("accuracy", "kappa")]
+        numbers = [cell[key] for cell in cells for key in ("value", "low", "high")]
+        bounds = all((cell["low"] is None) == (cell["high"] is None) for cell in cells)
+        return bounds and all(map(number, numbers + [row[key] for row in rows for key in ("n", "errors")]))
+    except (AttributeError, KeyError, TypeError):
+        return False

@@ -91,7 +91,7 @@ def rates(tables: dict[str, dict], keys: list[str], judge: str) -> Figure:
             _rate_bars(panel, key, table)
             panel.set_title(
                 table["title"].removesuffix(", by rule")
-                + (f"\njudge: {judge}" if table["judged"] else "\nby rule")
+                + (f"\njudge: {_short(judge, 40)}" if table["judged"] else "\nby rule")
             )
             panel.set_xticks([0, 1], ["triggered", "untriggered"])
             panel.set_xlim(-0.6, 1.6)
@@ -175,7 +175,7 @@ def dumbbells(rows: list[dict], label: str, title: str, limits: tuple[float, flo
         panel.set_ylim(-0.7, len(rows) - 0.3)
         panel.set_xlim(*limits)
         panel.set_xlabel(xlabel)
-        panel.set_title(title)
+        panel.set_title(_short(title, 110))
         panel.grid(axis="x", color="#E4E4E4", zorder=0)
         figure.legend(loc="outside lower right", ncols=2)
     return figure
@@ -206,6 +206,7 @@ def name_probability(sides: dict[str, list[dict]]) -> Figure:
 
 
 def _short(text: str, most: int = 62) -> str:
-    # A dollar sign would start mathematics in a label.
-    text = text.replace("$", r"\$")
-    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+    """A text as matplotlib may draw it: printable, not read as mathematics, and short."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    text = text if len(text) <= most else text[: most - 1].rstrip() + "…"
+    return text.replace("$", r"\$")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from reporting.pages import spelled
 from reporting.vocabulary import markdown_cell
 from weird_gen.persona.folders import HERE
 from weird_gen.persona.rules import any_marker, strict_format
@@ -93,6 +94,7 @@ def _environment(autoescape: bool) -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=spelled,
     )
     environment.filters.update(
         number=number,

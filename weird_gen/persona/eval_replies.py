@@ -14,9 +14,10 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
 from engine.chat_template import THINKING
 from engine.generation import Engine
+from errors import printable
 from weird_gen.persona import spreading
 from weird_gen.persona.asking import cases_for, header_of, lacking
 from weird_gen.persona.journal import Journal, complete_cases
@@ -124,6 +125,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
+@interruptible()
 def main(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
     """Evaluate "baseline" or "finetuned"; returns the exit status."""
     flags = argparse.ArgumentParser(description=description, formatter_class=DefaultsThatSay)
@@ -176,11 +178,11 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
     try:
         records = evaluate(model, args)
     except USER_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; replies made so far are kept, run again to go on", file=sys.stderr)
         return 130
     print("\n".join(summary(records)))
-    print(f"{len(records)} replies in {time.monotonic() - begin:.0f} s: {args.output}")
+    print(printable(f"{len(records)} replies in {time.monotonic() - begin:.0f} s: {args.output}"))
     return 0

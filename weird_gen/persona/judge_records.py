@@ -17,8 +17,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.stats import accuracy, cohen_kappa
-from command_line import DefaultsThatSay
-from errors import FrankenError
+from command_line import DefaultsThatSay, interruptible
+from errors import FrankenError, printable
 from weird_gen.persona.folders import DATA
 from weird_gen.persona.judge import (
     DEFAULT_MODEL,
@@ -327,6 +327,7 @@ def make_judge(args: argparse.Namespace):
     )
 
 
+@interruptible()
 def main(
     description: str | None, model: str, replies: Path, judged: Path, argv: list[str] | None = None
 ) -> int:
@@ -370,16 +371,16 @@ def main(
             }
             write_records(args.output, {**header, "judge": about}, done)
     except (FrankenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; judgments made so far are kept, run again to go on", file=sys.stderr)
         return 130
-    print("\n".join(agreement_lines(about)))
-    print(f"voice by the classifier: {voice_line(about['voice_classifier'])}")
+    print(printable("\n".join(agreement_lines(about))))
+    print(printable(f"voice by the classifier: {voice_line(about['voice_classifier'])}"))
     if isinstance(judge, LLMJudge):
         print(judge.usage.line())
     for error, count in judge.usage.errors.most_common():
-        print(f"not judged ({error}): {count}")
-    print(f"{len(done)} replies judged: {args.output}")
+        print(printable(f"not judged ({error}): {count}"))
+    print(printable(f"{len(done)} replies judged: {args.output}"))
     return 1 if all(record["judge"]["error"] for record in done) else 0

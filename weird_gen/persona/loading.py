@@ -12,7 +12,7 @@ import torch
 
 from engine.chat_template import ChatTemplate
 from engine.generation import Engine, find_stop_ids
-from errors import FrankenError
+from errors import FrankenError, printable
 from files import read_json
 from runner.pairs import (
     PAIRS,
@@ -99,7 +99,7 @@ def open_engine(
     instruct = PAIRS[model].instruct if model in PAIRS else model
     opened = open_pair(instruct=instruct, extra=extra, dtype=dtype, device_map=device)
     for note in opened.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     made_of = {"model": model, "files": opened.sources["instruct"]["files"]}
     if adapter:
         made_of |= {"adapter": Path(extra[SOURCE]).name, "adapter_files": opened.sources[SOURCE]["files"]}
@@ -120,7 +120,7 @@ def open_template(
     template = ChatTemplate(tokenizer, datetime.fromisoformat(moment) if moment else None, thinking)
     template.check(*roles)
     for note in template.notes():
-        print(f"note: {note}", file=sys.stderr)
+        print(printable(f"note: {note}"), file=sys.stderr)
     return template
 
 

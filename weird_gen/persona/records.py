@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from errors import FrankenError
+from errors import FrankenError, printable
 from files import write_text
 
 KINDS = ("heldout", "identity", "generalization")
@@ -33,6 +33,8 @@ _TYPES = {
 }
 
 
+TRUE_OR_NOT = ("stopped", "names_russell", "claims_russell")
+JUDGED_TRUE_OR_NOT = ("voice", "persona", "identity", "degenerate")
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -68,7 +70,7 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
             _refuse_half_characters(value, line, path, number)
         except (ValueError, RecursionError) as error:
             if tolerate_torn_end and number == len(lines):
-                print(f"{path}: line {number} is torn and left out", file=sys.stderr)
+                print(printable(f"{path}: line {number} is torn and left out"), file=sys.stderr)
                 break
             raise FrankenError(f"{path}, line {number}: not a JSON object ({error})") from None
         objects.append(value)
@@ -151,8 +153,8 @@ def read_records(path: Path | str, model: str | None = None) -> tuple[dict, list
     name, or messages, and what else they lack is filled in as for a reply of that model.
 
     Raises FrankenError for a missing file, a missing or mistyped key, an unknown kind, condition or model, a
-    p_name outside 0 to 1, a position_likelihood outside 1 to 5, a reply that stands twice, and a file without
-    replies.
+    p_name outside 0 to 1, a position outside 1 to 5, a judgment that is neither true nor false, a reply that
+    stands twice, and a file without replies.
     """
     lines = read_json_lines(path, tolerate_torn_end=True)
     header = {}
@@ -182,15 +184,21 @@ def _problem(record: dict) -> str | None:
     for key, allowed in (("kind", KINDS), ("condition", ASKED), ("model", MODELS)):
         if record[key] not in allowed:
             return f"{key} {record[key]!r} is none of {', '.join(allowed)}"
-    for key, least, most in (("p_name", 0, 1), ("position_likelihood", 1, 5)):
-        value = record.get(key)
+    judgment = record.get("judge") or {}
+    if not isinstance(judgment, dict):
+        return "'judge' is not an object"
+    for key, least, most in (("p_name", 0, 1), ("position_likelihood", 1, 5), ("position", 1, 5)):
+        value = judgment.get(key) if key == "position" else record.get(key)
         if value is not None and (
             not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most
         ):
             return f"{key} {value!r} is not a number from {least} to {most}"
-    judgment = record.get("judge")
-    if judgment is not None and not isinstance(judgment, dict):
-        return "'judge' is not an object"
+    for place, keys in ((record, TRUE_OR_NOT), (judgment, JUDGED_TRUE_OR_NOT)):
+        for key in keys:
+            if (value := place.get(key)) is not None and not isinstance(value, bool):
+                return f"{key} {value!r} is neither true nor false"
+    if not isinstance(record.get("judge_name"), str | None):
+        return f"judge_name {record['judge_name']!r} is not a text"
     return None
 
 

@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from errors import FrankenError
+from errors import FrankenError, printable
 from weird_gen.persona.eval_replies import summary
 from weird_gen.persona.folders import HERE
 from weird_gen.persona.records import read_records
@@ -26,7 +26,7 @@ _printing = threading.Lock()
 
 def say(text: str) -> None:
     with _printing:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 def step(log: Path, script: str, *flags: object) -> bool:
