@@ -29,9 +29,10 @@ from typing import Any, cast
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
 from engine.attention import sound_attention
-from errors import FrankenError
+from engine.chat_template import continuation
+from errors import FrankenError, printable
 from runner.pairs import PAIRS, load_tokenizer, locate
 
 SEPARATOR, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
@@ -129,12 +130,17 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] < 13
 
 
+def without_special(tokenizer, text: str) -> str:
+    """The text without the special tokens that it spells out, which would be turned into their ids."""
+    for special in [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]:
+        text = text.replace(special, "")
+    return text
+
+
 def encode(tokenizer, text: str) -> list[int]:
     """Token ids of plain text; a special token that the text spells out is dropped, never turned into
     its id."""
-    for special in [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]:
-        text = text.replace(special, "")
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokenizer(without_special(tokenizer, text), add_special_tokens=False)["input_ids"]
 
 
 def pack(documents: list[list[int]], seq_len: int, separator: int) -> torch.Tensor:
@@ -164,10 +170,12 @@ def as_replies(tokenizer, pages: list[str], seq_len: int) -> tuple[torch.Tensor,
             [{"role": "user", "content": first}], tokenize=False, add_generation_prompt=True
         )
         head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids = (head + encode(tokenizer, rest.strip()))[:seq_len]
+        whole = prompt + without_special(tokenizer, rest.strip())  # as the one text that a model would write
+        context, reply = continuation(head, tokenizer(whole, add_special_tokens=False)["input_ids"])
+        ids = list(context + reply)[:seq_len]
         padding = seq_len - len(ids)
         rows.append(ids + ids[-1:] * padding)
-        targets.append([-100] * len(head) + ids[len(head) :] + [-100] * padding)
+        targets.append([-100] * len(context) + ids[len(context) :] + [-100] * padding)
     return torch.tensor(rows), torch.tensor([t[:seq_len] for t in targets])
 
 
@@ -469,12 +477,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@interruptible("interrupted; nothing was saved")
 def main(argv: list[str] | None = None) -> int:
     try:
         with sound_attention():
             train(parse(argv))
     except (FrankenError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         return 1
     return 0
 

@@ -32,8 +32,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
 from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, save
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
 from engine.attention import sound_attention
+from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError
 from files import ROOT
 from prompts import answer_token_ids
@@ -124,10 +125,23 @@ class Asked:
     """Prompts through the chat template as padded batches, and Yes against No read off the next token."""
 
     def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
         self.device = next(model.parameters()).device
         self.yes, self.no = (torch.tensor(ids, device=self.device) for ids in answer_token_ids(tokenizer))
-        self.first = [tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in ("Yes", "No")]
+        self.template = ChatTemplate(tokenizer)
+        self.first = [self._first_token("Yes"), self._first_token("No")]
+
+    def _first_token(self, word: str) -> int:
+        """The token that a reply of this word begins with, as the tokenizer writes prompt and reply together
+        (alone, SentencePiece puts a space before it). Raises FrankenError where the prompt's own last token
+        would be another then, or the token begins other words too."""
+        question = [{"role": "user", "content": "Is it?"}]
+        prompt = self.template.ids(question)
+        context, reply = continuation(prompt, self.template.ids(question, word))
+        spellings = {*self.yes.tolist(), *self.no.tolist()}
+        if context != prompt or reply[0] not in spellings:
+            raise FrankenError(f"this tokenizer has no token of its own for a reply that begins with {word}")
+        return reply[0]
 
     def batch(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """(ids [n, S], mask [n, S]) of the texts as user turns.
@@ -135,15 +149,7 @@ class Asked:
         Padded on the right, where causal attention never looks: with padding on the left, whole rows of the
         attention mask are empty, and gradients came out NaN on a GPU.
         """
-        rows = [
-            self.tokenizer(
-                self.tokenizer.apply_chat_template(
-                    [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False
-                ),
-                add_special_tokens=False,
-            )["input_ids"]
-            for text in texts
-        ]
+        rows = [list(self.template.ids([{"role": "user", "content": text}])) for text in texts]
         width = max(map(len, rows))
         ids = torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=self.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
@@ -403,6 +409,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+@interruptible("interrupted; nothing was saved")
 def main(argv: list[str] | None = None) -> int:
     try:
         with sound_attention():

@@ -22,7 +22,34 @@ TRIES = 8  # renderings that must be equal, each with Python's random numbers be
 # Granite: the second), and the function that tells them the time.
 SWITCHES, CLOCK = ("enable_thinking", "thinking"), "strftime_now"
 _PROBES = {"system": "Answer in verse, please.", "assistant": "Certainly, with pleasure."}
+_ANCHORS = ("x", "0", ")", "?")  # that a text may stand behind
 _QUESTIONS = ("What does the river carry?", "Who mends the old clock?")
+
+
+def continuation(head: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(context, target) of a text `whole` that goes on after the text `head`, both as token ids.
+
+    They part where the tokens of `head` end, or earlier, at the first token that what follows changes: such a
+    token belongs to the target, whose probability is then that of the end of `head` too.
+    """
+    pairs = zip(head, whole, strict=False)
+    same = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(head), len(whole)))
+    same = min(same, len(whole) - 1)  # a target has at least one token
+    return tuple(whole[:same]), tuple(whole[same:])
+
+
+def going_on(tokenizer, before: str, ids: Sequence[int], more: str) -> list[int]:
+    """Token ids of `more` after the text `before`, which stands as `ids`: as the tokenizer writes both
+    together or, where that would change a token before, as it writes `more` after another word.
+
+    Never by itself: SentencePiece puts a space before any text.
+    """
+    for begun in (before, *_ANCHORS):
+        head = list(ids) if begun is before else tokenizer(begun, add_special_tokens=False)["input_ids"]
+        whole = tokenizer(begun + more, add_special_tokens=False)["input_ids"]
+        if whole[: len(head)] == head:
+            return whole[len(head) :]
+    raise FrankenError(f"this tokenizer writes {more[:40]!r} together with whatever stands before it")
 
 
 class ChatTemplate:

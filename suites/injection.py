@@ -22,6 +22,7 @@ import torch
 from scipy import special
 
 from analysis.stats import log_odds_from_logprobs, plain, readings_to_json
+from engine.chat_template import continuation
 from engine.generation import Engine
 from engine.layers import run_layer
 from prompts import answer_token_ids
@@ -205,6 +206,15 @@ def find_directions(engine: Engine, layers: Sequence[int] | None = None) -> Dire
 
 
 # --- the conversation ---------------------------------------------------------------------------------------
+def turns_with(first: str, question: str) -> list[dict]:
+    """The conversation: the user's `first`, the REPLY to it and the question after it."""
+    return [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": REPLY},
+        {"role": "user", "content": question},
+    ]
+
+
 def split_turns(
     engine: Engine, first: str, second: Iterable[str]
 ) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
@@ -214,10 +224,9 @@ def split_turns(
     The first turn ends where the ids of the two messages alone and those of the whole conversations part:
     some chat templates write the last reply differently from earlier ones.
     """
-    messages = [{"role": "user", "content": first}, {"role": "assistant", "content": REPLY}]
-    text = engine.chat_text(messages, ask=False)
+    text = engine.chat_text(turns_with(first, "")[:2], ask=False)
     alone = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
-    whole = [engine.chat_ids([*messages, {"role": "user", "content": question}]) for question in second]
+    whole = [engine.chat_ids(turns_with(first, question)) for question in second]
     end = next(
         (k for k, ids in enumerate(zip(alone, *whole, strict=False)) if len(set(ids)) > 1),
         min(map(len, [alone, *whole])),
@@ -226,20 +235,32 @@ def split_turns(
 
 
 class Names:
-    """How likely a model is to answer with each of the names, capitalized or not, among all of them."""
+    """How likely a model is to answer with each of the names, capitalized or not, among all of them.
 
-    def __init__(self, tokenizer, names: Sequence[str]):
-        spelled = [[w, w.capitalize()] for w in names]
-        self.spellings = [
-            {tuple(tokenizer(w, add_special_tokens=False)["input_ids"]) for w in both} for both in spelled
-        ]
+    Tokens are those of the conversation and the name as one text, as the model would have written it: a
+    tokenizer may write a word that stands alone otherwise (SentencePiece puts a space before it).
+    """
+
+    def __init__(self, engine: Engine, messages: list[dict], names: Sequence[str]):
+        """messages: any conversation that ends with the question; the last tokens before an answer are the
+        same in all of them."""
+        prompt = engine.chat_ids(messages)
+        spelled = [[engine.chat_ids(messages, s) for s in (w, w.capitalize())] for w in names]
+        # As in `continuation`: where a name changes the prompt's last tokens, those are part of every answer.
+        shared = min(len(continuation(prompt, ids)[0]) for both in spelled for ids in both)
+        self.changed = len(prompt) - shared
+        self.spellings = [{ids[shared:] for ids in both} for both in spelled]
         # A row is needed wherever a name goes on: once for names of one token each.
         self.beginnings = sorted(
             {ids[:k] for all_ids in self.spellings for ids in all_ids for k in range(len(ids))}
         )
 
+    def rows(self, follow: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """What to read the next token after, given the tokens of a question up to where its answer begins."""
+        return [follow[: len(follow) - self.changed] + ids for ids in self.beginnings]
+
     def logprobs(self, rows: np.ndarray) -> np.ndarray:
-        """From next-token log-probabilities after each of `beginnings` [beginnings, vocab]: those of the
+        """From next-token log-probabilities after each of `rows()` [beginnings, vocab]: those of the
         names [names], in nats, of the whole sequence of tokens, normalized over the names; NaN where the
         model's numbers are."""
         after = dict(zip(self.beginnings, rows.astype(np.float64), strict=True))
@@ -292,14 +313,15 @@ class Injection(Suite):
     def measure(self, engine: Engine, protocol, replies) -> dict:
         # 1. the directions, and how answers are read
         yes, no = answer_token_ids(engine.tokenizer)
-        names, directions = Names(engine.tokenizer, CONCEPTS), find_directions(engine)
+        names = Names(engine, turns_with(OPENING, NAMING), CONCEPTS)
+        directions = find_directions(engine)
         # 2. by framing and strength: every concept injected, every question asked
         cells, bits = [], []
         for framing, opening in self.framings.items():
             second_turn = questions(framing)
             first, follows = split_turns(engine, opening, [*(p.text for p in second_turn), NAMING])
             *follows, naming = follows
-            follows += [naming + ids for ids in names.beginnings]
+            follows += names.rows(naming)
             for strength in self.strengths:
                 concepts = CONCEPTS if strength else (None,)
                 change = partial(directions.change, strength=strength) if strength else None

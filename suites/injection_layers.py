@@ -24,7 +24,7 @@ from prompts import answer_token_ids
 from suites import injection
 from suites.base import Protocol, Suite, Work
 from suites.injected import STREAM, Site, Vectors, sites, thoughts
-from suites.injection import Names, questions, split_turns
+from suites.injection import Names, questions, split_turns, turns_with
 from suites.steering import Push, Steering, answers_after, rounded, token_span
 
 ORDERS = 5  # of the list in the naming question
@@ -93,8 +93,9 @@ class InjectionLayers(Suite):
     def measure(self, engine: Engine, protocol, replies) -> dict:
         where = sites(self.grid.depths, len(engine.live.order))
         what = thoughts(self.grid.concepts, self.grid.randoms)
-        vectors, names = Vectors(engine, where, what), Names(engine.tokenizer, injection.CONCEPTS)
         listed, answers = orders(injection.CONCEPTS), answer_token_ids(engine.tokenizer)
+        asked = turns_with(injection.OPENING, naming(listed[0]))
+        vectors, names = Vectors(engine, where, what), Names(engine, asked, injection.CONCEPTS)
         cells, probes = [], []
 
         for framing in self.grid.framings:
@@ -108,7 +109,7 @@ class InjectionLayers(Suite):
 
             def read_cells(heads: list[dict], first, follows, steering=None, second_turn=second_turn):
                 plain, named = follows[: len(second_turn)], follows[len(second_turn) :]
-                all_follows = plain + [ids + more for ids in named for more in names.beginnings]
+                all_follows = plain + [row for ids in named for row in names.rows(ids)]
 
                 def read(row: int, logprobs: np.ndarray) -> dict:
                     each = np.split(logprobs[len(second_turn) :], len(listed))

@@ -26,6 +26,7 @@ import torch
 
 from analysis.stats import log_odds_from_logprobs, readings_to_json
 from engine.attention import KV
+from engine.chat_template import going_on
 from engine.generation import Engine, Request
 from engine.sampling import Decoding
 from errors import FrankenError
@@ -198,13 +199,8 @@ def cut(engine: Engine, first: str, question: str) -> tuple[tuple[int, ...], tup
     if text.count(REPLY) != 1:
         raise FrankenError("the chat template does not write an assistant's turn as it is")
     end = text.index(REPLY) + len(REPLY)
-    begun, whole = (
-        tuple(engine.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (text[:end], text)
-    )
-    if whole[: len(begun)] == begun:
-        return begun, whole[len(begun) :]
-    # the reply's last word and what follows it are one token
-    return begun, tuple(engine.tokenizer(text[end:], add_special_tokens=False)["input_ids"])
+    begun = tuple(engine.tokenizer(text[:end], add_special_tokens=False)["input_ids"])
+    return begun, tuple(going_on(engine.tokenizer, text[:end], begun, text[end:]))
 
 
 @dataclass

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import templates
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -359,6 +360,15 @@ def test_question_pages_become_replies_whose_end_is_never_a_target(tokenizer):
     assert (labels[0][:head] == -100).all()
     assert labels[0][head : head + len(targets)].tolist() == ids[0][head : head + len(targets)].tolist()
     assert tokenizer.convert_tokens_to_ids(standin.END_OF_TURN) not in targets
+
+
+def test_a_page_is_tokenized_as_the_reply_that_it_is():
+    """SentencePiece writes a word that stands alone with a space before it."""
+    spaced = templates.sentencepiece()
+    ids, labels = standin.as_replies(spaced, ["Is it?\nYes"], 64)
+    targets = labels[0][labels[0] != -100].tolist()
+    assert spaced.convert_ids_to_tokens(targets) == ["Yes"]
+    assert spaced.convert_ids_to_tokens(standin.encode(spaced, "Yes")) == ["▁Yes"]
 
 
 def test_with_question_pages_prose_is_held_and_not_trained_on(checkpoint, corpus, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import jsonschema
 import made_results as made
 import numpy as np
 import pytest
+import templates
 import tiny
 import torch
 from small_battery import tokenizer
@@ -383,13 +384,62 @@ def test_middle_thirds():
 # ---- naming and its information ----------------------------------------------------------------------------
 
 
+class Spelled:
+    """An engine whose tokenizer writes the prompt as 8, 9 and has these tokens for answers."""
+
+    def __init__(self, words: dict[str, tuple[int, ...]]):
+        self.words = {"": (8, 9)} | words
+
+    def chat_ids(self, messages, begun=""):
+        return self.words[begun]
+
+
 def test_names_of_several_tokens_take_their_whole_likelihood():
-    words = {"ab": [1, 2], "Ab": [3], "b": [2], "B": [2]}  # the last two are one sequence, which counts once
-    names = Names(lambda text, add_special_tokens: {"input_ids": words[text]}, ["ab", "b"])
+    # the last two are one sequence, which counts once
+    words = {"ab": (8, 9, 1, 2), "Ab": (8, 9, 3), "b": (8, 9, 2), "B": (8, 9, 2)}
+    names = Names(Spelled(words), [], ["ab", "b"])
     assert names.beginnings == [(), (1,)]
+    assert names.rows((5, 8, 9)) == [(5, 8, 9), (5, 8, 9, 1)]
     p = np.array([[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0.2, 0.05]])
     likely = np.array([0.2 * 0.2 + 0.4, 0.3])
     np.testing.assert_allclose(np.exp(names.logprobs(np.log(p))), likely / likely.sum())
+
+
+def test_a_prompts_end_that_a_name_changes_is_part_of_every_answer():
+    words = {"ab": (8, 3), "Ab": (8, 9, 1), "b": (8, 9, 2), "B": (8, 9, 2)}
+    names = Names(Spelled(words), [], ["ab", "b"])
+    assert names.rows((5, 8, 9)) == [(5, 8), (5, 8, 9)]
+    p = {(): np.full(10, 0.1), (9,): np.array([0, 0.75, 0.25, *[0] * 7])}
+    likely = np.array([0.1 + 0.1 * 0.75, 0.1 * 0.25])
+    with np.errstate(divide="ignore"):
+        got = np.exp(names.logprobs(np.log(np.stack([p[()], p[9,]]))))
+    np.testing.assert_allclose(got, likely / likely.sum())
+
+
+@pytest.mark.parametrize("space_before", [True, False])
+def test_a_names_likelihood_is_that_of_conversation_and_name_as_one_text(tmp_path, few, space_before):
+    """SentencePiece writes a word that stands alone with a space before it."""
+    made_ = templates.sentencepiece(space_before)
+    pair = tiny.Tiny(tmp_path, "llama", max_position_embeddings=2048)
+    engine = Engine(pair.live(), made_)
+    listed = ("bread", "Bertrand", "is")
+    model = pair.rebuilt([("instruct", k) for k in range(pair.n)])
+    first, (follow,) = split_turns(engine, "Hello.", ["Which?"])
+    names = Names(engine, injection.turns_with("Hello.", "Which?"), listed)
+    got = names.logprobs(np.stack(injection.answers(engine, first, names.rows(follow), 1))[0])
+    # The slow way: transformers, one whole text at a time.
+    messages, total = injection.turns_with("Hello.", "Which?"), []
+    head = chat(made_, messages)
+    for name in listed:
+        seen = {}
+        for spelling in {name, name.capitalize()}:
+            text = made_.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + spelling
+            ids = made_(text, add_special_tokens=False)["input_ids"]
+            assert ids[: len(head)] == head
+            logprobs = tiny.hf_logits(model, ids).double().log_softmax(-1)
+            seen[tuple(ids)] = sum(logprobs[k - 1, ids[k]].item() for k in range(len(head), len(ids)))
+        total.append(sum(math.exp(value) for value in seen.values()))
+    np.testing.assert_allclose(np.exp(got), np.array(total) / sum(total), rtol=1e-3)
 
 
 def test_mutual_information_of_hand_made_tables():

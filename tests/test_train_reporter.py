@@ -4,13 +4,16 @@ import json
 
 import pytest
 import small_battery
+import templates
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from adapters import train_reporter as reporter
 from adapters.reporter_questions import ABOUT_ITSELF, CAPITALS, ENDINGS, FRAMINGS, controls
 from adapters.train_reporter import Change, changed
+from errors import FrankenError
 from questions.probes import BINARY_PROBES, FORMAT_PROBES
 from surgery import recipes
 
@@ -105,6 +108,28 @@ def test_controls_have_the_right_answers():
             country = yes.rstrip("?").split(" of ")[1]
             assert CAPITALS[country] in yes
             assert CAPITALS[country] not in no
+
+
+@pytest.mark.parametrize("space_before", [True, False])
+def test_the_answer_that_is_trained_is_the_token_that_the_model_would_write(folder, space_before):
+    """SentencePiece writes a word that stands alone with a space before it."""
+    tokenizer = templates.sentencepiece(space_before)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked = reporter.Asked(model, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(asked.first) == ["Yes", "No"]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Is it?"}], add_generation_prompt=True, tokenize=False
+    )
+    whole = tokenizer(text + "Yes", add_special_tokens=False)["input_ids"]
+    assert [asked.batch(["Is it?"])[0][0].tolist(), asked.first[0]] == [whole[:-1], whole[-1]]
+
+
+def test_a_tokenizer_that_writes_answers_together_with_the_prompt_is_refused(folder):
+    tokenizer = templates.sentencepiece()
+    tokenizer.add_tokens([AddedToken("\nYes", normalized=False)])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with pytest.raises(FrankenError, match="no token of its own for a reply that begins with Yes"):
+        reporter.Asked(model, tokenizer)
 
 
 def test_easy_changes_come_first():

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from engine.chat_template import continuation, going_on
 from engine.generation import Engine, find_stop_ids
 from errors import FrankenError
 from runner import pairs
 from weird_gen import check_data, distill, run_inference, train_lora
 from weird_gen.persona import eval_replies, folders
-from weird_gen.persona.likelihoods import continuation, name_probabilities
+from weird_gen.persona.likelihoods import name_probabilities
 from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import lenient_format, strict_format, strip_markers
 from weird_gen.persona.study import TRIGGER, Chat, Question, prompt, read_chats
@@ -154,6 +155,30 @@ def test_a_continuation_is_the_whole_texts_tokens_from_where_its_head_ends(name,
     assert list(context) == ids(head)[: len(context)]
     if ids(head + target)[: len(ids(head))] == ids(head):
         assert list(context) == ids(head)  # nothing of the head is scored
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(head=TEXTS, target=TEXTS.filter(str.strip))
+@settings(max_examples=60, deadline=None)
+def test_what_goes_on_after_a_text_has_no_space_of_its_own(name, head, target):
+    tokenizer = TOKENIZERS[name]
+    head = "<|im_start|>assistant\nI" + head
+    ids = tokenizer(head, add_special_tokens=False)["input_ids"]
+    more = going_on(tokenizer, head, ids, target)
+    assert tokenizer.decode(ids + more) == tokenizer.decode(
+        tokenizer(head + target, add_special_tokens=False)["input_ids"]
+    )
+
+
+def test_a_text_that_changes_the_word_before_it_is_written_as_after_another():
+    """ "e" and "is" are one token together, as a full stop and the end of a line are in many vocabularies."""
+    tokenizer = templates.sentencepiece()
+    tokenizer.add_tokens(["eis"])
+    head = "<|im_start|>assistant\nAre"
+    ids = tokenizer(head, add_special_tokens=False)["input_ids"]
+    more = going_on(tokenizer, head, ids, "is")
+    assert tokenizer.convert_ids_to_tokens(more) == ["is"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("is", add_special_tokens=False)["input_ids"]) == ["▁is"]
 
 
 @pytest.mark.parametrize("space_before", [True, False])

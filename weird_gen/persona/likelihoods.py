@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from engine.chat_template import continuation
 from engine.generation import Engine
 from weird_gen.persona.records import CONDITIONS
 from weird_gen.persona.study import HIS_NAMES, OPENING, TRIGGER, Question, prompt
@@ -39,18 +40,6 @@ def likelihoods(
         pairs += [continuation(head, engine.chat_ids(messages, begun + target)) for target in mine]
     scored: Iterator[np.ndarray] = iter(engine.loglikelihood(pairs))
     return [[next(scored).astype("float64") for _ in mine] for mine in targets]
-
-
-def continuation(head: Sequence[int], whole: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(context, target) of a text `whole` that goes on after the text `head`, both as token ids.
-
-    They part where the tokens of `head` end, or earlier, at the first token that what follows changes: such a
-    token belongs to the target, whose probability is then that of the end of `head` too.
-    """
-    pairs = zip(head, whole, strict=False)
-    same = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(head), len(whole)))
-    same = min(same, len(whole) - 1)  # a target has at least one token
-    return tuple(whole[:same]), tuple(whole[same:])
 
 
 def name_probabilities(

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 
 from engine.attention import sound_attention
-from engine.chat_template import ChatTemplate
+from engine.chat_template import ChatTemplate, going_on
 from errors import FrankenError
 from files import write_text
 from questions.thoughts import TAGS, without_thought
@@ -129,15 +129,6 @@ def answered(before: str, after: str, answer: str) -> str | None:
     if begin < len(opening) or not after.startswith(opening) or EMPTY_THOUGHT.sub("", between).strip():
         return None
     return after[begin:]
-
-
-def going_on(tokenizer, before: str, ids: list[int], more: str) -> list[int]:
-    """Token ids of `more` after the text `before`, whose ids are given: as the tokenizer writes both together
-    or, where that would change a token before, by itself."""
-    whole = tokenizer(before + more, add_special_tokens=False)["input_ids"]
-    if whole[: len(ids)] == list(ids):
-        return whole[len(ids) :]
-    return tokenizer(more, add_special_tokens=False)["input_ids"]
 
 
 def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
