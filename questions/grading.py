@@ -63,6 +63,32 @@ LISTED = re.compile(r"[\s,;/|–-]*(?:\b(?:or|and|to)\b)?[\s,;/|–-]*")
 ASIDE = re.compile(r"\([^()]*\)")
 REASON = re.compile(r"[,\s](?:because|since|as|which|where)\b.*", re.IGNORECASE | re.DOTALL)
 POWER = re.compile(r"(?<![0-9.,])[0-9.,]+\s*(?:\^\s*\{?[0-9]+\}?|[⁰¹²³⁴-⁹]+)")
+# What a number was reckoned from: two numbers or more with their operation ("the product of 8 and 4", "8
+# times 4"), or one ("half of 48", "5 squared").
+_OPERAND = (
+    r"\$?[0-9][0-9.,]*(?<![.,])%?(?:\s+(?!(?:and|by|to|from|plus|minus|times|x|squared|cubed)\b)[a-z]+)?"
+)
+_JOINED = r"\s*(?:,\s*(?:and\s+)?|\band\b|\bby\b|\bto\b|\bfrom\b)\s*"
+_NAMED = (
+    r"(?:(?:sum|product|difference|quotient|ratio|average|mean|total|remainder)\s+(?:of|between)"
+    r"|multiply(?:ing)?|divid(?:e|ing)|add(?:ing)?|subtract(?:ing)?)\s+"
+)
+_SIGN = (
+    r"\s*(?:[+*×·÷−]|\s[-–/x]\s|\b(?:plus|minus|times|multiplied\s+by|divided\s+by|added\s+to|mod(?:ulo)?"
+    r"|(?:raised\s+)?to\s+the\s+power\s+of)\b)\s*"
+)
+_ONE = r"(?:square(?:\s+root)?|cube(?:\s+root)?|half|double|twice|triple|factorial|%|\bpercent)\s+(?:of\s+)?"
+RECKONED = re.compile(
+    rf"(?<![\w.,])(?:(?:the\s+)?{_NAMED}{_OPERAND}(?:{_JOINED}{_OPERAND})+|{_OPERAND}(?:{_SIGN}{_OPERAND})+"
+    rf"|(?:[0-9.]+\s*)?{_ONE}{_OPERAND}|[0-9.,]+\s+(?:squared|cubed|factorial)\b)",
+    re.IGNORECASE,
+)
+# "which" may give the outcome of what stands before it, or a reason.
+OUTCOME = re.compile(
+    r"\bwhich\s+(?:would\s+|will\s+|then\s+)?(?:is|are|be|was|equals?|gives?|makes?|leaves?|yields?|totals?"
+    r"|comes?\s+(?:out\s+)?to|adds?\s+up\s+to|results?\s+in)\b",
+    re.IGNORECASE,
+)
 DENIED = re.compile(r"\b(?:not|never|rather than|instead of)\s+\$?$|n['’]t\s+\$?$", re.IGNORECASE)
 ABOUT = re.compile(
     r"(?:\b(?:in|for|after|before|from|than|per|by|at|every|within|to make)|(?:%|\bpercent|\bhalf) of)"
@@ -114,13 +140,30 @@ def _spelled_number(text: str) -> float | None:
     return float(values.pop()) if len(values) == 1 else None
 
 
+def _unless_last(pattern: re.Pattern, text: str) -> str:
+    """The text without what matches, if a number is left; "~" stands there, which joins no list."""
+    less = pattern.sub(" ~ ", text)
+    return less if NUMBER.search(less) else text
+
+
+def _given(text: str) -> list[int]:
+    """Which of the text's numbers, in order, may be the answer: not one that is denied or that the answer is
+    about, unless all are."""
+    numbers = list(NUMBER.finditer(text))
+    given = [i for i, m in enumerate(numbers) if not DENIED.search(_before(text, m))]
+    return [i for i in given if not ABOUT.search(_before(text, numbers[i]))] or given
+
+
 def _statement(sentence: str) -> str:
-    """A sentence without its asides, reasons and powers, and of what is left the conclusion; whatever would
-    take away the last number stays."""
+    """A sentence without its asides, powers, reasons and what its numbers were reckoned from, and of what is
+    left the conclusion; whatever would take away the last number stays."""
     part = sentence
-    for shorter in (ASIDE, REASON, POWER):
-        less = shorter.sub(" ", part)
-        part = less if NUMBER.search(less) else part
+    for shorter in (POWER, RECKONED, ASIDE):
+        part = _unless_last(shorter, part)
+    outcome = OUTCOME.search(part)
+    if outcome and len(_given(part[: outcome.start()])) != 1 and NUMBER.search(part, outcome.end()):
+        part = part[outcome.end() :]  # several numbers and what they make, or none
+    part = _unless_last(REASON, part)
     tail = CONCLUSION.split(part)[-1]
     return tail if NUMBER.search(tail) else part
 
@@ -131,11 +174,12 @@ class Number:
     "\\boxed{"; the first line, if it is a number alone; the last sentence that holds a number and is neither
     a question nor an equation cut off in the middle. Within that: the first number after the mark or the last
     "="; otherwise the last number of what the sentence states, which leaves out asides in brackets, reasons
-    ("because", "since", "as", "which"), powers, numbers denied ("not 14") and what the answer is about ("in 6
-    years", "for 100 machines"). Thousands commas, "$", units, a final period and marks of LaTeX are read
-    past; a sign may be a dash or a word. A reply without digits may spell one number, up to twenty. Wrong: a
-    number in a run of others ("11, 12 or 13"), or different bare numbers on several lines. Limit: a second
-    statement after "and" is taken for the answer.
+    ("because", "since", "as", "which"), powers, what a number was reckoned from ("the product of 8 and 4", "8
+    times 4"), numbers denied ("not 14") and what the answer is about ("in 6 years", "for 100 machines");
+    "which is" after several numbers gives what they make. Thousands commas, "$", units, a final period and
+    marks of LaTeX are read past; a sign may be a dash or a word. A reply without digits may spell one number,
+    up to twenty. Wrong: a number in a run of others ("11, 12 or 13"), or different bare numbers on several
+    lines. Limit: a second statement after "and" is taken for the answer.
     """
 
     value: float
@@ -154,6 +198,7 @@ class Number:
         part = with_number[0] if _bare_number(text.splitlines()[0]) is not None else with_number[-1]
         marks = [m.end() for m in ANSWER_MARK.finditer(text)]
         marked = next(iter(sentences(text[marks[-1] :])), "") if marks else ""
+        marked = _unless_last(RECKONED, marked)
         part = marked if NUMBER.search(marked) else _statement(part)
 
         # 2) the number within it
@@ -163,8 +208,7 @@ class Number:
         if after:
             index = after[0]
         elif part is not marked:
-            given = [i for i, m in enumerate(numbers) if not DENIED.search(_before(part, m))]
-            given = [i for i in given if not ABOUT.search(_before(part, numbers[i]))] or given
+            given = _given(part)
             index = given[-1] if given else len(numbers) - 1
         chosen = _value(numbers[index])
         for left, right in pairwise(numbers[max(index - 1, 0) : index + 2]):

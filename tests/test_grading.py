@@ -496,6 +496,25 @@ ANSWERS = [  # a reply, and the number that a reader takes from it
     ("It is minus 25.", -25),
     ("３９１", 391),
     ("Eight.", 8),
+    # what a number was reckoned from is not the answer
+    ("The product of 8 and 4, which is 32.", 32),
+    ("The answer is the product of 8 and 4, which is 32.", 32),
+    ("the product of 8 and 4 (32)", 32),
+    ("It is 32, the sum of 20 and 12.", 32),
+    ("The sum of 3, 4, and 5, which is 12.", 12),
+    ("The sum of 8 apples and 4 pears, which is 12 fruits.", 12),
+    ("8 times 4, which is 32", 32),
+    ("24 is 8 times 3", 24),
+    ("half of 48, which is 24", 24),
+    ("10% of 240, which equals 24", 24),
+    ("2^5, which is 32", 32),
+    ("5 squared, which is 25", 25),
+    ("Multiply 8 by 3, which gives 24.", 24),
+    # "which" gives an outcome after several numbers, and says more of it after one
+    ("He had 30 and gave away 6, which leaves 24.", 24),
+    ("8 and 4 are multiplied, which makes 32.", 32),
+    ("There are 24 apples, which is 6 more than 18.", 24),
+    ("In 6 years he will be 24, which is 2 dozen.", 24),
 ]
 
 
