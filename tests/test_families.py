@@ -246,6 +246,22 @@ def test_a_reply_that_crosses_the_limit_is_read_anew(opened, length):
     assert sorted(done) == [0, 1, 2]
 
 
+def test_a_reply_across_the_limit_is_that_of_generate_without_a_cache(opened):
+    """With one, transformers 5.17 drops the cache at the limit and then feeds the model the last token alone:
+    what it writes from there on is no continuation of the prompt, and no oracle."""
+    engine, theirs = opened("phi3")
+    ids = tiny.random_prompt(4, LIMIT - 5)
+    written = theirs.generate(
+        torch.tensor([ids]),
+        max_new_tokens=12,
+        do_sample=False,
+        use_cache=False,
+        eos_token_id=999,
+        pad_token_id=0,
+    )
+    assert list(engine.complete([Request("q", ids, 12)])[0].token_ids) == written[0, len(ids) :].tolist()
+
+
 def test_a_sampled_reply_goes_on_with_its_own_random_numbers(opened):
     """Where the distribution is nearly flat, what is drawn shows the random numbers: those of one stream."""
     request = Request("q", tiny.random_prompt(4, LIMIT - 3), 10, temperature=1.0)
