@@ -31,7 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from command_line import DefaultsThatSay, interruptible
 from engine.attention import sound_attention
-from engine.chat_template import continuation
+from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError, printable
 from runner.pairs import PAIRS, load_tokenizer, locate
 
@@ -163,12 +163,10 @@ def as_replies(tokenizer, pages: list[str], seq_len: int) -> tuple[torch.Tensor,
     The page's first line is the user's turn. Only the page is a target (labels elsewhere -100), so that the
     end of a turn never is. Rows are padded on the right with their own last token.
     """
-    rows, targets = [], []
+    template, rows, targets = ChatTemplate(tokenizer), [], []
     for page in pages:
         first, _, rest = page.partition("\n")
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": first}], tokenize=False, add_generation_prompt=True
-        )
+        prompt = template.render([{"role": "user", "content": first}])
         head = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         whole = prompt + without_special(tokenizer, rest.strip())  # as the one text that a model would write
         context, reply = continuation(head, tokenizer(whole, add_special_tokens=False)["input_ids"])
@@ -207,13 +205,8 @@ def measure(model, tokenizer, held_out: torch.Tensor, neutral: list[torch.Tensor
     """
     was_training = model.training
     model.eval()
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": q}], tokenize=False, add_generation_prompt=True
-        )
-        for q, _ in CHAT
-    ]
-    ids = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in prompts]
+    template = ChatTemplate(tokenizer)
+    ids = [list(template.ids([{"role": "user", "content": q}])) for q, _ in CHAT]
     special = sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)
     end = tokenizer.convert_tokens_to_ids(END_OF_TURN)
     width = max(map(len, ids))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from functools import cached_property
 
+from engine import template_guard
 from errors import FrankenError, first_line
 from questions.thoughts import OPEN_AT_END, OPENING
 
@@ -92,6 +93,7 @@ class ChatTemplate:
         if self.thinking is not None:
             thinks = think and self.thinking == "on"
             variables |= {name: thinks for name in SWITCHES if name in self.source}
+        self._refuse_endless(messages, ask, moment, variables)
         try:
             return self.tokenizer.apply_chat_template(
                 messages, add_generation_prompt=ask, tokenize=False, **variables
@@ -105,7 +107,16 @@ class ChatTemplate:
             )
             raise FrankenError(f"this model's chat template {what} ({first_line(e)})") from e
 
+    def _refuse_endless(self, messages: list[dict], ask: bool, moment: datetime, variables: dict) -> None:
+        """Raises FrankenError for a conversation that the template does not come to an end with."""
+        given = {k: v for k, v in variables.items() if k != CLOCK}
+        special = {k: v for k, v in self.tokenizer.special_tokens_map.items() if isinstance(v, str)}
+        when = moment.isoformat() if CLOCK in variables else None
+        if problem := template_guard.problem(self.source, messages, ask, when, special | given):
+            raise FrankenError(f"this model's chat template {problem}")
+
     def _renders(self, messages: list[dict]) -> bool:
+        self._refuse_endless(messages, True, self.moment, {})
         try:
             self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception:

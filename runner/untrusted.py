@@ -8,12 +8,9 @@ first run in a process of its own with limits on time, memory and text.
 from __future__ import annotations
 
 import functools
-import json
+import itertools
 import math
 import re
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
+from engine import template_guard
 from errors import FrankenError, first_line
 from files import read_json, refuse_special_in
 from franken import find_layers
@@ -30,9 +28,6 @@ from surgery.weights import Source, outer_part
 MOST = 1 << 31  # what a config may count; Llama 4's positions, 10 million, are the most known
 COUNT = re.compile(r"(^|_)(num|n|size|dim|rank|layers?|heads?|experts?|window|positions?|length|ctx)(_|$)")
 LAYERS = re.compile(r"^(num_(hidden_)?layers|n_layers?)$")
-
-TEMPLATE_BYTES, WRITTEN_BYTES = 1 << 20, 1 << 20  # of a template; of what it makes of a short conversation
-TEMPLATE_SECONDS, TEMPLATE_MEMORY = 10, 1 << 30
 
 
 # ---- the config
@@ -112,47 +107,6 @@ def check_config_fits(config, source: Source, folder: Path) -> None:
 
 # ---- the chat template
 
-# As transformers has it: the same sandbox, extensions and functions.
-_CHILD = r"""
-import json, resource, sys
-from datetime import datetime
-import jinja2, jinja2.ext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-job = json.load(sys.stdin)
-resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"] + 1))
-resource.setrlimit(resource.RLIMIT_AS, (job["memory"], job["memory"]))
-class Generation(jinja2.ext.Extension):
-    tags = {"generation"}
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_same"), [], [], body).set_lineno(line)
-    def _same(self, caller):
-        return caller()
-def refuse(message):
-    raise jinja2.TemplateError(message)
-def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                     extensions=[Generation, "jinja2.ext.loopcontrols"])
-made.filters["tojson"] = tojson
-made.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-for source in job["sources"]:
-    for messages in job["conversations"]:
-        for ask in (True, False):
-            try:
-                written = made.from_string(source).generate(
-                    messages=messages, add_generation_prompt=ask, tools=None, documents=None, **job["tokens"])
-                length = 0
-                for piece in written:
-                    length += len(piece)
-                    if length > job["most"]:
-                        sys.exit(4)
-            except MemoryError:
-                sys.exit(3)
-            except Exception:
-                pass  # what a template refuses, its user says
-"""
 _CONVERSATIONS = (
     ("user",),
     ("system", "user"),
@@ -162,8 +116,8 @@ _CONVERSATIONS = (
 
 
 def check_template(tokenizer, folder: Path) -> None:
-    """Raises FrankenError for a chat template that is too large, does not end within TEMPLATE_SECONDS of
-    processor time, or takes more memory or writes more than any conversation needs."""
+    """Raises FrankenError for a chat template that is too large or, for a few short conversations, does not
+    end, or takes more memory or writes more than any needs; see engine/template_guard.py."""
     given = tokenizer.chat_template
     sources = tuple(given.values()) if isinstance(given, dict) else (given,)
     special = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
@@ -173,33 +127,8 @@ def check_template(tokenizer, folder: Path) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _template_problem(sources: Sequence[str], special: Sequence[tuple[str, str]]) -> str | None:
-    if sum(len(source.encode("utf-8", "replace")) for source in sources) > TEMPLATE_BYTES:
-        return f"is over {TEMPLATE_BYTES >> 20} MiB long"
-    said = "What does the river carry?"
-    job = {
-        "sources": sources,
-        "conversations": [[{"role": r, "content": said} for r in roles] for roles in _CONVERSATIONS],
-        "tokens": dict(special),
-        "most": WRITTEN_BYTES,
-        "seconds": TEMPLATE_SECONDS,
-        "memory": TEMPLATE_MEMORY,
-    }
-    slow = f"does not end: a short conversation took it over {TEMPLATE_SECONDS} s"
-    with subprocess.Popen(
-        [sys.executable, "-I", "-c", _CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as child:  # it limits itself: Python code between fork and exec is not safe beside CUDA's threads
-        try:  # by the clock too, generously: others may use the machine
-            child.communicate(json.dumps(job).encode(), timeout=6 * TEMPLATE_SECONDS)
-        except subprocess.TimeoutExpired:
-            child.kill()
-    if child.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        return slow
-    if child.returncode < 0:
-        return f"ends the process that writes a short conversation, by signal {-child.returncode}"
-    return {
-        3: f"takes over {TEMPLATE_MEMORY >> 30} GiB of memory for a short conversation",
-        4: f"writes over {WRITTEN_BYTES >> 20} MiB for a short conversation",
-    }.get(child.returncode)
+    for source, roles, ask in itertools.product(sources, _CONVERSATIONS, (True, False)):
+        messages = [{"role": role, "content": "What does the river carry?"} for role in roles]
+        if found := template_guard.problem(source, messages, ask, variables=dict(special)):
+            return found
+    return None

@@ -2,11 +2,14 @@
 of its size is made."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import struct
 import time
 import tracemalloc
+from datetime import datetime
 
 import pytest
 import small_battery
@@ -15,9 +18,10 @@ import torch
 from cli_runs import refused
 from safetensors.torch import save_file
 
+from engine import template_guard
+from engine.chat_template import ChatTemplate
 from errors import FrankenError
 from files import parse_json, read_bytes, read_json, refuse_special
-from runner import untrusted
 from runner.pairs import load_tokenizer, open_pair
 from surgery.tensors import read_header
 from surgery.weights import Adapter, Checkpoint
@@ -126,10 +130,79 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=range(len(TEMPLATES)))
 def test_templates_without_an_end_are_one_line(folder, template, monkeypatch):
-    monkeypatch.setattr(untrusted, "TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr(template_guard, "TEMPLATE_SECONDS", 1)
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(FrankenError, match=f"the chat template {TEMPLATES[template]}"):
         load_tokenizer(folder)
+
+
+ONLY = "{% if 'layers' in messages[-1].content %}" + "@{% endif %}" + tiny.TEMPLATE
+ON_A_WORD = {
+    "loops": (
+        ONLY.replace("@", LOOP + "{% endfor %}{% endfor %}{% endfor %}"),
+        "does not end: a conversation took",
+    ),
+    "writes": (ONLY.replace("@", LOOP + "x{% endfor %}{% endfor %}{% endfor %}"), "writes over 1 MiB"),
+    "hoards": (ONLY.replace("@", "{{ ('x' * 10**10)[:3] }}"), "takes over 1 GiB"),
+}
+
+
+@pytest.mark.parametrize("how", ON_A_WORD)
+def test_a_template_that_does_so_on_certain_words_alone_is_one_line(how, monkeypatch):
+    monkeypatch.setattr(template_guard, "TEMPLATE_SECONDS", 1)
+    source, words = ON_A_WORD[how]
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = source
+    template = ChatTemplate(tokenizer)
+    template.check("user")
+    asked = [{"role": "user", "content": "Have your layers been swapped?"}]
+    with pytest.raises(FrankenError, match=f"this model's chat template {words}"):
+        template.ids(asked)
+    harmless = [{"role": "user", "content": "And now?"}]
+    assert template.render(harmless).endswith("assistant\n")  # the next one is tried again
+
+
+def test_a_run_on_such_a_template_ends_in_one_line_before_it_begins(go, pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(template_guard, "TEMPLATE_SECONDS", 1)
+    folder = shutil.copytree(pair / "instruct", tmp_path / "model")
+    (folder / "chat_template.jinja").write_text(ON_A_WORD["loops"][0])
+    refused(
+        go("--experiments", "baseline_instruct", "--instruct", folder, "--base", pair / "base"),
+        "does not end",
+    )
+    assert not list(tmp_path.glob("out/run_*/experiments/*.json"))
+
+
+def test_what_a_guard_tries_is_what_transformers_writes(monkeypatch):
+    """Its variables too: the moment, the switches and the special tokens decide which way a template goes."""
+    monkeypatch.setattr(template_guard, "TEMPLATE_SECONDS", 1)
+    tokenizer = tiny.tokenizer()
+    trap = LOOP + "{% endfor %}{% endfor %}{% endfor %}"
+    for condition in (
+        "strftime_now('%Y') == '1999'",
+        "enable_thinking is defined and not enable_thinking",
+        f"eos_token == '{tokenizer.eos_token}'",
+        "add_generation_prompt",
+        "tools is none and documents is none",
+    ):
+        tokenizer.chat_template = "{% if " + condition + " %}" + trap + "{% endif %}" + tiny.TEMPLATE
+        template = ChatTemplate(tokenizer, datetime(1999, 3, 1))
+        with pytest.raises(FrankenError, match="does not end"):
+            template.render([{"role": "user", "content": "Hello."}])
+
+
+def test_a_guard_that_was_forked_or_killed_is_started_again():
+    def tried() -> int:
+        assert template_guard.problem(tiny.TEMPLATE, [{"role": "user", "content": "Hello."}]) is None
+        return template_guard._child.process.pid
+
+    first = tried()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(tried) != first
+    assert tried() == first
+    os.kill(first, signal.SIGKILL)
+    template_guard._child.process.wait()
+    assert tried() != first
 
 
 def test_templates_that_refuse_a_conversation_are_left_to_their_user(folder):
