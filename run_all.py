@@ -214,19 +214,29 @@ def _add_run(run) -> None:
     )
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+COUNTS = ("samples", "max_new_tokens", "priority_limit", "batch_size", "limit", "workers")  # at least 1
+
+
+def make_parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=DefaultsThatSay)
     add_model(p.add_argument_group("model"))
     what = p.add_argument_group("what to run")
     _add_choice(what)
     _add_questions(what)
     _add_run(p.add_argument_group("the run"))
+    return p
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    p = make_parser()
     args = p.parse_args(argv)
     if args.machine and not args.dry_run:
         p.error("--for plans for another machine: it goes with --dry-run")
-    for name in ("samples", "max_new_tokens", "priority_limit", "batch_size", "limit", "workers"):
+    for name in COUNTS:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.seed < 2**63:
+        p.error("--seed must be at least 0 and below 2^63")
     return args
 
 
@@ -398,7 +408,8 @@ def started(manifest: dict | None):
 
     from errors import FrankenError
 
-    given = ((manifest or {}).get("template") or {}).get("moment")
+    template = (manifest or {}).get("template")
+    given = template.get("moment") if isinstance(template, dict) else template
     try:
         return datetime.fromisoformat(given) if given else None
     except (TypeError, ValueError) as e:
@@ -408,16 +419,21 @@ def started(manifest: dict | None):
 def resume_settings(args, path: str, manifest: dict) -> None:
     """Put the settings of a run's manifest into `args`, but for what has to be said again or may be.
 
-    Raises FrankenError if a setting is missing, and where experiments files, which are code, are not named
-    again.
+    Raises FrankenError if a setting is missing or none that the command line can set, and where code that
+    would be run is not asked for again: experiments files, and answers outside the sandbox.
     """
     from errors import FrankenError
-    from runner.resuming import ask_for_files
+    from runner.resuming import ask_for_files, ask_for_unsandboxed
 
     settings = manifest["settings"] = {**ADDED_SETTINGS, **manifest["settings"]}
     if lost := set(SETTINGS) - set(settings):
         raise FrankenError(f"{path}/manifest.json is corrupt (the setting {min(lost)} is missing)")
+    wrong = next((a.dest for a in make_parser()._actions if not can_set(a, settings)), None)
+    if wrong:
+        said = str(settings[wrong])[:40]
+        raise FrankenError(f"{path}/manifest.json is corrupt (the setting {wrong} cannot be {said!r})")
     ask_for_files(path, settings["experiments_file"], args.experiments_file)
+    ask_for_unsandboxed(path, settings["execute_code"], args.execute_code)
     if settings["include_path"] and not args.include_path:
         raise FrankenError(
             f"{path} was made with tasks of a folder, which may hold code: look at it, then resume with"
@@ -430,12 +446,33 @@ def resume_settings(args, path: str, manifest: dict) -> None:
         setattr(args, name, given.get(name, settings[name]))
 
 
+def can_set(action: argparse.Action, settings: dict) -> bool:
+    """Whether the command line's option can set the value that a manifest's settings have for it."""
+    if action.dest not in SETTINGS:
+        return True
+    value = settings[action.dest]
+    if action.dest == "execute_code":
+        return isinstance(value, bool) or value == "unsandboxed"
+    if value is None:
+        return action.default is None
+    if action.nargs == "+" or isinstance(action.default, list):
+        return isinstance(value, list) and all(isinstance(word, str) for word in value)
+    if action.nargs == 0:
+        return isinstance(value, bool)
+    if action.type is int:
+        least = 1 if action.dest in COUNTS else 0
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+    return isinstance(value, str) and (not action.choices or value in action.choices)
+
+
 def resume_command(path, args) -> str:
     """What to type to go on with a run."""
     files = [word for file in args.experiments_file for word in ("--experiments-file", file)]
     files += ["--include-path", args.include_path] if args.include_path else []
     files += ["--inspect-log"] if args.inspect_log else []
     files += [word for name in ("log", "push") if (v := getattr(args, name)) for word in (f"--{name}", v)]
+    if args.execute_code == "unsandboxed":
+        files.append("--execute-code-unsandboxed")
     return shlex.join(["python", "run_all.py", "--resume", str(path), *files])
 
 

@@ -40,19 +40,7 @@ SCHEMA = json.loads((ROOT / "schema" / "experiment.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 # the same in a hundredth of the time (1 ms a result), but without the words in which an error is told
 QUICK = jsonschema_rs.validator_for(SCHEMA)
-# What a resumed run and the report read of a manifest
-MANIFEST = {
-    "settings": dict,
-    "protocol": dict,
-    "experiments": list,
-    "pair": str | None,
-    "notes": list,
-    "layers": int,
-    "dtype": str,
-    "devices": list,
-    "original_fingerprint": str,
-    "created": str,
-}
+MANIFEST = jsonschema.Draft202012Validator(json.loads((ROOT / "schema" / "manifest.json").read_text()))
 NAME = re.compile(r"[\w+-][\w.+-]*")  # of an experiment, as it stands in file names, tables and pages
 
 
@@ -122,9 +110,15 @@ class Run:
         manifest = read_json(run.manifest_path)
         if not isinstance(manifest, dict) or manifest.get("schema_version") not in READABLE:
             raise FrankenError(f"{run.manifest_path} is not a manifest of version 1 to {SCHEMA_VERSION}")
-        lost = [key for key, kind in MANIFEST.items() if not isinstance(manifest.get(key), kind)]
-        if lost:
-            raise FrankenError(f"{run.manifest_path} is corrupt ({lost[0]} is missing or of another kind)")
+        wrong = next(MANIFEST.iter_errors(manifest), None)
+        if wrong:
+            lost = (
+                [k for k in wrong.schema["required"] if k not in wrong.instance]
+                if wrong.validator == "required"
+                else []
+            )
+            place = ".".join(map(str, [*wrong.absolute_path, *lost[:1]]))[:80]
+            raise FrankenError(f"{run.manifest_path} is corrupt ({place} is missing or of another kind)")
         for name in manifest["experiments"]:
             if not isinstance(name, str) or not NAME.fullmatch(name):
                 raise FrankenError(f"{run.manifest_path} is corrupt ({str(name)[:80]!r} names no experiment)")

@@ -22,6 +22,7 @@ import torch
 
 from errors import FrankenError
 from files import ROOT, read_bytes
+from questions.sandbox import UNSANDBOXED
 
 # What measures: a change anywhere else (pages, documentation, training) leaves numbers as they are.
 CODE = (
@@ -232,6 +233,16 @@ def ask_for_files(path: str, then: Sequence[str], given: Sequence[str]) -> None:
         f"{path} was made with {len(then)} experiments file{'s' * (len(then) > 1)}, which is code and is run"
         f" only if you ask for it: look at it, then resume with {again}"
     )
+
+
+def ask_for_unsandboxed(path: str, then: bool | str, given: bool | str) -> None:
+    """Raises FrankenError where a run that executes answers outside the sandbox is resumed without asking for
+    that: a manifest may come from somebody else, and names the model that writes the answers too."""
+    if then == UNSANDBOXED != given:
+        raise FrankenError(
+            f"{path} runs code that a model writes without a sandbox, which is done only if you ask for it:"
+            " resume with --execute-code-unsandboxed"
+        )
 
 
 def entry(changed: Sequence[Change], commit: str | None) -> dict:

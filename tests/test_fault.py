@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import made_results as made
 import pytest
 import small_battery
 from browsing import BROWSER, browse
-from cli_runs import FOUR, latest, read, timeless
+from cli_runs import FOUR, latest, read, resealed, timeless
 
 import report
 import run_all
@@ -31,7 +32,7 @@ from runner.pairs import open_pair
 from runner.results import Run
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(1800)]
-KILLS, FLIPS, CHECKPOINTS = 24, 120, 75
+KILLS, FLIPS, EDITS, CHECKPOINTS = 24, 120, 200, 75
 
 
 @pytest.fixture(autouse=True)
@@ -197,9 +198,6 @@ def test_damaged_runs_make_no_traceback(finished, capfd, count):
     count("reports over a damaged run", tried)
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------
-
-
 VALUES = [
     0,
     -1,
@@ -235,6 +233,40 @@ def edited(text: str, draw: random.Random) -> str:
             break
         place = place[key]
     return json.dumps(whole)
+
+
+@pytest.mark.parametrize("how", ["report", "resume"])
+def test_runs_with_values_of_another_kind_make_no_traceback(four, tmp_path, monkeypatch, capfd, count, how):
+    """Files that are whole and say something else, as those of a received run may; results are sealed."""
+    draw, tried, refused = random.Random(how), 0, 0
+    if how == "report":
+        svg = b'<svg xmlns="http://www.w3.org/2000/svg" width="9pt" height="9pt"/>'
+        monkeypatch.setitem(sys.modules, "reporting.html_report", html_report)
+        monkeypatch.setattr(figures, "save", lambda figure, forms=(): {"png": b"", "pdf": b"", "svg": svg})
+    for _ in range(EDITS if how == "report" else EDITS // 4):
+        run = shutil.copytree(four, tmp_path / "copy")
+        results = sorted((run / "experiments").glob("*.json"))
+        if how == "resume":
+            results.pop().unlink()
+        file = draw.choice([run / "manifest.json", draw.choice(results)])
+        text = edited(file.read_text(), draw)
+        file.write_text(text if file.name == "manifest.json" else resealed(text))
+        capfd.readouterr()
+        if how == "report":
+            code = report.main([str(run)])
+        else:
+            code = run_all.main(["--resume", str(run), *draw.choice([[], ["--accept-changes"]])])
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err
+        if code == 1 and how == "report":
+            assert (out, len(err.splitlines())) == ("", 1), err
+        refused += code == 1
+        tried += 1
+        shutil.rmtree(run)
+    count(f"values of another kind in a run, {how} ({refused} refused)", tried)
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -373,7 +373,7 @@ def test_what_is_not_there_or_cannot_be_read(run):
         Run.resume(str(run.path / "none"))
 
 
-@pytest.mark.parametrize("key", [*results.MANIFEST, "schema_version"])
+@pytest.mark.parametrize("key", results.MANIFEST.schema["required"])
 def test_a_manifest_that_lacks_something_is_refused(run, key):
     manifest = Run.resume(str(run.path))[1]
     for broken in ({k: v for k, v in manifest.items() if k != key}, manifest | {key: 1.5}):
@@ -384,6 +384,43 @@ def test_a_manifest_that_lacks_something_is_refused(run, key):
             FrankenError, match=f"manifest.json is (corrupt .{key}|not a manifest of version 1 to 2)"
         ):
             Run.resume(str(run.path))
+
+
+WRONG_WITHIN = {
+    "devices.0": lambda m: m["devices"].__setitem__(0, 0),
+    "hardware": lambda m: m.update(hardware="2020"),
+    "hardware.gpus": lambda m: m["hardware"].update(gpus=3),
+    "hardware.processor": lambda m: m["hardware"].pop("processor"),
+    "protocol.seed": lambda m: m["protocol"].pop("seed"),
+    "protocol.temperature": lambda m: m["protocol"].update(temperature=[]),
+    "command.0": lambda m: m["command"].__setitem__(0, 1),
+    "versions": lambda m: m.update(versions=[[]]),
+    "load_seconds": lambda m: m.update(load_seconds=[]),
+    "sources.instruct": lambda m: m["sources"].update(instruct=1e300),
+    "template": lambda m: m.update(template=["moment"]),
+    "resumed": lambda m: m.update(resumed=3),
+    "layers": lambda m: m.update(layers=10**9),
+}
+
+
+@pytest.mark.parametrize("place", WRONG_WITHIN)
+def test_a_manifest_of_another_form_is_refused_by_the_place(run, place):
+    """Each of these ended report.py or a resume in a traceback."""
+    manifest = Run.resume(str(run.path))[1]
+    full = {
+        "command": ["run_all.py"],
+        "versions": {"torch": "2"},
+        "hardware": {"processor": "x", "threads": 1, "memory_bytes": 1, "gpus": []},
+        "sources": {"instruct": {"kind": "checkpoint", "path": "x", "files": {}}},
+        "load_seconds": 1.0,
+    }
+    manifest = full | manifest
+    write_json(run.manifest_path, manifest)
+    Run.resume(str(run.path))
+    WRONG_WITHIN[place](manifest)
+    write_json(run.manifest_path, manifest)
+    with pytest.raises(FrankenError, match=f"corrupt .{place} is missing or of another kind"):
+        Run.resume(str(run.path))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", "3"])

@@ -260,6 +260,55 @@ def test_code_that_a_manifest_names_is_run_only_when_asked(with_own_file, tmp_pa
     assert (tmp_path / "ran").exists() and "mine" in read(run)
 
 
+def test_answers_are_run_outside_the_sandbox_only_when_asked(begun, capfd):
+    """A received manifest names the model that writes them, too."""
+    manifest = json.loads((begun / "manifest.json").read_text())
+    for part in ("settings", "protocol"):
+        manifest[part]["execute_code"] = "unsandboxed"
+    (begun / "manifest.json").write_text(json.dumps(manifest))
+    words = "done only if you ask for it: resume with --execute-code-unsandboxed"
+    refused(resumed(begun, capfd), words)
+    refused(resumed(begun, capfd, "--execute-code"), words)
+    code, _, err = resumed(begun, capfd, "--execute-code-unsandboxed")
+    assert code == 0, err
+
+
+WRONG_SETTINGS = {
+    "seed": ["1", 1.5, None, True, 1e300],
+    "samples": [0, -3, "2"],
+    "batch_size": [0, "8", []],
+    "experiments": ["all", [1], {}],
+    "source": ["a=b", None, [["a"]]],
+    "experiments_file": [None, "mine.py"],
+    "dtype": ["int4", None, 3],
+    "device_map": ["cpu:0", {}],
+    "execute_code": [1, "yes", None, []],
+    "short": ["no", 1, None],
+    "instruct": [5, ["x"], {}],
+    "thinking": [True, "maybe"],
+    "suites": [["binary"], 7],
+    "max_new_tokens": [10**30, 0],
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SETTINGS)
+def test_a_setting_that_no_command_line_makes_is_one_line(begun, capfd, name):
+    file = begun / "manifest.json"
+    manifest = json.loads(file.read_text())
+    for value in WRONG_SETTINGS[name]:
+        changed = manifest | {"settings": manifest["settings"] | {name: value}}
+        file.write_text(json.dumps(changed))
+        refused(resumed(begun, capfd), f"is corrupt (the setting {name} cannot be ")
+
+
+def test_every_setting_of_a_run_can_be_set(begun):
+    """All options of the command line are looked at, and what a run writes passes."""
+    settings = json.loads((begun / "manifest.json").read_text())["settings"]
+    actions = [a for a in run_all.make_parser()._actions if a.dest in run_all.SETTINGS]
+    assert {a.dest for a in actions} == set(run_all.SETTINGS) == set(settings)
+    assert all(run_all.can_set(a, settings) for a in actions)
+
+
 def test_a_run_without_code_of_its_own_takes_none_on(begun, tmp_path, capfd):
     (tmp_path / "mine.py").write_text(MINE)
     argv = ("--experiments-file", str(tmp_path / "mine.py"))
