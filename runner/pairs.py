@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from errors import FrankenError, first_line
-from files import ROOT, refuse_special_in
+from files import ROOT, check_open_files, refuse_special_in
 from franken import LiveModel, find_layers
 from runner.cache import sha256_of
 from runner.gguf import from_gguf, is_gguf
@@ -441,6 +441,7 @@ def open_sources(
 ) -> Located:
     """Find, download or convert what a pair and further sources name, and hold it against each other; the
     arguments are those of `open_pair`. Raises FrankenError for what does not fit."""
+    check_open_files()
     path, revision = locate(chosen.instruct, instruct_revision or chosen.instruct_revision)
     config, notes = read_config(path), chosen.notes()
     plain = Checkpoint("instruct", path, revision)

@@ -148,12 +148,35 @@ def test_a_placebo_that_changes_the_function_is_refused_with_the_number(tmp_path
     assert live.fingerprint() == fingerprint
 
 
-def test_a_model_that_the_engine_cannot_run_is_one_line():
-    sizes = dict(n_embd=32, n_layer=4, n_head=4, n_positions=512, rotary_dim=4)
-    config = AutoConfig.for_model("gptj", vocab_size=264, **sizes)
-    with pytest.raises(FrankenError, match="^the engine cannot run gptj .*self_attn") as caught:
+CANNOT = {
+    "gptj": dict(n_embd=32, n_layer=4, n_head=4, n_positions=512, rotary_dim=4),
+    "jetmoe": dict(kv_channels=8, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
+    "doge": dict(num_attention_heads=4, num_key_value_heads=2),  # a mask of its own, of learned values
+    "doge with experts": dict(num_attention_heads=4, is_moe=True, num_experts=16, num_experts_per_tok=4),
+    "doge with a window": dict(num_attention_heads=4, keep_window_size=8),
+}
+SIZES = dict(
+    vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=4, max_position_embeddings=512
+)
+
+
+@pytest.mark.parametrize("kind", CANNOT)
+def test_a_model_that_the_engine_cannot_run_is_one_line(kind):
+    model_type = kind.split()[0]
+    sizes = dict(vocab_size=264) if model_type == "gptj" else SIZES
+    config = AutoConfig.for_model(model_type, **sizes, **CANNOT[kind])
+    with pytest.raises(FrankenError, match=f"^the engine cannot run {model_type} ") as caught:
         check_code(config, CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["jetmoe", "doge"])
+def test_such_a_checkpoint_is_refused_before_anything_is_asked(kind, tmp_path):
+    config = AutoConfig.for_model(kind, **SIZES, **CANNOT[kind], bos_token_id=1, eos_token_id=3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(FrankenError, match=f"^the engine cannot run {kind} "):
+        open_pair(instruct=str(tmp_path), dtype="float32", device_map="cpu")
 
 
 # ---- the weights -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from engine.chat_template import ChatTemplate
 from engine.generation import Engine, find_stop_ids
 from errors import FrankenError, printable
-from files import read_json
+from files import check_open_files, read_json
 from runner.pairs import (
     PAIRS,
     load_tokenizer,
@@ -137,6 +137,7 @@ def load_causal_lm(model: str, device: str, quantization: str | None = None):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
+    check_open_files()
     disable_progress_bar()
     options: dict = {"dtype": pick_dtype("auto", device.partition(":")[0]), "device_map": {"": device}}
     if quantization:
