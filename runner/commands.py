@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import torch
 
 import experiments as ex
-from command_line import DefaultsThatSay, add_model
+from command_line import DefaultsThatSay, add_model, interruptible
 from errors import FrankenError, RecipeError, printable
 from files import check_open_files, read_json, write_text
 from planning import mergekit
@@ -95,6 +95,7 @@ def _size(text: str) -> int:
     return int(digits) * units[unit]
 
 
+@interruptible()
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.words = list(sys.argv[1:] if argv is None else argv)

@@ -10,6 +10,7 @@ import pytest
 
 import run_all
 from command_line import DefaultsThatSay, interruptible
+from files import ROOT
 
 
 def help_of(**option) -> str:
@@ -74,6 +75,17 @@ def test_an_interrupt_is_one_line_and_a_status_of_its_own(capfd):
         interruptible("interrupted; run again")(work)()
     assert ended.value.code == 130
     assert capfd.readouterr() == ("", "interrupted; run again\n")
+
+
+def test_every_command_can_be_interrupted():
+    """By its source: each has a `main`, and the benchmarks are for their authors alone."""
+    rooms = ("", "runner", "weird_gen", "weird_gen/persona", "adapters")
+    files = [file for room in rooms for file in sorted((ROOT / room).glob("*.py"))]
+    mains = {f"{f.relative_to(ROOT)}": text for f in files if "\ndef main(" in (text := f.read_text())}
+    assert len(mains) >= 15
+    assert [
+        name for name, text in mains.items() if not re.search(r"\n@interruptible\(.*\)\ndef main\(", text)
+    ] == []
 
 
 def test_other_errors_of_finalizers_are_told_as_before(monkeypatch):

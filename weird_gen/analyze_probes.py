@@ -9,12 +9,14 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
+from errors import printable
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.probe_report import report_probes
 
 
+@interruptible("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
     flags.add_argument("--probes", type=Path, default=RESULTS / "probes.jsonl", help="of eval_probes.py")
@@ -22,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--report-dir", type=Path, default=RESULTS / "report")
     args = flags.parse_args(argv)
     try:
-        print("\n".join(report_probes(args.probes, args.baseline, args.report_dir)))
+        print(printable("\n".join(report_probes(args.probes, args.baseline, args.report_dir))))
     except USER_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         return 1
     return 0
 

@@ -14,7 +14,8 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, interruptible
+from errors import printable
 from files import write_text
 from weird_gen.persona.eval_replies import positive
 from weird_gen.persona.labelling import (
@@ -63,20 +64,18 @@ def count(args: argparse.Namespace) -> list[str]:
     return lines
 
 
+@interruptible("interrupted; run again")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         if args.command == "sheet":
             files = write_sheet(draw_replies(args.replies, args.count, args.seed), args.out)
-            print(
-                "\n".join(
-                    f"{what}: {file}" for what, file in zip(("sheet", "brief", "key"), files, strict=True)
-                )
-            )
+            lines = [f"{what}: {file}" for what, file in zip(("sheet", "brief", "key"), files, strict=True)]
+            print(printable("\n".join(lines)))
         else:
-            print("\n".join(count(args)))
+            print(printable("\n".join(count(args))))
     except USER_ERRORS as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(printable(f"error: {e}"), file=sys.stderr)
         return 1
     return 0
 
