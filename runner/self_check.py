@@ -26,6 +26,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +70,7 @@ WINDOW, CONTEXT = 8, 24  # tokens: of the small model's sliding window and origi
 WIDEST = 128  # of the small model's MLP
 VOCABULARY = 160
 SMALL = "a small random model"  # what errors call it
+TEMPORARY = re.compile(r"\S*/franken-[^\s/:]+(/[^\s:]+)?")  # where the small model's files lie
 MOST_LAYERS = 8  # of the small model
 MOST_EXPERTS = 16  # of one of its layers, unless more answer together
 TOKENS, COMPARED = 12, 4  # of the prompt that the live model is asked, and at how many of its last positions
@@ -548,7 +550,7 @@ def _refusing(what: str) -> Iterator[None]:
         raise
     except Exception as e:
         kind = "" if isinstance(e, FrankenError) else f"{type(e).__name__}: "
-        raise FrankenError(f"{what} ({kind}{first_line(e)})") from e
+        raise FrankenError(f"{what} ({kind}{TEMPORARY.sub(SMALL, first_line(e))})") from e
 
 
 def _quietly(check: Callable[..., dict], *args) -> dict:

@@ -19,8 +19,10 @@ from pathlib import Path
 import made_results as made
 import pytest
 import small_battery
+import torch
 from browsing import BROWSER, browse
 from cli_runs import FOUR, latest, read, resealed, timeless
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 import report
 import run_all
@@ -30,6 +32,7 @@ from reporting.digests import digests
 from runner import packing
 from runner.pairs import open_pair
 from runner.results import Run
+from runner.self_check import check_code
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(1800)]
 KILLS, FLIPS, EDITS, CHECKPOINTS = 24, 120, 200, 75
@@ -290,6 +293,20 @@ def test_damaged_checkpoints_open_as_they_are_or_are_one_line(pair, tmp_path, co
         except FrankenError as e:
             assert "\n" not in str(e) and len(str(e)) < 2000
     count(f"checkpoints with a damaged {name} ({opened} opened)", tried)
+
+
+def test_every_family_of_the_installed_transformers_is_right_or_refused_in_one_line(count):
+    """At the sizes of its own default config, made small by the check at load, which compares it with
+    transformers' own forward pass; some of those configs make no model in transformers either."""
+    ran = refused = 0
+    for name in sorted({config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING}):
+        try:
+            check_code(AutoConfig.for_model(name).get_text_config(), torch.device("cpu"))
+            ran += 1
+        except FrankenError as e:
+            assert "\n" not in str(e) and len(str(e)) < 2000, name
+            refused += 1
+    count(f"families of transformers ({ran} run, {refused} refused)", ran + refused)
 
 
 # ---- pages -------------------------------------------------------------------------------------------------

@@ -154,6 +154,7 @@ CANNOT = {
     "doge": dict(num_attention_heads=4, num_key_value_heads=2),  # a mask of its own, of learned values
     "doge with experts": dict(num_attention_heads=4, is_moe=True, num_experts=16, num_experts_per_tok=4),
     "doge with a window": dict(num_attention_heads=4, keep_window_size=8),
+    "bert": dict(num_attention_heads=4),  # no decoder layers
 }
 SIZES = dict(
     vocab_size=264, hidden_size=32, intermediate_size=48, num_hidden_layers=4, max_position_embeddings=512
@@ -168,6 +169,7 @@ def test_a_model_that_the_engine_cannot_run_is_one_line(kind):
     with pytest.raises(FrankenError, match=f"^the engine cannot run {model_type} ") as caught:
         check_code(config, CPU)
     assert "\n" not in str(caught.value)
+    assert "/franken-" not in str(caught.value), "a folder that nobody knows"
 
 
 @pytest.mark.parametrize("kind", ["jetmoe", "doge"])
