@@ -481,11 +481,15 @@ def _quick() -> Any:
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """What comparison.json holds.
 
-    Raises jsonschema.ValidationError for a value of another kind than its field's.
+    Raises FrankenError for a value of another kind than its field's: a result that comes from anywhere may
+    hold such a one where its own schema allows any.
     """
     data = comparison.to_json()
     if not _quick().is_valid(data):
-        _validator().validate(data)
+        error = next(_validator().iter_errors(data))
+        raise FrankenError(
+            f"the results make no comparison ({error.json_path}: {error.message.splitlines()[0][:120]})"
+        )
     return data
 
 

@@ -41,6 +41,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 # the same in a hundredth of the time (1 ms a result), but without the words in which an error is told
 QUICK = jsonschema_rs.validator_for(SCHEMA)
 MANIFEST = jsonschema.Draft202012Validator(json.loads((ROOT / "schema" / "manifest.json").read_text()))
+LONGEST_NAME = 200  # bytes; file systems take 255, and something is put around it
 NAME = re.compile(r"[\w+-][\w.+-]*")  # of an experiment, as it stands in file names, tables and pages
 
 
@@ -120,7 +121,7 @@ class Run:
             place = ".".join(map(str, [*wrong.absolute_path, *lost[:1]]))[:80]
             raise FrankenError(f"{run.manifest_path} is corrupt ({place} is missing or of another kind)")
         for name in manifest["experiments"]:
-            if not isinstance(name, str) or not NAME.fullmatch(name):
+            if not isinstance(name, str) or not NAME.fullmatch(name) or len(name.encode()) > LONGEST_NAME:
                 raise FrankenError(f"{run.manifest_path} is corrupt ({str(name)[:80]!r} names no experiment)")
         run.refuse_ways_out()
         return run, manifest
