@@ -451,6 +451,8 @@ def can_set(action: argparse.Action, settings: dict) -> bool:
     if action.dest not in SETTINGS:
         return True
     value = settings[action.dest]
+    if action.dest in ADDED_SETTINGS and value is ADDED_SETTINGS[action.dest]:
+        return True
     if action.dest == "execute_code":
         return isinstance(value, bool) or value == "unsandboxed"
     if value is None:

@@ -387,6 +387,7 @@ def test_a_manifest_that_lacks_something_is_refused(run, key):
 
 
 WRONG_WITHIN = {
+    "experiments.0": lambda m: m["experiments"].__setitem__(0, 5),
     "devices.0": lambda m: m["devices"].__setitem__(0, 0),
     "hardware": lambda m: m.update(hardware="2020"),
     "hardware.gpus": lambda m: m["hardware"].update(gpus=3),

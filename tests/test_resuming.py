@@ -283,7 +283,7 @@ WRONG_SETTINGS = {
     "dtype": ["int4", None, 3],
     "device_map": ["cpu:0", {}],
     "execute_code": [1, "yes", None, []],
-    "short": ["no", 1, None],
+    "short": ["no", 1],
     "instruct": [5, ["x"], {}],
     "thinking": [True, "maybe"],
     "suites": [["binary"], 7],
@@ -331,7 +331,7 @@ def test_bytecode_beside_a_users_file_is_not_run(tmp_path):
     assert experiments.load_file(str(source)) == []
 
 
-@pytest.mark.parametrize("name", ["../../outside", "a/b", "..", "a\x1b[31m", 5, "", "a b", "x" * 201])
+@pytest.mark.parametrize("name", ["../../outside", "a/b", "..", "a\x1b[31m", "", "a b", "x" * 201])
 def test_a_manifest_that_names_no_experiment_is_corrupt(finished, capfd, name):
     edited(finished, lambda m: m["experiments"].append(name))
     assert report.main([str(finished)]) == 1

@@ -191,11 +191,13 @@ def test_what_a_guard_tries_is_what_transformers_writes(monkeypatch):
             template.render([{"role": "user", "content": "Hello."}])
 
 
-def test_a_guard_that_was_forked_or_killed_is_started_again():
-    def tried() -> int:
-        assert template_guard.problem(tiny.TEMPLATE, [{"role": "user", "content": "Hello."}]) is None
-        return template_guard._child.process.pid
+def tried() -> int:
+    """The process in which a conversation was tried."""
+    assert template_guard.problem(tiny.TEMPLATE, [{"role": "user", "content": "Hello."}]) is None
+    return template_guard._child.process.pid
 
+
+def test_a_guard_that_was_forked_or_killed_is_started_again():
     first = tried()
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert pool.apply(tried) != first
