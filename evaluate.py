@@ -25,7 +25,7 @@ from suites.free_text import FreeText
 from suites.injection import SHORT, Injection
 from suites.injection_generation import InjectionGeneration
 from suites.injection_layers import InjectionLayers
-from suites.lm_eval import LmEval
+from suites.lm_harness import LmEval
 from suites.localisation import Localisation
 from suites.perplexity import Perplexity
 from suites.phases import Phases

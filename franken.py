@@ -545,7 +545,7 @@ def mix(tensors: Sequence[torch.Tensor], weights: Sequence[float], how: Mixing, 
     weights."""
     weights = how.weights_of(name, weights)
     if how.method == "slerp":
-        return slerp(*tensors, weights[1])
+        return slerp(tensors[0], tensors[1], weights[1])
     # multiplied and added at once, as mergekit does: on most processors rounded once
     total = torch.zeros_like(tensors[0], dtype=torch.float32)
     for tensor, weight in zip(tensors, weights, strict=True):

@@ -480,10 +480,10 @@ def resume_command(path, args) -> str:
 
 def followers_of(args):
     """What --log, --push and --inspect-log ask for. Raises FrankenError before anything is loaded."""
-    from reporting.followers import Followers, Hub, Tracker
+    from reporting.followers import Follower, Followers, Hub, Tracker
     from reporting.inspect_log import InspectLogs
 
-    made = [InspectLogs()] if args.inspect_log else []
+    made: list[Follower] = [InspectLogs()] if args.inspect_log else []
     made += [Tracker(args.log)] if args.log else []
     made += [Hub(args.push)] if args.push else []  # last: it sends what the others wrote
     return Followers(made)

@@ -73,9 +73,9 @@ class Engine:
         self.template = template or ChatTemplate(tokenizer)
         self.config = live.config
         self.config._attn_implementation = ATTENTION
-        self.stop_ids = sorted({*stop_ids, *find_stop_ids(tokenizer)})
+        self.stop_ids: list[int] = sorted({*stop_ids, *find_stop_ids(tokenizer)})
         eos = tokenizer.eos_token_id
-        self.own_stops = sorted(
+        self.own_stops: list[int] = sorted(
             {*stop_ids, *([] if eos is None else [eos])}
         )  # transformers stops at these alone
         on_gpu = live.device.type == "cuda"

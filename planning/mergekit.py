@@ -102,11 +102,12 @@ class _Merge:
             ("merge_method", "slices", "models", "base_model", "dtype", "out_dtype", "parameters", "name"),
             "the configuration",
         )
-        self.method = data.get("merge_method")
-        if self.method not in METHODS:
+        method = data.get("merge_method")
+        if method not in METHODS:
             raise FrankenError(
-                f"the merge method {_short(self.method)} cannot be expressed; {', '.join(METHODS)} can"
+                f"the merge method {_short(method)} cannot be expressed; {', '.join(METHODS)} can"
             )
+        self.method = str(method)
         for key in ("dtype", "out_dtype"):
             if data.get(key) not in DTYPES:
                 raise FrankenError(f"{key} {_short(data[key])} is none of {', '.join(filter(None, DTYPES))}")
@@ -139,7 +140,7 @@ class _Merge:
             raise FrankenError(f"passthrough takes one model a slice, not {len(inputs)}")
         if self.method == "slerp" and (len(inputs) != 2 or base not in names):
             raise FrankenError("slerp is between two models, of which base_model names one")
-        return _Slice(tuple(inputs), parameters, names.index(base) if self.method == "slerp" else 0)
+        return _Slice(tuple(inputs), parameters, names.index(str(base)) if self.method == "slerp" else 0)
 
     def _input(self, entry: Any, whole: bool) -> _Input:
         _only(entry, ("model", "parameters") if whole else ("model", "layer_range", "parameters"), "a model")
@@ -488,7 +489,8 @@ def _conditions(default: float, cases: list[tuple[str, float]]) -> Any:
 def _linear(recipe: Recipe, models, layers, parts: dict, normalize: bool) -> dict[str, Any]:
     """Every slice names every source, those that are not wanted with weight 0: mergekit takes what surrounds
     the layers from the sources of the first and of the last slice."""
-    names, slices, open_slice = sorted(recipe.sources), [], None
+    names, slices = sorted(recipe.sources), []
+    open_slice: list[list] = []  # entries of the slice that may grow; none: the next one is new
     for p, slot in enumerate(recipe.slots):
         held = {ref.source: (ref, k) for k, (ref, _) in enumerate(slot.mix)}
         weights = [w for _, w in slot.mix]
@@ -503,7 +505,7 @@ def _linear(recipe: Recipe, models, layers, parts: dict, normalize: bool) -> dic
                 cases += [(text, 0.0) for text, _ in slot.mixing.by_name]
             weight = _conditions(0.0 if k is None else weights[k], cases)
             sources.append((ref, weight))
-        more = open_slice is not None and not outside
+        more = bool(open_slice) and not outside
         if more and all(
             (a.source, a.layer + n, wa) == (b.source, b.layer, wb)
             for (a, n, wa), (b, wb) in zip(open_slice, sources, strict=True)
@@ -513,7 +515,7 @@ def _linear(recipe: Recipe, models, layers, parts: dict, normalize: bool) -> dic
         else:
             slices.append([[ref, 1, weight] for ref, weight in sources])
             # what the first and the last slice say of the outside is theirs alone
-            open_slice = None if outside else slices[-1]
+            open_slice = [] if outside else slices[-1]
     written = [
         {
             "sources": [

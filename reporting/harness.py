@@ -29,6 +29,6 @@ def harness_section(measured: Mapping[str, dict]) -> list[str]:
         "| --- |" + " ---: |" * len(names),
     ]
     for name, one in measured.items():
-        values = [number(one["results"].get(task, {}).get(metric), 4) for task, metric in columns]
+        values = [number(one["results"].get(task, {}).get(metric), ".4f") for task, metric in columns]
         lines.append(f"| {markdown_cell(name)} | " + " | ".join(values) + " |")
     return lines

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -63,30 +64,24 @@ def write_logs(run: Run) -> str:
 
 def write_log(run: Run, manifest: dict, result: dict) -> Path:
     """One experiment's log. Raises FrankenError if it cannot be written."""
-    from inspect_ai.log import (
-        EvalConfig,
-        EvalDataset,
-        EvalError,
-        EvalLog,
-        EvalSpec,
-        EvalStats,
-        write_eval_log,
-    )
 
+    log_of: Any = import_module("inspect_ai.log")
     name, entry = result["experiment"]["name"], result["experiment"]
     created = _utc(manifest["created"])
     samples = [_sample(k, row) for k, row in enumerate(readings({name: result}, run.path.name))]
     cost = result["performance"]
-    spec = EvalSpec(
+    spec = log_of.EvalSpec(
         created=created,
         run_id=run.path.name,
         eval_id=f"{run.path.name}-{name}",
         task=name,
         task_id=name,
         task_args={key: manifest["protocol"].get(key) for key in ("suites", "samples", "seed")},
-        dataset=EvalDataset(name="frankenmodel", samples=len(samples), sample_ids=[s.id for s in samples]),
+        dataset=log_of.EvalDataset(
+            name="frankenmodel", samples=len(samples), sample_ids=[s.id for s in samples]
+        ),
         model=f"frankenmodel/{manifest.get('pair') or 'own'}/{name}",
-        config=EvalConfig(epochs=1),
+        config=log_of.EvalConfig(epochs=1),
         packages={k: v for k, v in manifest.get("versions", {}).items() if v},
         metadata=_clean(
             {
@@ -103,21 +98,21 @@ def write_log(run: Run, manifest: dict, result: dict) -> Path:
     error = None
     if result["error"]:
         trace = str(result["error"].get("traceback") or "")
-        error = EvalError(
+        error = log_of.EvalError(
             message=_clean(result["error"]["message"]), traceback=_clean(trace), traceback_ansi=_clean(trace)
         )
-    log = EvalLog(
+    log = log_of.EvalLog(
         status="error" if error else "success",
         eval=spec,
         results=_results(result, samples),
-        stats=EvalStats(started_at=created, completed_at=created),
+        stats=log_of.EvalStats(started_at=created, completed_at=created),
         error=error,
         samples=samples,
     )
     path = log_folder(run) / f"{name}.eval"
     try:
         path.parent.mkdir(exist_ok=True)
-        write_eval_log(log, str(path), format="eval")
+        log_of.write_eval_log(log, str(path), format="eval")
     except OSError as e:
         raise FrankenError(f"cannot write {path}: {e.strerror}") from e
     return path
@@ -125,10 +120,9 @@ def write_log(run: Run, manifest: dict, result: dict) -> Path:
 
 def _sample(number: int, row: dict) -> Any:
     """A reading as a sample: the question, what the model wrote or leans to, and its numbers as scores."""
-    from inspect_ai.log import EvalSample
-    from inspect_ai.model import ModelOutput
-    from inspect_ai.scorer import Score
-
+    EvalSample = import_module("inspect_ai.log").EvalSample
+    ModelOutput = import_module("inspect_ai.model").ModelOutput
+    Score = import_module("inspect_ai.scorer").Score
     reply = row.get("reply")
     if reply is None and row.get("log_odds") is not None:
         reply = "Yes" if row["log_odds"] > 0 else "No"
@@ -148,11 +142,10 @@ def _sample(number: int, row: dict) -> Any:
 
 
 def _results(result: dict, samples: list) -> Any:
-    from inspect_ai.log import EvalMetric, EvalResults, EvalScore
-
-    metrics = {key: EvalMetric(name=key, value=value) for key, value in numbers(result).items()}
-    score = EvalScore(name="frankenmodel", scorer="frankenmodel", metrics=metrics)
-    return EvalResults(total_samples=len(samples), completed_samples=len(samples), scores=[score])
+    log_of: Any = import_module("inspect_ai.log")
+    metrics = {key: log_of.EvalMetric(name=key, value=value) for key, value in numbers(result).items()}
+    score = log_of.EvalScore(name="frankenmodel", scorer="frankenmodel", metrics=metrics)
+    return log_of.EvalResults(total_samples=len(samples), completed_samples=len(samples), scores=[score])
 
 
 def _utc(text: str) -> str:

@@ -10,6 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -261,14 +262,12 @@ def _write(rows: list[dict], kinds: dict[str, type], path: Path) -> None:
         writer.writerow(kinds)
         writer.writerows([_cell(row.get(key)) for key in kinds] for row in rows)
         return write_text(path, out.getvalue())
-    import pyarrow
-    import pyarrow.parquet
-
+    pyarrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
     types = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bool: pyarrow.bool_()}
     schema = pyarrow.schema([(key, types[kind]) for key, kind in kinds.items()])
     columns = [pyarrow.array(_column(rows, key, kind), schema.field(key).type) for key, kind in kinds.items()]
     sink = pyarrow.BufferOutputStream()
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), sink)
+    parquet.write_table(pyarrow.table(columns, schema=schema), sink)
     return write_bytes(path, sink.getvalue().to_pybytes())
 
 

@@ -202,7 +202,7 @@ def harness_of(args):
     Raises FrankenError for what goes without it, no tasks, a folder that is none, or a missing package.
     """
     from suites.base import Harness
-    from suites.lm_eval import check_installed
+    from suites.lm_harness import check_installed
 
     if not getattr(args, "lm_eval", None):
         if getattr(args, "include_path", None) or getattr(args, "limit", None):

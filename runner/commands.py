@@ -188,7 +188,7 @@ def located(args) -> Located:
 
 def export(args) -> int:
     """Write a checkpoint; what cannot be one is refused before anything is loaded."""
-    from runner.results import commit, versions
+    from runner.manifest import commit, versions
 
     folder = Path(args.folder)
     check_target(folder, args.overwrite)

@@ -12,7 +12,7 @@ from exports import exporter
 
 from runner.export import Chosen
 from suites.base import Harness, Protocol
-from suites.lm_eval import LmEval, score, task_manager
+from suites.lm_harness import LmEval, score, task_manager
 from surgery.recipes import attenuate, identity, repeat, swap
 
 CHOICE = """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -34,9 +35,7 @@ def check_installed() -> None:
 @functools.lru_cache(maxsize=2)
 def task_manager(include_path: str | None) -> Any:
     """The harness's tasks and those of a folder, looked through once: there are thousands of files."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=include_path)
+    return import_module("lm_eval.tasks").TaskManager(include_path=include_path)
 
 
 class LmEval(Suite):
@@ -48,8 +47,7 @@ class LmEval(Suite):
         asked = protocol.harness
         if asked is None:
             raise FrankenError("the suite lm_eval needs tasks: --lm-eval TASKS")
-        import lm_eval
-
+        lm_eval: Any = import_module("lm_eval")
         try:
             found = lm_eval.simple_evaluate(
                 model=_model(engine, protocol.seed),
@@ -82,10 +80,10 @@ class LmEval(Suite):
 
 def _model(engine: Engine, seed: int) -> Any:
     """The harness's model over our engine; made here, because its base class is the package's."""
-    from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
+    utils: Any = import_module("lm_eval.utils")
+    base: Any = import_module("lm_eval.api.model").TemplateLM
 
-    class OurEngine(TemplateLM):
+    class OurEngine(base):
         tokenizer = engine.tokenizer
 
         @property
