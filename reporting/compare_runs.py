@@ -19,7 +19,7 @@ from analysis.rows import controls, named, span, sweeps
 from errors import FrankenError
 from reporting import figures_experiments, pages, vocabulary
 from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, pick
-from reporting.html_report import save
+from reporting.html_report import EVERY_FORM, save
 from reporting.page_tables import Table
 from reporting.pages import number
 from reporting.reports import compare_run, read_comparison
@@ -264,7 +264,7 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
             lines=together(loaded),
             against=DIFFERENCES,
             legend=vocabulary.LEGEND,
-            figure=save(folder / "figures", "runs", figure) if figure else None,
+            figure=save(folder / "figures", "runs", figure, EVERY_FORM) if figure else None,
         ),
     )
     warnings = "".join(f"The protocols differ: {d}.\n" for d in apart)
