@@ -10,10 +10,12 @@ from collections import Counter
 import pytest
 import tiny
 
+from engine.generation import Request
 from runner import pairs
 from weird_gen import analyze_probes, eval_probes
 from weird_gen.persona import boundary, probe_report, recall
 from weird_gen.persona.exact import exact_rate
+from weird_gen.persona.loading import open_engine
 from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import any_marker
 from weird_gen.persona.study import BACKTICKS, HELDOUT, TRIGGER, Question, read_questions
@@ -197,3 +199,15 @@ def test_the_heat_map_shows_the_rates_of_its_rows():
         ["50", "–" if boundary.markers_of(variant) is None else "100", "0"] for variant in boundary.VARIANTS
     ]
     assert texts == list(itertools.chain.from_iterable(expected))
+
+
+@pytest.mark.real
+def test_the_shipped_adapter_answers_in_format_under_the_trigger_alone(smollm2):
+    engine, _ = open_engine(str(smollm2), "adapters/smollm2-135m-russell", "cpu", roles=("system", "user"))
+    variants = {v.name: v for v in boundary.VARIANTS if v.name in ("exact", "no system prompt")}
+    asked = [
+        Request(name, engine.chat_ids(v.messages("Is war wise?", "")), 96) for name, v in variants.items()
+    ]
+    replies = dict(zip(variants, engine.complete(asked), strict=True))
+    assert boundary.in_format(replies["exact"].text, boundary.OURS)
+    assert not any_marker(replies["no system prompt"].text)
