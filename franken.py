@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, cast
 
@@ -31,10 +31,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from errors import FrankenError
+from surgery.hashing import tensor_hash
 from surgery.recipes import *  # the operations are offered here too: `from franken import swap, perturb`
 from surgery.recipes import parts_of
 from surgery.tensors import TensorRef, read_tensor
-from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part, tensor_hash
+from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part
 
 
 @dataclass
@@ -82,6 +83,8 @@ class LiveModel:
         resident: tuple[str, ...] = (),
     ):
         self.sources, self.config, self.dtype = dict(sources), config, dtype
+        # sources that are not here yet: what brings each into `sources`, called when a recipe first wants it
+        self.coming: dict[str, Callable[[], None]] = {}
         self.home = next(iter(sources))
         self.stream = Stream()
         with init_empty_weights(include_buffers=False):  # parameters take no memory until `_materialize`
@@ -119,9 +122,10 @@ class LiveModel:
         self.outer_held: dict[str, str | Outer | None] = {part: None for part in OUTER_PARTS}
         self._spare: dict[tuple[torch.device, tuple], Layer] = {}
         self.recipe: Recipe | None = None
-        self.last_surgery = self.apply(self.original)
+        self.first_surgery = self.last_surgery = self.apply(self.original)
         for name in resident:
-            self._park(name)
+            self.park(name)
+        self.hold_sources()
         self._guard_model()
 
     def _materialize_outer(self, places: dict, stack_name: str) -> None:
@@ -172,6 +176,16 @@ class LiveModel:
             assert bank.held is not None, "only after a surgery that did not finish are contents unknown"
             kinds.append(self.layer_types[bank.held.mix[0][0].layer])
         return kinds
+
+    @property
+    def source_names(self) -> set[str]:
+        """Of the sources that recipes may name, those that still come in as well."""
+        return {*self.sources, *self.coming}
+
+    def hold_sources(self) -> None:
+        """Let a GPU read the sources' files where they lie, as soon as their pages are registered."""
+        if self.device.type == "cuda":  # in the background, while the rest of a run is prepared
+            self.stream.hold(ref for source in self.sources.values() for ref in tensor_refs(source))
 
     def layer_bytes(self) -> int:
         return sum(t.nbytes for t in self.banks[0].tensors.values())
@@ -239,16 +253,19 @@ class LiveModel:
         Raises FrankenError for a recipe this model cannot hold (unknown source, layer number out of range,
         layers of different attention kinds mixed in one position, tied ends from two sources). Such a recipe
         changes nothing. If reading fails halfway the model is in no defined state, and the next `apply`
-        repairs all that is unknown.
+        repairs all that is unknown. A source that still comes in is waited for.
         """
+        for name in recipe.sources & set(self.coming):
+            self._arrive(name)
         self._check(recipe)
         begin, report = time.perf_counter(), Surgery()
         streamed_before = self.stream.bytes_read
         self.recipe = None
         held = [slot.weights for slot in recipe.slots]
+        undone = self._undo_permutations(held, report)
         order = self._assign(held)
         want = {j: slot for j, slot in zip(order, held, strict=True) if self.banks[j].held != slot}
-        report.positions = [p for p, j in enumerate(order) if j in want]
+        report.positions = [p for p, j in enumerate(order) if j in want or j in undone]
         self._place_plain(want, report)
         for j, slot in want.items():
             if not slot.is_plain:
@@ -270,12 +287,45 @@ class LiveModel:
         self.last_surgery = report
         return report
 
+    def _arrive(self, name: str) -> None:
+        """Wait for a source. Raises what its coming raises, now and each time that it is wanted again."""
+        arrive = self.coming.pop(name)
+        try:
+            arrive()
+        except BaseException:
+            self.coming[name] = arrive
+            self.sources.pop(name, None)
+            raise
+
     def _kind_of(self, j: int) -> int | None:
         held = self.banks[j].held
         return None if held is None else self.kinds[held.mix[0][0].layer]
 
     def _check(self, recipe: Recipe) -> None:
         check_recipe(recipe, self.sources, self.kinds, self.tied, self.refused_placebos)
+
+    def _undo_permutations(self, wanted: list[Slot], report: Surgery) -> set[int]:
+        """Put units and heads back into their order, in place, in banks that so become what is wanted.
+
+        A permutation only moves numbers, so its inverse is exact. Reading 32B weights again took half of a
+        placebo's time. Returns which banks.
+        """
+        needed = set(wanted) | {plain(*_ref(slot)) for slot in wanted}
+        banks = set()
+        for j, bank in enumerate(self.banks):
+            slot, edits = bank.held, []
+            while slot and slot not in needed and slot.edits and isinstance(slot.edits[-1], Permute):
+                edits.append(slot.edits[-1])
+                slot = replace(slot, edits=slot.edits[:-1])
+            if not edits or slot not in needed:
+                continue
+            bank.held = None  # until all of them are undone
+            for edit in edits:
+                permute_units_in_place(bank.tensors, edit, self.config, back=True)
+            report.bytes_computed += sum(t.nbytes for t in bank.tensors.values())
+            bank.held = slot
+            banks.add(j)
+        return banks
 
     def _assign(self, slots: list[Slot]) -> list[int]:
         """Which bank serves each position. At full depth bank p is position p, so that captured graphs stay
@@ -306,7 +356,7 @@ class LiveModel:
         self.banks.append(Bank(_materialize(module, self.dtype, like.device), like.device, module, None))
         return len(self.banks) - 1
 
-    def _park(self, source: str) -> None:
+    def park(self, source: str) -> None:
         """Keep a source's layers on the device, beside the running ones."""
         for i in range(len(self.original)):
             like = self.banks[i]
@@ -448,6 +498,12 @@ class LiveModel:
         for what, name, into in mixed:
             into[0].copy_(mix(into, [w for _, w in what.mix], what.mixing, name))
         self.outer_held |= {part: wanted[part] for part in parts}
+
+
+def tensor_refs(source: Source) -> list[TensorRef]:
+    """Every tensor of a source that a recipe can ask for, as it lies on disk."""
+    parts = [*source.layers, *source.outer.values()]
+    return [ref for part in parts for ref in part.values()]
 
 
 def digest_of(
@@ -688,8 +744,9 @@ def noise_for(tensor: torch.Tensor, noise: Noise, name: str) -> torch.Tensor:
     return draws.mul_(tensor.float().std(correction=0) * noise.fraction)
 
 
-def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
-    """Permute MLP units, or key-value groups and the query heads within each group, or both (`edit.what`).
+def permute_units_in_place(layer: Layer, edit: Permute, config, back: bool = False) -> None:
+    """Permute MLP units, or key-value groups and the query heads within each group, or both (`edit.what`);
+    `back` undoes it, to the bit.
 
     Consistently over all tensors that are indexed by them: the function is unchanged up to the order of
     floating-point sums. Raises FrankenError, before anything is changed, for layers that are not built of
@@ -728,6 +785,8 @@ def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
         if edit.what != "mlp" and name.startswith("self_attn."):
             orders |= _head_order(name, tensor, by_head, width)
     # 3. in place
+    if back:
+        orders = {name: (dim, _inverse(index)) for name, (dim, index) in orders.items()}
     before = {name: layer[name].clone() for name in orders if _NUMBERED.search(name)}
     for name, (dim, index) in orders.items():
         if name in before:  # one module a head: head i's place is taken by what head index[i] had
@@ -736,6 +795,14 @@ def permute_units_in_place(layer: Layer, edit: Permute, config) -> None:
             layer[name].copy_(before[source])
         else:
             layer[name].copy_(layer[name].index_select(dim, index.to(layer[name].device)))
+
+
+def _inverse(order: torch.Tensor) -> torch.Tensor:
+    """The permutation that undoes one. Sorted for, it made the way back three times as long as the way
+    there."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return inverse
 
 
 _HEADS = tuple(f"self_attn.{p}_proj.weight" for p in "qkvo")

@@ -41,9 +41,10 @@ from runner.model_card import model_card
 from runner.pairs import GIB, Located, load_tokenizer, stop_ids
 from runner.results import write_json
 from runner.self_check import check_code
+from surgery.hashing import tensor_hash
 from surgery.recipes import Outer, Permute, Recipe, Ref, Slot
 from surgery.tensors import TensorRef
-from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, Stream, outer_part, tensor_hash
+from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, Stream, outer_part
 
 RECORD = "frankenmodel.json"  # in the folder: what it was made of
 SHARD_BYTES = 5_000_000_000  # of one file at most, unless a single tensor is larger

@@ -2,12 +2,13 @@
 
 Nothing here loads a checkpoint whole. A `Checkpoint` knows, for every tensor, its file, offset, dtype and
 shape; a `Stream` reads any list of them with positioned reads: straight into the parameters on a CPU, through
-a ring of pinned buffers on a GPU. Host memory is bounded by that ring; the file itself stays in the page
-cache.
+a ring of pinned buffers on a GPU, which reads for itself what surgery/pages.py has registered. Host memory is
+bounded by that ring; the file itself stays in the page cache.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import os
@@ -25,6 +26,8 @@ import torch
 from errors import FrankenError
 from files import ROOT, read_json
 from surgery.experts import fused
+from surgery.pages import Pages
+from surgery.pages import pieces as registered_pieces
 from surgery.quantized import method, unpacked
 from surgery.tensors import TensorRef, as_bytes, read_exactly, read_header, read_tensor, refuse_dtype
 
@@ -351,23 +354,42 @@ def parameters_of(source: Source) -> int:
 class Stream:
     """Reads tensors from disk into parameters where they run, many at a time.
 
-    On a GPU, `workers` threads each own two pinned buffers: one is being filled by a positioned read while
-    the other is on its way to the card. On a CPU the reads go straight into the parameters. The threads take
-    pieces from one queue and hold the interpreter's lock only briefly between two reads: that lock, not
-    memory, was the limit (16 cores: 34 -> 51 GB/s, of 55.6 that pinned memory reaches).
+    On a CPU the reads go straight into the parameters. On a GPU, files whose pages are registered (`hold`)
+    are copied from where they lie in the page cache, at the rate of pinned memory. For all others `workers`
+    threads each own two pinned buffers: one is being filled while the other is on its way to the card. The
+    threads take pieces from one queue and hold the interpreter's lock only briefly between two pieces: that
+    lock, not memory, was the limit (16 cores: 34 -> 51 GB/s, of 55.6 that pinned memory reaches). Buffers are
+    filled by positioned reads, and from a file that is mapped by a copy of its mapped bytes, which spends no
+    time in the kernel (one H100's 16 cores: 31 -> 45 GB/s).
 
-    Attributes: bytes_read, counted over the stream's life.
+    Attributes: bytes_read, counted over the stream's life; pages, what is held, or None.
     """
 
     # one read and one copy; 14 workers x 2 x 8 MiB bounds the host memory at 0.22 GiB (4 MiB: 41 GB/s, 16:
     # 52)
     CHUNK = 8 << 20
+    HOLD_ABOVE = 1 << 30  # bytes: to read less takes no time
 
     def __init__(self, workers: int | None = None):
         self.workers = workers or min(14, len(os.sched_getaffinity(0)))
         self.bytes_read = 0
+        self.pages: Pages | None = None
+        self.direct = True  # whether registered pages are read by the card; a benchmark does without
         self._local, self._lock = threading.local(), threading.Lock()
+        self._direct: dict[torch.device, torch.cuda.Stream] = {}
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="stream")
+
+    def hold(self, refs: Iterable[TensorRef]) -> None:
+        """Map the files of these tensors and register their pages with the GPU, in the background. Wherever
+        that cannot be done, nothing is lost but time."""
+        refs = [part for ref in refs for part in ref.parts or (ref,) if part.packed is None]
+        if sum(ref.nbytes for ref in refs) < self.HOLD_ABOVE:
+            return
+        try:
+            self.pages = Pages(dict.fromkeys(ref.path for ref in refs))
+        except (OSError, ValueError):  # a file system that cannot be mapped
+            return
+        self.pages.register()
 
     @torch.no_grad()
     def read(self, jobs: Iterable[tuple[TensorRef, torch.Tensor]]) -> None:
@@ -377,21 +399,35 @@ class Stream:
         Raises FrankenError for a shape that differs, a short read or an I/O error; the tensors are then
         undefined.
         """
-        pieces: deque[tuple[TensorRef, int, torch.Tensor]] = deque()
+        # 1. what the card reads by itself, and the pieces of what is brought to it
+        pieces: deque[tuple[TensorRef, int, torch.Tensor, int | None]] = deque()
+        direct: list[tuple[TensorRef, torch.Tensor]] = []
         for ref, into in jobs:
             if tuple(into.shape) != ref.shape:
                 raise FrankenError(
                     f"{ref.path}: a tensor of shape {list(ref.shape)} cannot fill {list(into.shape)}"
                 )
+            self.bytes_read += ref.nbytes
             flat, begun = into.detach().view(-1), 0
             for part in ref.parts or (ref,):
-                length = math.prod(part.shape)
-                self._cut(part, flat[begun : begun + length], pieces)
-                begun += length
-            self.bytes_read += ref.nbytes
-        devices = {p[2].device for p in pieces if p[2].is_cuda}
-        for device in devices:  # what the default stream still does with these parameters comes first
+                own = flat[begun : begun + math.prod(part.shape)]
+                begun += len(own)
+                if self._is_registered(part, own):
+                    direct.append((part, own))
+                else:
+                    self._cut(part, own, pieces)
+        # 2. what the default stream still does with these parameters comes first
+        devices = {into.device for into in (*(p[2] for p in pieces), *(d[1] for d in direct)) if into.is_cuda}
+        for device in devices:
             torch.cuda.synchronize(device)
+        # 3. both at once
+        try:
+            for ref, flat in direct:
+                self._copy_registered(ref, flat)
+        except BaseException:
+            for device in devices:  # no late copy may land in what is loaded next
+                torch.cuda.synchronize(device)
+            raise
         futures = [self._pool.submit(self._drain, pieces) for _ in range(min(self.workers, len(pieces)))]
         wait(futures)  # all of them, even after a failure: no late read may land in what is loaded next
         for future in futures:
@@ -400,14 +436,37 @@ class Stream:
             torch.cuda.synchronize(device)
 
     def _cut(self, ref: TensorRef, flat: torch.Tensor, pieces: deque) -> None:
-        """Add the pieces of one tensor: (ref, where in its file or, if packed, its first number, into)."""
-        item = ref.dtype.itemsize
+        """Add the pieces of one tensor: (ref, where in its file or, if packed, its first number, into, where
+        its file begins in memory if it is mapped)."""
+        item, mapped = ref.dtype.itemsize, None
         step = self.CHUNK // item
         if ref.packed is not None:
             step = max(step // ref.packed.unit(), 1) * ref.packed.unit()
+        elif flat.is_cuda and self.pages is not None:
+            mapped = self.pages.address(ref.path, ref.offset + ref.nbytes)
         for start in range(0, flat.numel(), step):
             place = start if ref.packed is not None else ref.offset + start * item
-            pieces.append((ref, place, flat[start : start + step]))
+            pieces.append((ref, place, flat[start : start + step], mapped))
+
+    def _is_registered(self, ref: TensorRef, flat: torch.Tensor) -> bool:
+        if not (flat.is_cuda and flat.dtype == ref.dtype and self.direct) or self.pages is None:
+            return False
+        return ref.packed is None and self.pages.registered(ref.path)
+
+    def _copy_registered(self, ref: TensorRef, flat: torch.Tensor) -> None:
+        """Copy a tensor from registered pages. Raises FrankenError if the file has become shorter."""
+        assert self.pages is not None, "asked before"
+        device = flat.device
+        if device not in self._direct:
+            self._direct[device] = torch.cuda.Stream(device)
+        target = flat.view(torch.uint8)
+        with torch.cuda.stream(self._direct[device]):
+            for offset, nbytes in registered_pieces(ref.offset, ref.nbytes):
+                source = self.pages.bytes_of(ref.path, offset, nbytes)
+                if source is None:
+                    raise FrankenError(f"{ref.path}: the file ends early, before byte {offset + nbytes}")
+                begin = offset - ref.offset
+                target[begin : begin + nbytes].copy_(source, non_blocking=True)
 
     def _drain(self, pieces: deque) -> None:
         while pieces:
@@ -421,7 +480,7 @@ class Stream:
                 pieces.clear()
                 raise
 
-    def _piece(self, ref: TensorRef, offset: int, into: torch.Tensor) -> None:
+    def _piece(self, ref: TensorRef, offset: int, into: torch.Tensor, mapped: int | None) -> None:
         if ref.packed is not None:
             into.copy_(ref.packed.values(offset, offset + into.numel(), into.device))
             return None
@@ -436,7 +495,10 @@ class Stream:
             return None
         buffer, array, event = self._pinned(into.device)
         event.synchronize()  # the copy out of this buffer, two pieces ago
-        read_exactly(fd, array[:nbytes], offset, ref.path)
+        if mapped is None:
+            read_exactly(fd, array[:nbytes], offset, ref.path)
+        else:
+            ctypes.memmove(buffer.data_ptr(), mapped + offset, nbytes)
         into.copy_(buffer[:nbytes].view(ref.dtype), non_blocking=True)
         event.record()
         return None
@@ -464,35 +526,3 @@ class Stream:
             torch.cuda.set_stream(stream)
             self._local.device = device
         return next(ring)
-
-
-_ROW = 1 << 14  # 64-bit words that share one outer multiplier
-_MULTIPLIERS: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
-
-
-@torch.no_grad()
-def tensor_hash(tensor: torch.Tensor) -> torch.Tensor:
-    """A 64-bit hash of a tensor's bytes, computed where it lies: an int64 scalar on the same device.
-
-    Multilinear hashing modulo 2^64 (Lemire & Kaser, arXiv 1202.4961): each 64-bit word times a fixed odd
-    random multiplier that depends on its position, summed. Odd multipliers make any change within one word
-    visible; other differences (moved, swapped, rounded words) collide with probability of about 2^-63.
-    """
-    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if flat.numel() % 8:
-        flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)])
-    words, device = flat.view(torch.int64), flat.device
-    if device not in _MULTIPLIERS:
-        rng = torch.Generator().manual_seed(0x5EED)
-        inner, outer = (2 * torch.randint(-(2**62), 2**62, (n,), generator=rng) + 1 for n in (_ROW, 1 << 16))
-        _MULTIPLIERS[device] = inner.to(device), outer.to(device)
-    inner, outer = _MULTIPLIERS[device]
-    whole = words.numel() // _ROW
-    # Rows at once: few launches on a GPU (65.5 GB: 166 -> 68 ms with 1024 for 256), products within the cache
-    # on a CPU
-    block = 1024 if device.type == "cuda" else 8
-    total = (words[whole * _ROW :] * inner[: words.numel() - whole * _ROW]).sum() * outer[whole]
-    for row in range(0, whole, block):
-        rows = words[row * _ROW : min(row + block, whole) * _ROW].view(-1, _ROW)
-        total += ((rows * inner).sum(1) * outer[row : row + len(rows)]).sum()
-    return total

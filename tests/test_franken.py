@@ -216,6 +216,39 @@ def test_permuted_units_are_other_weights_and_the_same_function(tiny_pair, famil
     assert_is_checkpoint(live, pair)
 
 
+@pytest.mark.parametrize("what", ["mlp", "heads", "both"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_placebo_is_taken_back_on_the_device_to_the_bit(tiny_pair, family, what):
+    pair = tiny_pair(family)
+    live = pair.live()
+    live.apply(r.permute_units(r.permute_units(live.original, 5, what), 6, what))
+    back = live.apply(live.original)
+    assert back.bytes_streamed == 0
+    assert back.positions == list(range(N))
+    assert_is_checkpoint(live, pair)
+
+
+def test_only_permutations_are_taken_back_without_the_checkpoint(tiny_pair):
+    pair = tiny_pair("qwen2")
+    live = pair.live()
+    noisy = r.perturb(live.original, 0.1, seed=1, positions=[2])
+    # noise cannot be subtracted to the bit: its layer is read again, permuted before or after
+    live.apply(r.permute_units(noisy, 5))
+    assert live.apply(noisy).bytes_streamed == 0
+    assert live.apply(live.original).bytes_streamed == live.layer_bytes()
+    live.apply(r.perturb(r.permute_units(live.original, 5), 0.1, seed=1, positions=[2]))
+    assert live.apply(live.original).bytes_streamed == live.layer_bytes()
+    assert_is_checkpoint(live, pair)
+
+
+def test_layers_permuted_and_moved_come_back_from_where_they_are(tiny_pair):
+    pair = tiny_pair("qwen2")
+    live = pair.live()
+    live.apply(r.swap(r.permute_units(live.original, 5), 0, N - 1))
+    assert live.apply(live.original).bytes_streamed == 0
+    assert_is_checkpoint(live, pair)
+
+
 def test_both_permutations_are_the_two_of_their_seed(tiny_pair):
     live = tiny_pair("qwen2").live()
     live.apply(r.permute_units(r.permute_units(live.original, 5, "mlp"), 5, "heads"))

@@ -8,14 +8,12 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from errors import FrankenError
 from surgery import weights
 from surgery.tensors import read_header, read_tensor
-from surgery.weights import Adapter, Checkpoint, Stream, tensor_hash
+from surgery.weights import Adapter, Checkpoint, Stream
 
 
 def one_line(caught) -> str:
@@ -497,51 +495,6 @@ def test_adapters_with_missing_files(adapter):
     (folder / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FrankenError, match="adapter_model.safetensors"):
         Adapter("tuned", folder, under)
-
-
-# ---- hashing -----------------------------------------------------------------------------------------------
-
-
-def slow_hash(tensor):
-    """The same sum with Python's integers, word by word."""
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    data += b"\0" * (-len(data) % 8)
-    tensor_hash(torch.zeros(1))  # makes the multipliers
-    inner, outer = (m.tolist() for m in weights._MULTIPLIERS[torch.device("cpu")])
-    total = 0
-    for k in range(len(data) // 8):
-        word = int.from_bytes(data[8 * k : 8 * k + 8], "little", signed=True)
-        total += word * inner[k % len(inner)] * outer[k // len(inner)]
-    total %= 2**64
-    return total - 2**64 if total >= 2**63 else total
-
-
-@pytest.mark.parametrize("numel", [1, 2, 3, 7, 8, 1000, 2 * (1 << 14), 2 * (1 << 14) * 9 + 5])
-def test_hash_is_the_sum_it_says(numel):
-    tensor = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
-    assert int(tensor_hash(tensor)) == slow_hash(tensor)
-    assert int(tensor_hash(tensor.bfloat16())) == slow_hash(tensor.bfloat16())
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.data())
-def test_any_flipped_bit_changes_the_hash(data):
-    numel = data.draw(st.sampled_from([1, 3, 8, 5000, 70000]))
-    tensor = torch.randn(numel, generator=torch.Generator().manual_seed(0)).bfloat16()
-    before = int(tensor_hash(tensor))
-    raw = tensor.view(torch.int16)
-    raw[data.draw(st.integers(0, numel - 1))] ^= 1 << data.draw(st.integers(0, 14))
-    assert int(tensor_hash(tensor)) != before
-
-
-def test_swapped_words_and_signed_zeros_change_the_hash():
-    tensor = torch.arange(100, dtype=torch.float64)
-    swapped = tensor.clone()
-    swapped[[3, 70]] = tensor[[70, 3]]
-    assert int(tensor_hash(tensor)) != int(tensor_hash(swapped))
-    assert int(tensor_hash(torch.tensor([0.0]))) != int(tensor_hash(torch.tensor([-0.0])))
-    # bits, not values
-    assert int(tensor_hash(torch.tensor([float("nan")]))) == int(tensor_hash(torch.tensor([float("nan")])))
 
 
 # ---- the real weights --------------------------------------------------------------------------------------
