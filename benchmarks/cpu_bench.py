@@ -108,7 +108,7 @@ class OneByOne:
         return done
 
     @torch.inference_mode()
-    def next_token_logprobs(self, sequences: list[tuple[int, ...]]) -> torch.Tensor:
+    def next_token_logprobs(self, sequences: list[tuple[int, ...]], on_device: bool = False) -> torch.Tensor:
         return torch.stack(
             [
                 self.model(torch.tensor([ids]), logits_to_keep=1).logits[0, -1].float().log_softmax(-1)

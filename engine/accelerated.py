@@ -20,6 +20,7 @@ from engine.attention import ATTENTION, refuse_unknown
 from engine.decode_attention import decode_attention
 from engine.decode_linear import compile_layer
 from engine.layers import compiled_for_modules, run_layer
+from engine.packing import pack, packed_batches
 from engine.sampling import Completion, Decoding, Request
 
 SLOTS = "franken_slots"
@@ -284,20 +285,31 @@ class Accelerator:
             rows.setdefault(request.prompt_ids, []).append(row)
         prompts = list(rows)
         last: dict[int, torch.Tensor] = {}  # by row
-        for group in self.engine.prefill_batches([len(p) for p in prompts]):
-            padded = max(len(prompts[i]) for i in group)
+        if self.engine.packed:
+            every = packed_batches(prompts, [0] * len(prompts), self.engine.prefill_tokens)
+        else:
+            every = self.engine.prefill_batches([len(p) for p in prompts])
+        for group in every:
+            some = [prompts[i] for i in group]
+            packed = pack(some) if self.engine.packed else None
+            padded = max(map(len, some))
             source, target = [], []
             for k, i in enumerate(group):
                 tokens = torch.arange(len(prompts[i]))
+                path = tokens + k * padded if packed is None else torch.from_numpy(packed.paths[k])
                 for row in rows[prompts[i]]:
-                    source.append(tokens + k * padded)
+                    source.append(path)
                     target.append(tokens + starts[row])
             source, target = torch.cat(source).to(self.device), torch.cat(target).to(self.device)
             caches = [PromptSlots(*pair, source, target) for pair in self.pools[: len(self.live.order)]]
-            hidden = self.engine.prefill([prompts[i] for i in group], caches)
+            if packed is None:
+                states = self.engine.prefill(some, caches).flatten(0, 1)
+            else:
+                states = self.engine.prefill_packed(packed, caches)
             for k, i in enumerate(group):
+                end = k * padded + len(prompts[i]) - 1 if packed is None else int(packed.paths[k][-1])
                 for row in rows[prompts[i]]:
-                    last[row] = hidden[k, len(prompts[i]) - 1]
+                    last[row] = states[end]
         return torch.stack([last[row] for row in range(len(batch))])
 
     # ---- one step ------------------------------------------------------------------------------------------

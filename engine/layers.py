@@ -67,7 +67,8 @@ def attenuated(hidden: torch.Tensor, out: torch.Tensor, scale: float) -> torch.T
 
 
 def compiled_for_modules(run: Callable) -> Callable:
-    """A compiled `run_layer` that never sees a scale: one compiled layer goes on serving all positions."""
+    """A `run_layer` of another make (compiled, fused) that never sees a scale: one compiled layer goes on
+    serving all positions."""
 
     def run_any(module, hidden, *args):
         if isinstance(module, Attenuated):

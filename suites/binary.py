@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import prompts
-from analysis.stats import log_odds_from_logprobs, readings_to_json
+from analysis.stats import readings_to_json
 from engine.generation import Engine
 from suites.base import Protocol, Suite, Work, finite
+from suites.reading import log_odds
 
 TOP_TOKENS = 3  # they show what is said instead of Yes or No; with eight they were a third of every result
 
@@ -20,9 +21,9 @@ def ask_binary(
 
     to_ids turns a probe's text into the token ids after which the answer is read.
     """
-    logprobs = engine.next_token_logprobs([to_ids(probe.text) for probe in probes])
+    logprobs = engine.next_token_logprobs([to_ids(probe.text) for probe in probes], on_device=True)
     yes, no = prompts.answer_token_ids(engine.tokenizer)
-    readings = readings_to_json(log_odds_from_logprobs(logprobs.numpy(), yes, no))
+    readings = readings_to_json(log_odds(logprobs, yes, no))
     if len(logprobs) and logprobs.amax().isnan():  # only then: it is a copy of the whole
         logprobs = logprobs.nan_to_num(float("-inf"))
     best = logprobs.topk(min(TOP_TOKENS, logprobs.shape[-1]))

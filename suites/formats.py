@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+import torch
 from scipy import special
 
 import prompts
-from analysis.stats import MASS_FLOOR, log_odds_from_logprobs, readings_to_json
+from analysis.stats import MASS_FLOOR, readings_to_json
 from engine.generation import Engine
 from suites.base import Protocol, Suite, Work, finite, logsumexp
+from suites.reading import condensed, log_odds
 
 
 def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.RatingTokens) -> np.ndarray:
@@ -33,6 +36,26 @@ def rating_logprobs(first: np.ndarray, after_one: np.ndarray, tokens: prompts.Ra
         return np.array([logsumexp([*ones.values()]), *between, logsumexp(tens)])
 
 
+def read_ratings(logprobs: torch.Tensor, ones: int, tokens: prompts.RatingTokens) -> list[np.ndarray]:
+    """`rating_logprobs` of every rating question: log-probabilities [n + n * ones, vocab], the questions'
+    own first, then those of each question's `ones` open ones."""
+    n = len(logprobs) // (1 + ones)
+    if logprobs.is_cuda:  # only what is looked at comes to the host
+        ids = sorted({i for same in (*tokens.one_to_nine, tokens.ten, tokens.zero) for i in same})
+        place = {token: k for k, token in enumerate(ids)}
+
+        def moved(group: Sequence[int]) -> tuple[int, ...]:
+            return tuple(place[token] for token in group)
+
+        rows = condensed(logprobs, ids)
+        nine = tuple(moved(same) for same in tokens.one_to_nine)
+        ten, zero = moved(tokens.ten), moved(tokens.zero)
+        tokens = replace(tokens, one_to_nine=nine, ten=ten, zero=zero, open_ones=moved(tokens.open_ones))
+    else:
+        rows = logprobs.numpy()
+    return [rating_logprobs(rows[k], rows[n + k * ones : n + (k + 1) * ones], tokens) for k in range(n)]
+
+
 def ask_formats(engine: Engine, probes: Sequence[prompts.FormatProbe]) -> list[dict]:
     """Readings of probes that are answered by No or Yes, a letter or a rating; log-odds (nats) are always
     toward Yes.
@@ -44,32 +67,33 @@ def ask_formats(engine: Engine, probes: Sequence[prompts.FormatProbe]) -> list[d
         {"no-yes": (yes, no), "letters": (a, b), "letters-reversed": (b, a)},
         prompts.rating_token_ids(engine.tokenizer),
     )
+    # 1. what is asked: every question, and what a rating that begins with 1 goes on with
     plainly = [engine.chat_ids([{"role": "user", "content": probe.text}]) for probe in probes]
-    going_on = [
-        (*ids, one)
-        for probe, ids in zip(probes, plainly, strict=True)
-        if probe.format == "rating"
-        for one in ratings.open_ones
-    ]
-    logprobs = engine.next_token_logprobs(plainly + going_on).numpy()
-    rest, entries = iter(logprobs[len(plainly) :]), []
-    for probe, row in zip(probes, logprobs, strict=False):
-        # The ratings' first tokens serve for the entropy and the mass: 10 takes its share from what 1 begins.
-        high_low = words.get(probe.format) or (
-            sum(ratings.one_to_nine[5:], ratings.ten),
-            sum(ratings.one_to_nine[:5], ()),
-        )
-        (reading,) = readings_to_json(log_odds_from_logprobs(row[None], *high_low))
-        reading = {k: reading[k] for k in ("log_odds", "mass", "entropy", "answered")} | {"rating_mean": None}
-        if probe.format == "rating":
-            p = rating_logprobs(row, np.array([next(rest) for _ in ratings.open_ones]), ratings)
+    rated = [k for k, probe in enumerate(probes) if probe.format == "rating"]
+    going_on = [(*plainly[k], one) for k in rated for one in ratings.open_ones]
+    logprobs = engine.next_token_logprobs(plainly + going_on, on_device=True)
+    # 2. ratings' first tokens serve for the entropy and the mass: 10 takes its share from what 1 begins
+    high, low = sum(ratings.one_to_nine[5:], ratings.ten), sum(ratings.one_to_nine[:5], ())
+    readings: dict[int, dict] = {}
+    for format in dict.fromkeys(probe.format for probe in probes):
+        rows = [k for k, probe in enumerate(probes) if probe.format == format]
+        of_format = log_odds(logprobs[rows], *(words.get(format) or (high, low)))
+        readings |= zip(rows, readings_to_json(of_format), strict=True)
+    behind = list(range(len(plainly), len(logprobs)))
+    ratings_of = read_ratings(logprobs[rated + behind], len(ratings.open_ones), ratings) if rated else []
+    scale = dict(zip(rated, ratings_of, strict=True))
+    # 3. an entry for each
+    entries = []
+    for k, probe in enumerate(probes):
+        reading = {key: readings[k][key] for key in ("log_odds", "mass", "entropy", "answered")}
+        reading |= {"rating_mean": None}
+        if k in scale:
+            p = scale[k]
             with np.errstate(all="ignore"):
-                log_odds, mean = (
-                    logsumexp(p[5:]) - logsumexp(p[:5]),
-                    special.softmax(p) @ np.arange(1, 11),
-                )
-            answered = math.isfinite(log_odds) and (reading["mass"] or 0) >= MASS_FLOOR
-            reading |= {"log_odds": finite(log_odds), "answered": answered, "rating_mean": finite(mean)}
+                odds = logsumexp(p[5:]) - logsumexp(p[:5])
+                mean = special.softmax(p) @ np.arange(1, 11)
+            answered = math.isfinite(odds) and (reading["mass"] or 0) >= MASS_FLOOR
+            reading |= {"log_odds": finite(odds), "answered": answered, "rating_mean": finite(mean)}
         entries.append(
             {
                 "id": probe.id,

@@ -16,18 +16,20 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import special
 
-from analysis.stats import log_odds_from_logprobs, plain, readings_to_json
+from analysis.stats import plain, readings_to_json
 from engine.chat_template import continuation
-from engine.generation import Engine
+from engine.generation import CommonStates, Engine
 from engine.layers import run_layer
 from prompts import answer_token_ids
 from questions.probes import ASK, FEW_CONTROLS, BinaryProbe, controls, keyed_pairs
 from suites.base import Protocol, Suite, Work, logsumexp
+from suites.reading import log_odds
 from suites.steering import answers_after
 
 CONCEPTS = ("bread", "ocean", "wolf", "music", "winter", "castle", "doctor", "war", "gold")
@@ -283,15 +285,22 @@ def mutual_information(logprobs: np.ndarray) -> float:
 
 
 def answers(
-    engine: Engine, first: tuple[int, ...], follows: list[tuple[int, ...]], rows: int, change=None
-) -> np.ndarray:
-    """Next-token log-probabilities (nats) after each of `follows` on each of `rows` first turns: [rows,
-    follows, vocab].
+    engine: Engine,
+    first: tuple[int, ...],
+    follows: list[tuple[int, ...]],
+    rows: int,
+    change=None,
+    read: Callable[[int, torch.Tensor], Any] = lambda _, logprobs: logprobs.cpu().numpy(),
+    common: CommonStates | None = None,
+) -> list:
+    """read(row, next-token log-probabilities (nats) after each of `follows` [follows, vocab]) for each of
+    `rows` first turns.
 
     change(rows of a batch) is what `changing` takes while their first turn is read; None leaves it alone.
+    common: of layers below the change, where there is one; see `answers_after`.
     """
     layer = change and (lambda batch: changing(change(batch)))
-    return np.stack(answers_after(engine, first, follows, rows, lambda _, logprobs: logprobs, layer))
+    return answers_after(engine, first, follows, rows, read, layer, common)
 
 
 def float32(number: float | None) -> float | None:
@@ -322,21 +331,29 @@ class Injection(Suite):
             first, follows = split_turns(engine, opening, [*(p.text for p in second_turn), NAMING])
             *follows, naming = follows
             follows += names.rows(naming)
+            # a direction is added after each of these layers, so that the first of them is read unchanged
+            common, asked = CommonStates(directions.layers[0] + 1), len(second_turn)
+
+            def read(_, logprobs: torch.Tensor, n=asked) -> tuple[list[dict], np.ndarray]:
+                readings = readings_to_json(log_odds(logprobs[:n], yes, no))
+                return readings, names.logprobs(logprobs[n:].cpu().numpy())
+
             for strength in self.strengths:
                 concepts = CONCEPTS if strength else (None,)
                 change = partial(directions.change, strength=strength) if strength else None
                 named = []
-                for concept, logprobs in zip(
-                    concepts, answers(engine, first, follows, len(concepts), change), strict=True
+                for concept, (readings, of_names) in zip(
+                    concepts,
+                    answers(engine, first, follows, len(concepts), change, read, common),
+                    strict=True,
                 ):
-                    readings = readings_to_json(log_odds_from_logprobs(logprobs[: len(second_turn)], yes, no))
                     probes = [
                         {"id": p.id, "question": p.question, "kind": p.kind, "keyed": p.if_changed}
                         | {"pair": p.pair}
                         | {"log_odds": float32(r["log_odds"]), "mass": r["mass"], "answered": r["answered"]}
                         for p, r in zip(second_turn, readings, strict=True)
                     ]
-                    named.append(names.logprobs(logprobs[len(second_turn) :]))
+                    named.append(of_names)
                     cells.append(
                         {
                             "framing": framing,

@@ -17,14 +17,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
-from analysis.stats import log_odds_from_logprobs
 from engine.generation import Engine
 from prompts import answer_token_ids
 from suites import injection
 from suites.base import Protocol, Suite, Work
 from suites.injected import STREAM, Site, Vectors, sites, thoughts
 from suites.injection import Names, questions, split_turns, turns_with
+from suites.reading import log_odds
 from suites.steering import Push, Steering, answers_after, rounded, token_span
 
 ORDERS = 5  # of the list in the naming question
@@ -73,9 +74,9 @@ def random_tokens(tokenizer, ids: Sequence[int], span: tuple[int, int]) -> tuple
     return (*ids[: span[0]], *drawn, *ids[span[1] :])
 
 
-def _log_odds(logprobs: np.ndarray, answers) -> dict:
+def _log_odds(logprobs: torch.Tensor, answers) -> dict:
     """The cell's readings, a list each over its questions."""
-    read = log_odds_from_logprobs(logprobs, *answers)
+    read = log_odds(logprobs, *answers)
     return {k: rounded(read[k]) for k in ("log_odds", "mass", "entropy")} | {
         "answered": read["answered"].tolist()
     }
@@ -111,8 +112,8 @@ class InjectionLayers(Suite):
                 plain, named = follows[: len(second_turn)], follows[len(second_turn) :]
                 all_follows = plain + [row for ids in named for row in names.rows(ids)]
 
-                def read(row: int, logprobs: np.ndarray) -> dict:
-                    each = np.split(logprobs[len(second_turn) :], len(listed))
+                def read(row: int, logprobs: torch.Tensor) -> dict:
+                    each = np.split(logprobs[len(second_turn) :].cpu().numpy(), len(listed))
                     return heads[row] | {
                         **_log_odds(logprobs[: len(second_turn)], answers),
                         "naming": rounded([names.logprobs(rows) for rows in each]),

@@ -18,16 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from analysis.stats import log_odds_from_logprobs
 from engine.generation import Engine
 from prompts import rating_token_ids
 from suites import injection
 from suites.base import Protocol, Suite, Work
-from suites.formats import rating_logprobs
+from suites.formats import read_ratings
 from suites.injected import STREAM, Vectors, sites, thoughts
 from suites.injection import split_turns
 from suites.injection_layers import direction_texts
+from suites.reading import log_odds
 from suites.steering import Push, Steering, answers_after, rounded, token_span
 
 SENTENCES = (
@@ -144,9 +145,9 @@ class Localisation(Suite):
         site, strength and thought, with those of all ten places of the injection)."""
         tokens, priors, cells = rating_token_ids(engine.tokenizer), [], []
 
-        def read(_, logprobs: np.ndarray) -> dict:
+        def read(_, logprobs: torch.Tensor) -> dict:
+            (ratings,) = read_ratings(logprobs, len(tokens.open_ones), tokens)
             with np.errstate(all="ignore"):
-                ratings = rating_logprobs(logprobs[0], logprobs[1:], tokens)
                 total = np.logaddexp.reduce(ratings)
                 return {"logprobs": rounded(ratings - total), "mass": rounded(np.exp(total))}
 
@@ -178,8 +179,8 @@ class Localisation(Suite):
         tokens, priors, cells = rating_token_ids(engine.tokenizer), [], []
         one, two = tokens.one_to_nine[0], tokens.one_to_nine[1]
 
-        def read(_, logprobs: np.ndarray) -> dict:
-            answers = log_odds_from_logprobs(logprobs, one, two)
+        def read(_, logprobs: torch.Tensor) -> dict:
+            answers = log_odds(logprobs, one, two)
             return {k: answers[k] for k in ("log_odds", "answered")}
 
         for pair in range(self.grid.pairs):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from analysis.stats import log_odds_from_logprobs, readings_to_json
+from analysis.stats import readings_to_json
 from engine.attention import KV
 from engine.chat_template import going_on
 from engine.generation import Engine, Request
@@ -34,6 +34,7 @@ from prompts import answer_token_ids
 from questions.grading import describe_reply
 from questions.probes import ASK, FEW_CONTROLS, controls, keyed_pairs
 from suites.base import Protocol, Suite, Work, borrowed, finite
+from suites.reading import log_odds
 
 AFTER_READING, IN_MID_REPLY = "after reading", "in mid-reply"
 SWITCH_AFTER, REPLY_TOKENS = 12, 32  # tokens of a reply: by the model that begins it, and in all, at most
@@ -366,7 +367,10 @@ class Phases(Suite):
                 {"model": who, "does": "answers", "tokens": None},
             ]
             readings = self._readings(
-                engine, engine.next_token_logprobs(held.follows, held.caches, [0] * len(held.follows))
+                engine,
+                engine.next_token_logprobs(
+                    held.follows, held.caches, [0] * len(held.follows), on_device=True
+                ),
             )
             yield Asked(
                 AFTER_READING,
@@ -399,7 +403,9 @@ class Phases(Suite):
                 {"model": who, "does": "answers", "tokens": None},
             ]
             caches = row_of(reply.caches, row, len(ids) - 1)
-            readings = self._readings(engine, engine.next_token_logprobs(follows, caches, [0] * len(follows)))
+            readings = self._readings(
+                engine, engine.next_token_logprobs(follows, caches, [0] * len(follows), on_device=True)
+            )
             yield Asked(IN_MID_REPLY, name, begins, who, phases, begins != who, ids[:-1], follows, readings)
 
     def _replies(
@@ -427,11 +433,13 @@ class Phases(Suite):
     def _ask(self, engine: Engine, ids: tuple[int, ...], follows: list[tuple[int, ...]]) -> list[dict]:
         """Readings of the model in place, which reads all of the conversation itself."""
         held = read(engine, "", ids, follows)
-        return self._readings(engine, engine.next_token_logprobs(follows, held.caches, [0] * len(follows)))
+        return self._readings(
+            engine, engine.next_token_logprobs(follows, held.caches, [0] * len(follows), on_device=True)
+        )
 
     def _readings(self, engine: Engine, logprobs: torch.Tensor) -> list[dict]:
         yes, no = answer_token_ids(engine.tokenizer)
-        return readings_to_json(log_odds_from_logprobs(logprobs.numpy(), yes, no))
+        return readings_to_json(log_odds(logprobs, yes, no))
 
     def _json(self, one: Asked) -> dict:
         """A cell with its readings in columns, in the order of `questions`; log-odds to 1e-5 nats."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.generation import Engine
+from engine.generation import CommonStates, Engine
 from engine.layers import run_layer
 
 ASKED_AT_ONCE = 8  # rows whose questions are read together: 8 x 45 x 152k float32 numbers are 220 MB
@@ -90,14 +90,16 @@ def answers_after(
     first: tuple[int, ...],
     follows: Sequence[tuple[int, ...]],
     rows: int,
-    read: Callable[[int, np.ndarray], object],
+    read: Callable[[int, torch.Tensor], object],
     layer: Callable[[list[int]], Callable] | None = None,
+    common: CommonStates | None = None,
 ) -> list:
     """read(row, next-token log-probabilities (nats) after each of `follows` [follows, vocab]) for each of
-    `rows` first turns.
+    `rows` first turns; they are where the model is.
 
     layer(rows of a batch) makes what runs the layers while their first turn is read (see Engine.prefill); the
-    questions are asked on that cache with nothing added. None leaves the first turn alone.
+    questions are asked on that cache with nothing added. None leaves the first turn alone. `common` says
+    below which position all rows' caches are the same; one serves all calls with these turns and weights.
     """
     results: list = [None] * rows
 
@@ -107,9 +109,13 @@ def answers_after(
         for begin in range(0, len(batch), ASKED_AT_ONCE):
             here = range(begin, min(begin + ASKED_AT_ONCE, len(batch)))
             logprobs = engine.next_token_logprobs(
-                [*follows] * len(here), caches, [row for row in here for _ in follows]
-            ).numpy()
-            for row, part in zip(here, np.split(logprobs, len(here)), strict=True):
+                [*follows] * len(here),
+                caches,
+                [row for row in here for _ in follows],
+                on_device=True,
+                common=common,
+            )
+            for row, part in zip(here, logprobs.split(len(follows)), strict=True):
                 results[batch[row]] = read(batch[row], part)
 
     engine.in_batches([len(first)] * rows, run)

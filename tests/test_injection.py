@@ -234,13 +234,13 @@ def test_strength_zero_is_no_injection(tiny_pair, few):
     engine = tiny_pair("llama", max_position_embeddings=2048).engine()
     first, follows = split_turns(engine, injection.FRAMINGS["informed"], ["Is it?", "What is it called?"])
     change = find_directions(engine).change
-    none = injection.answers(engine, first, follows, 2)
-    zero = injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.0))
+    none = np.stack(injection.answers(engine, first, follows, 2))
+    zero = np.stack(injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.0)))
     assert np.array_equal(none, zero)
     assert np.array_equal(none[0], none[1])
     assert none.shape == (2, 2, tiny.VOCAB)
     np.testing.assert_allclose(none[0], engine.next_token_logprobs([first + f for f in follows]), atol=2e-5)
-    some = injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.5))
+    some = np.stack(injection.answers(engine, first, follows, 2, lambda rows: change(rows, 0.5)))
     assert np.abs(some - none).max() > 0.01 and np.abs(some[0] - some[1]).max() > 0.01
     one = np.concatenate(
         [injection.answers(engine, first, follows, 1, lambda rows, c=c: change([c], 0.5)) for c in (0, 1)]
