@@ -200,6 +200,16 @@ def outline(result: dict) -> dict:
     return {"status": result["status"], "experiment": experiment, "measurements": measured}
 
 
+def as_sources_arrive(plans: Sequence, live) -> Iterator:
+    """The plans in order, but those that need a source which is not here yet after all others."""
+    left = list(plans)
+    while left:
+        here = (plan for plan in left if not plan.recipe.sources & set(live.coming))
+        plan = next(here, left[0])
+        left.remove(plan)
+        yield plan
+
+
 class Record:
     """What a batch writes down: results in the run's folder, twins in its manifest, the progress bar.
 
@@ -371,7 +381,7 @@ def run_batch(record: Record, engine, protocol) -> int:
         return record.keep(plan, result)
 
     try:
-        for plan in record.plans:
+        for plan in as_sources_arrive(record.plans, engine.live):
             name = plan.experiment.name
             if matcher is not None and wants(plan.experiment) and not record.finished[name]:
                 matcher.unmodified()  # before the experiment, so that none is lost if this fails

