@@ -78,7 +78,7 @@ def test_an_interrupt_is_one_line_and_a_status_of_its_own(capfd):
 
 
 def test_every_command_can_be_interrupted():
-    """By its source: each has a `main`; frankenmodel.py hands on to the others' and benchmarks are left out."""
+    """By its source: each has a `main`; frankenmodel.py hands on to others', benchmarks are left out."""
     rooms = ("", "runner", "weird_gen", "weird_gen/persona", "adapters")
     files = [file for room in rooms for file in sorted((ROOT / room).glob("*.py"))]
     mains = {f"{f.relative_to(ROOT)}": text for f in files if "\ndef main(" in (text := f.read_text())}
