@@ -162,6 +162,7 @@ def plain_model(live: LiveModel, recipe: Recipe):
         for name in recipe.sources - {"instruct"}:
             states[name] = from_source(live.sources[name], live.dtype).state_dict()
         stack = live.stack_name + "."
+        assert isinstance(recipe.embed, str)  # no recipe of this benchmark mixes them
         edited = {k: v for k, v in states[recipe.embed].items() if not k.startswith(stack)}
         for p, slot in enumerate(recipe.slots):
             ref, prefix = slot.mix[0][0], f"{stack}{slot.mix[0][0].layer}."

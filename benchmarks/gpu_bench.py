@@ -306,8 +306,8 @@ class Bench:
 
     def _splices(self, direct: bool) -> None:
         live, whole = self.live, self.live.original
+        pages = live.stream.pages
         if direct:
-            pages = live.stream.pages
             if pages is None or not pages.ready.wait(120) or not pages.bytes:
                 return self.row(
                     "splice from registered pages", "not measured", note=f"{pages and pages.refused}"

@@ -58,7 +58,8 @@ def main() -> int:
         took = time.perf_counter() - begun
         (folder,) = re.findall(r"results in (\S+)", done.stderr)
         run, manifest = Run.resume(folder)
-        costs = [run.load(name)["performance"] for name in manifest["experiments"]]
+        results = [run.load(name) for name in manifest["experiments"]]
+        costs = [result["performance"] for result in results if result is not None]
     # the first of all warms up what the others share
     tenth = max(2, len(costs) // 10)
     first, last = costs[1 : tenth + 1], costs[-tenth:]

@@ -57,8 +57,9 @@ def run_fused(module, hidden, paths: Paths, cos_sin, cache):
     width = attention.head_dim
     _, x = add_and_norm(hidden, None, module.input_layernorm)
     q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+    cos, sin = cos_sin
     for heads in (q, k):
-        rotate_in_place(heads, *cos_sin, width)
+        rotate_in_place(heads, cos, sin, width)
     q, k, v = (t.unflatten(-1, (-1, width)).transpose(1, 2) for t in (q, k, v))
     if cache is not None:
         k, v = cache.update(k, v, 0)

@@ -147,9 +147,10 @@ class _Child:
     def _answer(process: subprocess.Popen[str], seconds: float) -> str:
         """The child's next line; "" where it has ended or says nothing for so long."""
         until = time.monotonic() + seconds
+        assert process.stdout is not None  # it was started with a pipe
         while (left := until - time.monotonic()) > 0:
             if select.select([process.stdout], [], [], left)[0]:
-                return process.stdout.readline()  # type: ignore[union-attr]
+                return process.stdout.readline()
         return ""
 
     def end(self) -> None:

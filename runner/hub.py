@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -59,7 +60,7 @@ def missing(spec: str, revision: str | None) -> tuple[int, int]:
             allow_patterns=WANTED,
             ignore_patterns=UNWANTED,
             dry_run=True,
-            tqdm_class=_Silent,
+            tqdm_class=cast(Any, _Silent),
         )
     except Exception:  # whoever downloads says what is wrong
         return 0, 0
@@ -100,7 +101,7 @@ def download(
             allow_patterns=wanted or WANTED,
             ignore_patterns=UNWANTED,
             max_workers=AT_ONCE,
-            tqdm_class=Counted,
+            tqdm_class=cast(Any, Counted),
         )
     except Exception as e:
         raise FrankenError(f"cannot download {spec}: {first_line(e)}") from e
@@ -122,13 +123,14 @@ def describe(late: Arriving) -> dict:
     """What a manifest records of a model before its weights are here, as `Checkpoint.describe` does of one
     that is: the hub tells every file's sha256. Raises FrankenError if it does not."""
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
 
     spec = late.spec
     folder = small_files(spec, late.revision)
     index = folder / "model.safetensors.index.json"
     try:
         files = HfApi().list_repo_tree(spec, recursive=True, revision=folder.name)
-        sha256 = {f.path: f.lfs.sha256 for f in files if getattr(f, "lfs", None)}
+        sha256 = {f.path: f.lfs.sha256 for f in files if isinstance(f, RepoFile) and f.lfs}
         if index.exists():
             names = sorted(set(read_json(index)["weight_map"].values()))
         else:

@@ -43,8 +43,9 @@ class ModelOptions:
     @staticmethod
     def of(args) -> ModelOptions:
         """Of the command line's arguments."""
-        given = {field.name: getattr(args, field.name) for field in fields(ModelOptions)}
-        return ModelOptions(**given | {"source": tuple(given["source"])})
+        given: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(ModelOptions)}
+        given["source"] = tuple(given["source"])
+        return ModelOptions(**given)
 
     def weight_bytes(self) -> int:
         """Bytes of one side's weights in memory. Raises FrankenError if the model cannot be found."""

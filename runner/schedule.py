@@ -152,7 +152,9 @@ class Schedule:
         if self.twins is None or not self.record.has_twin(plan) or self.record.finished.get(name + TWIN):
             return
         self.record.add_twin(name)
-        target = self.record.finished[name]["measurements"]["perplexity"]["perplexity"]
+        original = self.record.finished[name]
+        assert original is not None
+        target = original["measurements"]["perplexity"]["perplexity"]
         steps = search(target)
         self._ask(_Search(place, self.twins.twin(plan, target), steps, next(steps)))
 

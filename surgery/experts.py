@@ -23,7 +23,8 @@ ROUTERS = {"block_sparse_moe.gate.weight": "mlp.gate.weight"}
 def fused(layer: dict[str, TensorRef]) -> dict[str, TensorRef]:
     """The tensors of a layer with those of its experts joined; any other layer as it is."""
     experts: dict[str, dict[int, TensorRef]] = {"gate": {}, "up": {}, "down": {}}
-    rest, module = {}, ""
+    rest: dict[str, TensorRef] = {}
+    module = ""
     for name, ref in layer.items():
         for pattern, home in STYLES:
             if match := pattern.match(name):

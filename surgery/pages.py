@@ -15,6 +15,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -89,7 +90,7 @@ class Pages:
             self.ready.set()
 
     def _pin(self, whole: torch.Tensor) -> bool:
-        runtime = torch.cuda.cudart()
+        runtime: Any = torch.cuda.cudart()
         done = []
         for start in range(0, len(whole), PIECE):
             address = whole.data_ptr() + start
@@ -129,8 +130,9 @@ def _end(stop: threading.Event, work: threading.Thread) -> None:
 
 
 def _unpin(addresses: list[int]) -> None:
+    runtime: Any = torch.cuda.cudart()
     for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+        runtime.cudaHostUnregister(address)
 
 
 def on_tmpfs(path: str) -> bool:
