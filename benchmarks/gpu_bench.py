@@ -307,11 +307,9 @@ class Bench:
     def _splices(self, direct: bool) -> None:
         live, whole = self.live, self.live.original
         pages = live.stream.pages
-        if direct:
-            if pages is None or not pages.ready.wait(120) or not pages.bytes:
-                return self.row(
-                    "splice from registered pages", "not measured", note=f"{pages and pages.refused}"
-                )
+        if direct and (pages is None or not pages.ready.wait(120) or not pages.bytes):
+            why = f"{pages and pages.refused}"
+            return self.row("splice from registered pages", "not measured", note=why)
         live.stream.direct = direct
         rates, streamed, kernel = [], 0, processor_time()[1]
         for _ in range(4):

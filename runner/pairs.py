@@ -190,8 +190,7 @@ def read_config(path: Path):
         config = whole.get_text_config()
         # of a text model in a wrapper, it is the wrapper's flag that transformers goes by
         config.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
-        if hasattr(config, "quantization_config"):  # in memory the numbers are plain ones
-            config.__dict__.pop("quantization_config")
+        config.__dict__.pop("quantization_config", None)  # in memory the numbers are plain ones
     except Exception as e:
         raise FrankenError(f"{path}: cannot read config.json: {first_line(e)}") from e
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
