@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from command_line import interruptible
 from errors import FrankenError, first_line
 from files import read_json
 from surgery.weights import ROOT, shown_path
@@ -149,7 +150,9 @@ def describe(late: Arriving) -> dict:
 def _bar(title: str, **kwargs):
     """A line that says how many bytes of how many are here, at what rate, and the time left; yields its
     on_bytes."""
-    with tqdm(desc=title, unit="B", unit_scale=True, dynamic_ncols=True, mininterval=0.5, **kwargs) as bar:
+    # it shows after a second: what fails at once, or is here, has no line
+    how = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "mininterval": 0.5, "delay": 1}
+    with tqdm(desc=title, **how, **kwargs) as bar:
         begun = False
 
         def on_bytes(here: int, total: int) -> None:
@@ -177,7 +180,9 @@ class Arriving:
     def __init__(self, spec: str, revision: str | None):
         self.spec, self.revision, self._answer, self._done = spec, revision, {}, threading.Event()
         command = [sys.executable, "-m", "runner.hub", spec, *([revision] if revision else [])]
-        self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
         atexit.register(self._process.terminate)
         threading.Thread(target=self._listen, name=f"download {spec}", daemon=True).start()
 
@@ -209,6 +214,7 @@ class Arriving:
         return Path(self._answer["path"]), self._answer["revision"]
 
 
+@interruptible("runner.hub: interrupted")
 def main() -> int:
     """Download the model named on the command line, and write to stdout, a JSON object a line, how far it is
     and at last where it lies."""

@@ -32,7 +32,7 @@ class Runtime:
         return 0
 
     def cudaHostUnregister(self, address):
-        del self.held[address]
+        self.held.pop(address, None)  # a file of another test may let go of its pages now
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import evaluate
 import experiments
 import prompts
 import run_all
-from runner import pairs, results
+from runner import replica, results
 from runner.choosing import choose
 
 HERE = Path(run_all.__file__).parent
@@ -432,7 +432,7 @@ def test_ctrl_c_while_loading(go, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pairs, "open_pair", interrupted)
+    monkeypatch.setattr(replica, "open_pair", interrupted)
     code, out, err = go(*FOUR)
     assert (code, out, err) == (
         130,
