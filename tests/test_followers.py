@@ -82,7 +82,7 @@ def test_a_run_whose_last_push_failed_ends_with_a_line_and_a_status(go, hub, mon
     ],
 )
 def test_a_push_that_cannot_be_is_refused_before_loading(go, hub, monkeypatch, repository, token, words):
-    monkeypatch.setattr("runner.pairs.open_pair", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("runner.replica.open_pair", lambda *a: pytest.fail("a model was loaded"))
     monkeypatch.setenv("HF_TOKEN", token)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: token or None)
     result = go(*EXPERIMENTS, "--push", repository)

@@ -167,7 +167,7 @@ def test_a_task_that_is_not_there_is_named(tiny_pair, tasks):
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_loading(go, monkeypatch, words, said):
-    monkeypatch.setattr("runner.pairs.open_pair", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("runner.replica.open_pair", lambda *a: pytest.fail("a model was loaded"))
     refused(go(*words), said)
 
 

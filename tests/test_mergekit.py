@@ -279,7 +279,7 @@ def test_a_configuration_is_an_experiment_of_a_run(go, pair, tmp_path, monkeypat
 def test_a_model_that_the_run_has_not_is_refused_before_loading(go, tmp_path, monkeypatch):
     (tmp_path / "merged.yaml").write_text(FRANKENMERGE)
     monkeypatch.setattr(run_all, "execute", run_all.execute)
-    monkeypatch.setattr("runner.pairs.open_pair", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("runner.replica.open_pair", lambda *a: pytest.fail("a model was loaded"))
     refused(go("--experiments-file", tmp_path / "merged.yaml"), "give it as --instruct, --base or --source")
 
 

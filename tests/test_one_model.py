@@ -67,7 +67,7 @@ def test_without_a_base_everything_runs_that_needs_none(pair, tmp_path, capfd, m
 def test_what_needs_a_base_is_refused_by_name_before_anything_is_loaded(
     pair, tmp_path, capfd, monkeypatch, name
 ):
-    monkeypatch.setattr("runner.pairs.open_pair", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("runner.replica.open_pair", lambda *args: pytest.fail("loaded"))
     assert run_all.main(alone(pair, tmp_path / "out", "--experiments", name)) == 1
     err = capfd.readouterr().err
     assert err == f"run_all.py: {name} takes layers from base, which is not there; see --base\n"
