@@ -363,9 +363,8 @@ def test_a_run_asks_phases_where_it_can_and_comes_back_to_the_bit(go, tmp_path):
 
 
 def test_a_depth_that_changes_is_refused_before_anything_is_loaded(go, tmp_path, monkeypatch):
-    from runner import pairs
 
-    monkeypatch.setattr(pairs, "open_pair", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("runner.replica.open_pair", lambda *a, **k: 1 / 0)
     cli_runs.refused(
         go("--experiments", "delete_30_34", "--suites", "phases"), "6 layers in the intact model, 5"
     )

@@ -124,7 +124,7 @@ def test_a_perplexity_file_that_changed_is_refused_before_anything_is_loaded(
     assert run_all.main(small_battery.arguments(own_pair, tmp_path / "out", *argv)) == 0
     run = latest(tmp_path / "out")
     text.write_text("The mill stood by the pond.")
-    monkeypatch.setattr(pairs, "open_pair", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("runner.replica.open_pair", lambda *args: pytest.fail("loaded"))
     refused(resumed(run, capfd), f"{run} was made with other perplexity file (")
 
 

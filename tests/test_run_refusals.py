@@ -10,7 +10,6 @@ import torch
 from cli_runs import latest, read, refused
 
 import run_all
-from runner import pairs
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +218,7 @@ def test_tokenizers_that_do_not_serve_are_one_line(go, pair, tmp_path):
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/none", "/dev/full"])
 def test_unwritable_output_is_seen_before_anything_is_loaded(pair, tmp_path, capfd, monkeypatch, where):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(pairs, "open_pair", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("runner.replica.open_pair", lambda *args: pytest.fail("loaded"))
     code = run_all.main(small_battery.arguments(pair, tmp_path / where))
     refused((code, *capfd.readouterr()), f"cannot write results to {tmp_path / where}: ")
 
