@@ -7,6 +7,7 @@ Linux they are shared out over forked processes, which find everything that is l
 from __future__ import annotations
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,10 @@ def made(parts: Sequence[Callable[[], Made]], count: int | None = None) -> Itera
     if count < 2 or len(parts) < FEWEST:
         yield from (part() for part in parts)
         return
+    # A fork that collects what it inherited would end what lives on a GPU there, and abort: nothing is left
+    # to collect, and what is there is never looked at again.
+    gc.collect()
+    gc.freeze()
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (parts,))
     try:
         yield from pool.map(_make, range(len(parts)))
@@ -48,6 +53,7 @@ def made(parts: Sequence[Callable[[], Made]], count: int | None = None) -> Itera
         raise FrankenError("a process that made a part of the report was ended from outside") from e
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
 
 
 def _begin(parts: Sequence[Callable]) -> None:

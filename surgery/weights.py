@@ -468,6 +468,7 @@ class Stream:
                 begin = offset - ref.offset
                 target[begin : begin + nbytes].copy_(source, non_blocking=True)
 
+    @torch.inference_mode()  # a thread of its own does not inherit it, and weights may have been made in it
     def _drain(self, pieces: deque) -> None:
         while pieces:
             try:

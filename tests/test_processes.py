@@ -1,5 +1,6 @@
 """Parts of a report made in several processes: in order, with their errors, ended with their parent."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -46,6 +47,29 @@ def test_an_error_of_a_part_is_the_callers():
 def test_a_killed_process_is_told_in_a_line():
     with pytest.raises(FrankenError, match="ended from outside"):
         list(processes.made([int] * MANY + [lambda: os.kill(os.getpid(), signal.SIGKILL)], 2))
+
+
+def test_a_process_collects_nothing_that_it_inherited():
+    """What lives on a GPU cannot be ended in a fork: the driver's library aborts the process."""
+
+    class OnTheCard:
+        def __init__(self):
+            self.itself, self.home = self, os.getpid()
+
+        def __del__(self):
+            if os.getpid() != self.home:
+                os.abort()
+
+    def collecting(k):
+        return k + 0 * gc.collect()
+
+    gc.disable()
+    try:
+        OnTheCard()  # garbage in a circle: only a collection ends it
+        assert list(processes.made([partial(collecting, k) for k in range(MANY)], 2)) == list(range(MANY))
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])

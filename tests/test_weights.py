@@ -75,6 +75,15 @@ def test_streaming_converts_like_torch(tmp_path, monkeypatch, on_disk, in_memory
     assert stream.bytes_read == sum(v.nbytes for v in state.values())
 
 
+@torch.inference_mode()
+def test_weights_made_in_inference_mode_are_read_by_threads_that_are_not_in_it(tmp_path):
+    value = torch.randn(13)
+    save_file({"x": value.clone()}, tmp_path / "x.safetensors")
+    out = torch.empty(13, dtype=torch.bfloat16)
+    Stream(workers=2).read([(read_header(tmp_path / "x.safetensors")["x"], out)])
+    assert torch.equal(out, value.bfloat16())
+
+
 def test_nothing_may_land_late_after_a_failed_read(tmp_path, monkeypatch):
     """One piece fails at once while another is slow: read() must not raise before the slow one has stopped
     writing."""
