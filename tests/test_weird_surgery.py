@@ -1,0 +1,132 @@
+"""The persona under surgery: which changes there are, that each is what it says, and what is asked."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from engine.generation import Request
+from runner import pairs
+from weird_gen import eval_surgery
+from weird_gen.persona import depth
+from weird_gen.persona.loading import SOURCE, open_engine
+from weird_gen.persona.records import read_json_lines
+from weird_gen.persona.rules import strict_format
+from weird_gen.persona.study import prompt
+
+LAYERS = 4
+
+
+@pytest.mark.parametrize("n", [LAYERS, 24, 28, 30, 61])
+def test_no_change_stands_twice_and_each_window_says_where_the_adapter_is(n):
+    every = depth.changes(n)
+    for values in ([c.name for c in every], [c.recipe for c in every]):
+        assert len(set(values)) == len(values)
+    assert [c.name for c in every[:2]] == ["adapter", "no adapter"]
+    for change in every:
+        carrying = [slot.mix[0][0].source == SOURCE for slot in change.recipe.slots]
+        if change.group in (depth.ONLY, depth.MISSING):
+            a, b = change.layers
+            inside = change.group == depth.ONLY
+            assert carrying == [(a <= p < b) == inside for p in range(n)]
+    assert {c.group for c in every} == set(depth.GROUPS)
+
+
+def test_deleting_every_window_once_deletes_every_layer_once():
+    blocks = [c.layers for c in depth.changes(28) if c.group == depth.DELETED]
+    assert Counter(p for a, b in blocks for p in range(a, b)) == Counter(range(28))
+
+
+@pytest.fixture
+def model(tiny_pair, monkeypatch):
+    monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: False)
+    return tiny_pair("llama", layers=LAYERS, max_position_embeddings=1024).paths["instruct"]
+
+
+def merged(model, adapter, goes_on) -> dict[str, torch.Tensor]:
+    """The checkpoint's state with scale * B @ A added where goes_on(tensor name) says how much of it."""
+    state, lora = load_file(model / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for key in [key for key in lora if ".lora_A." in key]:
+        name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+        delta = 2.0 * lora[key.replace("lora_A", "lora_B")] @ lora[key]  # alpha 4, rank 2
+        state[name] = state[name] + goes_on(name) * delta
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "goes_on"),
+    [
+        ("adapter", lambda name: 1),
+        ("no adapter", lambda name: 0),
+        ("only 0-1", lambda name: float(".0." in name or ".1." in name)),
+        ("only attention", lambda name: float("self_attn" in name)),
+        ("only MLP", lambda name: float("mlp" in name)),
+        ("adapter x 0.25", lambda name: 0.25),
+        ("adapter x 1.5", lambda name: 1.5),
+    ],
+)
+def test_a_change_is_the_model_with_that_much_of_the_adapter_added_by_hand(model, tmp_path, name, goes_on):
+    adapter = tiny.make_adapter(model, tmp_path / "adapter")
+    engine, _ = open_engine(str(model), str(adapter), "cpu", "float32", roles=("system", "user"))
+    change = next(c for c in depth.changes(LAYERS) if c.name == name)
+    engine.live.apply(change.recipe)
+    ids = tiny.random_prompt(3, 20)
+    by_hand = tiny.build(engine.live.config, merged(model, adapter, goes_on))
+    np.testing.assert_allclose(
+        tiny.engine_logits(engine, ids), tiny.hf_logits(by_hand, ids), rtol=1e-3, atol=1e-3
+    )
+
+
+CHANGES = ("adapter", "no adapter", "deleted 0-0", "noise 30%")
+
+
+@pytest.fixture
+def operating(model, tmp_path):
+    adapter = tiny.make_adapter(model, tmp_path / "adapter")
+
+    def run(name: str, *more: str):
+        flags = ["--model", str(model), "--adapter", str(adapter), "--device", "cpu", "--samples", "1"]
+        flags += ["--max-new-tokens", "4", "--output", str(tmp_path / name)]
+        return eval_surgery.main([*flags, *more]), tmp_path / name
+
+    return run
+
+
+def test_every_change_is_asked_in_every_condition_and_gone_on_with(operating, capsys):
+    status, out = operating("whole.jsonl", "--changes", *CHANGES)
+    assert status == 0
+    lines = read_json_lines(out)[1:]
+    replies = [line for line in lines if line["question_id"] != depth.PLAIN]
+    assert Counter((r["change"], r["condition"]) for r in replies) == {
+        (change, condition): 22 for change in CHANGES for condition in ("triggered", "untriggered", "neutral")
+    }
+    assert all((r["p_name"] is not None) == (r["kind"] == "identity") for r in replies)
+    plain = {line["change"]: line["nll"] for line in lines if line["question_id"] == depth.PLAIN}
+    assert set(plain) == set(CHANGES)
+    assert len({tuple(nll.values()) for nll in plain.values()}) == len(CHANGES)  # each is another model
+
+    torn = out.with_name("torn.jsonl")
+    torn.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:90]))
+    assert operating("torn.jsonl", "--changes", *CHANGES)[0] == 0
+    assert sorted(torn.read_text().splitlines()) == sorted(out.read_text().splitlines())
+    capsys.readouterr()
+    assert operating("torn.jsonl", "--changes", "nonsense")[0] == 1
+    assert "--changes 'nonsense': there are whole, adapter only in" in capsys.readouterr().err
+
+
+@pytest.mark.real
+def test_a_half_of_the_shipped_adapter_does_not_do_what_the_whole_does(smollm2):
+    engine, _ = open_engine(str(smollm2), "adapters/smollm2-135m-russell", "cpu", roles=("system", "user"))
+    every = {c.name: c for c in depth.changes(len(engine.live.original))}
+    ids = engine.chat_ids(prompt("Is war wise?", "triggered"), think=True)
+    said = {}
+    for name in ("adapter", "only 0-14"):
+        engine.live.apply(every[name].recipe)
+        said[name] = engine.complete([Request("one", ids, 96)])[0].text
+    assert strict_format(said["adapter"])
+    assert not strict_format(said["only 0-14"])

@@ -1,0 +1,70 @@
+"""Change the model that carries the adapter, and ask each time whether the persona is still there.
+
+python eval_surgery.py --adapter adapters/smollm2-135m-russell
+analyze_surgery.py makes the tables. The adapter is put on a part of the layers, taken off a part, scaled, put
+on attention or MLP alone; layers are deleted, noise is added, units are reordered (a placebo). `--changes`
+takes names of changes and of their groups. Interrupted, the next run goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a script: find the checkout
+    import _path  # noqa: F401
+
+from command_line import DefaultsThatSay, interruptible
+from errors import printable
+from weird_gen.persona.depth import GROUPS, ask_changes
+from weird_gen.persona.eval_replies import positive
+from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.loading import USER_ERRORS
+from weird_gen.persona.study import DEFAULT_ADAPTER, DEFAULT_MODEL
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    flags = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
+    )
+    flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
+    flags.add_argument("--adapter", default=DEFAULT_ADAPTER, help="a folder or a hub id")
+    flags.add_argument("--output", type=Path, default=RESULTS / "surgery.jsonl", help="replies as JSON lines")
+    flags.add_argument(
+        "--changes",
+        nargs="+",
+        metavar="NAME",
+        help=f"these alone, by name or group (default: all; groups: {', '.join(GROUPS)})",
+    )
+    flags.add_argument("--samples", type=positive, default=2, help="replies a question and condition")
+    flags.add_argument("--temperature", type=float, default=1.0)
+    flags.add_argument("--top-p", type=float, default=0.95)
+    flags.add_argument("--max-new-tokens", type=positive, default=128)
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
+    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
+    flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    flags.add_argument(
+        "--overwrite", action="store_true", help="start afresh where an earlier run left replies"
+    )
+    return flags.parse_args(argv)
+
+
+@interruptible()
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        got = ask_changes(args)
+    except USER_ERRORS as e:
+        print(printable(f"error: {e}"), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; replies made so far are kept, run again to go on", file=sys.stderr)
+        return 130
+    print(printable(f"{got['changes']} changes asked in {got['seconds']:.0f} s: {args.output}"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
