@@ -1,14 +1,16 @@
 """A result's measurements made small for the disk and whole again: lists of like objects become tables.
 
 `pack` works on any suite's measurements, by their shape alone, and `unpack(pack(x))` gives x back except for
-digits beyond float32 in readings that are float32 (the keys FLOAT32 of a table). A list of objects with the
-same keys becomes
+digits that no model's readings have: of the keys READINGS of a table six significant ones are kept, of
+log-odds those down to a millionth of a nat. A list of objects with the same keys becomes
 
     {"from_texts": "0f3a...", "same": {"finite": true}, "columns": ["log_odds", "mass"], "rows": [[0.5, 0.9]]}
 
 `columns` name the values of every row. An entry {"name": "reply", "object": [columns]} stands for an object
 whose values are a list in the row, {"name": "top", "list": [columns]} for a list of such objects. `same`
-holds what all rows have in common. What an object with an "id" says about the question alone (the keys
+holds what all rows have in common. `derived` names what is not written because it follows from log-odds and
+mass: p_yes_normalized is the logistic function of the log-odds, p_yes and p_no are its and its complement's
+share of the mass. What an object with an "id" says about the question alone (the keys
 QUESTION) is the same in every result of a run: it stands once in the run's texts.json, in the same order,
 under the first 16 hex digits of its SHA-256, which `from_texts` names. What stands under the key "texts" and
 is made of strings alone goes there too, as {"from_texts": "..."}.
@@ -18,8 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-
-import numpy as np
+import math
 
 # Keys of an object with an "id" that belong to the question, not to what a model made of it. A suite that
 # uses these names has them written once per run; under other names they are written in every result.
@@ -38,23 +39,34 @@ QUESTION = (
     "category",
     "mode",
 )
-# Readings off a next-token distribution, which is float32: further digits say nothing. Log-odds keep theirs:
-# every statistic comes from them, and a bootstrap's bound may turn on the last digit.
-FLOAT32 = {"p_yes", "p_no", "mass", "p_yes_normalized", "entropy", "rating_mean", "p", "naming"}
-PARTS = {"from_texts", "same", "columns", "rows"}
-# Between these float32 holds 24 bits of a number
-SMALLEST, LARGEST = 1.2e-38, 3.4e38
+# Readings off a next-token distribution, which is float32: its own sums differ in the seventh digit.
+READINGS = {"p_yes", "p_no", "mass", "p_yes_normalized", "entropy", "rating_mean", "p", "naming"}
+DIGITS = 6  # significant ones of a reading
+LOG_ODDS = "log_odds"  # every statistic comes from them
+DECIMALS = (
+    6  # of log-odds: a millionth of a nat, a hundredth of what another order of sums changes in float32
+)
+DERIVED = ("p_yes", "p_no", "p_yes_normalized")
+PARTS = {"from_texts", "same", "columns", "rows", "derived"}
 
 
 class Corrupt(ValueError):
     """What stands on disk is no table, or its questions are not among the run's texts."""
 
 
-def shortest(number: float) -> float:
-    """The number with the fewest digits that is the same float32; as it is where float32 cannot hold it."""
-    if not SMALLEST < abs(number) < LARGEST:
-        return number
-    return float(str(np.float32(number)))
+def recorded(name: str, number: float) -> float:
+    """A number with the digits that are kept of the key `name`."""
+    if name == LOG_ODDS:
+        return round(number, DECIMALS)
+    return float(f"{number:.{DIGITS}g}") if name in READINGS else number
+
+
+def derive(log_odds: float, mass: float) -> dict:
+    """What follows from an answer's log-odds and the mass of Yes and No: its DERIVED readings."""
+    rest = math.exp(-abs(log_odds))
+    more, less = 1 / (1 + rest), rest / (1 + rest)
+    yes, no = (more, less) if log_odds >= 0 else (less, more)
+    return dict(zip(DERIVED, (mass * yes, mass * no, yes), strict=True))
 
 
 def pack(value, texts: dict):
@@ -89,13 +101,25 @@ def unpack(value, texts: dict):
     columns, rows, same = value["columns"], value.get("rows"), value.get("same", {})
     if not isinstance(columns, list) or not isinstance(rows, list) or not isinstance(same, dict):
         raise Corrupt("a table without columns and rows")
-    objects = _objects(columns, rows, texts)
+    objects = [_whole(same | entry, value) for entry in _objects(columns, rows, texts)]
     if "from_texts" not in value:
-        return [same | entry for entry in objects]
+        return objects
     questions = unpack(_shared(texts, value["from_texts"]), {})
     if not isinstance(questions, list) or len(questions) != len(objects):
         raise Corrupt(f"a table of {len(objects)} rows for other questions")
-    return [question | same | entry for question, entry in zip(questions, objects, strict=True)]
+    return [question | entry for question, entry in zip(questions, objects, strict=True)]
+
+
+def _whole(entry: dict, table: dict) -> dict:
+    """An object with what its table leaves to be derived."""
+    if "derived" not in table:
+        return entry
+    numbers = entry.get(LOG_ODDS), entry.get("mass")
+    if table["derived"] != list(DERIVED) or not all(
+        isinstance(n, int | float) and not isinstance(n, bool) for n in numbers
+    ):
+        raise Corrupt("readings are to be derived, and what they follow from is not there")
+    return entry | derive(*numbers)
 
 
 def _is_text(value) -> bool:
@@ -143,12 +167,29 @@ def _table(values: list[dict], texts: dict) -> dict:
         ]
         rows = [[v[k] for k in shared] for v in values]
         table["from_texts"] = _share(texts, {"columns": shared, "rows": rows})
-    rest = [k for k in values[0] if k not in shared]
+    derived = list(DERIVED) if _follow(values) else []
+    rest = [k for k in values[0] if k not in (*shared, *derived)]
     same = {k: values[0][k] for k in rest if _constant([v[k] for v in values])}
     if same:
         table["same"] = {k: _cell(k, v, texts) for k, v in same.items()}
     columns, rows = _rows([{k: v[k] for k in rest if k not in same} for v in values], texts)
-    return table | {"columns": columns, "rows": rows}
+    return table | ({"derived": derived} if derived else {}) | {"columns": columns, "rows": rows}
+
+
+def _follow(values: list[dict]) -> bool:
+    """Whether all objects' DERIVED readings follow from their log-odds and mass, to the digits kept."""
+    if not values[0].keys() >= {LOG_ODDS, "mass", *DERIVED}:
+        return False
+    for value in values:
+        given = [value[name] for name in (LOG_ODDS, "mass", *DERIVED)]
+        if not all(isinstance(number, float) for number in given):
+            return False
+        log_odds, mass = (recorded(name, value[name]) for name in (LOG_ODDS, "mass"))
+        # the mass is rounded to half of its last digit, which is at most 5e-6 of it
+        follow = zip(derive(log_odds, mass).values(), given[2:], strict=True)
+        if not all(math.isclose(number, read, rel_tol=10 / 10**DIGITS) for number, read in follow):
+            return False
+    return True
 
 
 def _constant(cells: list) -> bool:
@@ -179,11 +220,11 @@ def _rows(values: list[dict], texts: dict) -> tuple[list, list[list]]:
 
 def _cell(name: str, value, texts: dict):
     """A cell that is neither an object like the others of its column nor a list of such."""
-    if name not in FLOAT32:
+    if name not in READINGS and name != LOG_ODDS:
         return pack(value, texts)
     if isinstance(value, list):
         return [_cell(name, v, texts) for v in value]
-    return shortest(value) if isinstance(value, float) else pack(value, texts)
+    return recorded(name, value) if isinstance(value, float) else pack(value, texts)
 
 
 # ---- reading

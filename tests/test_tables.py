@@ -1,9 +1,10 @@
 """Measurements as tables on disk: nothing is lost, each file is small, and what is no table is refused."""
 
 import json
-import struct
+from decimal import Context, Decimal
 
 import jsonschema
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,11 +34,6 @@ PROBES = [
         "top": [],
     },
 ]
-
-
-def float32(number: float) -> float:
-    """The nearest float32, by the machine's own conversion."""
-    return struct.unpack("f", struct.pack("f", number))[0]
 
 
 def through_disk(value):
@@ -74,14 +70,59 @@ def test_whatever_a_suite_measures_comes_back_as_it_was(value):
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False) | st.none(), min_size=2))
-def test_readings_come_back_as_the_same_float32(numbers):
-    back = through_disk([{"id": str(k), "mass": x, "nll": x} for k, x in enumerate(numbers)])
+def test_readings_come_back_in_six_digits_and_log_odds_in_millionths(numbers):
+    back = through_disk([{"id": str(k), "mass": x, "log_odds": x, "nll": x} for k, x in enumerate(numbers)])
+    six = Context(prec=6)
     for x, entry in zip(numbers, back, strict=True):
         assert entry["nll"] == x
-        if x is None or not 1.2e-38 < abs(x) < 3.4e38:
-            assert entry["mass"] == x
+        if x is None:
+            assert entry["mass"] is None and entry["log_odds"] is None
         else:
-            assert float32(entry["mass"]) == float32(x)
+            assert entry["mass"] == float(six.create_decimal(Decimal(x)))
+            assert (
+                abs(Decimal(entry["log_odds"]) - Decimal(x)) <= Decimal("5.001e-7") + abs(Decimal(x)) / 2**52
+            )
+
+
+def answers(n: int, seed: int = 0) -> list[dict]:
+    """Readings of random next-token distributions, as a suite has them."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 4, (n, 50))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return [
+        {
+            "id": str(k),
+            "log_odds": float(np.log(row[0] / row[1])),
+            "p_yes": float(row[0]),
+            "p_no": float(row[1]),
+            "mass": float(row[0] + row[1]),
+            "p_yes_normalized": float(row[0] / (row[0] + row[1])),
+        }
+        for k, row in enumerate(p)
+    ]
+
+
+def test_what_follows_from_log_odds_and_mass_is_not_written_and_comes_back():
+    read = answers(300)
+    packed = tables.pack(read, {})
+    assert packed["columns"] == ["log_odds", "mass"]
+    assert packed["derived"] == ["p_yes", "p_no", "p_yes_normalized"]
+    for before, after in zip(read, through_disk(read), strict=True):
+        assert after.keys() == before.keys()
+        for key in ("p_yes", "p_no", "p_yes_normalized"):
+            assert after[key] == pytest.approx(before[key], rel=1e-5, abs=0)
+    again = through_disk(read)
+    assert through_disk(again) == again  # nothing creeps, however often a run is packed
+
+
+@pytest.mark.parametrize("key", ["p_yes", "p_no", "p_yes_normalized", "log_odds", "mass"])
+@pytest.mark.parametrize("value", [0.5, None])
+def test_readings_that_do_not_follow_are_written(key, value):
+    read = answers(5)
+    read[3][key] = value
+    packed = tables.pack(read, {})
+    assert "derived" not in packed and set(packed["columns"]) >= {"p_yes", "p_no", "p_yes_normalized"}
+    assert through_disk(read)[3][key] == value
 
 
 def test_a_reading_has_a_line_and_its_question_stands_among_the_texts():
@@ -96,10 +137,10 @@ def test_a_reading_has_a_line_and_its_question_stands_among_the_texts():
         "from_texts": key,
         "same": {"finite": True},
         "columns": ["log_odds", "mass", {"name": "top", "list": ["token", "p"]}],
-        "rows": [[1 / 3, 0.33333334, [["Yes", 0.5]]], [None, None, []]],
+        "rows": [[0.333333, 0.333333, [["Yes", 0.5]]], [None, None, []]],
     }
     many = tables.layout(tables.pack({"probes": PROBES * 9}, {})).splitlines()
-    assert many.count('   [0.3333333333333333,0.33333334,[["Yes",0.5]]],') == 9
+    assert many.count('   [0.333333,0.333333,[["Yes",0.5]]],') == 9
 
 
 def test_equal_questions_stand_once_and_other_questions_beside_them():
@@ -129,6 +170,8 @@ BROKEN = {
     "a column without a name": lambda t: t["columns"].__setitem__(2, {"list": ["token", "p"]}),
     "a list that is none": lambda t: t["rows"][0].__setitem__(2, 0.5),
     "no rows": lambda t: t.pop("rows"),
+    "readings derived from none": lambda t: t.update(derived=["p_yes", "p_no", "p_yes_normalized"]),
+    "other readings derived": lambda t: t.update(derived=["mass"]),
 }
 
 
