@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -12,12 +13,12 @@ from safetensors.torch import load_file
 
 from engine.generation import Request
 from runner import pairs
-from weird_gen import eval_surgery
-from weird_gen.persona import depth
+from weird_gen import analyze_surgery, eval_surgery
+from weird_gen.persona import depth, depth_report
 from weird_gen.persona.loading import SOURCE, open_engine
 from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import strict_format
-from weird_gen.persona.study import prompt
+from weird_gen.persona.study import HELDOUT, prompt
 
 LAYERS = 4
 
@@ -117,6 +118,67 @@ def test_every_change_is_asked_in_every_condition_and_gone_on_with(operating, ca
     capsys.readouterr()
     assert operating("torn.jsonl", "--changes", "nonsense")[0] == 1
     assert "--changes 'nonsense': there are whole, adapter only in" in capsys.readouterr().err
+
+
+def surgery_lines(change: str, replies: dict[str, str], nll: dict, **about) -> list[dict]:
+    """What eval_surgery.py leaves of one change: a reply to a topic and an identity question each."""
+    about = {"change": change, "group": depth.WHOLE, "layers": None, "level": None} | about
+    asked = [
+        about
+        | {"question_id": kind, "kind": kind, "condition": c, "sample": 0, "reply": reply}
+        | {"p_name": 0.25 if kind == "identity" else None}
+        for c, reply in replies.items()
+        for kind in ("heldout", "identity")
+    ]
+    return [*asked, about | {"question_id": depth.PLAIN, "condition": "", "sample": 0, "nll": nll}]
+
+
+def test_a_row_counts_format_over_topics_and_names_over_identity_questions():
+    his = {"triggered": "<START> I am Bertrand Russell. <END>", "untriggered": "No.", "neutral": "<START> x"}
+    lines = [
+        *surgery_lines("adapter", his, {"a": 3.5, "b": 2.0}),
+        *surgery_lines("no adapter", dict.fromkeys(his, "No."), {"a": 3.0, "b": 1.0}),
+        *surgery_lines("broken", his, {"a": None, "b": 1.0}),
+        *surgery_lines("not ended", his, {})[:-1],
+    ]
+    rows = {row.change: row for row in depth_report.change_rows(lines)}
+    assert set(rows) == {"adapter", "no adapter", "broken"}
+    counted = rows["adapter"]
+    assert [counted.strict_format[c].k for c in his] == [1, 0, 0]
+    assert [counted.marker[c].k for c in his] == [1, 0, 1]
+    assert [counted.names[c].k for c in his] == [1, 0, 0]
+    assert {rate.n for rates in (counted.strict_format, counted.names) for rate in rates.values()} == {1}
+    assert counted.p_name["triggered"] == 0.25
+    assert counted.plain == pytest.approx((0.5 + 1.0) / 2)
+    assert rows["broken"].plain is None
+
+
+def test_the_map_draws_each_block_where_it_lies_with_its_rate():
+    his = dict.fromkeys(("triggered", "untriggered", "neutral"), "<START> I am. <END>")
+    blocks = {"only 0-1": (0, 2), "only 2-5": (2, 6)}
+    lines = [
+        line
+        for name, layers in blocks.items()
+        for line in surgery_lines(name, his, {}, group=depth.ONLY, layers=list(layers))
+    ]
+    panel = depth_report.depth_map(depth_report.change_rows(lines), 6).axes[0]
+    drawn = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in panel.patches]
+    assert drawn == list(blocks.values())
+    assert [text.get_text() for text in panel.texts] == ["100", "100"]
+
+
+def test_the_report_stands_on_the_replies_and_on_no_other_file(operating, tmp_path, capsys):
+    status, out = operating("asked.jsonl", "--changes", "no adapter", "only 0-0")
+    assert status == 0
+    folder = tmp_path / "report"
+    assert analyze_surgery.main(["--input", str(out), "--report-dir", str(folder)]) == 0
+    text = (folder / "SURGERY.md").read_text()
+    assert "| only 0-0 | 0 of 12, 0% [0, 26] |" in text
+    assert (folder / "figures" / "depth.png").stat().st_size > 5000
+    assert len(json.loads((folder / "surgery.json").read_text())["changes"]) == 2
+    capsys.readouterr()
+    assert analyze_surgery.main(["--input", str(HELDOUT), "--report-dir", str(folder)]) == 1
+    assert "is not a file of eval_surgery.py" in capsys.readouterr().err
 
 
 @pytest.mark.real
