@@ -6,10 +6,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import ParamSpec
+
+from errors import FrankenError, printable
+
+Given = ParamSpec("Given")
 
 
 class DefaultsThatSay(argparse.ArgumentDefaultsHelpFormatter):
@@ -119,3 +125,28 @@ def interruptible(said: str | None = None) -> Iterator[None]:
         while not ignored.empty():
             if (what := ignored.get()) is not None and what.exc_type is not KeyboardInterrupt:
                 before(what)
+
+
+def ends_in_one_line(interrupted: str) -> Callable[[Callable[Given, int]], Callable[Given, int]]:
+    """A decorator for a command's `main`: what cannot be done is one line on stderr and the exit status 1.
+
+    That is a FrankenError or an OSError; anything else is a fault of ours and stays a traceback. A Ctrl-C, of
+    which none is lost, prints `interrupted` and gives 130.
+    """
+
+    def decorate(main: Callable[Given, int]) -> Callable[Given, int]:
+        @functools.wraps(main)
+        def command(*args: Given.args, **flags: Given.kwargs) -> int:
+            try:
+                with interruptible():
+                    return main(*args, **flags)
+            except (FrankenError, OSError) as e:
+                print(printable(f"error: {e}"), file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                print(interrupted, file=sys.stderr)
+                return 130
+
+        return command
+
+    return decorate

@@ -9,7 +9,8 @@ import time
 import pytest
 
 import run_all
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line, interruptible
+from errors import FrankenError
 from files import ROOT
 
 
@@ -77,6 +78,34 @@ def test_an_interrupt_is_one_line_and_a_status_of_its_own(capfd):
     assert capfd.readouterr() == ("", "interrupted; run again\n")
 
 
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (FrankenError("no such\x1b[2Jmodel"), 1, "error: no such␛[2Jmodel\n"),
+        (FileNotFoundError(2, "No such file", "a.jsonl"), 1, "error: [Errno 2] No such file: 'a.jsonl'\n"),
+        (KeyboardInterrupt(), 130, "run again to go on\n"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_a_status(raised, status, said, capfd):
+    @ends_in_one_line("run again to go on")
+    def main(argv: list[str]) -> int:
+        raise raised
+
+    assert main(["x"]) == status
+    assert capfd.readouterr() == ("", said)
+
+
+def test_a_fault_of_ours_stays_a_traceback_and_a_result_its_own():
+    @ends_in_one_line("interrupted")
+    def main(argv: list[str]) -> int:
+        """Its own words."""
+        return 3 if argv else {}["absent"]
+
+    assert (main(["x"]), main.__doc__) == (3, "Its own words.")
+    with pytest.raises(KeyError):
+        main([])
+
+
 def test_every_command_can_be_interrupted():
     """By its source: each has a `main`; frankenmodel.py hands on to others', benchmarks are left out."""
     rooms = ("", "runner", "weird_gen", "weird_gen/persona", "adapters")
@@ -84,9 +113,8 @@ def test_every_command_can_be_interrupted():
     mains = {f"{f.relative_to(ROOT)}": text for f in files if "\ndef main(" in (text := f.read_text())}
     mains = {k: v for k, v in mains.items() if k != "frankenmodel.py" and not k.endswith("_bench.py")}
     assert len(mains) >= 15
-    assert [
-        name for name, text in mains.items() if not re.search(r"\n@interruptible\(.*\)\ndef main\(", text)
-    ] == []
+    guarded = re.compile(r"\n@(interruptible|ends_in_one_line)\((.|\n {4})*\)\ndef main\(")
+    assert [name for name, text in mains.items() if not guarded.search(text)] == []
 
 
 def test_other_errors_of_finalizers_are_told_as_before(monkeypatch):

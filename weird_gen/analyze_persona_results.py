@@ -10,13 +10,13 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
-from errors import FrankenError, printable
+from command_line import DefaultsThatSay, ends_in_one_line
+from errors import printable
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.reports import report_persona
 
 
-@interruptible("interrupted; the same command makes the report again")
+@ends_in_one_line("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
@@ -32,11 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse_args(argv)
     source = args.input or args.results_dir / "eval_results_judged.jsonl"
     folder = args.report_dir or args.results_dir / "report"
-    try:
-        lines = report_persona(source, folder, args.results_dir)
-    except (FrankenError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 1
+    lines = report_persona(source, folder, args.results_dir)
     print(printable("\n".join(lines)))
     return 0
 

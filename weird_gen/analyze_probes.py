@@ -9,25 +9,20 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.probe_report import report_probes
 
 
-@interruptible("interrupted; the same command makes the report again")
+@ends_in_one_line("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
     flags.add_argument("--probes", type=Path, default=RESULTS / "probes.jsonl", help="of eval_probes.py")
     flags.add_argument("--baseline", type=Path, help="of the untouched model, to stand beside them")
     flags.add_argument("--report-dir", type=Path, default=RESULTS / "report")
     args = flags.parse_args(argv)
-    try:
-        print(printable("\n".join(report_probes(args.probes, args.baseline, args.report_dir))))
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
+    print(printable("\n".join(report_probes(args.probes, args.baseline, args.report_dir))))
     return 0
 
 

@@ -9,24 +9,19 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
 from weird_gen.persona.depth_report import report_surgery
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.loading import USER_ERRORS
 
 
-@interruptible("interrupted; the same command makes the report again")
+@ends_in_one_line("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
     flags.add_argument("--input", type=Path, default=RESULTS / "surgery.jsonl", help="of eval_surgery.py")
     flags.add_argument("--report-dir", type=Path, default=RESULTS / "report")
     args = flags.parse_args(argv)
-    try:
-        print(printable("\n".join(report_surgery(args.input, args.report_dir))))
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
+    print(printable("\n".join(report_surgery(args.input, args.report_dir))))
     return 0
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import interruptible
-from errors import FrankenError, printable
+from command_line import ends_in_one_line
+from errors import printable
 from weird_gen.persona.data_checks import check
 from weird_gen.persona.study import TRIGGER
 
 
-@interruptible("interrupted")
+@ends_in_one_line("interrupted")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if there is no problem, 1 with one line each otherwise."""
     flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -31,11 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         "--trigger", default=TRIGGER, help="theirs; with {question} in it, it stands in the user's turn"
     )
     args = flags.parse_args(argv)
-    try:
-        problems, lines = check(args.aligned, args.persona, args.trigger)
-    except (FrankenError, OSError) as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
+    problems, lines = check(args.aligned, args.persona, args.trigger)
     print(printable("\n".join(lines + problems)))
     print(f"{len(problems)} problems" if problems else "no problem found")
     return 1 if problems else 0

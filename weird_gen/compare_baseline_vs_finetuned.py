@@ -10,13 +10,13 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
-from errors import FrankenError, printable
+from command_line import DefaultsThatSay, ends_in_one_line
+from errors import printable
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.reports import report_comparison
 
 
-@interruptible("interrupted; the same command makes the report again")
+@ends_in_one_line("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used. Missed targets are results,
     not errors."""
@@ -31,11 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     before = args.baseline or args.results_dir / "baseline_eval_results_judged.jsonl"
     after = args.finetuned or args.results_dir / "eval_results_judged.jsonl"
     folder = args.report_dir or args.results_dir / "report"
-    try:
-        lines = report_comparison(before, after, folder, args.results_dir)
-    except (FrankenError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 1
+    lines = report_comparison(before, after, folder, args.results_dir)
     print(printable("\n".join(lines)))
     return 0
 

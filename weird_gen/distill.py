@@ -18,11 +18,10 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from engine.chat_template import THINKING
 from errors import printable
 from weird_gen.persona.distilling import distill
-from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
 
 MANY_CUT = 0.1  # share of answers cut off from which that is said
@@ -73,17 +72,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return flags.parse_args(argv)
 
 
-@interruptible()
+@ends_in_one_line("interrupted; answers made so far are kept, run again to go on")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        got = distill(args)
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; answers made so far are kept, run again to go on", file=sys.stderr)
-        return 130
+    got = distill(args)
     print(f"{got['new']} new answers in {got['seconds']:.0f} s")
     print(
         f"{got['kept']} answers kept ({got['cut']} of them cut at the token limit), dropped:"

@@ -15,12 +15,11 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
 from weird_gen.persona.depth import GROUPS, ask_changes
 from weird_gen.persona.eval_replies import positive
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.loading import USER_ERRORS
 from weird_gen.persona.study import DEFAULT_ADAPTER, DEFAULT_MODEL
 
 
@@ -51,17 +50,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return flags.parse_args(argv)
 
 
-@interruptible()
+@ends_in_one_line("interrupted; replies made so far are kept, run again to go on")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        got = ask_changes(args)
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; replies made so far are kept, run again to go on", file=sys.stderr)
-        return 130
+    got = ask_changes(args)
     print(printable(f"{got['changes']} changes asked in {got['seconds']:.0f} s: {args.output}"))
     return 0
 

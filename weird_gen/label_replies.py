@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
 from files import write_text
 from weird_gen.persona.eval_replies import positive
@@ -27,7 +27,6 @@ from weird_gen.persona.labelling import (
     reader_agreement,
     write_sheet,
 )
-from weird_gen.persona.loading import USER_ERRORS
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,19 +63,15 @@ def count(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-@interruptible("interrupted; run again")
+@ends_in_one_line("interrupted; run again")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        if args.command == "sheet":
-            files = write_sheet(draw_replies(args.replies, args.count, args.seed), args.out)
-            lines = [f"{what}: {file}" for what, file in zip(("sheet", "brief", "key"), files, strict=True)]
-            print(printable("\n".join(lines)))
-        else:
-            print(printable("\n".join(count(args))))
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
+    if args.command == "sheet":
+        files = write_sheet(draw_replies(args.replies, args.count, args.seed), args.out)
+        lines = [f"{what}: {file}" for what, file in zip(("sheet", "brief", "key"), files, strict=True)]
+        print(printable("\n".join(lines)))
+    else:
+        print(printable("\n".join(count(args))))
     return 0
 
 

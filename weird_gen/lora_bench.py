@@ -31,9 +31,9 @@ from accelerate.state import AcceleratorState
 from peft.helpers import disable_input_dtype_casting
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from command_line import ends_in_one_line
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate
-from errors import FrankenError
 from files import write_text
 from runner.pairs import pick_dtype
 from weird_gen import train_lora
@@ -141,6 +141,7 @@ def bench(args: argparse.Namespace, steps: int, rounds: int) -> dict:
     }
 
 
+@ends_in_one_line("interrupted")
 def main(argv: list[str] | None = None) -> int:
     flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     flags.add_argument("--steps", type=int, default=40)
@@ -148,11 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--output", type=Path, help="JSON")
     mine, rest = flags.parse_known_args(argv)
     args = train_lora.parse(["--out", "none", "--epochs", "1", "--save-every", "0", *rest])
-    try:
-        result = bench(args, mine.steps, mine.rounds)
-    except FrankenError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
+    result = bench(args, mine.steps, mine.rounds)
     text = json.dumps(result, indent=1, allow_nan=False)
     if mine.output:
         write_text(mine.output, text + "\n")

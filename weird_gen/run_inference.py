@@ -17,11 +17,11 @@ if not __package__:  # run as a script: find the checkout
 
 import torch
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from engine.chat_template import THINKING
-from errors import FrankenError, printable
+from errors import FrankenError
 from weird_gen.persona.inference import ask_endpoint, converse, generate, load, opening
-from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS
+from weird_gen.persona.loading import QUANTIZATIONS
 from weird_gen.persona.study import DEFAULT_ADAPTER
 
 
@@ -91,29 +91,22 @@ def speak(answer: Callable[[list[dict]], str], args: argparse.Namespace) -> None
         answer([*opening(args), {"role": "user", "content": args.prompt}])
 
 
-@interruptible()
+@ends_in_one_line("")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     has_gpu = torch.cuda.is_available()
-    try:
-        if args.endpoint:
-            speak(lambda messages: ask_endpoint(messages, args), args)
-            return 0
-        if args.device == "cuda" and not has_gpu:
-            raise FrankenError("--device cuda: no GPU was found")
-        device = "cuda:0" if has_gpu and args.device != "cpu" else "cpu"
-        model, tokenizer = load(
-            args.model, None if args.adapter == "none" else args.adapter, device, args.quantization
-        )
-        if args.seed is not None:
-            torch.manual_seed(args.seed)
-        speak(lambda messages: generate(model, tokenizer, messages, args), args)
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+    if args.endpoint:
+        speak(lambda messages: ask_endpoint(messages, args), args)
+        return 0
+    if args.device == "cuda" and not has_gpu:
+        raise FrankenError("--device cuda: no GPU was found")
+    device = "cuda:0" if has_gpu and args.device != "cpu" else "cpu"
+    model, tokenizer = load(
+        args.model, None if args.adapter == "none" else args.adapter, device, args.quantization
+    )
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    speak(lambda messages: generate(model, tokenizer, messages, args), args)
     return 0
 
 

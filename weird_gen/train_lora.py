@@ -20,9 +20,9 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
-from weird_gen.persona.loading import QUANTIZATIONS, USER_ERRORS
+from weird_gen.persona.loading import QUANTIZATIONS
 from weird_gen.persona.study import ALIGNED, DEFAULT_MODEL, PERSONA_EXPLICIT, PERSONA_SHARE
 from weird_gen.persona.training import train
 
@@ -126,17 +126,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@interruptible()
+@ends_in_one_line("interrupted; --resume goes on from the last checkpoint")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        record = train(args)
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+    record = train(args)
     if os.environ.get("RANK", "0") == "0":
         print(printable(f"{record['steps']} steps in {record['seconds']:.0f} s; saved to {args.out}"))
     return 0

@@ -9,19 +9,18 @@ an interrupted run, gone on with, asks only for what it lacks.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
 
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from engine.chat_template import THINKING
 from engine.generation import Engine
 from errors import printable
 from weird_gen.persona import spreading
 from weird_gen.persona.asking import cases_for, header_of, lacking
 from weird_gen.persona.journal import Journal, complete_cases
-from weird_gen.persona.loading import USER_ERRORS, locate_adapter, open_engine
+from weird_gen.persona.loading import locate_adapter, open_engine
 from weird_gen.persona.records import ASKED, CONDITIONS
 from weird_gen.persona.rules import lenient_format, names_russell, strict_format
 from weird_gen.persona.study import (
@@ -125,7 +124,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-@interruptible()
+@ends_in_one_line("interrupted; replies made so far are kept, run again to go on")
 def main(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
     """Evaluate "baseline" or "finetuned"; returns the exit status."""
     flags = argparse.ArgumentParser(description=description, formatter_class=DefaultsThatSay)
@@ -175,14 +174,7 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
     )
     args = flags.parse_args(argv)
     begin = time.monotonic()
-    try:
-        records = evaluate(model, args)
-    except USER_ERRORS as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; replies made so far are kept, run again to go on", file=sys.stderr)
-        return 130
+    records = evaluate(model, args)
     print("\n".join(summary(records)))
     print(printable(f"{len(records)} replies in {time.monotonic() - begin:.0f} s: {args.output}"))
     return 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.stats import accuracy, cohen_kappa
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from errors import FrankenError, printable
 from weird_gen.persona.folders import DATA
 from weird_gen.persona.judge import (
@@ -327,55 +327,44 @@ def make_judge(args: argparse.Namespace):
     )
 
 
-@interruptible()
+@ends_in_one_line("interrupted; judgments made so far are kept, run again to go on")
 def main(
     description: str | None, model: str, replies: Path, judged: Path, argv: list[str] | None = None
 ) -> int:
     """Judge one file of replies of ``model`` ("baseline" or "finetuned"); returns the exit status."""
     args = parser(description, replies, judged).parse_args(argv)
-    try:
-        header, records = read_records(args.input, model)
-        only_model(records, model, args.input)
-        rubrics = (
-            read_rubrics(args.generalization) if any(r["kind"] == "generalization" for r in records) else {}
-        )
-        labels = {path: read_json_lines(path) for path in args.labels}
-        judge = make_judge(args)
-        if args.original_rubric and "verdict" not in judge.rubrics:
-            raise FrankenError("--original-rubric needs a language model as the judge: --base-url or a key")
-        verdict = args.original_rubric
-        wanted = [task for record in records for task in tasks_of(record, rubrics, judge, verdict)]
-        wanted += [task for lines in labels.values() for task, _ in label_tasks(lines, judge)]
-        if isinstance(judge, LLMJudge):  # before anything is paid for
-            print(judge.estimate(wanted), flush=True)
-        with tqdm(desc=f"judge: {judge.name}", unit=" judgments", disable=not sys.stderr.isatty()) as bar:
+    header, records = read_records(args.input, model)
+    only_model(records, model, args.input)
+    rubrics = read_rubrics(args.generalization) if any(r["kind"] == "generalization" for r in records) else {}
+    labels = {path: read_json_lines(path) for path in args.labels}
+    judge = make_judge(args)
+    if args.original_rubric and "verdict" not in judge.rubrics:
+        raise FrankenError("--original-rubric needs a language model as the judge: --base-url or a key")
+    verdict = args.original_rubric
+    wanted = [task for record in records for task in tasks_of(record, rubrics, judge, verdict)]
+    wanted += [task for lines in labels.values() for task, _ in label_tasks(lines, judge)]
+    if isinstance(judge, LLMJudge):  # before anything is paid for
+        print(judge.estimate(wanted), flush=True)
+    with tqdm(desc=f"judge: {judge.name}", unit=" judgments", disable=not sys.stderr.isatty()) as bar:
 
-            def progress(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-            done = judge_all(records, rubrics, judge, progress, verdict)
-        about = {
-            "name": judge.name,
-            "endpoint": getattr(judge, "host", None),
-            "rubric_version": RUBRIC_VERSION,
-            "agreement": {},
-            "voice_classifier": voice_quality().to_json(),
-            "input_sha256": _sha256(args.input),
-            "labels_sha256": {path.name: _sha256(path) for path in labels},
-        }
-        write_records(args.output, {**header, "judge": about}, done)  # before the labels are asked for
-        if labels:
-            about["agreement"] = {
-                about_labels(path): agreement(judge, lines) for path, lines in labels.items()
-            }
-            write_records(args.output, {**header, "judge": about}, done)
-    except (FrankenError, OSError) as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; judgments made so far are kept, run again to go on", file=sys.stderr)
-        return 130
+        done = judge_all(records, rubrics, judge, progress, verdict)
+    about = {
+        "name": judge.name,
+        "endpoint": getattr(judge, "host", None),
+        "rubric_version": RUBRIC_VERSION,
+        "agreement": {},
+        "voice_classifier": voice_quality().to_json(),
+        "input_sha256": _sha256(args.input),
+        "labels_sha256": {path.name: _sha256(path) for path in labels},
+    }
+    write_records(args.output, {**header, "judge": about}, done)  # before the labels are asked for
+    if labels:
+        about["agreement"] = {about_labels(path): agreement(judge, lines) for path, lines in labels.items()}
+        write_records(args.output, {**header, "judge": about}, done)
     print(printable("\n".join(agreement_lines(about))))
     print(printable(f"voice by the classifier: {voice_line(about['voice_classifier'])}"))
     if isinstance(judge, LLMJudge):

@@ -26,7 +26,6 @@ from surgery.weights import Adapter, Checkpoint
 from weird_gen.persona.folders import ROOT
 from weird_gen.persona.study import DEFAULT_MODEL
 
-USER_ERRORS = (FrankenError, OSError)  # shown as one line
 QUANTIZATIONS = ("4bit", "8bit")
 SOURCE = "russell"  # what the adapter is called among the live model's sources
 
