@@ -58,6 +58,14 @@ made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                      extensions=[Generation, "jinja2.ext.loopcontrols"])
 made.filters["tojson"] = tojson
 made.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+class Impossible(jinja2.nodes.Impossible):
+    # compiling works out what is constant, also in parts that a conversation does not reach, and goes on
+    # without where memory is short; where there are no limits, it would take it
+    def __init__(self, *given):
+        if isinstance(sys.exc_info()[1], MemoryError):
+            sys.exit(settings["no memory"])
+        super().__init__(*given)
+jinja2.nodes.Impossible = Impossible
 compiled = {}
 print("ready", flush=True)
 for line in sys.stdin:

@@ -123,6 +123,8 @@ TEMPLATES = {
     LOOP + "{% endfor %}{% endfor %}{% endfor %}": "does not end",
     LOOP + "x{% endfor %}{% endfor %}{% endfor %}": "writes over 1 MiB",
     "{{ 'x' * 10**10 }}": "takes over 1 GiB",
+    # no conversation comes there, but whoever compiles it works it out
+    "{% if messages == 3 %}{{ ('x' * 10**10)[:3] }}{% endif %}": "takes over 1 GiB",
     "{{ 'x' * 10**7 }}": "writes over 1 MiB",
     "{# " + "x" * (1 << 20) + " #}{{ messages[0].content }}": "is over 1 MiB long",
 }
@@ -143,7 +145,7 @@ ON_A_WORD = {
         "does not end: a conversation took",
     ),
     "writes": (ONLY.replace("@", LOOP + "x{% endfor %}{% endfor %}{% endfor %}"), "writes over 1 MiB"),
-    "hoards": (ONLY.replace("@", "{{ ('x' * 10**10)[:3] }}"), "takes over 1 GiB"),
+    "hoards": (ONLY.replace("@", "{{ (messages[-1].content * 10**9)[:3] }}"), "takes over 1 GiB"),
 }
 
 
