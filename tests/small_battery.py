@@ -127,12 +127,18 @@ def in_child(argv: list[str], log: Path, stop_at: str | None = None):
     `stop_at`: "NAME" makes it wait forever in the middle of measuring experiment NAME, "NAME.json" after half
     of that file is written; the file `log` with the suffix .reached appears when it is there.
     """
+    return forked(_child, argv, log, stop_at)
+
+
+def forked(function, *given):
+    """Start function(*given) in a process forked from the server; the function is a helper module's. Returns
+    the started process."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["small_battery"])
     paths, before = [str(Path(__file__).parent), str(Path(__file__).parents[1])], os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # the server finds what it preloads by this
     try:
-        process = context.Process(target=_child, args=(argv, log, stop_at), daemon=True)
+        process = context.Process(target=function, args=given, daemon=True)
         process.start()
     finally:
         os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)

@@ -3,11 +3,11 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import exports
 import pytest
+import small_battery
 import tiny
 import torch
 from exports import exporter
@@ -37,7 +37,6 @@ from surgery.recipes import (
 )
 from surgery.weights import Adapter, Checkpoint
 
-ROOT = Path(__file__).parents[1]
 SAME_DEPTH = {
     "identity": lambda r: r,
     "swap": lambda r: swap(r, 0, 4),
@@ -274,30 +273,15 @@ def test_a_disk_without_room_is_told_before_anything_is_written(command, tmp_pat
     assert code == 1 and "has 0.0 GiB free" in err and not (tmp_path / "out").exists()
 
 
-KILLED = """
-import os, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from runner import commands, export
-whole, left = export.{where}, [{after}]
-def dying(*args, **kwargs):
-    left[0] -= 1
-    if not left[0]:
-        os.kill(os.getpid(), 9)
-    return whole(*args, **kwargs)
-export.{where} = dying
-commands.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize(("where", "after"), [("tensor_hash", 30), ("model_card", 1), ("_put", 1)])
 def test_what_a_killed_export_leaves_cannot_be_loaded_and_goes_next_time(
     command, pair, tmp_path, where, after
 ):
-    script = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), where=where, after=after)
     model = ["--base", pair / "base", "--instruct", pair / "instruct", "--device-map", "cpu"]
     words = [*map(str, ["export", "swap_adjacent_31_32", tmp_path / "out", *model])]
-    child = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, cwd=ROOT)
-    assert child.returncode == -9, child.stderr
+    child = small_battery.forked(exports.killed_at, where, after, words)
+    child.join(60)
+    assert child.exitcode == -9
     assert not (tmp_path / "out").exists()
     (left,) = tmp_path.glob(".making-*")
     if where != "_put":  # by then it is whole, and only its name is missing
@@ -307,38 +291,15 @@ def test_what_a_killed_export_leaves_cannot_be_loaded_and_goes_next_time(
     assert not list(tmp_path.glob(".making-*"))
 
 
-MEASURED = """
-import resource, sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-from pathlib import Path
-import exports, tiny
-from runner.export import Chosen
-from surgery.recipes import identity, blend, permute_units
-from transformers import AutoConfig
-class Pair: pass
-pair = Pair()
-pair.paths = {{n: Path({folder!r}) / n for n in ("instruct", "base")}}
-pair.config = AutoConfig.from_pretrained(pair.paths["instruct"])
-made = exports.exporter(pair)
-made.write(Chosen("warm", identity({layers})), Path({folder!r}) / "warm")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-recipe = permute_units(blend(identity({layers}), "base", [0.5] * {layers}), 0)
-made.check = lambda recipe: None
-made.write(Chosen("mine", recipe), Path({folder!r}) / "out")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
 def test_memory_is_bounded_by_a_few_layers(tmp_path):
     wide = dict(family="qwen2", layers=24, hidden_size=256, intermediate_size=1024)
     for k, name in enumerate(("instruct", "base")):
         tiny.write_checkpoint(tmp_path / name, seed=k, **wide)
-    script = MEASURED.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=str(tmp_path), layers=24)
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
-    assert child.returncode == 0, child.stderr
+    child = small_battery.forked(exports.measured, tmp_path, 24)
+    child.join(120)
+    assert child.exitcode == 0
     whole = os.stat(tmp_path / "out" / "model.safetensors").st_size
-    more = int(child.stdout.splitlines()[-1]) << 10
+    more = int((tmp_path / "grown").read_text()) << 10
     assert whole > 90e6 and more < whole / 4, (whole, more)
 
 

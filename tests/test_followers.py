@@ -2,7 +2,8 @@
 
 import json
 import sys
-from types import ModuleType
+import time
+from types import ModuleType, SimpleNamespace
 
 import huggingface_hub
 import made_results as made
@@ -27,8 +28,10 @@ def run(tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A local stand-in for the hub, which huggingface_hub is pointed to."""
+    """A local stand-in for the hub, which huggingface_hub is pointed to, and does not wait between tries."""
+    no_waiting = SimpleNamespace(**vars(time) | {"sleep": lambda seconds: None})
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", no_waiting)
     with hub_stand_in() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         monkeypatch.setenv("HF_TOKEN", server.token)
@@ -140,8 +143,8 @@ def test_a_tracker_that_is_not_installed_is_named_before_loading(go, monkeypatch
     refused(go(*EXPERIMENTS, "--log", "trackio"), "pip install trackio")
 
 
+@pytest.mark.extra("tensorboard")
 def test_tensorboard_reads_back_what_was_written(run):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed (requirements-extras.txt)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     told = Followers([Tracker("tensorboard")])
@@ -155,8 +158,8 @@ def test_tensorboard_reads_back_what_was_written(run):
     assert point.value == pytest.approx(run[0].load("odd")["measurements"]["perplexity"]["perplexity"])
 
 
+@pytest.mark.extra("trackio")
 def test_trackio_keeps_what_was_logged(run, tmp_path, monkeypatch):
-    pytest.importorskip("trackio", reason="trackio is not installed (requirements-extras.txt)")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     told = Followers([Tracker("trackio")])
     told.tell(lambda who: who.begin(*run))
@@ -175,8 +178,8 @@ def test_without_inspect_it_says_what_to_install(go, run, monkeypatch, capfd):
     assert "pip install inspect-ai" in capfd.readouterr().err
 
 
+@pytest.mark.extra("inspect_ai")
 def test_every_question_reply_and_score_is_read_back_by_inspects_own_library(tmp_path):
-    pytest.importorskip("inspect_ai", reason="inspect-ai is not installed (requirements-extras.txt)")
     from inspect_ai.log import list_eval_logs, read_eval_log
 
     hostile = made.everything(capability=made.capability([True, False], "\x1b[31m\ud800<script>"))
@@ -208,8 +211,8 @@ def test_every_question_reply_and_score_is_read_back_by_inspects_own_library(tmp
     assert broken.status == "error" and broken.error.message == "it broke"
 
 
+@pytest.mark.extra("inspect_ai")
 def test_a_run_writes_a_log_of_each_experiment(go, tmp_path, monkeypatch):
-    pytest.importorskip("inspect_ai", reason="inspect-ai is not installed (requirements-extras.txt)")
     small_battery.use(monkeypatch)
     assert go(*EXPERIMENTS, "--inspect-log")[0] == 0
     folder = latest(tmp_path / "out")
