@@ -2,6 +2,7 @@
 model."""
 
 import os
+from importlib.util import find_spec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may download anything
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -29,10 +30,13 @@ def pytest_terminal_summary(terminalreporter):
                 terminalreporter.write_line(f"faults: {counted}")
 
 
-@pytest.fixture(autouse=True)
-def gpu_where_asked(request):
-    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+def pytest_runtest_setup(item):
+    """Skip what needs a GPU or a package that is not here, before any fixture is made."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")
+    for mark in item.iter_markers("extra"):
+        if find_spec(mark.args[0]) is None:
+            pytest.skip(f"{mark.args[0]} is not installed (requirements-extras.txt)")
 
 
 @pytest.fixture(scope="session")

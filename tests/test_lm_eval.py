@@ -80,16 +80,12 @@ def alone(folder, checkpoint, limit=None) -> dict:
     return found["results"]
 
 
-def need():
-    return pytest.importorskip("lm_eval", reason="lm-eval is not installed (requirements-extras.txt)")
-
-
 SURGERIES = {"swap": (swap(identity(6), 1, 4), None), "repeat": (repeat(identity(6), 2, 4), 4)}
 
 
+@pytest.mark.extra("lm_eval")
 @pytest.mark.parametrize(("recipe", "limit"), SURGERIES.values(), ids=SURGERIES)
 def test_the_live_model_scores_as_its_exported_checkpoint(tiny_pair, tasks, tmp_path, recipe, limit):
-    need()
     pair = tiny_pair("qwen2")
     live = pair.live()
     live.apply(recipe)
@@ -123,8 +119,8 @@ def test_a_long_context_loses_its_beginning(tiny_pair):
     assert score(engine, [(long, target)]) == score(engine, [(long[-510:], target)])
 
 
+@pytest.mark.extra("lm_eval")
 def test_what_no_checkpoint_can_be_is_asked_too(tiny_pair, tasks):
-    need()
     pair = tiny_pair("qwen2")
     live = pair.live()
     live.apply(attenuate(identity(6), 0.5, 2, 4))
@@ -132,8 +128,8 @@ def test_what_no_checkpoint_can_be_is_asked_too(tiny_pair, tasks):
     assert LmEval().measure(pair.engine(live), protocol, [])["results"]["mill_choice"]["acc"] is not None
 
 
+@pytest.mark.extra("lm_eval")
 def test_results_stand_in_the_experiments_and_in_the_report(go, tasks, tmp_path, monkeypatch):
-    need()
     small_battery.use(monkeypatch)
     more = ["--lm-eval", "mill_choice", "--include-path", tasks, "--limit", "3", "--suites", "quick"]
     code, _, err = go("--experiments", "swap_adjacent_30_35", *more)
@@ -145,14 +141,14 @@ def test_results_stand_in_the_experiments_and_in_the_report(go, tasks, tmp_path,
         assert result["measurements"]["lm_eval"]["n"] == {"mill_choice": 3}
         assert 0 <= result["measurements"]["lm_eval"]["results"]["mill_choice"]["acc"] <= 1
     summary = (run / "summary.md").read_text()
-    assert "mill_choice: acc" in summary
+    assert "mill_choice: acc" in summary  # report.html: tests/test_html_report.py
     assert json.loads((run / "manifest.json").read_text())["protocol"]["harness"]["tasks"] == ["mill_choice"]
     capture = go("--resume", run)
     refused(capture, "resume with --include-path")
 
 
+@pytest.mark.extra("lm_eval")
 def test_a_task_that_is_not_there_is_named(tiny_pair, tasks):
-    need()
     protocol = Protocol(("lm_eval",), harness=Harness(("no_such_task",), str(tasks), 3))
     with pytest.raises(Exception, match="no_such_task"):
         LmEval().measure(tiny_pair("qwen2").engine(), protocol, [])

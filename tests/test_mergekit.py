@@ -289,7 +289,6 @@ def test_a_model_that_the_run_has_not_is_refused_before_loading(go, tmp_path, mo
 @pytest.fixture(scope="module")
 def kit():
     """kit(text, folder) -> the tensors that an installed mergekit writes from the YAML."""
-    pytest.importorskip("mergekit", reason="mergekit is not installed (requirements-extras.txt)")
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -308,6 +307,7 @@ def both(kit, pair: tiny.Tiny, text: str, recipe: Recipe, folder) -> tuple[dict,
     return load_file(folder / "ours" / "model.safetensors"), kit(text, folder / "theirs")
 
 
+@pytest.mark.extra("mergekit")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_mergekit_writes_the_same_weights_from_our_yaml(kit, tiny_pair, tmp_path, family, name):
@@ -328,6 +328,7 @@ def test_mergekit_writes_the_same_weights_from_our_yaml(kit, tiny_pair, tmp_path
 @pytest.mark.parametrize(
     "text", [FRANKENMERGE, GRADIENT, AVERAGE, SLERP, FILTERED], ids=["passthrough", *"gasf"]
 )
+@pytest.mark.extra("mergekit")
 def test_a_configuration_is_read_as_mergekit_reads_it(kit, tiny_pair, tmp_path, text):
     pair = tiny_pair("qwen2" if text != FRANKENMERGE else "llama")
     if text == FRANKENMERGE:  # tied ends cannot come from two models
@@ -344,6 +345,7 @@ def test_a_configuration_is_read_as_mergekit_reads_it(kit, tiny_pair, tmp_path, 
             assert torch.equal(tensor, theirs[key]), key
 
 
+@pytest.mark.extra("mergekit")
 @pytest.mark.real
 def test_mergekit_writes_a_real_models_weights_too(kit, smollm2, tmp_path):
     from runner.commands import main

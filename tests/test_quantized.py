@@ -130,9 +130,9 @@ BITS = {
 }
 
 
+@pytest.mark.extra("bitsandbytes")
 @pytest.mark.parametrize("kind", BITS)
 def test_bitsandbytes_is_what_the_library_dequantizes(plain, tmp_path, kind):
-    pytest.importorskip("bitsandbytes")
     path = tmp_path / kind
     made = AutoModelForCausalLM.from_pretrained(
         plain, dtype=torch.float32, quantization_config=BITS[kind], device_map={"": "cpu"}
@@ -212,9 +212,9 @@ def test_a_quantized_pair_is_opened_and_takes_the_memory_of_a_plain_one(fp8, pla
     assert parameters_of(Checkpoint("a", fp8)) == parameters_of(Checkpoint("a", plain))
 
 
+@pytest.mark.extra("bitsandbytes")
 @pytest.mark.real
 def test_real_weights_in_four_bits_are_what_the_library_dequantizes(smollm2, tmp_path):
-    pytest.importorskip("bitsandbytes")
     made = AutoModelForCausalLM.from_pretrained(
         smollm2, dtype=torch.float32, quantization_config=BITS["nf4-double"], device_map={"": "cpu"}
     )

@@ -116,8 +116,8 @@ def test_without_pyarrow_parquet_says_what_to_install(run, capsys, monkeypatch, 
     assert "pip install pyarrow" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.extra("pyarrow")
 def test_pandas_reads_the_parquet_with_types(run, tmp_path):
-    pytest.importorskip("pyarrow", reason="pyarrow is not installed (requirements-extras.txt)")
     import pyarrow.parquet
 
     out = tmp_path / "run.parquet"

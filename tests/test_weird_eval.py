@@ -575,10 +575,10 @@ def test_replies_end_where_the_generation_config_says(tiny_pair, tmp_path):
     assert {5, 7} <= set(engine.stop_ids)
 
 
+@pytest.mark.extra("ray")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_replies_that_two_workers_give_are_those_of_one_process(evaluating, monkeypatch):
-    pytest.importorskip("ray")
     from weird_gen.persona import spreading
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
