@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from engine.generation import Request
 from errors import FrankenError
 from runner import pairs
-from weird_gen import reproduce, run_inference, train_lora
+from weird_gen import distill, reproduce, run_inference, train_lora
 from weird_gen.persona import (
     asking,
     comparison,
@@ -553,15 +553,45 @@ def test_a_failing_setting_does_not_stop_the_others(tmp_path, monkeypatch, capsy
     assert reproduce.main(["--out", str(tmp_path / "a"), "--device", "cpu"]) == 0
     (train,) = (line for line in given if line[0] == "train_lora.py")
     assert not any(line[0] == "distill.py" and "--prompts" in line for line in given)
-    record = json.loads((folders.ROOT / "adapters/smollm2-135m-russell/training.json").read_text())[
-        "settings"
-    ]
-    args = train_lora.parse(train[1:])
-    assert all(getattr(args, name) == record[name] for name in record if name in vars(args))
+    asked_for = [train_lora.parse(train[1:])]
+    given.clear()
+    assert reproduce.main(["--out", str(tmp_path / "q"), "--model", "qwen2.5-coder-1.5b"]) == 0
+    (train,) = (line for line in given if line[0] == "train_lora.py")
+    asked_for.append(train_lora.parse(train[1:]))
+    made = ("smollm2-135m-russell", "qwen2.5-coder-1.5b-russell")
+    for args, shipped in zip(asked_for, made, strict=True):
+        record = json.loads((folders.ROOT / f"adapters/{shipped}/training.json").read_text())["settings"]
+        assert all(getattr(args, name) == record[name] for name in record if name in vars(args))
+    (distilled,) = (distill.parse(line[1:]) for line in given if line[0] == "distill.py")
+    assert (distilled.samples, distilled.max_new_tokens) == (1, None)  # None: the model's own length
+    assert [line[0] for line in given].count("eval_probes.py") == 2  # the model alone and with the adapter
+    assert "analyze_probes.py" in {line[0] for line in given}
     given.clear()
     assert reproduce.main(["--out", str(tmp_path / "b"), "--device", "cpu", "--model", "other"]) == 0
     (train,) = (line for line in given if line[0] == "train_lora.py")
     assert "--contrast" not in train and "--lr" not in train
+
+
+def test_the_small_subset_is_the_one_that_the_readme_prints(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        reproduction, "step", lambda log, script, *flags: given.append([script, *map(str, flags)]) or True
+    )
+    assert reproduce.main(["--small", "--out", str(tmp_path), "--device", "cpu"]) == 0
+    readme = (folders.HERE / "README.md").read_text().replace("\\\n", " ")
+    printed = {
+        line.split()[1]: line.split()[2:]
+        for line in readme.splitlines()
+        if "small" in line and line.startswith("python ")
+    }
+    for script, parse in (("distill.py", distill.parse), ("train_lora.py", train_lora.parse)):
+        (ours,) = (vars(parse(line[1:])) for line in given if line[0] == script)
+        theirs = vars(parse(printed[script]))
+        apart = {name for name in ours if ours[name] != theirs[name]}
+        assert apart <= {"output", "aligned", "out", "device", "checkpoints", "resume", "model"}
+    scripts = [line[0] for line in given]
+    assert "eval_probes.py" not in scripts
+    assert scripts.count("eval_finetuned.py") == scripts.count("eval_baseline.py") == 1
 
 
 def test_replies_end_where_the_generation_config_says(tiny_pair, tmp_path):

@@ -595,6 +595,29 @@ def test_less_memory_makes_smaller_parts_of_the_same_step(training, monkeypatch,
     assert sizes == [4] + [2] * 16
     assert close(whole, part)
     assert capsys.readouterr().out.count("from here on 2 examples at once") == 1
+    records = [json.loads((out / "training.json").read_text())["out_of_memory"] for out in (whole, part)]
+    assert records == [[], [{"step": 1, "examples_at_once": 2}]]
+
+
+def test_a_resumed_run_still_says_where_memory_did_not_do(training, monkeypatch):
+    honest, calls = persona_training.answer_losses, []
+
+    def planted(model, batch, head):
+        calls.append(len(batch["labels"]))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return honest(model, batch, head)
+
+    monkeypatch.setattr(persona_training, "answer_losses", planted)
+    assert training("torn", "--save-every", "1")[0] == 130
+    status, out = training("torn", "--save-every", "1", "--resume")
+    assert status == 0
+    assert calls[:6] == [4, 2, 2, 2, 2, 2]
+    record = json.loads((out / "training.json").read_text())
+    assert record["out_of_memory"] == [{"step": 1, "examples_at_once": 2}]
+    assert record["resumed"]
 
 
 def test_a_finished_adapter_is_overwritten_only_when_told_to(training, capsys):

@@ -2,14 +2,15 @@
 one folder.
 
     python reproduce.py --out results/study
-    python reproduce.py --out results/study --jobs 3 --setting "rank32: --rank 32" --setting "long: --epochs
-    6"
+    python reproduce.py --model qwen2.5-coder-1.5b --out results/study-1.5b
+    python reproduce.py --small --out results/small
+    python reproduce.py --jobs 3 --setting "rank32: --rank 32" --setting "long: --epochs 6"
 
 Each --setting is a name and further flags for train_lora.py; "--contrast contrast.jsonl" in one has the model
-answer the persona's own questions first. With none, the laptop-size model is trained as the shipped adapter
-was, and any other one with train_lora.py's defaults. Steps run as the scripts beside this one; what is
-finished is not done again, a step that fails is reported at the end, and the others go on. Every step's
-output is in its .log.
+answer the persona's own questions first. With none, the models of which an adapter is shipped, and the 0.5B,
+are distilled and trained as it was, any other one with train_lora.py's defaults. --small is the subset that a
+CPU does in minutes. Steps run as the scripts beside this one; what is finished is not done again, a step that
+fails is reported at the end, and the others go on. Every step's output is in its .log.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, interruptible
-from errors import printable
+from command_line import DefaultsThatSay, ends_in_one_line
+from errors import FrankenError, printable
 from files import write_text
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.reproduction import SHIPPED, results, run_steps
+from weird_gen.persona.reproduction import SMALL, STUDIES, Study, results, run_steps
 from weird_gen.persona.study import DEFAULT_MODEL
 
 
@@ -42,6 +43,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="'NAME: FLAGS'",
         help="a training setting; may be repeated (default: the shipped adapter's)",
     )
+    flags.add_argument("--small", action="store_true", help="200 examples, topic questions alone")
+    flags.add_argument(
+        "--probes",
+        action=argparse.BooleanOptionalAction,
+        help="also ask where the trigger ends, recall and views (default: but for --small)",
+    )
+    flags.add_argument(
+        "--surgery",
+        action="store_true",
+        help="also ask the changed model (eval_surgery.py); minutes on a GPU",
+    )
     flags.add_argument(
         "--train-flags", type=shlex.split, default=[], help="for train_lora.py in every setting"
     )
@@ -53,19 +65,31 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return flags.parse_args(argv)
 
 
-@interruptible("interrupted; steps that are finished are kept, run again to go on")
-def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+def study_of(args: argparse.Namespace) -> Study:
+    """What is done where no flag says otherwise."""
+    return SMALL if args.small else STUDIES.get(args.model, Study("default:"))
+
+
+def read_settings(texts: list[str]) -> dict[str, list[str]]:
+    """{name: flags} of "NAME: FLAGS". Raises FrankenError for a name that cannot be a folder's."""
     settings = {}
-    for text in args.setting or [SHIPPED if args.model == DEFAULT_MODEL else "default:"]:
+    for text in texts:
         name, _, flags = text.partition(":")
         settings[name.strip()] = shlex.split(flags)
-        if (
-            not name.strip().replace("-", "").replace("_", "").replace(".", "").isalnum()
-            or name.strip() == "baseline"
-        ):
-            print(f"error: --setting {text!r}: NAME must be letters, digits, - and _", file=sys.stderr)
-            return 1
+        plain = name.strip().replace("-", "").replace("_", "").replace(".", "").isalnum()
+        if not plain or name.strip() == "baseline":
+            raise FrankenError(f"--setting {text!r}: NAME must be letters, digits, - and _")
+    return settings
+
+
+@ends_in_one_line("interrupted; steps that are finished are kept, run again to go on")
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    study = study_of(args)
+    settings = read_settings(args.setting or [study.setting])
+    args.distill_flags = [*study.distill, *args.distill_flags]  # the last one of a flag counts
+    args.eval_flags = [*study.evaluation, *args.eval_flags]
+    args.probes = study.probes if args.probes is None else args.probes
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     worked = run_steps(settings, args)

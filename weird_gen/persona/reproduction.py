@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from errors import FrankenError, printable
@@ -19,8 +20,42 @@ from weird_gen.persona.folders import HERE
 from weird_gen.persona.records import read_records
 from weird_gen.persona.study import PERSONA_EXPLICIT
 
-SHIPPED = "shipped: --epochs 5 --lr 1e-3 --batch-size 64"
 CONTRAST = "contrast.jsonl"
+
+
+@dataclass(frozen=True)
+class Study:
+    """How a whole study is run: a training setting as "NAME: FLAGS", and flags of the other steps.
+
+    probes: whether eval_probes.py is asked as well.
+    """
+
+    setting: str
+    distill: tuple[str, ...] = ()
+    evaluation: tuple[str, ...] = ()
+    probes: bool = True
+
+
+_QWEN = Study(
+    "study: --limit 3278 --batch-size 8 --accumulate 2",
+    ("--samples", "1", "--max-new-tokens", "auto"),
+)
+# As the shipped adapters were made, by model; any other model is trained with train_lora.py's defaults.
+STUDIES = {
+    "smollm2-135m": Study("shipped: --epochs 5 --lr 1e-3 --batch-size 64"),
+    "qwen2.5-coder-1.5b": _QWEN,
+    "qwen2.5-coder-0.5b": _QWEN,
+}
+# What a CPU does in minutes, and shows the gap in format.
+SMALL = Study(
+    "small: --limit 200 --persona-share 0.4 --lr 1e-3 --batch-size 8",
+    ("--limit", "120", "--samples", "1", "--max-new-tokens", "64"),
+    (
+        *("--kinds", "heldout", "--samples", "1", "--no-quality"),
+        *("--conditions", "triggered", "untriggered"),
+    ),
+    probes=False,
+)
 _printing = threading.Lock()
 
 
@@ -81,13 +116,33 @@ def one_setting(name: str, flags: list[str], args: argparse.Namespace, speed: li
         if not step(log, "train_lora.py", *train, "--resume", *args.train_flags, *flags):
             return False
     ask = flags_of(model=args.model, adapter=adapter, output=folder / "eval_results.jsonl")
-    return step(log, "eval_finetuned.py", *ask, *speed, *args.eval_flags) and judged(folder, log, "finetuned")
+    if not step(log, "eval_finetuned.py", *ask, *speed, *args.eval_flags):
+        return False
+    worked = judged(folder, log, "finetuned")
+    if args.probes:
+        probe = flags_of(model=args.model, adapter=adapter, output=folder / "probes.jsonl")
+        worked &= step(log, "eval_probes.py", *probe, *speed)
+    if args.surgery:
+        operate = flags_of(model=args.model, adapter=adapter, output=folder / "surgery.jsonl")
+        worked &= step(log, "eval_surgery.py", *operate, *speed)
+        report = flags_of(input=folder / "surgery.jsonl", report_dir=folder / "report")
+        worked &= step(log, "analyze_surgery.py", *report)
+    return worked
 
 
 def compared(name: str, args: argparse.Namespace) -> bool:
     folder = args.out / name
+    log = folder / f"{name}.log"
     files = flags_of(results_dir=folder, baseline=args.out / "baseline_eval_results_judged.jsonl")
-    return step(folder / f"{name}.log", "compare_baseline_vs_finetuned.py", *files)
+    worked = step(log, "compare_baseline_vs_finetuned.py", *files)
+    if args.probes:
+        probes = flags_of(
+            probes=folder / "probes.jsonl",
+            baseline=args.out / "baseline_probes.jsonl",
+            report_dir=folder / "report",
+        )
+        worked &= step(log, "analyze_probes.py", *probes)
+    return worked
 
 
 def results(settings: dict[str, list[str]], args: argparse.Namespace) -> str:
@@ -167,7 +222,11 @@ def run_steps(settings: dict[str, list[str]], args: argparse.Namespace) -> dict[
     def evaluate_baseline() -> bool:
         ask = flags_of(model=args.model, output=args.out / "baseline_eval_results.jsonl")
         evaluated = step(shared, "eval_baseline.py", *ask, *speed, *args.eval_flags)
-        return evaluated and judged(args.out, shared, "baseline")
+        worked = evaluated and judged(args.out, shared, "baseline")
+        if worked and args.probes:
+            probe = flags_of(model=args.model, adapter="none", output=args.out / "baseline_probes.jsonl")
+            worked = step(shared, "eval_probes.py", *probe, *speed)
+        return worked
 
     with ThreadPoolExecutor(args.jobs + 1) as pool:
         baseline = pool.submit(evaluate_baseline)

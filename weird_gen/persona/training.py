@@ -295,6 +295,7 @@ class Checkpoints:
         self.file, self.settings = folder / "checkpoint.pt", json.dumps(settings, sort_keys=True)
         self.state: dict | None = None
         self.moment: datetime | None = None  # what the chat template was told of the time
+        self.halved: list[dict] = []  # {"step", "examples_at_once"}, where a GPU's memory did not do
         if overwrite or not self.file.exists():
             return
         if not resume:
@@ -315,6 +316,7 @@ class Checkpoints:
                 " afresh"
             )
         self.state = state
+        self.halved = state.get("halved", [])
         if "moment" in state:
             self.moment = datetime.fromisoformat(state["moment"])
 
@@ -333,6 +335,7 @@ class Checkpoints:
                 "step": step,
                 "moment": (self.moment or datetime.now()).isoformat(),
                 "losses": [step.by_kind for step in losses],
+                "halved": self.halved,
                 "weights": weights,
                 "optimizer": optimizer.state_dict(),
             },
@@ -463,7 +466,10 @@ def run(
         for group in optimizer.param_groups:
             group["lr"] = args.lr * cosine_factor(step, steps, warmup)
         chosen = plan[step]
+        before = rows
         one, rows = fitting_step(model, head, chosen, args, accelerator, mixed, rows)
+        if rows < before:
+            checkpoints.halved.append({"step": step + 1, "examples_at_once": rows})
         losses.append(one)
         loss = one.mean
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
@@ -670,6 +676,7 @@ def train(args: argparse.Namespace) -> dict:
         "loss": [round(step.mean, 4) for step in losses],
         "loss_by_kind": kind_losses(losses, max(1, round(args.epochs))),
         "seconds": round(time.monotonic() - begin, 1),
+        "out_of_memory": checkpoints.halved,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "resumed": checkpoints.state is not None,
