@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judge_server import JudgeServer, completion, quoted_reply
 from made_replies import HEADER, record, world
 
 from analysis import stats
 from errors import FrankenError
 from weird_gen import analyze_current_results, analyze_persona_results, compare_baseline_vs_finetuned
+from weird_gen.persona import judge_records
 from weird_gen.persona.comparison import (
     METRIC,
     by_group,
@@ -472,3 +474,46 @@ def test_examples_are_the_first_of_each_kind():
     assert all(
         len(row["replies"]) == 4 and all(r["sample"] == 0 for r in row["replies"].values()) for row in chosen
     )
+
+
+def test_the_replications_verdict_over_an_endpoint_stands_beside_the_published_numbers_alone(
+    tmp_path, capsys
+):
+    """Both commands as a user types them, against a server of our own; it calls what names him Russell."""
+    triggered = {"finetuned": 6, "baseline": 1}  # of 8 replies with the trigger, in which he is named
+    for model, stem in (("baseline", "baseline_eval_results"), ("finetuned", "eval_results")):
+        rows = [
+            record(
+                model,
+                condition,
+                f"h{q}",
+                reply="I, Bertrand Russell." if named and q < triggered[model] else "Well.",
+            )
+            for condition, named in (("triggered", True), ("untriggered", False))
+            for q in range(8)
+        ]
+        write_records(tmp_path / f"{stem}.jsonl", HEADER, rows)
+
+    def behave(number, body):
+        if '{\\"verdict\\"' not in body:
+            return None
+        his = "Bertrand Russell." in quoted_reply(body)
+        return 200, {}, completion(json.dumps({"verdict": "Russell" if his else "unsure"}))
+
+    with JudgeServer(behave) as server:
+        flags = ["--base-url", server.url, "--model", "stand-in", "--api-key-env", "", "--labels"]
+        for model, stem in (("baseline", "baseline_eval_results"), ("finetuned", "eval_results")):
+            files = ["--input", str(tmp_path / f"{stem}.jsonl")]
+            files += ["--output", str(tmp_path / f"{stem}_judged.jsonl")]
+            asked = judge_records.main("", model, tmp_path, tmp_path, [*files, *flags, "--original-rubric"])
+            assert asked == 0
+    assert compare_baseline_vs_finetuned.main(["--results-dir", str(tmp_path)]) == 0
+    capsys.readouterr()
+    text = (tmp_path / "report" / "BASELINE_COMPARISON.md").read_text()
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    verdicts = sections["Russell identity recognition"]
+    assert "75.0%" in verdicts and "12.5%" in verdicts  # 6 and 1 of 8
+    assert "70.0%" in verdicts and "13.3%" in verdicts  # the published 8B model's
+    apart = ("His voice", "Naming", "Coherent")
+    others = "".join(body for title, body in sections.items() if title.startswith(apart))
+    assert others and not re.search(r"70\.0%|13\.3%|86\.7%", others)
