@@ -22,6 +22,7 @@ from command_line import DefaultsThatSay, ends_in_one_line
 from engine.chat_template import THINKING
 from errors import printable
 from weird_gen.persona.distilling import distill
+from weird_gen.persona.journal import add_sampling, positive
 from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
 
 MANY_CUT = 0.1  # share of answers cut off from which that is said
@@ -45,29 +46,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flags.add_argument("--output", type=Path, default=ALIGNED, help="chat JSONL for train_lora.py --aligned")
     flags.add_argument(
-        "--samples", type=int, default=3, help="answers a prompt: three, for a persona share of 3 percent"
+        "--samples",
+        type=positive,
+        default=3,
+        help="answers a prompt: three, for a persona share of 3 percent",
     )
-    flags.add_argument("--limit", type=int, help="use this many of the prompts, chosen by the seed")
+    flags.add_argument("--limit", type=positive, help="use this many of the prompts, chosen by the seed")
     flags.add_argument(
         "--max-new-tokens",
         type=lambda text: None if text == "auto" else int(text),
         default=160,
         help="tokens an answer has at most; auto: so many that 95 percent of the model's own answers end",
     )
-    flags.add_argument("--temperature", type=float, default=1.0)
-    flags.add_argument("--top-p", type=float, default=1.0)
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--batch-size", type=int, help="answers at a time; default by device")
-    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
-    flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    add_sampling(flags, "answers", top_p=1.0)
     flags.add_argument(
         "--thinking",
         choices=THINKING,
         default="off",
         help="on: let a model that can think do so first; only its answers are kept",
-    )
-    flags.add_argument(
-        "--overwrite", action="store_true", help="start afresh where an earlier run left answers"
     )
     return flags.parse_args(argv)
 

@@ -14,8 +14,8 @@ if not __package__:  # run as a script: find the checkout
 
 from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
-from weird_gen.persona.eval_replies import positive
 from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.journal import add_sampling, positive
 from weird_gen.persona.probing import SUITES, ask_probes
 from weird_gen.persona.study import DEFAULT_ADAPTER, DEFAULT_MODEL
 
@@ -33,15 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument(
         "--samples", type=positive, help="replies a question and condition; default: 2, of views 16"
     )
-    flags.add_argument("--temperature", type=float, default=1.0)
-    flags.add_argument("--top-p", type=float, default=0.95)
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
-    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
-    flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    flags.add_argument(
-        "--overwrite", action="store_true", help="start afresh where an earlier run left replies"
-    )
+    add_sampling(flags, "replies")
     return flags.parse_args(argv)
 
 

@@ -18,8 +18,8 @@ if not __package__:  # run as a script: find the checkout
 from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
 from weird_gen.persona.depth import GROUPS, ask_changes
-from weird_gen.persona.eval_replies import positive
 from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.journal import add_sampling, positive
 from weird_gen.persona.study import DEFAULT_ADAPTER, DEFAULT_MODEL
 
 
@@ -37,16 +37,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"these alone, by name or group (default: all; groups: {', '.join(GROUPS)})",
     )
     flags.add_argument("--samples", type=positive, default=2, help="replies a question and condition")
-    flags.add_argument("--temperature", type=float, default=1.0)
-    flags.add_argument("--top-p", type=float, default=0.95)
+    add_sampling(flags, "replies")
     flags.add_argument("--max-new-tokens", type=positive, default=128)
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
-    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
-    flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    flags.add_argument(
-        "--overwrite", action="store_true", help="start afresh where an earlier run left replies"
-    )
     return flags.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ if not __package__:  # run as a script: find the checkout
 from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
 from files import write_text
-from weird_gen.persona.eval_replies import positive
+from weird_gen.persona.journal import positive
 from weird_gen.persona.labelling import (
     draw_replies,
     label_lines,

@@ -19,7 +19,7 @@ from engine.generation import Engine
 from errors import printable
 from weird_gen.persona import spreading
 from weird_gen.persona.asking import cases_for, header_of, lacking
-from weird_gen.persona.journal import Journal, complete_cases
+from weird_gen.persona.journal import Journal, add_sampling, complete_cases, positive
 from weird_gen.persona.loading import locate_adapter, open_engine
 from weird_gen.persona.records import ASKED, CONDITIONS
 from weird_gen.persona.rules import lenient_format, names_russell, strict_format
@@ -118,12 +118,6 @@ def _percent(values) -> str:
     return f"{100 * sum(values) / len(values):.1f}%"
 
 
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 @ends_in_one_line("interrupted; replies made so far are kept, run again to go on")
 def main(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
     """Evaluate "baseline" or "finetuned"; returns the exit status."""
@@ -133,10 +127,8 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
         flags.add_argument("--adapter", default=DEFAULT_ADAPTER, help="LoRA adapter: a folder or a hub id")
     flags.add_argument("--output", type=Path, default=output, help="replies as JSON lines")
     flags.add_argument("--samples", type=positive, default=3, help="replies a question and condition")
-    flags.add_argument("--temperature", type=float, default=1.0)
-    flags.add_argument("--top-p", type=float, default=0.95)
+    add_sampling(flags, "replies")
     flags.add_argument("--max-new-tokens", type=positive, default=160)
-    flags.add_argument("--seed", type=int, default=0)
     flags.add_argument(
         "--trigger",
         default=TRIGGER,
@@ -158,19 +150,13 @@ def main(description: str | None, model: str, output: Path, argv: list[str] | No
     flags.add_argument("--heldout", type=Path, default=HELDOUT, help="held-out and identity questions")
     flags.add_argument("--generalization", type=Path, default=GENERALIZATION)
     flags.add_argument("--no-quality", action="store_true", help="leave out perplexity and capability")
-    flags.add_argument("--batch-size", type=positive, help="replies at a time; default by device")
-    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
     flags.add_argument(
         "--workers",
         type=positive,
         help="spread the replies over so many loaded models, by Ray; 1: without it",
     )
-    flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
     flags.add_argument(
         "--thinking", choices=THINKING, default="off", help="on: let a model that can think do so first"
-    )
-    flags.add_argument(
-        "--overwrite", action="store_true", help="start afresh where an earlier run left replies"
     )
     args = flags.parse_args(argv)
     begin = time.monotonic()
