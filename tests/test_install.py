@@ -84,6 +84,30 @@ def test_the_installed_command_is_run_all_and_report(installed, tmp_path):
     assert said().returncode == 2 and said("--help").stdout.startswith("usage: frankenmodel run")
 
 
+def test_a_module_of_ours_that_is_another_packages_is_one_line(installed, tmp_path):
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "__init__.py").write_text("raise SystemExit('somebody else')")
+    done = subprocess.run(
+        [sys.executable, str(installed / "bin" / "frankenmodel"), "run", "--list"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}:{installed}", "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=150,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith(f"frankenmodel: the module engine is that of {tmp_path / 'engine'}")
+    assert done.stderr.count("\n") == 1 and "in a new environment" in done.stderr
+
+
+def test_every_module_at_the_root_is_looked_for():
+    import frankenmodel
+
+    listed = {*PROJECT["tool"]["importlinter"]["root_packages"]} - {"frankenmodel", "benchmarks"}
+    assert listed == set(frankenmodel.MODULES)
+    assert frankenmodel.shadowed() is None
+
+
 @pytest.mark.real
 def test_the_readmes_ten_lines_of_python_run_as_printed(monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(from engine.*?)```", (ROOT / "README.md").read_text(), re.S)
