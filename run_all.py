@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shlex
 import sys
 
@@ -283,14 +284,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-LAUNCHED = (
-    "RANK",
-    "LOCAL_RANK",
-    "GROUP_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+# What `torchrun` and `accelerate launch` tell the processes that they start, and libraries within them.
+LAUNCHED = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(ACCELERATE|FSDP|TORCHELASTIC)_\w+)"
 )
 
 
@@ -303,18 +299,18 @@ def first_of_many(args) -> bool:
     from errors import FrankenError
 
     world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
-    if world < 2:
-        return True
-    if world != _number("LOCAL_WORLD_SIZE", world):
+    if world > 1 and world != _number("LOCAL_WORLD_SIZE", 0):
         raise FrankenError(
             "processes on several machines do not share a run: type `ray start --head` on one machine, `ray"
             " start --address=THAT_MACHINE:6379` on the others, then RAY_ADDRESS=THAT_MACHINE:6379 python"
             f" run_all.py --workers {world} ..."
         )
-    if rank:
+    if world > 1 and rank:
         return False
-    for name in LAUNCHED:
-        os.environ.pop(name, None)
+    for name in filter(LAUNCHED.fullmatch, list(os.environ)):
+        del os.environ[name]
+    if world < 2:
+        return True
     if args.workers is None and args.device_map == "cpu":
         args.workers = world
     print(

@@ -354,8 +354,19 @@ def test_of_processes_that_torchrun_or_accelerate_start_the_first_does_the_run(m
     assert "1 of 4 processes" in capfd.readouterr().err
 
 
-def test_processes_of_several_machines_are_told_what_to_type(monkeypatch, capfd):
-    for name, value in {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "RANK": "3"}.items():
+def test_what_a_launcher_says_to_libraries_is_taken_back_from_its_only_process_too(monkeypatch):
+    monkeypatch.setattr(run_all, "execute", lambda args: 0)
+    said = ("RANK", "LOCAL_RANK", "ROLE_WORLD_SIZE", "ACCELERATE_USE_FSDP", "TORCHELASTIC_RUN_ID")
+    for name in said:
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run_all.main(["--device-map", "cpu"]) == 0
+    assert not {*said, "WORLD_SIZE"} & set(os.environ) and "PATH" in os.environ
+
+
+@pytest.mark.parametrize("more", [{"LOCAL_WORLD_SIZE": "8"}, {}], ids=["torchrun", "a cluster's own"])
+def test_processes_of_several_machines_are_told_what_to_type(monkeypatch, capfd, more):
+    for name, value in {"WORLD_SIZE": "16", **more, "RANK": "3"}.items():
         monkeypatch.setenv(name, value)
     code = run_all.main(["--pair", "smollm2-135m"])
     refused((code, *capfd.readouterr()), "ray start --head")
@@ -367,7 +378,6 @@ def test_processes_of_several_machines_are_told_what_to_type(monkeypatch, capfd)
 @pytest.fixture
 def battery(monkeypatch):
     """The small battery, here and in every worker."""
-    pytest.importorskip("ray")
     small_battery.use(monkeypatch)
     before = os.environ.get("PYTHONPATH")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [TESTS, before])))
@@ -403,10 +413,27 @@ def without_times(path: Path) -> dict:
     return strip(json.loads((path / "comparison.json").read_text()))
 
 
+@pytest.mark.extra("ray")
+@pytest.mark.timeout(300)
+def test_two_workers_give_what_one_process_gives(go, tmp_path, battery, four):
+    code, out, err = go(*FOUR, "--workers", "2")
+    assert code == 0, err
+    run = latest(tmp_path / "out")
+    assert timeless(run) == timeless(four)
+    assert json.loads((run / "manifest.json").read_text())["workers"] == {
+        "workers": 2,
+        "gpus_each": 0,
+        "joined": False,
+    }
+    assert "4 experiments on 2 workers, each on torch.float32 cpu" in err and "blend_linear" in out
+    assert not worker_processes() and not list(Path("/tmp").glob(f"{workers.FOLDER}{os.getpid()}-*"))
+
+
 SIX = ["--experiments", "swap_adjacent_30_35", "swap_distant_10_55", "perturb_all_5pct", "blend_linear"]
 SIX += ["placebo_both_1", "shuffle_all", "--matched-noise"]
 
 
+@pytest.mark.extra("ray")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_four_workers_one_of_them_killed_give_what_one_process_gives(go, tmp_path, battery, monkeypatch):
@@ -437,6 +464,7 @@ def test_four_workers_one_of_them_killed_give_what_one_process_gives(go, tmp_pat
     assert [w for w in words if "run_" not in w] == []  # Ray itself says nothing
 
 
+@pytest.mark.extra("ray")
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_that_is_interrupted_goes_on_with_another_number_of_workers(
@@ -468,6 +496,7 @@ def test_a_run_that_is_interrupted_goes_on_with_another_number_of_workers(
     assert timeless(run) == timeless(four)
 
 
+@pytest.mark.extra("ray")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_kills_every_worker_is_recorded_as_failed_and_the_rest_is_done(
@@ -486,6 +515,7 @@ def test_what_kills_every_worker_is_recorded_as_failed_and_the_rest_is_done(
     }
 
 
+@pytest.mark.extra("ray")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_pair_that_cannot_be_loaded_is_refused_in_one_line(pair, tmp_path, battery, capfd):
@@ -496,37 +526,106 @@ def test_a_pair_that_cannot_be_loaded_is_refused_in_one_line(pair, tmp_path, bat
     refused((run_all.main(argv), *capfd.readouterr()), "cannot load the tokenizer")
 
 
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate", "launch", "--multi_gpu", "--num_processes", "2"],
+    "accelerate, one process": ["accelerate", "launch", "--num_processes", "1"],
+}
+
+
+@pytest.mark.extra("ray")
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_workers_of_a_ray_that_runs_already_are_joined(go, tmp_path, battery, monkeypatch, four):
+@pytest.mark.parametrize("words", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_a_run_by_a_real_launcher_is_one_run_with_its_processes_as_workers(pair, tmp_path, words):
+    script = Path(sys.executable).with_name(words[0])
+    if not script.exists():
+        pytest.skip(f"no {words[0]} command here")
+    asked = ["--experiments", "swap_adjacent_30_35", "--suites", "perplexity"]
+    argv = small_battery.arguments(pair, tmp_path / "out", *asked)
+    done = subprocess.run(
+        [script, *words[1:], "run_all.py", *argv],
+        cwd=Path(TESTS).parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "out").glob("run_*")
+    assert len(list(run.glob("experiments/*.json"))) == 2 and done.stdout.count("\nswap_adjacent_30_35 ") == 1
+    crew = json.loads((run / "manifest.json").read_text()).get("workers")
+    assert (crew and crew["workers"]) == (None if "1" in words else 2)
+    assert done.stderr.count("this is 1 of 2 processes") == (0 if "1" in words else 1)
+
+
+@pytest.fixture
+def two_machines(monkeypatch):
+    """Two machines of one processor each, as Ray sees them: its head and another node, both on this one. The
+    address of the head stands in RAY_ADDRESS; returns both processes."""
     script = Path(sys.executable).with_name("ray")
     if not script.exists():
         pytest.skip("no ray command here")
     port, folder = 20000 + os.getpid() % 20000, Path(f"/tmp/fr{os.getpid()}")
+    address = f"127.0.0.1:{port}"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    start = [script, "start", "--head", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    start += [f"--temp-dir={folder}", "--disable-usage-stats", "--block"]
-    ray = subprocess.Popen(start, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    head = [f"--port={port}", "--head", "--include-dashboard=false", f"--temp-dir={folder}"]
+    started: list[subprocess.Popen] = []
     try:
-        end = time.monotonic() + 200
-        while not list(folder.glob("session_latest/sockets/raylet*")):
-            assert ray.poll() is None and time.monotonic() < end
-            time.sleep(0.5)
-        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
-        code, _, err = go(*FOUR, "--workers", "2")
-        assert code == 0, err
-        assert timeless(latest(tmp_path / "out")) == timeless(four)
+        for k, more in enumerate((head, [f"--address={address}"])):
+            command = [script, "start", *more, "--num-cpus=1", "--disable-usage-stats", "--block"]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            started.append(process)
+            end = time.monotonic() + 200
+            while len(list(folder.glob("session_latest/sockets/raylet*"))) <= k:
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.5)
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        yield started
     finally:
-        ray.terminate()
-        ray.wait(60)
+        for process in started[::-1]:
+            process.terminate()
+            process.wait(60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.extra("ray")
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_workers_on_two_machines_are_joined_and_one_machine_may_go(
+    go, tmp_path, battery, monkeypatch, four, two_machines
+):
+    seen, keep = [], workers.Record.keep
+
+    def end_the_second(record, plan, result):
+        kept = keep(record, plan, result)
+        if not seen:
+            seen.append([len(worker_processes(psutil.Process(node.pid))) for node in two_machines])
+            two_machines[1].terminate()
+        return kept
+
+    monkeypatch.setattr(workers.Record, "keep", end_the_second)
+    monkeypatch.setattr(workers.Fleet, "run", waiting_for_all(workers.Fleet.run))
+    code, _, err = go(*FOUR, "--workers", "2")
+    assert code == 0, err
+    assert seen == [[1, 1]]  # a worker on each
+    assert timeless(latest(tmp_path / "out")) == timeless(four)
+
+
+def waiting_for_all(run):
+    """Fleet.run, begun when every worker is loaded, so that each has something to do."""
+
+    def waited(fleet, record):
+        fleet.wait_for_all()
+        return run(fleet, record)
+
+    return waited
+
+
+@pytest.mark.extra("ray")
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_workers_with_real_weights_give_what_one_process_gives(tmp_path, capfd, monkeypatch, smollm2):
-    pytest.importorskip("ray")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for out, more in (("one", []), ("two", ["--workers", "2"])):
         argv = ["--pair", "smollm2-135m", "--device-map", "cpu", "--suites", "perplexity", *more]
