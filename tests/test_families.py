@@ -1,14 +1,18 @@
 """What families do otherwise than Llama, against transformers' own eager forward pass without a cache."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
+from exports import exporter
 from transformers import AutoModelForCausalLM
 
 from engine.generation import Engine
 from engine.sampling import Request
 from errors import FrankenError
-from franken import LiveModel, permute_units, repeat, swap
+from franken import LiveModel, permute_units, perturb, repeat, swap
+from runner.export import Chosen
 from runner.pairs import read_config
 from runner.self_check import check_code, check_weights
 from surgery.weights import Checkpoint
@@ -179,6 +183,36 @@ def test_a_layer_moves_with_its_experts(opened, kind):
     assert len(live.layers) == 6
     live.apply(live.original)
     assert torch.allclose(tiny.engine_logits(engine, ids), tiny.hf_logits(theirs, ids), atol=1e-4)
+
+
+EXPORTED = {
+    "swap": lambda r: swap(r, 1, 3),
+    "repeat": lambda r: repeat(r, 1, 3),
+    "noise": lambda r: perturb(r, 0.1, 3),
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_transformers_runs_exported_experts_as_they_ran_here(opened, tmp_path, kind, name):
+    engine, ids = opened(kind)[0], tiny.random_prompt(6, 25)
+    live, recipe = engine.live, EXPORTED[name](engine.live.original)
+    pair = SimpleNamespace(paths={"instruct": live.sources["instruct"].path}, config=live.config)
+    try:
+        if kind == "qwen2_moe" and name == "repeat":  # every second layer has no experts
+            with pytest.raises(FrankenError, match="not made deeper or shallower"):
+                live.apply(recipe)
+            return
+        live.apply(recipe)
+        done = exporter(pair).write(Chosen("mine", recipe), tmp_path / "out")
+        assert done.fingerprint == live.fingerprint()
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+        ).eval()
+        assert model.config.num_hidden_layers == len(recipe)
+        assert torch.allclose(tiny.engine_logits(engine, ids), tiny.hf_logits(model, ids), atol=1e-4)
+    finally:
+        live.apply(live.original)
 
 
 def test_layers_with_and_without_experts_do_not_change_places(opened):
