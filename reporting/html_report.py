@@ -28,6 +28,7 @@ from reporting import (
 )
 from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, place
 from reporting.digests import Digest
+from reporting.harness import harness_results
 from reporting.vocabulary import Remark
 from runner.results import Run, write_text
 
@@ -407,6 +408,7 @@ def write_html(
         folded_costs=[(line.row.name, results[line.row.name].performance) for _, of in folded for line in of],
         preamble=prompts.INFORMED_PREAMBLE,
         parts=page_tables,
+        harness=harness_results({n: d.kept["lm_eval"] for n, d in results.items() if "lm_eval" in d.kept}),
         triggers=[row for row in rows if row.trigger],
         trigger_legend=vocabulary.TRIGGER_LEGEND,
         qualifier=vocabulary.qualifier,

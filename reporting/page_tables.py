@@ -572,3 +572,24 @@ TEXTS: Table[Entry] = Table(
 TEXTS_ALONE: Table[Entry] = Table(TEXTS.columns[:3], TEXTS.css, False, TEXTS.line_css)
 
 TRIGGERS: Table[Row] = Table(TRIGGER_COLUMNS, sortable=False)
+
+# ---- lm-evaluation-harness: (the experiment's name, its values in the order of the columns)
+
+Evaluated = tuple[str, list[float | None]]
+
+
+def harness_table(columns: Sequence[tuple[str, str]]) -> Table[Evaluated]:
+    """A column for each (task, metric) that was asked."""
+    name = words(
+        "experiment", "experiment", lambda line: line[0], markup=lambda line: breakable(visible(line[0], 80))
+    )
+    values = [
+        figure(
+            f"{task}.{metric}",
+            f"{visible(task, 60)}: {visible(metric, 40)}",
+            lambda line, k=k: line[1][k],
+            partial(number, form=".4f"),
+        )
+        for k, (task, metric) in enumerate(columns)
+    ]
+    return Table([name, *values], "small narrow")

@@ -367,6 +367,41 @@ def hostile_result(name, text):
     )
 
 
+def test_lm_eval_stands_in_a_table_with_every_metric_of_every_experiment(tmp_path, no_drawing):
+    def asked(acc, **more):
+        results = {"mill": {"acc": acc}, "<b>odd</b>": {"bits": None}, **more}
+        return {
+            "version": "0.4.9",
+            "tasks": list(results),
+            "limit": 5,
+            "results": results,
+            "n": dict.fromkeys(results, 5),
+        }
+
+    page, raw, _ = written(
+        tmp_path / "run",
+        [
+            made.result("baseline_instruct", {"binary": made.binary(), "lm_eval": asked(0.75)}),
+            made.result("odd", {"lm_eval": asked(0.125, late={"f1": 0.5})}),
+            made.result("broken"),
+        ],
+    )
+    section = raw[raw.index('<h2 id="lm-eval">') :]
+    section = section[: section.index("<h2", 4)]
+    assert {"href": "#lm-eval"} in page.all("a")
+    rows = [
+        [re.sub("<[^>]*>", "", cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)]
+        for row in re.findall(r"<tr[^>]*>(.*?)</tr>", section, re.S)
+    ]
+    assert rows == [
+        ["experiment", "mill: acc", "&lt;b&gt;odd&lt;/b&gt;: bits", "late: f1"],
+        ["baseline_instruct", "0.7500", "-", "-"],
+        ["odd", "0.1250", "-", "0.5000"],
+    ]
+    assert "Version 0.4.9; documents of each task: mill (5)" in section
+    assert 'id="lm-eval"' not in written(tmp_path / "other", [made.result("a", {"binary": made.binary()})])[1]
+
+
 def test_hostile_text_stays_text(tmp_path, no_drawing):
     broken = made.result("broken")
     broken["error"] = {"type": HOSTILE, "message": HOSTILE, "traceback": HOSTILE}
