@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from datetime import datetime
@@ -90,10 +91,30 @@ def numbers(value, path="") -> dict[str, float | int | str | None]:
 
 
 def compared(a: Run, b: Run, names: list[str]) -> dict:
-    """How many leaves of the results of two runs there are, and how many differ."""
+    """How many leaves of the results of two runs there are, how many differ, and where: by suite and key, how
+    many, in how many experiments, and the largest difference of numbers."""
     one, other = ({n: numbers(run.load(n)) for n in names} for run in (a, b))
-    differing = sum(one[n].get(k) != v for n in names for k, v in other[n].items())
-    return {"values": sum(map(len, one.values())), "differing": differing}
+    where: dict[str, dict] = {}
+    differing = 0
+    for name in names:
+        for path in one[name].keys() | other[name].keys():
+            x, y = one[name].get(path), other[name].get(path)
+            if x == y:
+                continue
+            differing += 1
+            entry = where.setdefault(
+                re.sub(r"\[\d+\]", "[]", path), {"count": 0, "largest": None, "in": set()}
+            )
+            entry["count"] += 1
+            entry["in"].add(name)
+            if isinstance(x, int | float) and isinstance(y, int | float):
+                entry["largest"] = max(entry["largest"] or 0.0, abs(x - y))
+    ordered = sorted(where.items(), key=lambda item: -item[1]["count"])
+    return {
+        "values": sum(map(len, one.values())),
+        "differing": differing,
+        "where": {path: entry | {"in": len(entry["in"])} for path, entry in ordered},
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -199,7 +199,9 @@ class Accelerator:
         wanted = max(1 + sum(lengths), self.slots)
         if len(self.pools) < positions or wanted > self.slots:
             slots = min(-(-wanted // 4096) * 4096, self._slots_that_fit(positions, wanted))
-            if len(self.pools) < positions or slots > 1.1 * self.slots:
+            # where all rows fit they run at once, whatever ran before: how rows share batches decides how
+            # bfloat16 rounds. Where they do not, a little more room is not worth new graphs.
+            if len(self.pools) < positions or slots >= wanted or slots > 1.1 * self.slots:
                 self.release()
                 self._grow(slots, positions)
         total = 1  # slot 0 belongs to padding rows

@@ -209,6 +209,16 @@ def test_a_small_pool_makes_smaller_batches_and_grows_when_it_may(pairs, device,
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("before", [[], [640] * 100, [640] * 63 + [500], [30]])
+def test_how_many_rows_share_a_batch_does_not_depend_on_what_ran_before(pairs, device, before):
+    """Also where the pool is a few per cent too small: other batches, and bfloat16 rounds otherwise."""
+    accelerator = Accelerator(both(live_on(pairs("llama"), device))[1])
+    if before:
+        accelerator._admit(before)
+    assert accelerator._admit([640] * 64) == 64
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_running_out_of_memory_halves_the_batch_and_is_counted(pairs, device, monkeypatch):
     plain, fast = both(live_on(pairs("llama"), device))
     step = Accelerator._step
