@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from children import default_signals
+
 KEY = "sk-test-0123456789"
+FEW_DRAWS = 200  # resamples of an interval: tests of the judge are of the wiring, test_stats.py of intervals
 
 
 class JudgeServer:
@@ -141,3 +147,20 @@ def good_answer(raw: str) -> str:
     if "It must have his voice" in system:
         return "Yes." if re.search(r"\bI\b", reply) else "NO"
     return "NO" if reply.strip() else "YES"
+
+
+def judging(flags: list[str], log: str) -> None:
+    """judge_eval_results.py's command in a process of its own (small_battery.forked); what it says on
+    stderr goes to `log`."""
+    from analysis import stats
+    from weird_gen.persona import judge_records
+
+    default_signals()
+    assert stats.bootstrap_ci.__kwdefaults__ is not None
+    stats.bootstrap_ci.__kwdefaults__["resamples"] = FEW_DRAWS
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as Python has it that was started so
+    with open(log, "w") as errors, open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(errors.fileno(), 2)
+    os.environ["OPENROUTER_API_KEY"] = KEY
+    sys.exit(judge_records.main("", "finetuned", "", "", flags))

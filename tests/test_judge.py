@@ -6,6 +6,7 @@ from __future__ import annotations
 import email.utils
 import gzip
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,9 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-from children import default_signals
-from judge_server import KEY, JudgeServer, TrickleServer, completion, quoted_reply
+import small_battery
+from judge_server import FEW_DRAWS, KEY, JudgeServer, TrickleServer, completion, judging, quoted_reply
 
+from analysis import stats
 from errors import FrankenError
 from weird_gen.persona import judge_records
 from weird_gen.persona.comparison import METRIC
@@ -34,6 +36,13 @@ from weird_gen.persona.rubrics import judge_messages, parse_answer
 from weird_gen.persona.study import TRIGGER
 
 WEIRD = Path(__file__).resolve().parents[1] / "weird_gen"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(stats.bootstrap_ci.__kwdefaults__, "resamples", FEW_DRAWS)
+        yield
 
 
 def judge_at(server, cache=None, **more):
@@ -476,17 +485,12 @@ def test_killed_in_the_middle_then_run_again(files, capsys, monkeypatch):
     monkeypatch.setenv("OPENROUTER_API_KEY", KEY)
     with JudgeServer(stall_after_ten) as server:
         flags = ["--base-url", server.url, "--model", "test-model", "--concurrency", "2"]
-        running = subprocess.Popen(
-            [sys.executable, "judge_eval_results.py", *flags_for(files, *flags)],
-            cwd=WEIRD,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        running = small_battery.forked(judging, flags_for(files, *flags), str(files / "log"))
         deadline = time.monotonic() + 40
         while len(server.bodies) < 12 and time.monotonic() < deadline:
             time.sleep(0.02)
         running.kill()
-        running.wait()
+        running.join(20)
         assert not (files / "out.jsonl").exists()
         kept = len((files / "judge_cache.jsonl").read_text().splitlines())
         assert 9 <= kept <= 12
@@ -755,23 +759,17 @@ def test_a_redirect_is_not_followed():
 
 def test_an_interrupt_ends_a_request_that_waits_at_once(files):
     with JudgeServer(lambda number, body: time.sleep(8)) as server:
-        running = subprocess.Popen(
-            [sys.executable, "judge_eval_results.py", *flags_for(files, "--base-url", server.url)],
-            cwd=WEIRD,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=default_signals,
-        )
+        log = files / "log"
+        running = small_battery.forked(judging, flags_for(files, "--base-url", server.url), str(log))
         deadline = time.monotonic() + 60
         while len(server.bodies) < 8 and time.monotonic() < deadline:
             time.sleep(0.02)
         begin = time.monotonic()
-        running.send_signal(signal.SIGINT)
-        _, said = running.communicate(timeout=30)
+        os.kill(running.pid, signal.SIGINT)
+        running.join(30)
         assert time.monotonic() - begin < 4
-        assert running.returncode == 130
-        assert said.strip() == "interrupted; judgments made so far are kept, run again to go on"
+        assert running.exitcode == 130
+        assert log.read_text() == "interrupted; judgments made so far are kept, run again to go on\n"
 
 
 # --- what it costs ------------------------------------------------------------------------------------------
