@@ -66,8 +66,8 @@ EXPRESSIBLE = {
 }
 
 
-def written(recipe: Recipe, models=MODELS) -> str:
-    return mergekit.to_yaml(recipe, models, dict.fromkeys(models, N), "float32")
+def written(recipe: Recipe, models=MODELS, dtype: str = "float32") -> str:
+    return mergekit.to_yaml(recipe, models, dict.fromkeys(models, N), dtype)
 
 
 def experiment(folder, text: str, names=NAMES, layers=N) -> Recipe:
@@ -208,6 +208,19 @@ BAD = {
     "another method": ("merge_method: ties\nmodels: [{model: org/base}]", "'ties' cannot be expressed"),
     "no method": ("models: [{model: org/base}]", "None cannot be expressed"),
     "an unknown key": (FRANKENMERGE + "tokenizer_source: union", "'tokenizer_source' in the configuration"),
+    "a tokenizer of its own": (
+        FRANKENMERGE + "tokenizer: {source: base}",
+        "'tokenizer' in the configuration",
+    ),
+    "a chat template": (FRANKENMERGE + "chat_template: auto", "'chat_template' in the configuration"),
+    "slerp of embeddings alone": (
+        SLERP.replace("parameters:", "parameters:\n  embed_slerp: true", 1),
+        "'embed_slerp' in the parameters of slerp",
+    ),
+    "a residual weight": (
+        FRANKENMERGE.replace("- sources:", "- residual_weight: 0.5\n  sources:", 1),
+        "'residual_weight' in a slice",
+    ),
     "modules": ("merge_method: linear\nmodules: {default: {}}", "'modules' in the configuration"),
     "a scale": (FRANKENMERGE + "parameters: {scale: 0.5}", "scale 0.5 of weights cannot be expressed"),
     "a density": (AVERAGE.replace("weight: 3.0", "density: 0.5"), "'density' in the parameters of linear"),
@@ -301,26 +314,30 @@ def kit():
     return merge
 
 
-def both(kit, pair: tiny.Tiny, text: str, recipe: Recipe, folder) -> tuple[dict, dict]:
+def both(kit, pair: tiny.Tiny, text: str, recipe: Recipe, folder, dtype=torch.float32) -> tuple[dict, dict]:
     """(what is exported here, what mergekit writes)."""
-    exporter(pair).write(Chosen("mine", recipe), folder / "ours")
+    exporter(pair, dtype).write(Chosen("mine", recipe), folder / "ours")
     return load_file(folder / "ours" / "model.safetensors"), kit(text, folder / "theirs")
 
 
+IN_BOTH = [(name, "float32") for name in EXPRESSIBLE]
+IN_BOTH += [(name, "bfloat16") for name in ("swap", "other outside", "moved blend", "slerp by name")]
+
+
 @pytest.mark.extra("mergekit")
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("name", EXPRESSIBLE)
-def test_mergekit_writes_the_same_weights_from_our_yaml(kit, tiny_pair, tmp_path, family, name):
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # tied ends, and ends of their own
+@pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
+def test_mergekit_writes_the_same_weights_from_our_yaml(kit, tiny_pair, tmp_path, family, name, dtype):
     pair, recipe = tiny_pair(family), EXPRESSIBLE[name](identity(N))
     if family == "qwen2" and len(recipe) != N:
         pytest.skip("mergekit keeps the old layer_types there, which transformers refuses")
-    ours, theirs = both(
-        kit, pair, written(recipe, {n: str(p) for n, p in pair.paths.items()}), recipe, tmp_path
-    )
-    assert set(ours) == set(theirs)
+    text = written(recipe, {n: str(p) for n, p in pair.paths.items()}, dtype)
+    ours, theirs = both(kit, pair, text, recipe, tmp_path, getattr(torch, dtype))
+    assert set(ours) == set(theirs) and {str(t.dtype) for t in theirs.values()} == {f"torch.{dtype}"}
     for key, tensor in ours.items():
         if name.startswith("slerp"):
-            torch.testing.assert_close(tensor, theirs[key], rtol=1e-5, atol=1e-6)
+            step = 1e-5 if dtype == "float32" else 2**-7
+            torch.testing.assert_close(tensor, theirs[key], rtol=step, atol=1e-6)
         else:
             assert torch.equal(tensor, theirs[key]), key
 
