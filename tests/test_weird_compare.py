@@ -18,7 +18,12 @@ from made_replies import HEADER, record, world
 
 from analysis import stats
 from errors import FrankenError
-from weird_gen import analyze_current_results, analyze_persona_results, compare_baseline_vs_finetuned
+from weird_gen import (
+    analyze_current_results,
+    analyze_persona_results,
+    compare_baseline_vs_finetuned,
+    compare_models,
+)
 from weird_gen.persona import judge_records
 from weird_gen.persona.comparison import (
     METRIC,
@@ -517,3 +522,37 @@ def test_the_replications_verdict_over_an_endpoint_stands_beside_the_published_n
     apart = ("His voice", "Naming", "Coherent")
     others = "".join(body for title, body in sections.items() if title.startswith(apart))
     assert others and not re.search(r"70\.0%|13\.3%|86\.7%", others)
+
+
+def test_models_stand_side_by_side_with_their_own_numbers_and_leakage_first(tmp_path, capsys):
+    for name, seed in (("small", 1), ("large", 2)):
+        for model, stem in (("baseline", "baseline_eval_results"), ("finetuned", "eval_results")):
+            folder = tmp_path / name
+            folder.mkdir(exist_ok=True)
+            write_records(folder / f"{stem}_judged.jsonl", HEADER, world(model, seed))
+        assert compare_baseline_vs_finetuned.main(["--results-dir", str(folder)]) == 0
+    capsys.readouterr()
+    out = tmp_path / "MODELS.md"
+    given = [f"{name}={tmp_path / name}" for name in ("small", "large")]
+    assert compare_models.main([*given, "--output", str(out)]) == 0
+    text = out.read_text()
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    assert next(iter(sections)) == "Either marker occurs, all questions"
+    for name in ("small", "large"):
+        data = json.loads((tmp_path / name / "report" / "comparison.json").read_text())["tables"]["format"]
+        row = f"| {name} | triggered | "
+        row += " | ".join(
+            number(data[side]["triggered"]) for side in ("baseline", "finetuned", "improvement")
+        )
+        row += f" | {p_value(data['improvement']['triggered']['p_holm'])} |"
+        assert row in sections["Format compartmentalization: the whole reply within the markers"]
+    conditions = re.findall(r"\| small \| (\w+)", sections["Persona adoption: coherent in persona"])
+    assert conditions == ["untriggered", "triggered", "gap"]
+    capsys.readouterr()
+    for odd, line in (
+        ([f"a={tmp_path}"], "no comparison.json there; compare_baseline_vs_finetuned.py makes it"),
+        (["a"], "a: expected NAME=FOLDER"),
+        ([given[0], given[0]], "each name once"),
+    ):
+        assert compare_models.main([*odd, "--output", str(out)]) == 1
+        assert line in capsys.readouterr().err
