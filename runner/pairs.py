@@ -28,6 +28,7 @@ from runner.self_check import check_code, check_weights
 from runner.untrusted import check_config_fits, check_config_numbers, check_template
 from runner.wheels import BY_SHA256, WHEEL_MODELS, from_wheels
 from surgery.tensors import read_tensor
+from surgery.tokens import other_token
 from surgery.weights import OUTER_PARTS, Adapter, Checkpoint, Source, parameters_of, shown_path
 
 GIB = 1 << 30
@@ -421,6 +422,16 @@ class Located:
     late: hub.Arriving | None = None  # a base side that still comes in
 
 
+def check_tokens(instruct: Path, other: Path, name: str) -> None:
+    """Raises FrankenError for a source whose tokenizer gives other words the same numbers."""
+    if odd := other_token(instruct, other):
+        number, ours, theirs = odd
+        raise FrankenError(
+            f"{name} has another tokenizer than instruct (token {number} is {theirs!r} there, {ours!r} here):"
+            " its weights read other words"
+        )
+
+
 def open_sources(
     chosen: Pair,
     base_revision: str | None = None,
@@ -442,6 +453,7 @@ def open_sources(
         small = hub.small_files(chosen.instruct, instruct_revision)
         other = hub.small_files(chosen.base, base_revision)
         check_match(read_config(small), read_config(other), "instruct", "base")
+        check_tokens(small, other, "base")
     path, revision = locate(chosen.instruct, instruct_revision)
     config, notes = read_config(path), chosen.notes()
     plain = Checkpoint("instruct", path, revision)
@@ -472,12 +484,14 @@ def open_sources(
         late = hub.Arriving(chosen.base, base_revision)
         base_path = hub.small_files(chosen.base, base_revision)
         notes += check_match(config, read_config(base_path), "instruct", "base")
+        check_tokens(plain.path, base_path, "base")
         notes.append(
             "the base side comes in beside the run: what needs it waits, and it is checked when it is here"
         )
     elif chosen.base:
         base_path, revision = locate(chosen.base, base_revision)
         notes += check_match(config, read_config(base_path), "instruct", "base")
+        check_tokens(plain.path, base_path, "base")
         sources["base"] = Checkpoint("base", base_path, revision)
     for name, given in (extra or {}).items():
         if name in sources:
@@ -488,6 +502,7 @@ def open_sources(
         else:
             extra_path, revision = locate(given, None)
             notes += check_match(config, read_config(extra_path), "instruct", name)
+            check_tokens(plain.path, extra_path, name)
             sources[name] = Checkpoint(name, extra_path, revision)
     check_config_fits(config, sources["instruct"], path)
     for name, source in sources.items():

@@ -9,75 +9,18 @@ import tiny
 import torch
 from cli_runs import latest, read, refused
 from exports import exporter
+from harness_tasks import TASKS, alone, write_tasks
 
 from runner.export import Chosen
 from suites.base import Harness, Protocol
-from suites.lm_harness import LmEval, score, task_manager
+from suites.lm_harness import LmEval, score
 from surgery.recipes import attenuate, identity, repeat, swap
-
-CHOICE = """
-task: mill_choice
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "Question: {{{{question}}}} Answer:"
-doc_to_choice: [" Yes", " No", " maybe so"]
-doc_to_target: answer
-metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
-"""
-WORDS = """
-task: mill_words
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: word_perplexity}}, {{metric: bits_per_byte}}]
-"""
-WRITTEN = """
-task: mill_written
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["e"], max_gen_toks: 12, do_sample: false}}
-metric_list: [{{metric: exact_match}}]
-"""
-TASKS = {"mill_choice": CHOICE, "mill_words": WORDS, "mill_written": WRITTEN}
 
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
-    """A folder of three tasks over nine local documents, made once: looking through it takes seconds."""
-    folder = tmp_path_factory.mktemp("tasks")
-    data = folder / "mill.jsonl"
-    lines = [
-        {"question": f"Does mill {k} stand by the river{'?' * (k % 3)}", "answer": k % 3} for k in range(9)
-    ]
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(text.format(data=data))
-    return folder
-
-
-def alone(folder, checkpoint, limit=None) -> dict:
-    """What the harness by itself gives of a checkpoint."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-
-    model = HFLM(pretrained=str(checkpoint), dtype="float32", device="cpu", batch_size=4, max_length=512)
-    found = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(TASKS),
-        task_manager=task_manager(str(folder)),
-        limit=limit,
-        bootstrap_iters=0,
-    )
-    return found["results"]
+    """The folder of three tasks, made once: looking through it takes seconds."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 SURGERIES = {"swap": (swap(identity(6), 1, 4), None), "repeat": (repeat(identity(6), 2, 4), 4)}
