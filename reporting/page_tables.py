@@ -580,16 +580,12 @@ Evaluated = tuple[str, list[float | None]]
 
 def harness_table(columns: Sequence[tuple[str, str]]) -> Table[Evaluated]:
     """A column for each (task, metric) that was asked."""
-    name = words(
+
+    def value(task: str, metric: str, k: int) -> Column[Evaluated]:
+        title = f"{visible(task, 60)}: {visible(metric, 40)}"
+        return figure(f"{task}.{metric}", title, lambda line: line[1][k], partial(number, form=".4f"))
+
+    name: Column[Evaluated] = words(
         "experiment", "experiment", lambda line: line[0], markup=lambda line: breakable(visible(line[0], 80))
     )
-    values = [
-        figure(
-            f"{task}.{metric}",
-            f"{visible(task, 60)}: {visible(metric, 40)}",
-            lambda line, k=k: line[1][k],
-            partial(number, form=".4f"),
-        )
-        for k, (task, metric) in enumerate(columns)
-    ]
-    return Table([name, *values], "small narrow")
+    return Table([name, *(value(*column, k) for k, column in enumerate(columns))], "small narrow")
