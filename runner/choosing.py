@@ -199,10 +199,11 @@ def also_suites(args) -> tuple[str, ...]:
 def harness_of(args):
     """What --lm-eval, --include-path and --limit say, None without --lm-eval.
 
-    Raises FrankenError for what goes without it, no tasks, a folder that is none, or a missing package.
+    Raises FrankenError for what goes without it, no tasks or unknown ones, a folder that is none, or no
+    package.
     """
     from suites.base import Harness
-    from suites.lm_harness import check_installed
+    from suites.lm_harness import check_installed, check_tasks
 
     if not getattr(args, "lm_eval", None):
         if getattr(args, "include_path", None) or getattr(args, "limit", None):
@@ -214,6 +215,7 @@ def harness_of(args):
     if args.include_path and not Path(args.include_path).is_dir():
         raise FrankenError(f"--include-path {args.include_path}: there is no such folder")
     check_installed()
+    check_tasks(tasks, args.include_path)
     return Harness(tasks, args.include_path, args.limit)
 
 

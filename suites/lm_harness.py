@@ -7,6 +7,7 @@ the suite is asked; a task of one's own is YAML that may call Python, and is run
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -32,10 +33,31 @@ def check_installed() -> None:
         raise FrankenError("--lm-eval needs lm-eval: pip install lm-eval")
 
 
-@functools.lru_cache(maxsize=2)
-def task_manager(include_path: str | None) -> Any:
-    """The harness's tasks and those of a folder, looked through once: there are thousands of files."""
-    return import_module("lm_eval.tasks").TaskManager(include_path=include_path)
+@functools.lru_cache(maxsize=4)
+def _found(include_path: str | None, include_defaults: bool) -> Any:
+    try:
+        made: Any = import_module("lm_eval.tasks").TaskManager
+        return made(include_path=include_path, include_defaults=include_defaults)
+    except Exception as e:  # YAML of somebody else
+        raise FrankenError(f"lm-eval: {first_line(e)}") from e
+
+
+def task_manager(tasks: Sequence[str], include_path: str | None) -> Any:
+    """What finds these tasks: in the folder alone where all are single tasks of it, because the harness's own
+    are thousands of files. Raises FrankenError for a folder that cannot be looked through."""
+    own = _found(include_path, False) if include_path else None
+    return own if own and set(tasks) <= set(own.all_subtasks) else _found(include_path, True)
+
+
+def check_tasks(tasks: Sequence[str], include_path: str | None) -> None:
+    """Raises FrankenError for a name that is no task, group, tag or pattern of some. A file's path is none of
+    them: what may run code is named by --include-path."""
+    manager = task_manager(tasks, include_path)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            near = difflib.get_close_matches(task, manager.all_tasks, 1)
+            hint = f"the nearest is {near[0]!r}" if near else "a folder of others is given by --include-path"
+            raise FrankenError(f"--lm-eval: lm-eval has no task {task!r}; {hint}")
 
 
 class LmEval(Suite):
@@ -52,7 +74,7 @@ class LmEval(Suite):
             found = lm_eval.simple_evaluate(
                 model=_model(engine, protocol.seed),
                 tasks=list(asked.tasks),
-                task_manager=task_manager(asked.include_path),
+                task_manager=task_manager(asked.tasks, asked.include_path),
                 limit=asked.limit,
                 bootstrap_iters=0,
                 log_samples=False,

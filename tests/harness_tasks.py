@@ -63,7 +63,7 @@ def alone(folder: Path, checkpoint: Path, limit: int | None = None) -> dict:
     found = lm_eval.simple_evaluate(
         model=model,
         tasks=list(TASKS),
-        task_manager=task_manager(str(folder)),
+        task_manager=task_manager(list(TASKS), str(folder)),
         limit=limit,
         bootstrap_iters=0,
     )

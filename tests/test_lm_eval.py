@@ -13,7 +13,7 @@ from harness_tasks import TASKS, alone, write_tasks
 
 from runner.export import Chosen
 from suites.base import Harness, Protocol
-from suites.lm_harness import LmEval, score
+from suites.lm_harness import LmEval, check_tasks, score, task_manager
 from surgery.recipes import attenuate, identity, repeat, swap
 
 
@@ -91,10 +91,23 @@ def test_results_stand_in_the_experiments_and_in_the_report(go, tasks, tmp_path,
 
 
 @pytest.mark.extra("lm_eval")
-def test_a_task_that_is_not_there_is_named(tiny_pair, tasks):
-    protocol = Protocol(("lm_eval",), harness=Harness(("no_such_task",), str(tasks), 3))
-    with pytest.raises(Exception, match="no_such_task"):
-        LmEval().measure(tiny_pair("qwen2").engine(), protocol, [])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("mill_choise", "no task 'mill_choise'; the nearest is 'mill_choice'"),
+        ("{}/mill_choice.yaml", "no task"),
+    ],
+)
+def test_a_task_that_is_not_there_is_named_before_anything_is_loaded(go, tasks, monkeypatch, asked, words):
+    """A file's path is no task: what may run code is named by --include-path, and again to resume."""
+    monkeypatch.setattr("runner.replica.open_pair", lambda *a: pytest.fail("a model was loaded"))
+    refused(go("--lm-eval", asked.format(tasks), "--include-path", tasks), words)
+
+
+@pytest.mark.extra("lm_eval")
+def test_the_harnesss_thousands_of_files_are_not_read_for_a_folders_own_tasks(tasks):
+    assert len(task_manager(["mill_choice"], str(tasks)).all_tasks) == len(TASKS)
+    check_tasks(["mill_choice", "arc_easy", "mmlu_*"], str(tasks))
 
 
 @pytest.mark.parametrize(
