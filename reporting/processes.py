@@ -36,7 +36,8 @@ def made(parts: Sequence[Callable[[], Made]], count: int | None = None) -> Itera
     """What each part gives, in their order, from `count` processes (as many as there are processors).
 
     Only what a part gives is sent between processes. An error of a part is raised when its turn comes; raises
-    FrankenError if a process is ended from outside, by the system for want of memory for instance.
+    FrankenError if a process is ended from outside, by the system for want of memory for instance. Where a
+    GPU is in use, whose library ends forks that touch it, what is missing then is made here.
     """
     count = min(processes() if count is None else count, len(parts))
     if count < 2 or len(parts) < FEWEST:
@@ -47,13 +48,24 @@ def made(parts: Sequence[Callable[[], Made]], count: int | None = None) -> Itera
     gc.collect()
     gc.freeze()
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (parts,))
+    done = 0
     try:
-        yield from pool.map(_make, range(len(parts)))
+        for result in pool.map(_make, range(len(parts))):
+            done += 1
+            yield result
     except BrokenProcessPool as e:
+        if _on_gpu():
+            yield from (part() for part in parts[done:])
+            return
         raise FrankenError("a process that made a part of the report was ended from outside") from e
     finally:
         pool.shutdown(cancel_futures=True)
         gc.unfreeze()
+
+
+def _on_gpu() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 def _begin(parts: Sequence[Callable]) -> None:

@@ -376,6 +376,8 @@ class Stream:
         self.pages: Pages | None = None
         self.direct = True  # whether registered pages are read by the card; a benchmark does without
         self._local, self._lock = threading.local(), threading.Lock()
+        # A process that forks ends what its other threads alone held, and to end an event there aborts
+        self._kept: list[list] = []
         self._direct: dict[torch.device, torch.cuda.Stream] = {}
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="stream")
 
@@ -522,6 +524,7 @@ class Stream:
                 # blocking: waits without spinning
                 ring = [(b, b.numpy(), torch.cuda.Event(blocking=True)) for b in buffers]
                 rings[device] = cycle(ring), torch.cuda.Stream(device)
+                self._kept.append([ring, rings[device]])
         ring, stream = rings[device]
         if self._local.__dict__.get("device") != device:
             torch.cuda.set_stream(stream)

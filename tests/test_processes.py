@@ -1,21 +1,27 @@
 """Parts of a report made in several processes: in order, with their errors, ended with their parent."""
 
+import contextlib
 import gc
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from functools import partial
 
 import made_results as made
 import psutil
 import pytest
+import torch
 
 from errors import FrankenError
 from files import ROOT
 from reporting import processes
 from reporting.digests import digests
+from surgery.recipes import splice
+from surgery.weights import Stream
 
 MANY = 3 * processes.FEWEST
 
@@ -47,6 +53,53 @@ def test_an_error_of_a_part_is_the_callers():
 def test_a_killed_process_is_told_in_a_line():
     with pytest.raises(FrankenError, match="ended from outside"):
         list(processes.made([int] * MANY + [lambda: os.kill(os.getpid(), signal.SIGKILL)], 2))
+
+
+def test_where_a_gpu_is_in_use_what_a_killed_process_did_not_make_is_made_here(monkeypatch):
+    home = os.getpid()
+
+    def one(k):
+        if k == MANY - 2 and os.getpid() != home:
+            os.kill(os.getpid(), signal.SIGKILL)  # the driver's library aborts in a fork
+        return k
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert list(processes.made([partial(one, k) for k in range(MANY)], 2)) == list(range(MANY))
+
+
+@pytest.mark.gpu
+def test_forks_of_a_process_whose_threads_read_weights_to_a_gpu_are_not_ended(tiny_pair, monkeypatch):
+    live = tiny_pair("llama").live()
+    live.model.to(torch.device("cuda", 0))
+    live.apply(splice(live.original, "base", 0, 1))
+    monkeypatch.setattr(processes, "_on_gpu", lambda: False)  # nothing is made again here
+    assert set(processes.made([os.getpid] * MANY, 2)) != {os.getpid()}
+
+
+def test_what_threads_hold_on_a_gpu_is_held_by_the_stream_too(monkeypatch):
+    """A fork drops the other threads' own variables; an event that nobody else holds would be ended there."""
+
+    class Event:
+        def __init__(self, **_):
+            made.append(weakref.ref(self))
+
+    made: list = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Event())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
+    monkeypatch.setattr(torch, "empty", partial(_unpinned, torch.empty))
+    stream = Stream(workers=1)
+    monkeypatch.setattr(stream, "CHUNK", 8)
+    other = threading.Thread(target=stream._pinned, args=(torch.device("cuda", 0),))
+    other.start()
+    other.join()  # its variables are gone now, as in a fork
+    gc.collect()
+    assert len(made) == 3 and all(alive() is not None for alive in made)
+
+
+def _unpinned(empty, *size, pin_memory=False, **how):
+    return empty(*size, **how)
 
 
 def test_a_process_collects_nothing_that_it_inherited():
