@@ -544,7 +544,7 @@ def test_models_stand_side_by_side_with_their_own_numbers_and_leakage_first(tmp_
         row += " | ".join(
             number(data[side]["triggered"]) for side in ("baseline", "finetuned", "improvement")
         )
-        row += f" | {p_value(data['improvement']['triggered']['p_holm'])} |"
+        row += f" | {p_value(data['improvement']['triggered']['p_holm'])} (Holm) |"
         assert row in sections["Format compartmentalization: the whole reply within the markers"]
     conditions = re.findall(r"\| small \| (\w+)", sections["Persona adoption: coherent in persona"])
     assert conditions == ["untriggered", "triggered", "gap"]

@@ -35,6 +35,13 @@ def read_comparison(folder: Path) -> dict:
     return data
 
 
+def _p(change: dict | None) -> str:
+    if not change:
+        return "–"
+    adjusted = change.get("p_holm")
+    return p_value(change["p_value"]) if adjusted is None else f"{p_value(adjusted)} (Holm)"
+
+
 def _rows(key: str, models: dict[str, dict]) -> list[str]:
     rows = []
     for name, data in models.items():
@@ -45,9 +52,8 @@ def _rows(key: str, models: dict[str, dict]) -> list[str]:
             )
             if not after:
                 continue
-            p = None if not change else change.get("p_holm", change["p_value"])
             values = [number(part, table["percent"]) for part in (before, after, change)]
-            rows.append("| " + " | ".join([markdown_cell(name), CELLS[cell], *values, p_value(p)]) + " |")
+            rows.append("| " + " | ".join([markdown_cell(name), CELLS[cell], *values, _p(change)]) + " |")
     return rows
 
 
@@ -56,8 +62,8 @@ def side_by_side(models: dict[str, dict]) -> str:
     parts = [
         "# The study on several models",
         "Brackets are 95% intervals by bootstrap over questions (Wilson's and Newcombe's where none differs)."
-        " Change: fine-tuned against untouched, paired by question, with the p-value of a sign-flip test,"
-        " Holm-adjusted within its model, but for the neutral condition, which is outside that family.",
+        " Change: fine-tuned against untouched, paired by question, with the p-value of a sign-flip test;"
+        " (Holm): adjusted within its model's family of main tests, outside of which it stands as it is.",
     ]
     for key, title, read in TABLES:
         if rows := _rows(key, models):
