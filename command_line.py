@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import queue
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from typing import ParamSpec
 from errors import FrankenError, printable
 
 Given = ParamSpec("Given")
+
+from errors import FrankenError
 
 
 class DefaultsThatSay(argparse.ArgumentDefaultsHelpFormatter):
@@ -77,6 +80,34 @@ def add_model(model) -> None:
         default=None,
         help="keep the base layers on the GPU too; default: if they fit",
     )
+
+
+def refuse_empty(args: argparse.Namespace) -> None:
+    """Raises FrankenError for an option with an empty value, as of a shell's variable that is not set: it
+    would mean another model, text or folder than was meant."""
+    empty = [name for name, value in vars(args).items() if value == "" and name != "size"]
+    if empty:
+        raise FrankenError(f"--{empty[0].replace('_', '-')} has an empty value; leave it out for none")
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Inside, Ctrl-C and the other signals that end a run wait. For imports of a second that may be done
+    again: an interrupted one leaves libraries in parts that do not fit each other."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    ends = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(n))]
+    # by their handlers: one that another thread receives is handled in this one, whatever it blocks
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ends}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

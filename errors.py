@@ -22,6 +22,11 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """printable text without ends of lines, which a name may hold."""
+    return printable(text.strip()).replace("\n", "␊")
+
+
 class FrankenError(Exception):
     """Something the user can mend: the message is one line that says what is wrong and, where there is one,
     the way on.
@@ -31,7 +36,7 @@ class FrankenError(Exception):
     """
 
     def __str__(self) -> str:
-        return printable(super().__str__().strip()).replace("\n", "␊")
+        return one_line(super().__str__())
 
 
 class RecipeError(ValueError):

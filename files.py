@@ -13,7 +13,9 @@ from typing import Any
 from errors import FrankenError
 
 ROOT = Path(__file__).resolve().parent  # this checkout, or where it is installed
+MOST_DIGITS = 300
 LONGEST_JSON = 1 << 30  # bytes; the largest files that are read here hold some MB
+SYSTEM, SHARED_MEMORY = ("/dev/", "/proc/", "/sys/"), "/dev/shm/"
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -53,6 +55,7 @@ def write_text(path: Path, text: str, lasting: bool = True) -> None:
 
 def write_bytes(path: Path, data: bytes, lasting: bool = True) -> None:
     """Like write_text, for bytes."""
+    refuse_place(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as f:
@@ -78,6 +81,32 @@ def refuse_special(path: str | Path) -> None:
         return
     if mode != stat.S_IFREG and mode != stat.S_IFDIR:
         raise FrankenError(f"{path} is {KINDS.get(mode, 'something else')}, not a file")
+
+
+def refuse_place(path: str | Path) -> None:
+    """Raises FrankenError where a file that is written would take the place of something that is none: a
+    pipe, a device, or a name in /dev or /proc, such as /dev/stdout, which is a link to whatever is open."""
+    refuse_special(path)
+    whole = os.path.join(os.path.realpath(os.path.dirname(os.path.abspath(path))), os.path.basename(path))
+    if whole.startswith(SYSTEM) and not whole.startswith(SHARED_MEMORY):
+        raise FrankenError(f"{path} is of the system's own, where no file is written")
+
+
+def check_target(path: str | Path) -> None:
+    """Look, before any work is done and changing nothing, whether a file can be written there, in a folder
+    that may have to be made. Raises FrankenError if not."""
+    refuse_place(path)
+    if os.path.isdir(path):
+        raise FrankenError(f"cannot write {path}: it is a folder")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        raise FrankenError(f"cannot write {path}: {e.strerror}") from e
+    above = next(folder for folder in Path(path).absolute().parents if folder.exists())
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise FrankenError(f"cannot write {path}: {above} is not to be written to")
 
 
 def refuse_special_in(folder: Path) -> None:
@@ -108,7 +137,7 @@ def parse_json(data: bytes | str, place: str, nan: bool = False) -> Any:
     read; NaN and infinity, which JSON does not have, only where `nan` allows them."""
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=None if nan else _refuse)
+        return json.loads(text, parse_constant=None if nan else _refuse, parse_int=whole_number)
     except ValueError as e:
         raise FrankenError(f"{place} is corrupt ({e})") from e
     except RecursionError as e:
@@ -118,6 +147,13 @@ def parse_json(data: bytes | str, place: str, nan: bool = False) -> Any:
 def read_json(path: Path, nan: bool = False) -> Any:
     """parse_json of a file."""
     return parse_json(read_bytes(path), str(path), nan)
+
+
+def whole_number(digits: str) -> int:
+    """A whole number of JSON. Raises ValueError for one that no float holds, with which no sum works."""
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _refuse(constant: str):

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_open_files()
         if args.output and (args.pack or args.unpack):
             raise FrankenError("--output is for the comparison of several runs, not for --pack or --unpack")
-        if args.table:
+        if args.table is not None:
             if args.output or args.pack or args.unpack:
                 raise FrankenError(
                     "--table is all that is written; it goes without --output, --pack, --unpack"
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         runs = [Run.resume(path)[0] for path in args.runs]  # all of them, before anything is written
         if len({run.path.resolve() for run in runs}) < len(runs):
             raise FrankenError("the same run is given twice")
-        if args.table:
+        if args.table is not None:
             print(printable(write_tables(runs, Path(args.table))))
             return 0
         if args.inspect_log:

@@ -11,7 +11,7 @@ import re
 import shlex
 import sys
 
-from command_line import DefaultsThatSay, add_model, interruptible
+from command_line import DefaultsThatSay, add_model, interruptible, refuse_empty
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -259,6 +259,7 @@ def main(argv: list[str] | None = None) -> int:
         if not first_of_many(args):
             return 0
         check_open_files()
+        refuse_empty(args)
         if args.accept_changes and not args.resume:
             raise FrankenError("--accept-changes goes with --resume")
         if args.list:
@@ -645,7 +646,7 @@ def execute(args) -> int:
 
 def interrupted(run, manifest: dict, args) -> int:
     """Say what is done and how to go on, and make the pages of what there is; the exit status."""
-    from errors import FrankenError
+    from errors import FrankenError, first_line, printable
     from reporting.reports import write_reports
     from runner.batch import ended_by_signals
 
@@ -664,6 +665,8 @@ def interrupted(run, manifest: dict, args) -> int:
         print(f"Interrupted again: the run's pages are not finished; {pages}.", file=sys.stderr)
     except FrankenError as e:
         print(f"The run's pages could not be made ({e}); {pages}.", file=sys.stderr)
+    except Exception as e:  # a library that was interrupted while it was imported is there in part
+        print(printable(f"The run's pages could not be made ({first_line(e)}); {pages}."), file=sys.stderr)
     return 130
 
 

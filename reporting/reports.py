@@ -5,6 +5,7 @@ from __future__ import annotations
 from analysis.compare import compare
 from analysis.comparison import Comparison, from_json, to_json
 from analysis.phases import adjusted
+from command_line import held_back
 from experiments import BASELINE
 from reporting.harness import harness_section
 from reporting.injected import injected_section
@@ -36,9 +37,10 @@ def write_reports(run: Run, every_form: bool = False) -> str:
     FrankenError if a result is corrupt or the disk refuses.
     """
     # here: matplotlib takes a second to import, for which no run should wait
-    from reporting.digests import compared, digests
-    from reporting.html_report import EVERY_FORM, FORMS, write_html
-    from reporting.inside import phases_section, probe_section, probed
+    with held_back():
+        from reporting.digests import compared, digests
+        from reporting.html_report import EVERY_FORM, FORMS, write_html
+        from reporting.inside import phases_section, probe_section, probed
 
     manifest = read_json(run.manifest_path)
     made = digests(run, manifest)

@@ -18,7 +18,7 @@ from analysis.compare import compare
 from analysis.comparison import to_json
 from errors import FrankenError, printable
 from experiments import BASELINE
-from files import write_bytes, write_text
+from files import check_target, write_bytes, write_text
 from reporting.followers import need
 from reporting.reports import load_results
 from runner.results import Run, read_json
@@ -221,11 +221,12 @@ def _flat(value: dict, stem: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_table(path: Path) -> None:
-    """Raises FrankenError for a file that cannot become a table, before anything is read."""
+    """Raises FrankenError for a file that cannot become a table or be written, before anything is read."""
     if path.suffix not in (".parquet", ".csv"):
         raise FrankenError(f"--table {path}: expected a name that ends in .parquet or .csv")
     if path.suffix == ".parquet":
         need("pyarrow", "pyarrow", "a table in Parquet (.csv needs nothing)")
+    check_target(path)
 
 
 def write_tables(runs: list[Run], path: Path) -> str:

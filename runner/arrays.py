@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from errors import FrankenError
-from files import write_bytes
+from files import read_bytes, write_bytes
 
 
 def save_arrays(folder: Path, result: dict) -> None:
@@ -42,12 +43,9 @@ def save_arrays(folder: Path, result: dict) -> None:
 def load_arrays(folder: Path, suite: str, measured: dict) -> dict[str, np.ndarray] | None:
     """A suite's arrays by name; None where the file was not kept. Raises FrankenError if it is another."""
     path = folder / Path(measured["file"]).name
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except OSError as e:
-        raise FrankenError(f"cannot read {path}: {e.strerror}") from e
+    data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != measured["sha256"]:
         raise FrankenError(f"{path} is not the file that its experiment wrote")
     try:

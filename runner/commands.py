@@ -17,13 +17,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import torch
 
 import experiments as ex
-from command_line import DefaultsThatSay, add_model, interruptible
+from command_line import DefaultsThatSay, add_model, interruptible, refuse_empty
 from errors import FrankenError, RecipeError, printable
-from files import check_open_files, read_json, write_text
+from files import check_open_files, check_target, read_json, write_text
 from planning import mergekit
 from runner.batch import ended_by_signals, set_threads
 from runner.choosing import extra_sources, known_experiments, known_sources, local_depth, name_models
-from runner.export import SHARD_BYTES, Chosen, Exporter, check_target, refuse_inexpressible
+from runner.export import SHARD_BYTES, Chosen, Exporter, check_folder, refuse_inexpressible
 from runner.pairs import GIB, Located, choose_pair, open_pair, open_sources, pick_dtype
 from surgery.recipes import Recipe, describe_change, identity
 from surgery.weights import Checkpoint
@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {"export": export, "mergekit": as_mergekit, "chat": chat}
     try:
         check_open_files()
+        refuse_empty(args)
         with ended_by_signals():
             return commands[args.command](args)
     except FrankenError as e:
@@ -191,7 +192,7 @@ def export(args) -> int:
     from runner.manifest import commit, versions
 
     folder = Path(args.folder)
-    check_target(folder, args.overwrite)
+    check_folder(folder, args.overwrite)
     refused_beforehand(args, lambda c: refuse_inexpressible(c.name, c.recipe, c.suites, c.control))
     set_threads()
     sources = located(args)
@@ -249,6 +250,8 @@ def mergekit_yaml(sources: Located, recipe: Recipe, dtype: torch.dtype) -> str:
 
 def as_mergekit(args) -> int:
     """Print the YAML; no weights are read but what a first conversion of the pair needs."""
+    if args.output is not None:
+        check_target(args.output)
     refused_beforehand(args, lambda c: refuse_inexpressible(c.name, c.recipe, c.suites, c.control))
     sources = located(args)
     what = chosen(args, len(sources.sources["instruct"].layers))
@@ -259,7 +262,7 @@ def as_mergekit(args) -> int:
         text = mergekit_yaml(sources, what.recipe, dtype)
     except FrankenError as e:
         raise FrankenError(f"{what.name} cannot be written for mergekit: {e}") from e
-    if args.output:
+    if args.output is not None:
         write_text(Path(args.output), text)
     else:
         print(printable(text), end="")

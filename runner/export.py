@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from errors import FrankenError, first_line, printable
+from files import refuse_place
 from franken import (
     add_delta,
     check_recipe,
@@ -92,11 +94,16 @@ def refuse_inexpressible(
             )
 
 
-def check_target(folder: Path, overwrite: bool) -> None:
+def check_folder(folder: Path, overwrite: bool) -> None:
     """Raises FrankenError for a folder that may not be written: one that holds something, unless `overwrite`
     is said and it is an export's."""
-    if not folder.exists() and not folder.is_symlink():
+    refuse_place(folder)
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
         return
+    except OSError as e:
+        raise FrankenError(f"cannot write {folder}: {e.strerror}") from e
     if folder.is_symlink() or not folder.is_dir():
         raise FrankenError(f"{folder} is there and is no folder")
     if not any(folder.iterdir()):
@@ -315,7 +322,7 @@ class Exporter:
         # 1. everything that can be refused
         recipe = what.recipe
         refuse_inexpressible(what.name, recipe, what.suites, what.control)
-        check_target(folder, overwrite)
+        check_folder(folder, overwrite)
         self.check(recipe)
         dtype = self.pick_dtype(recipe)
         config = self.config_for(recipe, dtype)

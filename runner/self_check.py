@@ -328,11 +328,21 @@ def _shorten(config) -> None:
         config.max_position_embeddings = max(CONTEXT, round(CONTEXT * whole / length))
 
 
+MOST_PARAMETERS = 1 << 29  # of a model that is made to be small: 2 GiB
+
+
 def random_model(config, seed: int = 1) -> nn.Module:
-    """A float32 model with every parameter random, so that no two of them can be taken for one another."""
+    """A float32 model with every parameter random, so that no two of them can be taken for one another.
+
+    Raises FrankenError, allocating nothing, where the config has a size that is not known here to be one, and
+    so would make a large model.
+    """
     config = copy.deepcopy(config)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > MOST_PARAMETERS:
+        raise FrankenError(f"a small model of this config would still hold {count:,} parameters")
     rng = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
         for key, tensor in list(module.named_parameters(recurse=False)):

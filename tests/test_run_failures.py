@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 
 import pytest
 import small_battery
@@ -13,6 +14,7 @@ import evaluate
 import franken
 import report
 import run_all
+from command_line import held_back
 from errors import FrankenError
 from files import write_text
 from reporting import reports
@@ -320,6 +322,26 @@ def test_ctrl_c_twice_says_how_the_pages_are_made(go, tmp_path, monkeypatch):
     last = f"Interrupted again: the run's pages are not finished; `python report.py {run}` makes them."
     assert err.splitlines()[-1] == last
     assert report.main([str(run)]) == 0 and (run / "summary.md").exists()
+
+
+def test_a_library_that_an_interrupt_left_in_parts_is_one_line(go, monkeypatch):
+    """fontTools, once: interrupted while it was imported, its second import failed an assertion."""
+
+    def torn(run, *rest):
+        raise AssertionError
+
+    calls = interrupting(monkeypatch, 1, torn)
+    code, out, err = go(*FOUR)
+    assert (code, out, len(calls)) == (130, "", 2) and "Traceback" not in err
+    assert "The run's pages could not be made (AssertionError); `python report.py" in err.splitlines()[-1]
+
+
+def test_a_signal_during_the_imports_for_the_pages_waits_for_their_end():
+    done = []
+    with pytest.raises(KeyboardInterrupt), held_back():
+        os.kill(os.getpid(), signal.SIGINT)
+        done += [sum(range(1000))]
+    assert done == [499_500]
 
 
 def test_a_disk_that_is_full_when_an_interrupted_run_makes_its_pages(go, tmp_path, monkeypatch):

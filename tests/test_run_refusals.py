@@ -87,6 +87,10 @@ WRONG = {
         ["--perplexity-file", "/no/such.txt"],
         "cannot read /no/such.txt: No such file or directory",
     ),
+    "an empty adapter": (["--instruct-adapter", ""], "--instruct-adapter has an empty value"),
+    "an empty base": (["--base", ""], "--base has an empty value"),
+    "an empty text": (["--perplexity-file", ""], "--perplexity-file has an empty value"),
+    "an empty run": (["--resume", ""], "--resume has an empty value"),
     "file that is not there": (["--experiments-file", "/no/such.py"], "No such file or directory"),
 }
 

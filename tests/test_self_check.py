@@ -386,3 +386,11 @@ def test_a_copy_of_the_config_is_what_is_shrunk():
     before = copy.deepcopy(config.to_dict())
     shrunk(config)
     assert config.to_dict() == before
+
+
+def test_a_config_that_stays_large_when_it_is_made_small_is_refused_unallocated(monkeypatch):
+    """As where a family names its sizes in its own way."""
+    monkeypatch.setattr(self_check, "MOST_PARAMETERS", 1000)
+    config = AutoConfig.for_model("llama", hidden_size=32, num_attention_heads=2, num_hidden_layers=2)
+    with pytest.raises(FrankenError, match="model of this config would still hold [0-9,]+ parameters"):
+        check_code(config, torch.device("cpu"))

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
+import stat
 import struct
 import time
 import tracemalloc
@@ -21,7 +23,8 @@ from safetensors.torch import save_file
 from engine import template_guard
 from engine.chat_template import ChatTemplate
 from errors import FrankenError
-from files import parse_json, read_bytes, read_json, refuse_special
+from files import check_target, parse_json, read_bytes, read_json, refuse_place, refuse_special, write_text
+from runner import commands
 from runner.pairs import load_tokenizer, open_pair
 from surgery.tensors import read_header
 from surgery.weights import Adapter, Checkpoint
@@ -80,6 +83,18 @@ def test_deep_json_is_one_line_wherever_it_is_read(folder, tmp_path, capfd):
     (adapter / "adapter_config.json").write_text(DEEP)
     with pytest.raises(FrankenError, match="no readable adapter_config.json"):
         Adapter("rune", adapter, Checkpoint("instruct", folder))
+
+
+def test_whole_numbers_that_no_float_holds_are_one_line(whole, tmp_path):
+    for digits in ("9" * 301, "-" + "9" * 400, "9" * 5000):
+        with pytest.raises(FrankenError, match="x.json is corrupt"):
+            parse_json(f'{{"a": [{digits}]}}', "x.json")
+    assert parse_json('{"a": -12345678901234567890}', "x.json") == {"a": -12345678901234567890}
+    (tmp_path / "adapter_config.json").write_text(
+        f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {10**400}, "target_modules": ["q_proj"]}}'
+    )
+    with pytest.raises(FrankenError, match="no readable adapter_config.json"):
+        Adapter("rune", tmp_path, Checkpoint("instruct", whole))
 
 
 # ---- numbers in a config -----------------------------------------------------------------------------------
@@ -334,3 +349,54 @@ def test_files_of_any_other_kind_are_left_to_their_reader(tmp_path):
     assert read_bytes(tmp_path / "large", most=11) == b"x" * 11
     with pytest.raises(FrankenError, match="holds over 10 bytes"):
         read_bytes(tmp_path / "large", most=10)
+
+
+def test_a_file_takes_the_place_of_no_pipe_and_no_socket(tmp_path):
+    """A name that is moved over another would take it away, as it once did /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    for name, kind in {"pipe": "a named pipe", "link": "a named pipe", "socket": "a socket"}.items():
+        for write in (lambda path: write_text(path, "x"), check_target):
+            with pytest.raises(FrankenError, match=f"{name} is {kind}, not a file"):
+                write(tmp_path / name)
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "pipe").st_mode)
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_file_takes_the_place_of_nothing_of_the_systems(tmp_path, monkeypatch):
+    """Only looked at here: as root, a test that fails must not take /dev/null away."""
+    (tmp_path / "dev").symlink_to("/dev")
+    for path in (
+        "/dev/null",
+        "/dev/stdout",
+        "/dev/new",
+        "/proc/self/x",
+        "/dev/fd/1",
+        tmp_path / "dev" / "new",
+    ):
+        with pytest.raises(FrankenError, match="is a |of the system's own"):
+            refuse_place(path)
+    monkeypatch.chdir("/dev")
+    with pytest.raises(FrankenError, match="of the system's own"):
+        refuse_place("new.json")
+    refuse_place("/dev/shm/new.json")
+    refuse_place(tmp_path / "new.json")
+
+
+def test_where_nothing_can_be_written_is_said_beforehand(go, tmp_path, capfd):
+    (tmp_path / "file").write_text("x")
+    places = [tmp_path, tmp_path / "file" / "x", tmp_path / ("y" * 300), tmp_path / "pipe"]
+    os.mkfifo(tmp_path / "pipe")
+    for place in places:
+        with pytest.raises(FrankenError):
+            check_target(place)
+        for argv in (["mergekit", "swap_adjacent_30_35", "--output"], ["export", "swap_adjacent_30_35"]):
+            if argv[0] == "export" and place == tmp_path:
+                continue
+            capfd.readouterr()
+            assert commands.main([*argv, str(place), "--instruct", "/no/such/model"]) == 1
+            err = capfd.readouterr().err
+            assert len(err.splitlines()) == 1 and "/no/such/model" not in err, err
+    assert commands.main(["mergekit", "swap_adjacent_30_35", "--output", ""]) == 1
