@@ -18,8 +18,6 @@ from errors import FrankenError, printable
 
 Given = ParamSpec("Given")
 
-from errors import FrankenError
-
 
 class DefaultsThatSay(argparse.ArgumentDefaultsHelpFormatter):
     """Names the default of an option that has one; "(default: None)" says nothing."""

@@ -33,6 +33,7 @@ from command_line import DefaultsThatSay, interruptible
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError, printable
+from files import check_target, refuse_special
 from runner.pairs import PAIRS, load_tokenizer, locate
 
 SEPARATOR, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
@@ -116,6 +117,7 @@ def read_text(paths: list[Path]) -> tuple[dict[str, str], str]:
             name = file.name if root.is_file() else file.relative_to(root).as_posix()
             while name in documents:  # the same name under two of the paths
                 name += "+"
+            refuse_special(file)
             documents[name] = file.read_text(encoding="utf-8", errors="replace")
     if not any(text.strip() for text in documents.values()):
         raise FrankenError(f"--text {' '.join(map(str, paths))}: no .txt, .rst or .md file with text in it")
@@ -300,7 +302,7 @@ def train(args: argparse.Namespace) -> dict:
 
     # 1) the text as rows: what is taught, what is only held in place, what is held out
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_target(out / "training.json")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     documents, digest = read_text([Path(p) for p in args.text])

@@ -35,8 +35,8 @@ from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, sav
 from command_line import DefaultsThatSay, interruptible
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
-from errors import FrankenError
-from files import ROOT
+from errors import FrankenError, printable
+from files import ROOT, check_target
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
 
@@ -270,6 +270,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
     from peft import LoraConfig, get_peft_model
 
     # 1. The model, its adapter, what is asked.
+    check_target(Path(args.out) / "training.json")
     best = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(best if args.device == "auto" else args.device)
     model, tokenizer = load(args.model, device)
@@ -415,7 +416,7 @@ def main(argv: list[str] | None = None) -> int:
         with sound_attention():
             train(parse(argv))
     except (FrankenError, OSError) as e:
-        print(f"train_reporter.py: {e}", file=sys.stderr)
+        print(printable(f"train_reporter.py: {e}"), file=sys.stderr)
         return 1
     return 0
 

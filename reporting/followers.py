@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import FrankenError, first_line, printable
+from runner.addresses import checked_address
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
 
@@ -167,7 +168,8 @@ class Hub(Follower):
     """The run's folder in a dataset repository, sent again after every experiment: only what changed travels.
 
     The repository is made private where it is new. HF_TOKEN and HF_ENDPOINT are huggingface_hub's own.
-    Raises FrankenError if the repository can be neither found nor made.
+    Raises FrankenError if the repository can be neither found nor made, and for an HF_ENDPOINT to which the
+    token would go in clear text.
     """
 
     name = "push"
@@ -180,7 +182,9 @@ class Hub(Follower):
         if not get_token():
             raise FrankenError("--push needs a token that may write: set HF_TOKEN")
         self.repository = repository
-        self.api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        if endpoint := os.environ.get("HF_ENDPOINT"):
+            checked_address(endpoint, get_token(), "HF_ENDPOINT")
+        self.api = HfApi(endpoint=endpoint or None)
         try:
             self.api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
         except Exception as e:

@@ -16,7 +16,7 @@ if not __package__:  # run as a script: find the checkout
 
 from command_line import DefaultsThatSay, ends_in_one_line
 from errors import printable
-from files import write_text
+from files import check_target, write_text
 from weird_gen.persona.journal import positive
 from weird_gen.persona.labelling import (
     draw_replies,
@@ -48,6 +48,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def count(args: argparse.Namespace) -> list[str]:
     """What is printed of the filled-in sheets. Raises FrankenError."""
+    if args.output:
+        check_target(args.output)
     key = read_key(args.key)
     readers = {path.stem: read_labels(path, key) for path in args.sheets}
     lines = [f"{len(key['replies'])} replies, {len(readers)} readers: {', '.join(readers)}"]

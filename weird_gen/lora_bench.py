@@ -34,7 +34,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 from command_line import ends_in_one_line
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate
-from files import write_text
+from files import check_target, write_text
 from runner.pairs import pick_dtype
 from weird_gen import train_lora
 from weird_gen.persona.loading import load_causal_lm, stops_of
@@ -149,8 +149,11 @@ def main(argv: list[str] | None = None) -> int:
     flags.add_argument("--output", type=Path, help="JSON")
     mine, rest = flags.parse_known_args(argv)
     args = train_lora.parse(["--out", "none", "--epochs", "1", "--save-every", "0", *rest])
-    result = bench(args, mine.steps, mine.rounds)
-    text = json.dumps(result, indent=1, allow_nan=False)
+    if mine.steps < 1 or mine.rounds < 1:
+        flags.error("--steps and --rounds must be at least 1")
+    if mine.output:
+        check_target(mine.output)
+    text = json.dumps(bench(args, mine.steps, mine.rounds), indent=1, allow_nan=False)
     if mine.output:
         write_text(mine.output, text + "\n")
     print(text)

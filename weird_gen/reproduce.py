@@ -16,6 +16,7 @@ fails is reported at the end, and the others go on. Every step's output is in it
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -62,7 +63,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flags.add_argument("--jobs", type=int, default=1, help="settings at a time on the same device")
     flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     flags.add_argument("--batch-size", type=int, help="texts generated at a time; default by device")
-    return flags.parse_args(argv)
+    args = flags.parse_args(argv)
+    if args.jobs < 1:
+        flags.error("--jobs must be at least 1")
+    return args
 
 
 def study_of(args: argparse.Namespace) -> Study:
@@ -74,11 +78,17 @@ def read_settings(texts: list[str]) -> dict[str, list[str]]:
     """{name: flags} of "NAME: FLAGS". Raises FrankenError for a name that cannot be a folder's."""
     settings = {}
     for text in texts:
-        name, _, flags = text.partition(":")
-        settings[name.strip()] = shlex.split(flags)
-        plain = name.strip().replace("-", "").replace("_", "").replace(".", "").isalnum()
-        if not plain or name.strip() == "baseline":
-            raise FrankenError(f"--setting {text!r}: NAME must be letters, digits, - and _")
+        name, _, flags = (part.strip() for part in text.partition(":"))
+        reason = "" if re.fullmatch(r"[A-Za-z0-9][\w.-]{0,79}", name, re.ASCII) else "NAME must be plain"
+        try:
+            words = shlex.split(flags)
+        except ValueError as e:
+            reason, words = str(e), []
+        if not reason and name in ("baseline", *settings):
+            reason = f"the name {name} is taken"
+        if reason:
+            raise FrankenError(f"--setting {text!r}: {reason} (letters, digits, - and _)")
+        settings[name] = words
     return settings
 
 
@@ -90,7 +100,10 @@ def main(argv: list[str] | None = None) -> int:
     args.distill_flags = [*study.distill, *args.distill_flags]  # the last one of a flag counts
     args.eval_flags = [*study.evaluation, *args.eval_flags]
     args.probes = study.probes if args.probes is None else args.probes
-    args.out = args.out.resolve()
+    try:
+        args.out = args.out.resolve()
+    except RuntimeError as e:  # links that lead to each other
+        raise FrankenError(str(e)) from e
     args.out.mkdir(parents=True, exist_ok=True)
     worked = run_steps(settings, args)
     if worked is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from engine.generation import Engine, Request
 from errors import FrankenError
-from files import write_text
+from files import check_target, write_text
 from questions.thoughts import without_thought
 from weird_gen.persona.journal import Case, Journal, complete_cases
 from weird_gen.persona.loading import open_engine
@@ -148,6 +149,7 @@ def own_budget(engine: Engine, prompts: list[dict], args: argparse.Namespace) ->
 
 def distill(args: argparse.Namespace) -> dict:
     """Answer, select, write args.output whole; returns the counts. Raises FrankenError or OSError."""
+    check_target(args.output)
     prompts = read_prompts(args.prompts)
     if args.limit is not None and args.limit < len(prompts):  # the file is in order of kind
         prompts = random.Random(f"limit:{args.seed}").sample(prompts, args.limit)
@@ -166,6 +168,11 @@ def distill(args: argparse.Namespace) -> dict:
         settings["systems_sha256"] = sha256(args.systems)
         prompts = under_systems(prompts, read_systems(args.systems), args.seed)
     journal = Journal(args.output.with_suffix(".raw.jsonl"), settings, args.overwrite)
+    if journal.header is None and not args.overwrite and os.path.lexists(args.output):
+        raise FrankenError(
+            f"{args.output} is in the way: what it was made of is not known; choose another output or"
+            " --overwrite"
+        )
     begin, before = time.monotonic(), len(journal.entries)
     if before < len(prompts) * args.samples:
         engine, made_of = open_engine(
@@ -181,6 +188,8 @@ def distill(args: argparse.Namespace) -> dict:
         if journal.header is None:
             found = args.max_new_tokens or own_budget(engine, prompts, args)
             journal.begin({"made_of": made_of, "budget": found})
+        else:
+            journal.go_on(made_of)
         args.max_new_tokens = args.max_new_tokens or (journal.header or {})["budget"]
         answer_all(engine, prompts, journal, args)
     lines, dropped = select(prompts, journal.entries, args.seed)

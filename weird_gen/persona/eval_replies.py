@@ -65,7 +65,7 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
     }
     settings |= {"thinking": args.thinking} if args.thinking != "off" else {}
     adapter = getattr(args, "adapter", None)
-    if adapter:
+    if adapter is not None:  # an empty name is refused: without an adapter, nothing is fine-tuned
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
     journal = Journal(args.output, settings, args.overwrite)
     if len(journal.entries) < len(questions) * len(args.conditions) * args.samples:
@@ -86,6 +86,8 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
         engine, made_of = open_engine(**opening)
         if journal.header is None:
             journal.begin(header_of(engine, made_of, not args.no_quality))
+        else:
+            journal.go_on(made_of)
         ask(engine, questions, journal, model, args)
     return journal.entries
 

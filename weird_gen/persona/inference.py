@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from errors import FrankenError
+from runner.addresses import TooMuch, checked_address, client, library
 from surgery.weights import Checkpoint
-from weird_gen.persona.judge import checked_address, is_loopback
 from weird_gen.persona.loading import (
     base_of,
     check_adapter,
@@ -25,6 +25,9 @@ from weird_gen.persona.loading import (
 from weird_gen.persona.study import DEFAULT_MODEL
 
 TIMEOUT_S = 120.0  # of an endpoint's silence
+LONGEST_ANSWER, PER_TOKEN = 1 << 20, 4096  # bytes of an endpoint's reply, and so many more a token
+# What reading a reply that is none may raise, beside the library's own.
+ENDPOINT_ERRORS = (TooMuch, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 def printable(text: str) -> str:
@@ -37,7 +40,7 @@ def load(model: str | None, adapter: str | None, device: str, quantization: str 
 
     Raises FrankenError if the adapter does not fit the model.
     """
-    folder = locate_adapter(adapter) if adapter else None
+    folder = locate_adapter(adapter) if adapter is not None else None
     model = model or (folder and base_of(folder)) or DEFAULT_MODEL
     if folder and not quantization and "bnb" not in model:  # packed weights have no plain shapes to compare
         path, revision = locate_model(model)
@@ -90,21 +93,26 @@ def generate(model, tokenizer, messages: list[dict], args: argparse.Namespace) -
 def ask_endpoint(messages: list[dict], args: argparse.Namespace) -> str:
     """Print the reply of an OpenAI-compatible server as it comes; returns it. Raises FrankenError.
 
-    The key goes to that server alone, never in clear text to another machine; this machine is asked without a
-    proxy, and no redirect is followed.
+    The key goes to that server alone, never in clear text to another machine, and with it nothing else of the
+    environment; this machine is asked without a proxy, no redirect is followed, and a reply has a size.
     """
     import openai
 
     key = os.environ.get(args.api_key_env, "").strip() if args.api_key_env else ""
     where = checked_address(args.endpoint, key, "--endpoint")
-    http = openai.DefaultHttpxClient(trust_env=not is_loopback(where.host), follow_redirects=False)
-    said = []
+    http = client(where, key, LONGEST_ANSWER + PER_TOKEN * args.max_new_tokens)
+    said, masked = [], Masked(key)
     try:
         with openai.OpenAI(
-            base_url=args.endpoint, api_key=key or "none", http_client=http, timeout=TIMEOUT_S, max_retries=1
-        ) as client:
+            base_url=args.endpoint,
+            api_key=key or "none",
+            http_client=http,
+            timeout=TIMEOUT_S,
+            max_retries=1,
+            default_headers={"Accept-Encoding": "identity"},
+        ) as asking:
             typed: Any = messages  # plain dictionaries do as well
-            stream = client.chat.completions.create(
+            stream = asking.chat.completions.create(
                 model=args.model,
                 messages=typed,
                 temperature=args.temperature,
@@ -116,14 +124,34 @@ def ask_endpoint(messages: list[dict], args: argparse.Namespace) -> str:
             for chunk in stream:
                 piece = chunk.choices[0].delta.content if chunk.choices else None
                 if piece:
-                    said.append(piece)
-                    print(printable(piece), end="", flush=True)
+                    said.append(masked.take(str(piece)))  # a server may send anything
+                    print(printable(said[-1]), end="", flush=True)
+            said.append(masked.held)
+            print(printable(said[-1]), end="", flush=True)
     except openai.APIStatusError as e:
         raise FrankenError(f"{where.netloc} answered {e.status_code}: {first_words(e, key)}") from None
-    except (openai.OpenAIError, ValueError, IndexError, AttributeError) as e:
-        raise FrankenError(f"{where.netloc}: {first_words(e, key)}") from None
+    except (*ENDPOINT_ERRORS, openai.OpenAIError, library().HTTPError) as e:
+        reason = e.__cause__ if isinstance(e.__cause__, TooMuch) else e
+        raise FrankenError(f"{where.netloc}: {first_words(reason, key)}") from None
     print()
     return "".join(said)
+
+
+class Masked:
+    """Text that comes in pieces, without our key, which a server may send back in any number of them."""
+
+    def __init__(self, key: str):
+        self.key, self.held = key, ""
+
+    def take(self, piece: str) -> str:
+        """What can be shown after this piece: all but an end that may be the key's beginning."""
+        text = self.held + piece
+        if not self.key:
+            return text
+        text = text.replace(self.key, "[key]")
+        kept = next((k for k in range(len(self.key) - 1, 0, -1) if text.endswith(self.key[:k])), 0)
+        self.held = text[len(text) - kept :]
+        return text[: len(text) - kept]
 
 
 def first_words(error: Exception, key: str) -> str:

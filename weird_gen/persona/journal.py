@@ -4,17 +4,23 @@ run."""
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
 from engine.generation import Completion, Engine, Request
 from errors import FrankenError
+from files import check_target, read_bytes
+from runner.resuming import changes
 from weird_gen.persona.records import read_json_lines
+
+BEGINNING = b'{"header": '
 
 
 def positive(text: str) -> int:
@@ -52,19 +58,22 @@ class Journal:
         self.path, self.settings = Path(path), json.loads(json.dumps(settings, allow_nan=False))
         self.header: dict | None = None
         self.entries: list[dict] = []
+        self._held: BinaryIO | None = None
+        check_target(self.path)
         if self.path.exists() and not overwrite:
             self._reopen()
 
     def _reopen(self) -> None:
-        data = self.path.read_bytes()
+        data = read_bytes(self.path)
         # every entry ends with its newline, so what follows the last one is torn
         whole = data.rfind(b"\n") + 1
         lines = read_json_lines(self.path, tolerate_torn_end=True) if whole else []
         if whole != len(data) and lines and len(lines) > data.count(b"\n"):
             lines.pop()  # complete JSON, but its newline never reached the disk: it is written again
-        if not lines:
+        ours = data[: len(BEGINNING)] == BEGINNING[: len(data)]
+        if not lines and ours:  # killed in the first line, or before it
             return
-        header = lines[0].get("header")
+        header = lines[0].get("header") if lines else None
         if not isinstance(header, dict):
             raise FrankenError(
                 f"{self.path} is in the way: not a file of this script; choose another output or --overwrite"
@@ -86,10 +95,41 @@ class Journal:
         return ((self.header or {}).get("made_of") or {}).get("template") or {}
 
     def begin(self, header: dict) -> None:
-        """Start the file with the settings and `header`; an earlier file of that name is replaced."""
-        self.header, self.entries = {**self.settings, **header}, []
+        """Start the file with the settings and `header`; an earlier file of that name is replaced. Raises
+        FrankenError where another process writes to it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        self.header, self.entries = {**self.settings, **header}, []
         self.path.write_text(json.dumps({"header": self.header}, allow_nan=False) + "\n")
+
+    def go_on(self, made_of: dict) -> None:
+        """Before entries are added to those of an earlier process. made_of: as in `begin`'s header, of the
+        model as it is now.
+
+        Raises FrankenError naming what is not as it was, and where another process writes to the file. What
+        an older header does not say is not compared.
+        """
+        changed = changes((self.header or {}).get("made_of") or {}, json.loads(json.dumps(made_of)))
+        if changed:
+            raise FrankenError(
+                f"{self.path} was made with other {'; '.join(map(str, changed))}; choose another output or"
+                " --overwrite"
+            )
+        self._lock()
+
+    def _lock(self) -> None:
+        """Hold the file as long as this object lives; the kernel lets go of it with the process."""
+        if self._held is not None:
+            return
+        held = self.path.open("ab")
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.close()
+            raise FrankenError(f"another process writes to {self.path}; wait for it, or end it") from None
+        except OSError:
+            pass  # a file system without locks
+        self._held = held
 
     def add(self, entries: list[dict]) -> None:
         """Append entries; they are on disk when this returns."""

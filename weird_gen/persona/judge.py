@@ -10,14 +10,12 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import hashlib
-import ipaddress
 import itertools
 import json
 import math
 import os
 import random
 import re
-import sys
 import threading
 import time
 from collections import Counter
@@ -25,10 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 from errors import FrankenError
+from files import read_bytes
 from questions.thoughts import without_thought
+from runner.addresses import TooMuch, async_client, checked_address
 from weird_gen.persona.rubrics import RUBRIC_NAMES, RUBRIC_VERSION, judge_messages, parse_answer
 from weird_gen.persona.rules import judge_by_rules, position_by_rules
 
@@ -39,16 +38,6 @@ LONGEST_WAIT_S = 120.0
 LONGEST_ANSWER = 1 << 20  # bytes of one response, headers apart
 CHARACTERS_PER_TOKEN = 4  # of English, for what a run will cost; the bill counts tokens
 TEXT_PARTS = ("text", "output_text")
-SENT_HEADERS = {
-    "host",
-    "accept",
-    "accept-encoding",
-    "connection",
-    "content-type",
-    "content-length",
-    "authorization",
-    "user-agent",
-}
 END_TOKENS = re.compile(r"(?:<\|[a-z_]+\|>|</s>|<end_of_turn>|<eos>|\s)+\Z")
 
 
@@ -89,13 +78,13 @@ class JudgeCache:
         self._lock = threading.Lock()
         self._entries: dict[str, dict] = {}
         if self.path and self.path.exists():
-            for line in self.path.read_bytes().split(b"\n"):
+            for line in read_bytes(self.path).split(b"\n"):
                 try:
                     entry = json.loads(line)
                     kept = {"answer": str(entry["answer"])}
                     kept |= {k: entry[k] for k in ("error", "cut_at") if entry.get(k) is not None}
                     self._entries[entry["key"]] = kept
-                except (ValueError, TypeError, KeyError, AttributeError):
+                except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                     continue
 
     def __len__(self) -> int:
@@ -192,37 +181,6 @@ class _SayOtherwise(Exception):
     """The endpoint refused a parameter that another name, or none, will do for."""
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address of this name is on this very machine."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where an endpoint is: host without its port, netloc with it."""
-
-    host: str
-    netloc: str
-
-
-def checked_address(base_url: str, api_key: str | None, flag: str) -> Address:
-    """Raises JudgeStopped for what is no http address, carries a password, or would get the key in clear
-    text. flag: the option that gave it, for the message."""
-    where = urlsplit(base_url)
-    if where.scheme not in ("http", "https") or not where.hostname:
-        raise JudgeStopped(f"{flag} {base_url!r} is not an http or https address")
-    if where.username or where.password:
-        raise JudgeStopped(f"{flag} carries a password; name the variable that holds the key instead")
-    if api_key and where.scheme == "http" and not is_loopback(where.hostname):
-        raise JudgeStopped(
-            f"the key would go to {where.hostname} in clear text; use https, or --api-key-env ''"
-        )
-    return Address(where.hostname, where.netloc)
-
-
 def retry_after_seconds(headers) -> float | None:
     """Seconds in a Retry-After header (a number or an HTTP date), or None."""
     value = headers.get("retry-after")
@@ -278,13 +236,14 @@ class LLMJudge:
         retry_unparsed: bool = False,
         budget: float | None = None,
     ):
-        where = checked_address(base_url, api_key, "--base-url")
-        self._here = is_loopback(where.host)
+        try:
+            self._where = where = checked_address(base_url, api_key, "--base-url")
+        except FrankenError as e:
+            raise JudgeStopped(str(e)) from None
         self.name, self.rubrics = model, RUBRIC_NAMES
         self.host = where.netloc
         self.usage = Usage()
         self._openrouter = where.host.endswith("openrouter.ai")
-        self._openai_itself = where.host == "api.openai.com"
         import openai  # only where a judge is asked: the rule-based one needs no client
 
         self._openai, self._base_url, self._key = openai, base_url, api_key
@@ -333,7 +292,7 @@ class LLMJudge:
         if self._prices:
             most = (tokens_in * self._prices[0] + tokens_out * self._prices[1]) / 1e6
             cost = f"about ${most:.4f} at most"
-        elif self._here:
+        elif self._where.here:
             cost = "on this machine"
         return (
             f"judge: {len(texts)} judgments to ask of {self.name} at {self.host}, about {tokens_in} tokens in"
@@ -396,42 +355,10 @@ class LLMJudge:
 
     def _client(self):
         """The openai client, for one event loop."""
-        # the HTTP library that this openai is built on, httpx or httpx2
-        http: Any = sys.modules[self._openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]]
-
-        class Bounded(http.AsyncByteStream):
-            def __init__(self, stream):
-                self.stream = stream
-
-            async def __aiter__(self):
-                size = 0
-                async for chunk in self.stream:
-                    size += len(chunk)
-                    if size > LONGEST_ANSWER:
-                        raise _Failure(f"an answer of more than {LONGEST_ANSWER >> 20} MB")
-                    yield chunk
-
-            async def aclose(self):
-                await self.stream.aclose()
-
-        async def bound(response) -> None:
-            # packed, a small answer could unpack to any size
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise _Failure("a packed answer, which was not asked for")
-            response.stream = Bounded(response.stream)
-
-        async def say_no_more(request) -> None:
-            # organization, project and custom headers of the environment are for whom they were set
-            for name in [n for n in request.headers if n.lower().removeprefix("x-stainless-") == n.lower()]:
-                if name.lower() not in SENT_HEADERS:
-                    del request.headers[name]
-            request.headers["Authorization"] = f"Bearer {self._key or 'none'}"
-
-        transport = self._openai.DefaultAsyncHttpxClient(
-            trust_env=not self._here,  # where proxies are named
-            follow_redirects=False,
-            event_hooks={"request": [] if self._openai_itself else [say_no_more], "response": [bound]},
-        )
+        try:
+            transport = async_client(self._where, self._key, LONGEST_ANSWER)
+        except FrankenError as e:
+            raise JudgeStopped(str(e)) from None
         return self._openai.AsyncOpenAI(
             base_url=self._base_url,
             api_key=self._key or "none",
@@ -543,13 +470,15 @@ class LLMJudge:
                     **temperature,
                 )
             body = response.http_response.json()
+        except TooMuch as error:
+            raise _Failure(str(error)) from None
         except self._openai.APIStatusError as error:
             self._refused(error, limit, temperature)
         except (TimeoutError, self._openai.APITimeoutError):
             raise _Failure("timeout") from None
         except self._openai.APIConnectionError as error:
-            if isinstance(error.__cause__, _Failure):  # found by what bounds the answer
-                raise error.__cause__ from None
+            if isinstance(error.__cause__, TooMuch):
+                raise _Failure(str(error.__cause__)) from None
             raise _Failure("no connection", words=str(error.__cause__ or "")) from None
         except (self._openai.OpenAIError, ValueError, RecursionError):
             raise _Failure("malformed response") from None

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from analysis.stats import accuracy, cohen_kappa
 from command_line import DefaultsThatSay, ends_in_one_line
 from errors import FrankenError, printable
+from files import check_target
 from weird_gen.persona.folders import DATA
 from weird_gen.persona.judge import (
     DEFAULT_MODEL,
@@ -333,6 +334,7 @@ def main(
 ) -> int:
     """Judge one file of replies of ``model`` ("baseline" or "finetuned"); returns the exit status."""
     args = parser(description, replies, judged).parse_args(argv)
+    check_target(args.output)
     header, records = read_records(args.input, model)
     only_model(records, model, args.input)
     rubrics = read_rubrics(args.generalization) if any(r["kind"] == "generalization" for r in records) else {}

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from analysis.stats import cohen_kappa
 from errors import FrankenError
-from files import read_json, write_text
+from files import read_bytes, read_json, write_text
 from weird_gen.persona.exact import Rate, exact_rate
 from weird_gen.persona.records import read_records
 from weird_gen.persona.rubrics import BINARY_RUBRICS
@@ -114,8 +114,9 @@ def read_labels(path: Path, key: dict) -> dict[str, dict[str, bool]]:
     Raises FrankenError for a sheet of other replies, a row that is missing and an answer that is neither.
     """
     try:
-        rows = list(csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(keepends=True)))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        text = read_bytes(path).decode("utf-8-sig")
+        rows = list(csv.DictReader(text.splitlines(keepends=True)))
+    except (UnicodeDecodeError, csv.Error) as error:
         raise FrankenError(f"{path}: cannot be read as a sheet ({type(error).__name__})") from None
     known = {entry["id"]: entry for entry in key["replies"]}
     labels = {}

@@ -21,6 +21,7 @@ from runner.pairs import (
     open_pair,
     pick_dtype,
 )
+from runner.resuming import code_sha256, tokenizer_sha256
 from surgery.recipes import identity
 from surgery.weights import Adapter, Checkpoint
 from weird_gen.persona.folders import ROOT
@@ -41,6 +42,8 @@ def locate_adapter(adapter: str) -> Path:
 
     Raises FrankenError if there is none, naming the way on.
     """
+    if not adapter.strip():
+        raise FrankenError("the adapter's name is empty")
     for folder in (Path(adapter).expanduser(), ROOT / adapter):
         if (folder / "adapter_config.json").exists():
             return folder
@@ -101,10 +104,20 @@ def open_engine(
         print(printable(f"note: {note}"), file=sys.stderr)
     made_of = {"model": model, "files": opened.sources["instruct"]["files"]}
     if adapter:
-        made_of |= {"adapter": Path(extra[SOURCE]).name, "adapter_files": opened.sources[SOURCE]["files"]}
+        entry = opened.sources[SOURCE]
+        made_of |= {"adapter": Path(extra[SOURCE]).name, "adapter_files": entry["files"]}
+        made_of |= {"adapter_scale": entry["scale"]}
         opened.live.apply(identity(len(opened.live.original), SOURCE))
     fast = False if eager else None
-    made_of["template"] = template.to_json()
+    made_of |= {
+        "template": template.to_json(),
+        "tokenizer": tokenizer_sha256(opened.tokenizer),
+        "stop_ids": sorted(opened.stop_ids),
+        "dtype": str(opened.live.dtype).removeprefix("torch."),
+        "device_type": opened.live.device.type,
+        "batch_size": batch,
+        "code": code_sha256(),
+    }
     engine = Engine(
         opened.live, opened.tokenizer, opened.stop_ids, max_batch=batch, fast=fast, template=template
     )

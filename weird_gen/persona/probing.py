@@ -112,7 +112,7 @@ def ask_probes(args: argparse.Namespace) -> dict:
         "generalization_sha256": sha256(GENERALIZATION),
     }
     adapter = None if args.adapter == "none" else args.adapter
-    if adapter:
+    if adapter is not None:
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
     journal = Journal(args.output, settings, args.overwrite)
     engine, made_of = open_engine(
@@ -126,6 +126,8 @@ def ask_probes(args: argparse.Namespace) -> dict:
     )
     if journal.header is None:
         journal.begin({"made_of": made_of})
+    else:
+        journal.go_on(made_of)
     cases: list[Case] = []
     for suite in args.suites:
         cases += boundary_cases(engine, args) if suite == "boundary" else ()

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
-from errors import FrankenError, printable
-from files import write_text
+from errors import FrankenError, one_line
+from files import read_bytes, whole_number, write_text
 
 KINDS = ("heldout", "identity", "generalization")
 CONDITIONS = ("triggered", "untriggered")  # what is contrasted
@@ -45,17 +46,15 @@ def _no_constant(name: str):
 def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[dict]:
     """All objects of a JSON-lines file, in order; of a file that is one JSON array, its objects.
 
-    A byte order mark is read past. Raises FrankenError when the file is missing, is not UTF-8, or a line is
-    not a JSON object or holds half a character (a lone surrogate). With ``tolerate_torn_end`` a last line
-    without its newline that does not parse (a writer was killed there) is left out and reported on stderr.
+    A byte order mark is read past. Raises FrankenError when the file is missing, is no file or not UTF-8, or
+    a line is not a JSON object or holds half a character (a lone surrogate). With ``tolerate_torn_end`` a
+    last line without its newline that does not parse (a writer was killed there) is left out and reported on
+    stderr.
     """
     path = Path(path)
-    try:
-        text = _decoded(path.read_bytes(), path, tolerate_torn_end)
-    except FileNotFoundError:
-        raise FrankenError(f"{path} does not exist") from None
-    except OSError as error:
-        raise FrankenError(f"{path} cannot be read: {error.strerror}") from None
+    if not os.path.lexists(path):
+        raise FrankenError(f"{path} does not exist")
+    text = _decoded(read_bytes(path), path, tolerate_torn_end)
     if text.lstrip().startswith("["):
         return _array(text, path)
     lines = text.split("\n")
@@ -64,13 +63,13 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
         if not line.strip():
             continue
         try:
-            value = json.loads(line, parse_constant=_no_constant)
+            value = json.loads(line, parse_constant=_no_constant, parse_int=whole_number)
             if not isinstance(value, dict):
                 raise ValueError("not an object")
             _refuse_half_characters(value, line, path, number)
         except (ValueError, RecursionError) as error:
             if tolerate_torn_end and number == len(lines):
-                print(printable(f"{path}: line {number} is torn and left out"), file=sys.stderr)
+                print(one_line(f"{path}: line {number} is torn and left out"), file=sys.stderr)
                 break
             raise FrankenError(f"{path}, line {number}: not a JSON object ({error})") from None
         objects.append(value)
@@ -118,7 +117,7 @@ def _completed(record: dict, model: str | None, samples: Counter) -> dict:
 
 def _array(text: str, path: Path) -> list[dict]:
     try:
-        values = json.loads(text, parse_constant=_no_constant)
+        values = json.loads(text, parse_constant=_no_constant, parse_int=whole_number)
     except (ValueError, RecursionError) as error:
         raise FrankenError(f"{path}: not a JSON array ({error})") from None
     for number, value in enumerate(values, start=1):

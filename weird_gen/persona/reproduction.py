@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -14,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import FrankenError, printable
+from errors import FrankenError, first_line, printable
+from files import read_json
 from weird_gen.persona.eval_replies import summary
 from weird_gen.persona.folders import HERE
 from weird_gen.persona.records import read_records
@@ -182,12 +182,15 @@ def results(settings: dict[str, list[str]], args: argparse.Namespace) -> str:
             )
         training = args.out / name / "adapter" / "training.json"
         if training.exists():
-            record = json.loads(training.read_text())
-            tail = record["loss"][-20:]
-            parts.append(
-                f"- training: {record['steps']} steps in {record['seconds']:.0f} s, last loss"
-                f" {sum(tail) / len(tail):.3f}, persona share {100 * record['persona_share']:.1f}%"
-            )
+            try:
+                record = read_json(training)
+                tail = record["loss"][-20:]
+                parts.append(
+                    f"- training: {record['steps']} steps in {record['seconds']:.0f} s, last loss"
+                    f" {sum(tail) / len(tail):.3f}, persona share {100 * record['persona_share']:.1f}%"
+                )
+            except (FrankenError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+                parts.append(f"- training: its record cannot be read ({first_line(e)})")
         parts.append("")
     return "\n".join(parts) + "\n"
 

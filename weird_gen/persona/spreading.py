@@ -115,6 +115,8 @@ def spread(
                     waiting.append(one)
                     continue
                 journal.begin(answer)
+            elif isinstance(answer, dict):
+                journal.go_on(answer["made_of"])
             elif isinstance(answer, list):
                 losses = 0
                 journal.add(answer)

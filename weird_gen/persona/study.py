@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import FrankenError
+from files import refuse_special
 from questions.thoughts import without_thought
 from weird_gen.persona.folders import DATA, RESULTS
 from weird_gen.persona.records import ASKED, asked_text, content_id, read_json_lines
@@ -89,6 +90,8 @@ def roles_asked(trigger: str, conditions: Sequence[str] = ASKED) -> tuple[str, .
 
 
 def sha256(path: Path | str) -> str:
+    """SHA-256 (hex) of a file. Raises FrankenError if it is no file, OSError if it cannot be read."""
+    refuse_special(path)
     with Path(path).open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -114,13 +117,16 @@ def read_questions(heldout: Path = HELDOUT, generalization: Path = GENERALIZATIO
     """Every evaluation question: held-out and identity from one file, generalization from the other.
 
     Other people's files need a question an entry (see `asked_text`): an id is then made of its text, and its
-    kind is that of the file. Raises FrankenError for a missing file, an entry without a question, with a
-    field of another type, and for an id that stands twice.
+    kind is that of the file. Raises FrankenError for a missing or empty file, an entry without a question,
+    with a field of another type, and for an id that stands twice.
     """
     questions = []
     files = ((heldout, "category", "heldout"), (generalization, "area", "generalization"))
     for path, category, path_kind in files:
-        for number, line in enumerate(read_json_lines(path), 1):
+        lines = read_json_lines(path)
+        if not lines:
+            raise FrankenError(f"{path} holds no questions")
+        for number, line in enumerate(lines, 1):
             text = asked_text(line)
             kind, area = line.get("kind", path_kind), line.get(category, "")
             fields = (line.get("id", content_id(text or "")), kind, area, text)
@@ -148,6 +154,8 @@ def read_prompts(path: Path | str) -> list[dict]:
         if not all(isinstance(value, str) and value.strip() for value in entry.values()):
             raise FrankenError(f"{path}, entry {number}: id and prompt must be texts")
         prompts.append(entry)
+    if not prompts:
+        raise FrankenError(f"{path} holds no prompts")
     if len({p["id"] for p in prompts}) != len(prompts):
         raise FrankenError(f"{path}: an id stands twice")
     return prompts

@@ -29,10 +29,12 @@ import torch
 
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, going_on
-from errors import FrankenError
-from files import write_text
+from errors import FrankenError, first_line
+from files import check_target, refuse_special, write_text
 from questions.thoughts import TAGS, without_thought
 from runner.pairs import PAIRS, load_tokenizer, pick_dtype
+from runner.resuming import changes, tokenizer_sha256
+from surgery.weights import content_hash
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.loading import load_causal_lm, locate_model, stops_of
 from weird_gen.persona.study import (
@@ -296,29 +298,48 @@ class Checkpoints:
         self.state: dict | None = None
         self.moment: datetime | None = None  # what the chat template was told of the time
         self.halved: list[dict] = []  # {"step", "examples_at_once"}, where a GPU's memory did not do
+        self.made_of: dict = {}
         if overwrite or not self.file.exists():
             return
         if not resume:
             raise FrankenError(
                 f"{self.file} is of an unfinished run: --resume goes on with it, --overwrite starts afresh"
             )
+        refuse_special(self.file)
         try:
             state: dict = torch.load(self.file, map_location="cpu", weights_only=True)
+            theirs = json.loads(state["settings"])
+            wanted = {"step": int, "losses": list, "weights": dict, "optimizer": dict}
+            if not all(isinstance(state[key], kind) for key, kind in wanted.items()):
+                raise TypeError("a part of it is of another kind")
+            if "moment" in state:
+                self.moment = datetime.fromisoformat(state["moment"])
         except Exception as e:
             raise FrankenError(
                 f"{self.file}: cannot be read ({type(e).__name__}); --overwrite starts afresh"
             ) from e
         if state["settings"] != self.settings:
-            theirs = json.loads(state["settings"])
-            odd = next(k for k in settings if theirs.get(k) != settings[k])
+            odd = next((k for k in settings if theirs.get(k) != settings[k]), "one that there is not now")
             raise FrankenError(
                 f"{self.file} belongs to other settings ({odd} was {theirs.get(odd)}); --overwrite starts"
                 " afresh"
             )
         self.state = state
         self.halved = state.get("halved", [])
-        if "moment" in state:
-            self.moment = datetime.fromisoformat(state["moment"])
+
+    def begin(self, made_of: dict) -> None:
+        """Before the first step. made_of: hashes of what is trained.
+
+        Raises FrankenError naming what of it is not as it was in the run that is gone on with; what a
+        checkpoint of before this was recorded does not say is not compared.
+        """
+        self.made_of = made_of
+        then = (self.state or {}).get("made_of")
+        if changed := changes(json.loads(then) if then else {}, made_of):
+            raise FrankenError(
+                f"{self.file} is of a run with other {'; '.join(map(str, changed))}; --overwrite starts"
+                " afresh"
+            )
 
     def save(self, lora, optimizer, step: int, losses: list[StepLoss]) -> None:
         """Replace the checkpoint. Raises FrankenError, keeping the last one, where a weight is not finite."""
@@ -332,6 +353,7 @@ class Checkpoints:
         torch.save(
             {
                 "settings": self.settings,
+                "made_of": json.dumps(self.made_of),
                 "step": step,
                 "moment": (self.moment or datetime.now()).isoformat(),
                 "losses": [step.by_kind for step in losses],
@@ -348,11 +370,16 @@ class Checkpoints:
         if self.state is None:
             return 0, []
         own = {n: p for n, p in lora.named_parameters() if p.requires_grad}
-        with torch.no_grad():
-            for name, tensor in self.state["weights"].items():
-                own[name].copy_(tensor)
-        optimizer.load_state_dict(self.state["optimizer"])
-        return self.state["step"], [StepLoss(by_kind) for by_kind in self.state["losses"]]
+        try:
+            with torch.no_grad():
+                for name, tensor in self.state["weights"].items():
+                    own[name].copy_(tensor)
+            optimizer.load_state_dict(self.state["optimizer"])
+            return self.state["step"], [StepLoss(by_kind) for by_kind in self.state["losses"]]
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
+            raise FrankenError(
+                f"{self.file}: does not fit this model ({first_line(e)}); --overwrite starts afresh"
+            ) from e
 
     def clear(self) -> None:
         if self.file.exists():
@@ -603,13 +630,15 @@ class TrainingData:
 
 
 def check_out(args: argparse.Namespace, resumed: bool) -> None:
-    """Raises FrankenError where --out holds a finished adapter that is not to be overwritten.
+    """Raises FrankenError where --out holds a finished adapter that is not to be overwritten, or where none
+    can be written.
 
     resumed: going on with a checkpoint, which is cleared after the adapter is saved: what is in --out then is
     this very run's.
     """
     if (args.out / "adapter_model.safetensors").exists() and not (args.overwrite or resumed):
         raise FrankenError(f"{args.out} holds an adapter already: choose another --out, or --overwrite it")
+    check_target(args.out / "adapter_model.safetensors")
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -627,10 +656,19 @@ def train(args: argparse.Namespace) -> dict:
     checkpoints = Checkpoints(folder, settings | {"data": data.files}, args.resume, args.overwrite)
     check_out(args, resumed=checkpoints.state is not None)
 
-    template = ChatTemplate(load_tokenizer(locate_model(args.model)[0]), checkpoints.moment)
+    path = locate_model(args.model)[0]
+    template = ChatTemplate(load_tokenizer(path), checkpoints.moment)
     for roles in data.roles():
         template.check(*roles)
     checkpoints.moment = template.moment
+    checkpoints.begin(
+        {
+            "files": {file.name: content_hash(file) for file in sorted(path.glob("*.safetensors"))},
+            "config": sha256(path / "config.json"),
+            "tokenizer": tokenizer_sha256(template.tokenizer),
+            "template": template.to_json()["sha256"],
+        }
+    )
 
     # 2) model and examples
     device = accelerator.device
