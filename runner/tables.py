@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from typing import TypeGuard
 
 # Keys of an object with an "id" that belong to the question, not to what a model made of it. A suite that
 # uses these names has them written once per run; under other names they are written in every result.
@@ -114,12 +115,14 @@ def _whole(entry: dict, table: dict) -> dict:
     """An object with what its table leaves to be derived."""
     if "derived" not in table:
         return entry
-    numbers = entry.get(LOG_ODDS), entry.get("mass")
-    if table["derived"] != list(DERIVED) or not all(
-        isinstance(n, int | float) and not isinstance(n, bool) for n in numbers
-    ):
+    log_odds, mass = entry.get(LOG_ODDS), entry.get("mass")
+    if table["derived"] != list(DERIVED) or not (_is_number(log_odds) and _is_number(mass)):
         raise Corrupt("readings are to be derived, and what they follow from is not there")
-    return entry | derive(*numbers)
+    return entry | derive(log_odds, mass)
+
+
+def _is_number(value) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_text(value) -> bool:
