@@ -22,9 +22,11 @@ from engine.chat_template import ChatTemplate
 from engine.layers import Attenuated, cache_keyword, compiled_for_modules, mean_of, run_layer
 from engine.packing import Behind, Packed, Paths, common_length, pack, packed_batches
 from engine.prompt_layer import run_prompt_layer
+from engine.reuse import MARKS, Entered, in_common, marks
 from engine.sampling import Completion, Decoding, Request, draw
 from errors import FrankenError
 from franken import LiveModel
+from surgery.recipes import Recipe
 
 KEPT_BYTES = 1 << 29  # of hidden states kept for the next experiment
 STEP = 64  # keys are read in whole steps of so many: how a sum over them is split depends on their number
@@ -71,9 +73,9 @@ class Engine:
             Without it a CPU reads prompts by themselves too and keys in steps of STEP, so that in bfloat16 no
             reply was seen to change with the batch; a GPU's may.
         template: how conversations are written; by default the tokenizer's chat template as of now.
-        packed: read prompts packed (engine/packing.py) where nothing changes what layers give. None: on GPUs.
-            Never with `deterministic`, nor for a model that packed attention does not know (softcap, sinks,
-            rotary factors that depend on the length of a row).
+        packed: read prompts packed (engine/packing.py) where nothing changes what layers give. None: wherever
+            that is possible, which is not with `deterministic`, nor for a model that packed attention does
+            not know (softcap, sinks, rotary factors that depend on the length of a row).
     """
 
     def __init__(
@@ -114,9 +116,9 @@ class Engine:
         # told (tokens read, tokens written) after every batch of prompts and every step, for who waits
         self.on_work: Callable[[int, int], object] = lambda read, written: None
         self._accelerator = None
-        self._entered: dict[
-            tuple, tuple[int, torch.Tensor]
-        ] = {}  # by what was asked: hidden states before that position
+        self._entered = Entered()
+        # recipes that will run on this engine, where they are known: what they begin with is kept for them
+        self.coming: tuple[Recipe, ...] = ()
         for bank in live.banks:
             if bank.module is not None:  # None: a parked layer of another source, which no position runs
                 cache_keyword(bank.module)
@@ -133,7 +135,7 @@ class Engine:
         sinks = any(name.endswith("sinks") for name in live.banks[0].tensors)
         self.fast = self.fast and not sinks
         bent = getattr(self.config, "attn_logit_softcapping", None) is not None or sinks
-        self.packed = (on_gpu if packed is None else packed) and not (deterministic or bent)
+        self.packed = packed is not False and not (deterministic or bent)
         self.packed = self.packed and self.switch is None and self.longest is None
         self.rotary_by_kind = hasattr(live.backbone.rotary_emb, "layer_types")
 
@@ -208,18 +210,19 @@ class Engine:
 
         `caches[p]` serves position p, or None; `mask(window, device)` gives the boolean mask, or the Paths of
         packed prompts, for layers of that window. `asked` identifies all that the states depend on besides
-        weights: where an earlier model was asked the same, the layers that both have in common with the
-        unmodified model are not computed again (a window sweep saves half its work).
+        weights: where an earlier model was asked the same, the layers that both begin with are not computed
+        again (a window sweep saves half its work; see engine/reuse.py).
 
         Positions that the recipe runs side by side all read what enters their block. `layer`, which runs each
         position in order instead of `run_layer`, gives back what that position alone makes of it. `lengths`
         [B]: how many tokens each row has with this pass, padding left out. `entering`: a position, and the
         hidden states with which the pass begins there; `until`: the position before which it ends.
         """
-        unchanged = self._unchanged() if asked else 0
-        first, hidden = entering or self._entered.get(asked, (0, None))
-        if hidden is None or not (entering or 0 < first <= unchanged):
-            first, hidden = 0, self.live.backbone.embed_tokens(ids)
+        recipe = self.live.recipe if asked else None
+        first, hidden = entering or (self._entered.best(asked, recipe) if recipe else (0, None))
+        kept_at = self._kept_at(recipe, first) if recipe else frozenset()
+        if hidden is None:
+            hidden = self.live.backbone.embed_tokens(ids)
         kinds = self.live.attention_kinds()
         rotary, here = self._rotary(hidden, positions, dict.fromkeys(kinds), lengths), {}
         ends = {p: stop for start, stop in self.live.parallel for p in range(start, stop)}
@@ -229,8 +232,9 @@ class Engine:
                 continue
             if p == until:
                 return hidden
-            if p == unchanged > first:
-                self._keep(asked, p, hidden)
+            if p in kept_at:
+                assert recipe is not None, "nothing is kept of weights in no defined state"
+                self._entered.keep(asked, recipe, p, hidden, self._beside, KEPT_BYTES)
             if (kind, bank.device) not in here:
                 here[kind, bank.device] = (
                     tuple(t.to(bank.device) for t in rotary[kind]),
@@ -249,20 +253,15 @@ class Engine:
                 hidden, side_by_side = mean_of(side_by_side), []
         return hidden.to(self.norm.weight.device)
 
-    def _unchanged(self) -> int:
-        """How many leading positions hold what they hold in the unmodified model, one after the other; 0 with
-        another embedding."""
-        recipe, original = self.live.recipe, self.live.original
-        if recipe is None or recipe.embed != original.embed:
-            return 0
-        serial = recipe.parallel[0][0] if recipe.parallel else len(recipe)
-        pairs = zip(recipe.slots[:serial], original.slots, strict=False)
-        return next((p for p, (now, before) in enumerate(pairs) if now != before), min(serial, len(original)))
+    def _kept_at(self, recipe: Recipe, first: int) -> frozenset[int]:
+        """Behind position `first`, where hidden states are kept."""
+        to_come = in_common(recipe, self.live.original), *marks(recipe, self.coming)
+        return frozenset(p for p in to_come if first < p < len(recipe))
 
-    def _keep(self, asked: tuple, position: int, hidden: torch.Tensor) -> None:
-        self._entered.pop(asked, None)
-        if sum(t.nbytes for _, t in self._entered.values()) + hidden.nbytes <= KEPT_BYTES:
-            self._entered[asked] = position, hidden
+    @property
+    def _beside(self) -> int:
+        """How many hidden states of a question are kept beside the latest: those of two recipes at most."""
+        return 2 * MARKS if self.coming else 0
 
     def _prompt_mask(self, length: int, start: int):
         """Masks for `length` tokens after `start` others: none where plain causal attention of a prompt to
@@ -359,6 +358,8 @@ class Engine:
         if hidden.is_cuda and hidden.dtype == head.weight.dtype == torch.bfloat16:
             return self._finish(torch.mm(hidden, head.weight.T, out_dtype=torch.float32), head)
         hidden = hidden.float()
+        if head.weight.dtype == torch.float32:
+            return self._finish(F.linear(hidden, head.weight), head)
         parts = [F.linear(hidden, rows.float()) for rows in head.weight.split(16384)]
         return self._finish(torch.cat(parts, -1), head)
 
@@ -478,6 +479,8 @@ class Engine:
 
         caches, rows, prefix, common: see `_follow` and `next_token_logprobs`.
         """
+        if not all(sequences):
+            raise FrankenError("a prompt needs at least one token")
         results: list = [None] * len(sequences)
         start, behind = caches[0].k.shape[2] if caches else 0, rows if caches else [0] * len(sequences)
         todo = packed_batches(sequences, behind, self.prefill_tokens, start)
@@ -616,13 +619,15 @@ class Engine:
         """
         if any(not prefix for prefix, _ in pairs):
             raise ValueError("a likelihood needs at least one token of context")
+        # on a CPU few rows of the vocabulary at once, which its caches hold
+        rows = 256 if self.live.device.type == "cuda" else 128
 
         def read(i, hidden):
             target = pairs[i][1]
             states, ids = hidden[-len(target) - 1 : -1], torch.tensor(target, device=hidden.device)
             logprobs = [
                 self.logits(s).log_softmax(-1).gather(1, t[:, None])[:, 0]
-                for s, t in zip(states.split(256), ids.split(256), strict=True)
+                for s, t in zip(states.split(rows), ids.split(rows), strict=True)
             ]
             return torch.cat(logprobs).cpu().numpy()
 

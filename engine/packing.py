@@ -95,7 +95,8 @@ class Paths:
 
     keys [K]: for each segment in turn all tokens of its path up to its own last, as indices into the keys of
     a layer: those of the caches, row after row, then those of this pass. from_query, from_key [segments + 1]:
-    where each segment's queries and keys begin.
+    where each segment's queries and keys begin. masks: without a GPU, of every segment [its queries, its
+    keys], None for one that is its whole path and is seen causally.
     """
 
     def __init__(self, packed: Packed, cached_rows: int, window: int | None, device: torch.device):
@@ -111,6 +112,24 @@ class Paths:
         self.bounds = np.cumsum([0, *queries]), np.cumsum([0, *lengths])
         self.keys = torch.from_numpy(np.concatenate(keys)).to(device)
         self.from_query, self.from_key = (torch.from_numpy(b).to(device, torch.int32) for b in self.bounds)
+        self.masks: list[torch.Tensor | None] = []  # made by the first layer that asks for them
+
+    def mask(self, k: int, device: torch.device) -> torch.Tensor | None:
+        """The mask of segment k: made once for all layers of a pass."""
+        if not self.masks:
+            shapes = zip(*map(np.diff, self.bounds), strict=True)
+            self.masks = [_causal(int(new), int(keys), self.window, device) for new, keys in shapes]
+        return self.masks[k]
+
+
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """What the last `queries` of so many tokens see of them; None where it is all up to themselves and they
+    are all there are, for which kernels need no mask and compute half."""
+    if queries == keys and (window is None or window >= keys):
+        return None
+    at = torch.arange(keys, device=device)
+    now = at[keys - queries :, None]
+    return (at <= now) if window is None else (at <= now) & (at > now - window)
 
 
 def attend_along_paths(query, key, value, paths: Paths, scaling) -> torch.Tensor:
@@ -137,22 +156,26 @@ def attend_along_paths(query, key, value, paths: Paths, scaling) -> torch.Tensor
             **window,
         )[0]
         return out[None]
+    segments = enumerate(zip(*map(pairwise, paths.bounds), strict=True))
     return torch.cat(
         [
-            _attend(query[a:b], keys[c:d], values[c:d], paths.window, scaling)
-            for (a, b), (c, d) in zip(*map(pairwise, paths.bounds), strict=True)
+            _attend(query[a:b], keys[c:d], values[c:d], paths.mask(k, query.device), scaling)
+            for k, ((a, b), (c, d)) in segments
         ]
     )[None]
 
 
-def _attend(query, keys, values, window: int | None, scaling) -> torch.Tensor:
-    """One segment by itself: query [Q, H, D], keys and values [K, G, D] -> [Q, H, D]."""
-    at = torch.arange(len(keys), device=query.device)
-    now = at[len(keys) - len(query) :, None]
-    seen = (at <= now) if window is None else (at <= now) & (at > now - window)
+def _attend(query, keys, values, seen: torch.Tensor | None, scaling) -> torch.Tensor:
+    """One segment by itself: query [Q, H, D], keys and values [K, G, D] -> [Q, H, D]. seen: see Paths."""
     q, k, v = (t.transpose(0, 1)[None] for t in (query, keys, values))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        q,
+        k,
+        v,
+        attn_mask=seen,
+        is_causal=seen is None,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out[0].transpose(0, 1)
 

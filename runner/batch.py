@@ -136,6 +136,8 @@ def _result(plan: Plan, weights: dict, measurements: dict, error: dict | None, p
     }
 
 
+AHEAD = 64  # so many of the experiments to come are looked at for layers that they begin with alike
+
 # no rate and no time left: the suites of one experiment differ in length by a factor of a thousand
 INNER = "{desc}: {n_fmt} of {total_fmt} done [{elapsed}{postfix}]"
 
@@ -380,9 +382,14 @@ def run_batch(record: Record, engine, protocol) -> int:
             result = run_experiment(engine, plan, protocol, record.original, progress, find)
         return record.keep(plan, result)
 
+    # on a CPU, where memory is not short of the bytes: on a GPU it has not been measured
+    ahead = AHEAD if engine.live.device.type == "cpu" else 0
+    left = [plan for plan in record.plans if not record.finished[plan.experiment.name]]
     try:
         for plan in as_sources_arrive(record.plans, engine.live):
             name = plan.experiment.name
+            left = [other for other in left if other is not plan]
+            engine.coming = tuple(other.recipe for other in left[:ahead])
             if matcher is not None and wants(plan.experiment) and not record.finished[name]:
                 matcher.unmodified()  # before the experiment, so that none is lost if this fails
             result = record.finished[name] or measure(plan)
@@ -393,4 +400,5 @@ def run_batch(record: Record, engine, protocol) -> int:
             measure(twin, matcher.find)
     finally:
         record.bar.close()
+        engine.coming = ()
     return record.failed()

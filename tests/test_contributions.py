@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from engine.accelerated import Accelerator
 from engine.generation import Engine, Request
 from engine.layers import attenuated, compiled_for_modules, mean_of, run_layer
+from engine.reuse import in_common
 from errors import FrankenError
 from surgery import recipes as r
 from surgery.weights import Checkpoint
@@ -139,11 +140,11 @@ def test_leading_layers_are_reused_up_to_what_runs_otherwise(tiny_pair):
         live.apply(recipe)
         assert torch.equal(used.next_token_logprobs(PROMPTS), pair.engine(live).next_token_logprobs(PROMPTS))
     live.apply(r.parallel(live.original, 2, 5))
-    assert used._unchanged() == 2
+    assert in_common(live.recipe, live.original) == 2
     live.apply(r.attenuate(live.original, 0.5, 3, 4))
-    assert used._unchanged() == 3
+    assert in_common(live.recipe, live.original) == 3
     live.apply(r.parallel(r.attenuate(live.original, 0.5, 1, 2), 3, 5))
-    assert used._unchanged() == 1
+    assert in_common(live.recipe, live.original) == 1
 
 
 def test_a_scale_moves_no_weight_and_one_is_no_scale(tiny_pair):

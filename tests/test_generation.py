@@ -439,7 +439,7 @@ def test_a_batch_is_halved_until_it_fits(tiny_pair, monkeypatch, where):
 
 
 def test_one_row_that_does_not_fit_is_an_error(tiny_pair, monkeypatch):
-    engine = tiny_pair("llama").engine()
+    engine = tiny_pair("llama").engine(packed=False)
     monkeypatch.setattr(Engine, "prefill", out_of_memory_above(0)(Engine.prefill))
     with pytest.raises(torch.OutOfMemoryError):
         engine.complete(greedy(PROMPTS))

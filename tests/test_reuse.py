@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moves import BRANCHES, instruct
 
-from engine import generation
+from engine import generation, prompt_layer
 from engine.generation import Engine, shared_prefixes
+from engine.reuse import in_common, marks
 from surgery import recipes as r
 
 SHARED = tiny.random_prompt(1, 90)
@@ -36,6 +37,7 @@ def runs(monkeypatch):
         return run(*args)
 
     monkeypatch.setattr(generation, "run_layer", counted)
+    monkeypatch.setattr(prompt_layer, "run_layer", counted)
     return count
 
 
@@ -60,7 +62,7 @@ def test_reusing_changes_no_bit(tiny_pair, family):
     engine = pair.engine(live)
     for what, operation, below in changes(len(live.original)):
         live.apply(operation(live.original))
-        assert engine._unchanged() == below, what
+        assert in_common(live.recipe, live.original) == below, what
         assert same(ask(engine), ask(pair.engine(live))), what
 
 
@@ -68,7 +70,7 @@ def test_a_window_sweep_runs_the_lower_layers_once(tiny_pair, runs):
     """n windows need n * (n + 1) / 2 layers a batch, and each lower layer once more on the way up."""
     pair = tiny_pair("llama")
     live = pair.live()
-    engine, n = pair.engine(live), len(live.original)
+    engine, n = pair.engine(live, packed=False), len(live.original)
     engine.loglikelihood(PAIRS)
     assert runs[0] == n
     for a in range(n):
@@ -109,7 +111,7 @@ def test_little_memory_keeps_little(tiny_pair, monkeypatch):
 def test_a_full_memory_gives_up_what_is_kept(tiny_pair, monkeypatch):
     pair = tiny_pair("llama")
     live = pair.live()
-    engine, forward, kept = pair.engine(live), Engine.forward, []
+    engine, forward, kept = pair.engine(live, packed=False), Engine.forward, []
     live.apply(r.splice(live.original, "base", 2, 3))
     expected = ask(engine)
 
@@ -135,7 +137,7 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(tiny_pair, fami
     """Prefixes longer than the sliding windows, suffixes shorter and longer, one layer at two positions."""
     pair = tiny_pair(family)
     live = pair.live()
-    engine = pair.engine(live)
+    engine = pair.engine(live, packed=False)
     live.apply(r.repeat(r.swap(live.original, 0, 1), 0, 3))
     rebuilt = pair.rebuilt(instruct(1, 0, 2, 1, 0, 2, 3, 4, 5))
     want = [tiny.hf_logits(rebuilt, prompt).log_softmax(-1) for prompt in BRANCHES]
@@ -186,3 +188,50 @@ def test_groups_of_shared_beginnings_are_the_cheapest(rows, cost):
 
     saved = sum((len(group) - 1) * shared - cost for shared, group in groups if shared)
     assert saved == most(sorted(range(len(prompts)), key=lambda i: prompts[i]))
+
+
+# ---- recipes to come ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_recipes_to_come_begin_with_is_computed_once_and_changes_no_bit(tiny_pair, runs, packed):
+    """The base alone, then the base's first layers: no layer of the unmodified model is among those."""
+    pair = tiny_pair("llama")
+    live = pair.live()
+    n = len(live.original)
+    whole = r.splice(live.original, "base", 0, n)
+    first, two = (r.splice(live.original, "base", 0, k) for k in (3, 2))
+    engine = pair.engine(live, packed=packed)
+    recipes = [live.original, whole, first, two, r.swap(live.original, 3, 4)]
+    for k, recipe in enumerate(recipes):
+        engine.coming = tuple(recipes[k + 1 :])
+        live.apply(recipe)
+        runs[0] = 0
+        got = ask(engine)
+        ran = runs[0]
+        assert same(got, ask(pair.engine(live, packed=packed))), k
+        alone = runs[0] - ran
+        if packed:  # otherwise the beginning that prompts share is read anew, as what stands in caches is
+            assert alone - ran == [0, 0, 3, 2, 3][k] * alone // n, k
+        assert (ran < alone) == (k > 1)
+
+
+def test_hidden_states_are_kept_where_they_save_most():
+    original = r.identity(8)
+    window = [r.splice(original, "base", k, k + 1) for k in (2, 5, 5, 6, 7)]
+    assert marks(original, tuple(window), 1) == {5}
+    assert marks(original, tuple(window), 2) == {5, 7}
+    assert marks(original, tuple(window), 3) == {2, 5, 7}
+    assert marks(original, (original, r.with_outer(original, "base")), 3) == set()
+    blocks = r.parallel(original, 3, 5)
+    assert in_common(blocks, original) == in_common(original, blocks) == 3
+
+
+@pytest.mark.parametrize("most, kept", [(4 * 10, 1), (8 * 10, 2), (3 * 10, 0)])
+def test_what_is_kept_fits_its_bytes_and_the_latest_stays(most, kept):
+    store, recipe = generation.Entered(), r.identity(6)
+    for at in (1, 2, 3):
+        store.keep(("q",), recipe, at, torch.full((10,), float(at)), 5, most)
+    assert store.best(("q",), recipe)[0] == (3 if kept else 0)
+    assert sum(map(len, store._kept.values())) == kept
+    assert store.best(("other",), recipe) == (0, None)
