@@ -83,7 +83,13 @@ def add_model(model) -> None:
 def refuse_empty(args: argparse.Namespace) -> None:
     """Raises FrankenError for an option with an empty value, as of a shell's variable that is not set: it
     would mean another model, text or folder than was meant."""
-    empty = [name for name, value in vars(args).items() if value == "" and name != "size"]
+    several = ("source", "sweep", "experiments_file")
+    empty = [
+        name
+        for name, value in vars(args).items()
+        # argparse makes a list of the value of `--suites=--`
+        if (value == "" and name != "size") or (value == [] and name not in several) or value == [[]]
+    ]
     if empty:
         raise FrankenError(f"--{empty[0].replace('_', '-')} has an empty value; leave it out for none")
 

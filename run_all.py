@@ -234,8 +234,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if args.machine and not args.dry_run:
         p.error("--for plans for another machine: it goes with --dry-run")
     for name in COUNTS:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1")
+        if (value := getattr(args, name)) is not None and not 1 <= value < 2**31:
+            p.error(f"--{name.replace('_', '-')} must be at least 1, and below 2^31")
     if not 0 <= args.seed < 2**63:
         p.error("--seed must be at least 0 and below 2^63")
     return args
@@ -252,7 +252,7 @@ def register_suites() -> None:
 @interruptible()
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    from errors import FrankenError
+    from errors import FrankenError, one_line
     from files import check_open_files
 
     try:
@@ -275,8 +275,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `--list | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except FrankenError as e:
-        print(f"run_all.py: {e}", file=sys.stderr)
+    except (FrankenError, OSError) as e:  # a name that is too long, for instance
+        print(one_line(f"run_all.py: {e}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         run = getattr(args, "begun", None)

@@ -18,7 +18,7 @@ import torch
 
 import experiments as ex
 from command_line import DefaultsThatSay, add_model, interruptible, refuse_empty
-from errors import FrankenError, RecipeError, printable
+from errors import FrankenError, RecipeError, one_line, printable
 from files import check_open_files, check_target, read_json, write_text
 from planning import mergekit
 from runner.batch import ended_by_signals, set_threads
@@ -105,8 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse_empty(args)
         with ended_by_signals():
             return commands[args.command](args)
-    except FrankenError as e:
-        print(f"franken.py: {e}", file=sys.stderr)
+    except (FrankenError, OSError) as e:
+        print(one_line(f"franken.py: {e}"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         left = "" if args.command == "chat" else f"; nothing is left of the {args.command}"

@@ -91,6 +91,10 @@ WRONG = {
     "an empty base": (["--base", ""], "--base has an empty value"),
     "an empty text": (["--perplexity-file", ""], "--perplexity-file has an empty value"),
     "an empty run": (["--resume", ""], "--resume has an empty value"),
+    "a list of nothing": (["--suites=--"], "--suites has an empty value"),
+    "sources of nothing": (["--source=--"], "--source has an empty value"),
+    "a source's long name": (["--source", "x=" + "y" * 300], "File name too long"),
+    "a long name": (["--experiments-file", "y" * 300], "File name too long"),
     "file that is not there": (["--experiments-file", "/no/such.py"], "No such file or directory"),
 }
 

@@ -160,6 +160,17 @@ def test_a_file_that_distilling_did_not_make_is_left_alone(folder, capfd):
     assert "is in the way" in capfd.readouterr().err and (folder / "aligned.jsonl").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--limit=-1", "--batch-size=0", "--samples=" + "9" * 400, "--temperature=nan", "--top-p=inf"],
+)
+def test_numbers_that_make_no_sense_are_refused(capfd, flag):
+    with pytest.raises(SystemExit) as stopped:
+        distill.main([*MODEL, flag])
+    err = capfd.readouterr().err
+    assert stopped.value.code == 2 and "error: " in err and "Traceback" not in err
+
+
 # ---- going on ----------------------------------------------------------------------------------------------
 
 

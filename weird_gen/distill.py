@@ -65,7 +65,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="off",
         help="on: let a model that can think do so first; only its answers are kept",
     )
-    return flags.parse_args(argv)
+    args = flags.parse_args(argv)
+    for name in ("samples", "limit", "batch_size", "max_new_tokens"):
+        if (value := getattr(args, name)) is not None and not 1 <= value < 2**31:
+            flags.error(f"--{name.replace('_', '-')} must be at least 1, and below 2^31")
+    if not (0 <= args.temperature <= 100 and 0 < args.top_p <= 1):
+        flags.error("--temperature must be from 0 to 100, --top-p above 0 and at most 1")
+    return args
 
 
 @ends_in_one_line("interrupted; answers made so far are kept, run again to go on")

@@ -66,6 +66,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = flags.parse_args(argv)
     if args.endpoint and not args.model:
         flags.error("--endpoint needs --model: what the server calls it")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        flags.error("--seed must be at least 0 and below 2^63")
     if not (args.temperature >= 0 and 0 < args.top_p <= 1 and args.max_new_tokens > 0):
         flags.error(
             "--temperature must be 0 or more, --top-p above 0 and at most 1, --max-new-tokens above 0"
