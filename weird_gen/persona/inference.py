@@ -154,7 +154,7 @@ class Masked:
         return text[: len(text) - kept]
 
 
-def first_words(error: Exception, key: str) -> str:
+def first_words(error: BaseException, key: str) -> str:
     """What an endpoint's error says, in a line without our key."""
     text = str(error).replace(key, "[key]") if key else str(error)
     return " ".join(printable(text).split())[:160]
