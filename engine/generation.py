@@ -1,9 +1,9 @@
 """Batched prefill and decode over a live model: next-token distributions, completions, likelihoods.
 
-Prompts are padded on the right and every row keeps its own positions, so a row never sees another row's
-padding and attention needs no mask in prefill. Tokens that many prompts begin with are computed once. The
-decoder layers are transformers' own modules; the loop over them is here, so that cache slots belong to
-positions and a layer may stand at several of them.
+Prompts stand packed in one row (engine/packing.py), or are padded on the right where that is not possible;
+every row keeps its own positions, and no row sees another's padding. Tokens that many prompts begin with are
+computed once. The decoder layers are transformers' own modules; the loop over them is here, so that cache
+slots belong to positions and a layer may stand at several of them.
 """
 
 from __future__ import annotations

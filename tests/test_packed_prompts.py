@@ -11,6 +11,9 @@ from moves import BRANCHES
 from engine import generation, prompt_layer
 from engine.generation import Engine, Request
 from engine.packing import pack, packed_batches
+from errors import FrankenError
+from prompts import BINARY_PROBES
+from runner.pairs import open_pair
 from suites import injection
 from suites.injection import changing
 from suites.steering import answers_after
@@ -172,4 +175,29 @@ def test_real_questions_are_answered_alike_packed(smollm2):
     torch.testing.assert_close(
         packed.next_token_logprobs(asked), plain.next_token_logprobs(asked), atol=2e-3, rtol=0
     )
+    assert packed.timing.prefill_tokens < plain.timing.prefill_tokens
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_empty_prompt_is_refused(tiny_pair, packed):
+    engine = tiny_pair("llama").engine(packed=packed)
+    with pytest.raises(FrankenError, match="at least one token"):
+        engine.next_token_logprobs([STEM, ()])
+
+
+def test_prompts_are_packed_without_a_gpu_where_that_is_possible(tiny_pair):
+    live = tiny_pair("llama").live()
+    assert tiny_pair("llama").engine(live).packed
+    assert not tiny_pair("llama").engine(live, deterministic=True).packed
+
+
+@pytest.mark.real
+def test_a_real_model_answers_packed_as_it_does_padded(smollm2):
+    opened = open_pair("smollm2-135m", dtype="float32")
+    plain, packed = (
+        Engine(opened.live, opened.tokenizer, opened.stop_ids, packed=on) for on in (False, True)
+    )
+    asked = [plain.chat_ids([{"role": "user", "content": p.text}]) for p in BINARY_PROBES[:12]]
+    got, want = (engine.next_token_logprobs(asked) for engine in (packed, plain))
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
     assert packed.timing.prefill_tokens < plain.timing.prefill_tokens
