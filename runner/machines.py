@@ -3,7 +3,8 @@
 Rates are not data sheets': they are what the work that runner.estimate counts takes in the measured times.
 It counts every prompt whole, where the engine reads common beginnings once, and steps of 32 rows, where a GPU
 decodes 64; so they are higher than the hardware's own. Both measured times are of the Qwen2.5-Coder-32B
-shape, in bf16: a sweep's configuration (quick) and the whole protocol of one experiment.
+shape, in bf16: a placebo of the heads (the quick protocol, with no layers kept from another experiment) and
+the whole protocol of one experiment.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Machine:
 def measured(
     name: str, memory: float, quick: float, whole: float, move: float, to_device: float, basis: str
 ) -> Machine:
-    """From seconds measured with the 32B shape: one quick configuration, of which `move` is its layer's move,
-    and one experiment's whole protocol."""
+    """From seconds measured with the 32B shape: one quick experiment, of which `move` is the surgery and its
+    way back, and one experiment's whole protocol."""
     flops = 2 * INSIDE * QUICK_TOKENS / (quick - move)
     step = (whole - 2 * INSIDE * WHOLE_TOKENS / flops) / WHOLE_STEPS
     return Machine(name, 1, memory, flops, WEIGHTS / step, to_device, basis)
@@ -47,20 +48,19 @@ def measured(
 H200 = measured(
     "h200-141gb",
     139.8 * GIB,
-    1.28,
-    4.99,
-    0.0291,
-    45.7e9,
-    "measured on one H200, 2026-11-21, with random weights of the 32B shape, before prompts were packed",
+    0.87,
+    3.19,
+    0.102,
+    54.6e9,
+    "measured on one H200, 2026-11-26, with random weights of the 32B shape",
 )
-# The whole protocol was measured behind a sweep, which saved it 0.6 s: 3.21 + 0.6. Its source's pages were
-# registered with the card.
+# The whole protocol was measured behind a sweep, which saved it 0.6 s: 3.21 + 0.6.
 H100 = measured(
     "h100-80gb",
     79.2 * GIB,
-    0.59,
+    0.88,
     3.81,
-    0.0187,
+    0.116,
     54.1e9,
     "measured on one H100 80GB, 2026-11-26, with random weights of the 32B shape",
 )

@@ -164,7 +164,7 @@ def test_a_hub_id_is_not_fetched(nothing_loaded, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, quick, whole", [("h100-80gb", 0.59, 3.81), ("h200-141gb", 1.28, 4.99)], ids=lambda x: x
+    "name, quick, whole", [("h100-80gb", 0.88, 3.81), ("h200-141gb", 0.87, 3.19)], ids=lambda x: x
 )
 def test_a_measured_machine_is_planned_for_with_what_was_measured_there(
     nothing_loaded, capsys, name, quick, whole
