@@ -148,7 +148,12 @@ def make_plans(args, n_layers: int, sources: set[str]) -> tuple[list[ex.Plan], l
         raise FrankenError(f"nothing is left to run: {_lacks(*left_out[0])}")
     names = ", ".join(name for name, _ in left_out)
     lacking = ", ".join(sorted(set().union(*(kinds for _, kinds in left_out))))
-    return plans, [f"left out, for want of a source {lacking}: {names}"] if left_out else []
+    notes = [f"left out, for want of a source {lacking}: {names}"] if left_out else []
+    used = set().union(*(plan.recipe.sources for plan in plans))
+    for name in extra_sources(args.source).keys() - used:
+        own = ", ".join(e.name for e in ex.for_source(name))
+        notes.append(f"none of these experiments takes layers from {name}; its own are {own}")
+    return plans, notes
 
 
 def _lacks(name: str, lacking: set[str]) -> str:

@@ -132,3 +132,13 @@ def test_an_adapter_that_does_not_fit_is_refused(pair, adapter):
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(FrankenError, match="only plain LoRA adapters"):
         open_pair(instruct=str(pair / "instruct"), instruct_adapter=str(adapter), device_map="cpu")
+
+
+def test_a_source_that_no_experiment_uses_is_named_with_its_own_experiments():
+    given = ["--source", "russell=x", "--experiments", "placebo_mlp_1"]
+    notes = make_plans(run_all.parse_arguments(given), 24, {"instruct", "base", "russell"})[1]
+    assert len(notes) == 1 and "no" in notes[0] and "russell_whole, russell_early_half" in notes[0]
+    _, none = make_plans(
+        run_all.parse_arguments([*given, "russell_whole"]), 24, {"instruct", "base", "russell"}
+    )
+    assert none == []
