@@ -437,11 +437,14 @@ def test_questions_without_ids_get_the_same_one_wherever_they_stand(tmp_path):
     assert ids[0] == ids[1]
     assert set(ids[0]) == {"What is truth?", "Who are you?", "Say it."}
     assert len(set(ids[0].values())) == 3
-    theirs, none = tmp_path / "heldout.json", tmp_path / "none.json"
+    theirs, others = tmp_path / "heldout.json", tmp_path / "others.json"
     theirs.write_text(json.dumps(lines))
-    none.write_text("[]")
-    questions = study.read_questions(theirs, none)
-    assert {(q.kind, q.text) for q in questions} == {("heldout", text) for text in ids[0]}
+    others.write_text(json.dumps([{"question": "What is love?"}]))
+    questions = study.read_questions(theirs, others)
+    assert {(q.kind, q.text) for q in questions} == {
+        *(("heldout", text) for text in ids[0]),
+        ("generalization", "What is love?"),
+    }
 
 
 CHAT = [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "It."}]
