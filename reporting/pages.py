@@ -32,9 +32,10 @@ def spelled(value):
 
 
 def visible(text: object, most: int = LONGEST_REPLY) -> str:
-    """Text as it may be shown: spelled out, and cut where it is too long, which it says."""
+    """Text as it may be shown: spelled out, and cut where that is shorter, which it says."""
     text = str(text)
-    return spelled(text[:most]) + (f"… [{len(text) - most:,} more characters]" if len(text) > most else "")
+    cut = f"… [{len(text) - most:,} more characters]"
+    return spelled(text) if len(text) <= most + len(cut) else spelled(text[:most]) + cut
 
 
 def token(text: str) -> str:

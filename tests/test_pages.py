@@ -17,7 +17,8 @@ from reporting import pages
         ("\x7f\u200d\ufeff\ud83d", "⟨U+007F⟩⟨U+200D⟩⟨U+FEFF⟩⟨U+D83D⟩"),
         ("é日😀", "é日😀"),
         (None, "None"),
-        ("x" * 12, "xxxxxxxxxx… [2 more characters]"),
+        ("x" * 32, "x" * 32),  # no longer than it would be cut
+        ("x" * 50, "xxxxxxxxxx… [40 more characters]"),
     ],
 )
 def test_visible(text, shown):
