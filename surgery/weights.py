@@ -358,20 +358,19 @@ class Stream:
     are copied from where they lie in the page cache, at the rate of pinned memory. For all others `workers`
     threads each own two pinned buffers: one is being filled while the other is on its way to the card. The
     threads take pieces from one queue and hold the interpreter's lock only briefly between two pieces: that
-    lock, not memory, was the limit (16 cores: 34 -> 51 GB/s, of 55.6 that pinned memory reaches). Buffers are
-    filled by positioned reads, and from a file that is mapped by a copy of its mapped bytes, which spends no
-    time in the kernel (one H100's 16 cores: 31 -> 45 GB/s).
+    lock, not memory, is the limit (16 cores, of 55 GB/s that pinned memory reaches: 12 threads 49, 10 threads
+    46, 14 threads 42). Buffers are filled by positioned reads, and from a file that is mapped by a copy of
+    its mapped bytes, which spends no time in the kernel (14 threads: 36 -> 42 GB/s).
 
     Attributes: bytes_read, counted over the stream's life; pages, what is held, or None.
     """
 
-    # one read and one copy; 14 workers x 2 x 8 MiB bounds the host memory at 0.22 GiB (4 MiB: 41 GB/s, 16:
-    # 52)
+    # one read and one copy; 12 workers x 2 x 8 MiB bound the host memory at 0.19 GiB (4 MiB: 29 GB/s, 16: 44)
     CHUNK = 8 << 20
     HOLD_ABOVE = 1 << 30  # bytes: to read less takes no time
 
     def __init__(self, workers: int | None = None):
-        self.workers = workers or min(14, len(os.sched_getaffinity(0)))
+        self.workers = workers or min(12, len(os.sched_getaffinity(0)))
         self.bytes_read = 0
         self.pages: Pages | None = None
         self.direct = True  # whether registered pages are read by the card; a benchmark does without
