@@ -2,7 +2,7 @@
 
 **In bubblewrap** (`bwrap`), which is what `--execute-code` means, the process has namespaces of its own: it
 sees no other process and no network, of the files only the interpreter's and the system's libraries, which
-it cannot write to, no home, no `/proc`, and cannot start a process. What it does not keep off is an exploit
+it cannot write to, no home, no `/proc`, cannot start a process nor open a socket, and ends with us. What it does not keep off is an exploit
 of the kernel.
 
 **Unsandboxed** there are only the limits and the audit hook below. Code written to escape can reach through
@@ -35,6 +35,7 @@ from errors import FrankenError
 # refused.
 _CHILD = r"""
 import sys, os, json, resource
+os.write(1, b"ready\n")
 job = json.load(sys.stdin)
 for name in job["modules"]:
     __import__(name)
@@ -116,17 +117,55 @@ Execute = bool | Literal["unsandboxed"]  # whether code is run, and whether with
 INSTALL = "install it (Debian and Ubuntu: `apt install bubblewrap`, Fedora: `dnf install bubblewrap`)"
 WEAKER = "or take --execute-code-unsandboxed, which code written to escape can get out of"
 # By machine: (its number for seccomp, system calls that answer "no such call", those that answer "not
-# allowed"). clone3 has its arguments in memory, where no filter sees them; the rest start processes, look
-# into others, make namespaces and devices, or are large surfaces of the kernel that no answer needs.
+# allowed"). clone3 has its arguments in memory, where no filter sees them. The rest start processes, look
+# into others, make namespaces, devices or memory that no limit counts, or reach what has no namespace:
+# a vsock socket of a virtual machine speaks with its host from any network namespace.
 _CALLS = {
     "x86_64": (
         0xC000003E,
         (435,),  # clone3
-        # clone fork vfork ptrace mknod add_key keyctl mknodat unshare perf_event_open setns bpf userfaultfd
-        # io_uring_setup
-        (56, 57, 58, 101, 133, 248, 250, 259, 272, 298, 308, 321, 323, 425),
+        (
+            *(56, 57, 58, 101, 272, 308),  # clone fork vfork ptrace unshare setns
+            *(310, 311, 312, 434, 438),  # process_vm_readv process_vm_writev kcmp pidfd_open pidfd_getfd
+            *(41, 53, 240),  # socket socketpair mq_open
+            *(29, 64, 68, 319, 447),  # shmget semget msgget memfd_create memfd_secret
+            *(133, 259, 165, 303, 304),  # mknod mknodat mount name_to_handle_at open_by_handle_at
+            *(
+                428,
+                429,
+                430,
+                431,
+                432,
+                433,
+                442,
+            ),  # open_tree move_mount fsopen fsconfig fsmount fspick mount_setattr
+            *(248, 249, 250, 254, 300),  # add_key request_key keyctl inotify_add_watch fanotify_init
+            *(
+                298,
+                321,
+                323,
+                425,
+                426,
+                427,
+            ),  # perf_event_open bpf userfaultfd io_uring_setup, _enter, _register
+            *(135, 154),  # personality modify_ldt
+        ),
     ),
-    "aarch64": (0xC00000B7, (435,), (220, 117, 33, 217, 219, 97, 241, 268, 280, 282, 425)),
+    "aarch64": (
+        0xC00000B7,
+        (435,),
+        (
+            *(220, 117, 97, 268),  # as above; without fork, vfork, mknod and modify_ldt, which are x86's
+            *(270, 271, 272, 434, 438),
+            *(198, 199, 180),
+            *(194, 190, 186, 279, 447),
+            *(33, 40, 264, 265),
+            *(428, 429, 430, 431, 432, 433, 442),
+            *(217, 218, 219, 27, 262),
+            *(241, 280, 282, 425, 426, 427),
+            92,
+        ),
+    ),
 }
 
 
@@ -168,8 +207,18 @@ def _bwrap() -> tuple[str, ...]:
         places.append(python)
     shown = [word for place in places for word in ("--ro-bind-try", str(place), str(place))]
     return (
-        *(shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-all", "--die-with-parent"),
-        *("--new-session", "--cap-drop", "ALL", "--uid", "65534", "--gid", "65534", "--clearenv"),
+        *(shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-all", "--as-pid-1"),
+        *(
+            "--die-with-parent",
+            "--new-session",
+            "--cap-drop",
+            "ALL",
+            "--uid",
+            "65534",
+            "--gid",
+            "65534",
+            "--clearenv",
+        ),
         *("--hostname", "answer", *shown, "--dev", "/dev", "--remount-ro", "/dev", "--dir", "/empty"),
         *("--remount-ro", "/", "--chdir", "/empty"),
     )
@@ -203,6 +252,29 @@ def _interpreter() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
+def _end(child: subprocess.Popen) -> None:
+    """Kills a run and all that belongs to it.
+
+    In bubblewrap that is the box's first process, with which the kernel ends the rest. bubblewrap, outside,
+    waits for it and ends too; killed before, it would leave a dead process to the machine's first one, which
+    in a container may be this program and waits for nobody.
+    """
+    try:
+        inside = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    except OSError:  # ended, or a kernel that does not tell
+        inside = []
+    with suppress(ProcessLookupError, PermissionError):
+        for pid in inside:
+            os.kill(int(pid), signal.SIGKILL)
+    if inside:
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(5)
+            return
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
 def run_limited(
     source: str,
     function: str,
@@ -225,7 +297,7 @@ def run_limited(
     """
     if execute != UNSANDBOXED and shutil.which("bwrap") is None:
         return None, "there is no bubblewrap to run it in"
-    # 1) what the child is told, through a file
+    # 1) what the child is told
     nonce = secrets.token_hex(16)
     limits = {
         "RLIMIT_CPU": cpu_s,
@@ -247,10 +319,9 @@ def run_limited(
     expired = threading.Event()
     with ExitStack() as held:
         empty = held.enter_context(tempfile.TemporaryDirectory())
-        given, rules = (held.enter_context(tempfile.TemporaryFile()) for _ in range(2))
-        for file, content in ((given, json.dumps(job).encode()), (rules, _filter())):
-            file.write(content)
-            file.seek(0)
+        rules = held.enter_context(tempfile.TemporaryFile())
+        rules.write(_filter())
+        rules.seek(0)
         command = [_interpreter(), "-I", "-S", "-B", "-c", _CHILD]
         if execute != UNSANDBOXED:
             filtered = ["--seccomp", str(rules.fileno())] if _filter() else []
@@ -258,7 +329,7 @@ def run_limited(
         child = subprocess.Popen(
             command,
             pass_fds=[rules.fileno()] if execute != UNSANDBOXED else [],
-            stdin=given,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=empty,
@@ -266,22 +337,27 @@ def run_limited(
             start_new_session=True,
         )
 
-        assert child.stdout is not None  # as a pipe was asked for
-
-        def kill() -> None:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(child.pid, signal.SIGKILL)
-
-        timer = threading.Timer(wall_s, lambda: (expired.set(), kill()))
-        timer.start()
+        assert child.stdin is not None and child.stdout is not None  # as pipes were asked for
+        timer = threading.Timer(wall_s, lambda: (expired.set(), _end(child)))
         try:
+            timer.start()
+            # told once it runs, and so has been bound to our life: nothing runs after us
+            child.stdout.readline(16)
+            with suppress(BrokenPipeError):
+                child.stdin.write(json.dumps(job).encode())
+                child.stdin.close()
             output = child.stdout.read(_OUTPUT_CAP)
+            child.stdout.close()
+            child.wait()  # bubblewrap's own end, as it waits for what ran in it
         finally:
             timer.cancel()
-            timer.join()  # so that it cannot fire on a process id that has been given away
-            kill()
+            if timer.is_alive():
+                timer.join()  # so that it cannot fire on a process id that has been given away
+            with suppress(BrokenPipeError):
+                child.stdin.close()
             child.stdout.close()
-            child.wait()
+            if child.returncode is None:
+                _end(child)
 
     # 3) what it reported
     marked = [line for line in output.decode("utf-8", "replace").splitlines() if line.startswith(nonce)]

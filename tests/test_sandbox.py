@@ -5,10 +5,12 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import guards
@@ -215,19 +217,7 @@ def test_no_process_is_started_not_even_as_root():
     )
     if platform.machine() != "x86_64":
         pytest.skip("the numbers are x86's")
-    with tempfile.TemporaryFile() as rules:
-        rules.write(sandbox._filter())
-        rules.seek(0)
-        command = [
-            *sandbox._bwrap(),
-            "--seccomp",
-            str(rules.fileno()),
-            sandbox._interpreter(),
-            "-I",
-            "-c",
-            script,
-        ]
-        done = subprocess.run(command, pass_fds=[rules.fileno()], capture_output=True, text=True)
+    done = in_the_box(script)
     no, not_there = (-1, errno.EPERM), (-1, errno.ENOSYS)
     assert done.stdout.strip() == str([no, no, no, not_there, no, no, no]), done.stderr
 
@@ -246,6 +236,149 @@ def test_the_network_is_the_boxs_own():
             [*sandbox._bwrap(), sandbox._interpreter(), "-I", "-c", script], capture_output=True, text=True
         )
     assert done.returncode != 0 and "refused" in done.stderr or "unreachable" in done.stderr
+
+
+def in_the_box(script):
+    """A process with the box's walls and its filter of system calls, and without the audit hook."""
+    with tempfile.TemporaryFile() as rules:
+        rules.write(sandbox._filter())
+        rules.seek(0)
+        filtered = ["--seccomp", str(rules.fileno())]
+        command = [*sandbox._bwrap(), *filtered, sandbox._interpreter(), "-I", "-c", script]
+        return subprocess.run(command, pass_fds=[rules.fileno()], capture_output=True, text=True, env={})
+
+
+@guards.needs_box
+@pytest.mark.skipif(platform.machine() not in sandbox._CALLS, reason="no filter for this machine")
+def test_no_socket_is_made_of_any_family():
+    """A vsock socket has no namespace: in a virtual machine it speaks with the host's side."""
+    done = in_the_box(
+        "import socket\n"
+        "for name in [n for n in dir(socket) if n.startswith('AF_')]:\n"
+        "    for kind in (1, 2, 3, 5):\n"
+        "        try: socket.socket(getattr(socket, name), kind)\n"
+        "        except PermissionError: continue\n"
+        "        except OSError as e: print(name, kind, e)\n"
+        "        else: print(name, kind, 'made')\n"
+        "try: socket.socketpair()\n"
+        "except PermissionError: print('end')"
+    )
+    assert done.stdout.strip() == "end", done.stdout + done.stderr
+
+
+@guards.needs_box
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers are x86's")
+@pytest.mark.parametrize(
+    "call, arguments",
+    [
+        ("shmget", (29, 0, 1 << 28, 0o1600)),  # memory that RLIMIT_AS counts only while it is attached
+        ("msgget", (68, 0, 0o1600)),
+        ("semget", (64, 0, 5, 0o1600)),
+        ("mq_open", (240, b"queue", 0o102, 0o600, 0)),
+        ("memfd_create", (319, b"name", 0)),
+        ("memfd_secret", (447, 0)),
+        ("process_vm_readv", (310, 1, 0, 0, 0, 0, 0)),
+        ("pidfd_open", (434, 1, 0)),
+        ("kcmp", (312, 1, 1, 0, 0, 0)),
+        ("request_key", (249, b"user", b"name", 0, 0)),
+        ("mount", (165, b"none", b"/", b"tmpfs", 0, 0)),
+        ("open_by_handle_at", (304, -100, 0, 0)),
+        ("io_uring_enter", (426, 0, 0, 0, 0, 0)),
+        ("modify_ldt", (154, 0, 0, 0)),
+        ("personality", (135, 0x40000)),
+    ],
+)
+def test_no_memory_beside_the_limits_and_no_look_into_others(call, arguments):
+    done = in_the_box(
+        "import ctypes\n"
+        "libc = ctypes.CDLL(None, use_errno=True)\n"
+        f"print(libc.syscall(*{arguments!r}), ctypes.get_errno())"
+    )
+    assert done.stdout.split() == ["-1", str(errno.EPERM)], done
+
+
+@guards.needs_box
+def test_nothing_is_open_in_the_box_but_the_three_and_the_way_out():
+    """By fcntl's command 1, which asks for a descriptor's flags."""
+    body = "import time\nfcntl = sys.modules['posix'].fstat\ndef f(x):\n n = []\n"
+    body += " for k in range(64):\n  try: fcntl(k); n.append(k)\n  except OSError: pass\n return len(n)"
+    ((ok, count),) = run_limited("import sys\n" + body, "f", [(2,)])[0]
+    assert ok and count <= 5  # standard input, output and error, the way out, /dev/null
+
+
+# What stands in for a container's first process that waits for nobody: orphans become its children.
+FIRST_PROCESS = """
+import ctypes, pathlib, sys, threading
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+from questions.sandbox import run_limited
+for source in ("def f(x):\\n return x + 1", "def f(x):\\n while True: pass",
+               "import time\\ndef f(x):\\n time.sleep(60)",
+               "def f(x):\\n return 'a' * 10**6", "import sys\\ndef f(x):\\n sys.modules['posix'].abort()"):
+    run_limited(source, "f", [(1,)], execute=EXECUTE, wall_s=3.0, cpu_s=1)
+left = [p for p in pathlib.Path("/proc/self/task").glob("*/children") if p.read_text().strip()]
+print("left", [p.read_text() for p in left])
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks /proc")
+@pytest.mark.parametrize("execute", guards.EACH)
+def test_no_dead_process_is_left_to_a_first_process_that_waits_for_nobody(execute):
+    """As `docker run IMAGE python run_all.py`: 12 answers an experiment would fill the table of processes."""
+    script = FIRST_PROCESS.replace("EXECUTE", repr(execute))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=sandbox.__file__.rsplit("/", 2)[0]
+    )
+    assert done.stdout.strip() == "left []", done.stdout + done.stderr
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
+
+
+def until(asked, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not (answer := asked()):
+        assert time.monotonic() < end, asked
+        time.sleep(0.02)
+    return answer
+
+
+SLEEPS = "import time\ndef f(x):\n time.sleep(60)"
+
+
+@guards.needs_box
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_an_answer_does_not_outlive_the_harness(how):
+    script = f"from questions.sandbox import run_limited\nrun_limited({SLEEPS!r}, 'f', [(1,)], wall_s=60.0)"
+    root = sandbox.__file__.rsplit("/", 2)[0]
+    with subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL) as harness:
+        (outer,) = until(lambda: children(harness.pid))
+        (inner,) = until(lambda: children(outer))
+        harness.send_signal(how)
+        harness.wait(20)
+    until(lambda: not alive(outer) and not alive(inner))
+
+
+@pytest.mark.parametrize("execute", guards.EACH)
+def test_where_no_time_limit_can_be_kept_nothing_stays_running(execute, monkeypatch):
+    def none_left(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", none_left)
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    with pytest.raises(RuntimeError):
+        run_limited(SLEEPS, "f", [(1,)], execute=execute, wall_s=60.0)
+    assert started[0].returncode is not None
 
 
 # ---- where there is no bubblewrap --------------------------------------------------------------------------
