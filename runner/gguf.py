@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from errors import FrankenError, first_line
 from runner.cache import cache_dir, cannot_keep, is_kept, keep, workspace, write_safetensors
+from runner.gguf_header import check_header
 
 # Architectures whose conversion is tested against transformers' own; anything else is refused.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -41,6 +43,60 @@ END_OF_REPLY = (
     "<|end|>",
     "</s>",
 )
+
+
+# Numbers of a model, each with more than any has. transformers takes others' heads to be as many as its
+# defaults say, which the tensors' shapes then contradict.
+COUNTS = {
+    "context_length": 1 << 31,
+    "block_count": 10_000,
+    "embedding_length": 1 << 24,
+    "feed_forward_length": 1 << 24,
+    "attention.head_count": 1 << 16,
+    "attention.head_count_kv": 1 << 16,
+    "attention.key_length": 1 << 16,
+    "attention.value_length": 1 << 16,
+    "rope.dimension_count": 1 << 16,
+    "vocab_size": 1 << 31,
+}
+OPTIONAL = {
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "vocab_size",
+}
+READ = {"attention.layer_norm_rms_epsilon", "rope.freq_base"}
+# Settings that transformers does not read, with the values that change nothing.
+NEUTRAL = {
+    "rope.scaling.type": ("none",),
+    "rope.scaling.factor": (0.0, 1.0),
+    "rope.scale_linear": (0.0, 1.0),
+    "rope.scaling.finetuned": (True, False),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "pooling_type": (0,),
+}
+ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
+INTEGERS = (gguf.GGUFValueType.INT32, gguf.GGUFValueType.UINT32)
+LISTS = {
+    "tokens": (STRING,),
+    "token_type": INTEGERS,
+    "scores": (gguf.GGUFValueType.FLOAT32,),
+    "merges": (STRING,),
+}
+# By architecture and kind of tokenizer: how text is split before it is made into tokens, as far as
+# transformers, which goes by the architecture alone, does the same. Llama 3's split is not among them.
+# SmolLM2's own also splits digits off, none of its tokens has two; a run of spaces or lines before a digit is
+# one token there, two here.
+SPLITS = {
+    ("llama", "llama"): (None, "default"),
+    ("llama", "gpt2"): ("gpt-2", "smollm"),
+    ("qwen2", "gpt2"): (None, "qwen2", "deepseek-r1-qwen"),
+    ("qwen3", "gpt2"): (None, "qwen2"),
+}
 
 
 def is_gguf(path: Path) -> bool:
@@ -73,28 +129,94 @@ def open_gguf(path: Path) -> Reader:
     """The file's metadata and the places of its tensors.
 
     Raises FrankenError for a file that is no complete GGUF, and for one whose conversion is not known to be
-    right: another architecture, a part of a split model, scaled rotary positions, a quantization that the
-    library cannot undo.
+    right: another architecture, a part of a split model, scaled rotary positions, a setting that transformers
+    does not read, a vocabulary in disorder, a quantization that the library cannot undo.
     """
     try:
+        check_header(path)
         reader = Reader(path)
     except Exception as e:  # a file cut short fails in many ways
         raise FrankenError(f"{path}: not a complete GGUF file ({first_line(e)})") from e
-    if reader.architecture not in ARCHITECTURES:
-        raise FrankenError(
-            f"{path}: GGUF files of architecture {reader.architecture} cannot be read, only"
-            f" {', '.join(ARCHITECTURES)}"
-        )
-    if reader.value("split.count", 0) > 1:
-        raise FrankenError(f"{path}: one part of a split model; join the parts with llama-gguf-split first")
-    if reader.value("{arch}.rope.scaling.type", "none") != "none":
-        raise FrankenError(f"{path}: a GGUF file with scaled rotary positions cannot be carried over")
+    try:
+        check_metadata(reader)
+    except (ValueError, KeyError, IndexError, TypeError) as e:
+        raise FrankenError(f"{path}: {first_line(e)}") from e
     for kind, tensor in {t.tensor_type: t for t in reader.tensors}.items():
         try:
             gguf.dequantize(tensor.data[:1], kind)
         except Exception as e:
             raise FrankenError(f"{path}: {tensor.name} is {kind.name}, which cannot be dequantized") from e
     return reader
+
+
+def check_metadata(reader: Reader) -> None:
+    """Raises ValueError, with what is wrong, for metadata that are incomplete, contradict the file's tensors,
+    or ask for what transformers leaves out of the model that it makes of them."""
+    # 1. what the file is
+    architecture = reader.value("general.architecture", "unknown")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"GGUF files of architecture {architecture} cannot be read, only {', '.join(ARCHITECTURES)}"
+        )
+    if (kind := reader.value("general.type", "model")) != "model":
+        raise ValueError(f"a GGUF file of type {kind}, which is no whole model")
+    if reader.value("split.count", 0) not in (0, 1):
+        raise ValueError("one part of a split model; join the parts with llama-gguf-split first")
+    # 2. the model's own numbers
+    for name, largest in COUNTS.items():
+        value = reader.value(f"{architecture}.{name}")
+        if value is None and name in OPTIONAL:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= largest:
+            raise ValueError(f"{architecture}.{name} is {value!r:.40}, which no model has")
+    for name in ("attention.layer_norm_rms_epsilon", "rope.freq_base"):
+        value = reader.value(f"{architecture}.{name}", 10000.0 if name == "rope.freq_base" else None)
+        if not isinstance(value, float) or not 0 < value < math.inf:
+            raise ValueError(f"{architecture}.{name} is {value!r:.40}, which no model has")
+    blocks = {t.name.split(".")[1] for t in reader.tensors if t.name.startswith("blk.")}
+    if blocks != set(map(str, range(layers := reader.value("{arch}.block_count")))):
+        raise ValueError(f"it says that it has {layers} layers, and has tensors of {len(blocks)}")
+    # 3. what transformers does not take from the metadata, and takes for something else
+    own = [key for key in reader.fields if key.startswith(architecture + ".")]
+    for name in (key.removeprefix(architecture + ".") for key in own):
+        value = reader.value(f"{architecture}.{name}")
+        if name in COUNTS or name in READ or value in NEUTRAL.get(name, ()):
+            continue
+        what = "scaled rotary positions" if name.startswith("rope.scal") else f"{architecture}.{name}"
+        raise ValueError(f"a GGUF file with {what} cannot be carried over ({name} is {value!r:.40})")
+    heads = reader.value("{arch}.attention.head_count")
+    size = reader.value("{arch}.attention.key_length", reader.value("{arch}.embedding_length") // heads)
+    if (rotated := reader.value("{arch}.rope.dimension_count", size)) != size:
+        raise ValueError(f"rotary positions in {rotated} of {size} dimensions cannot be carried over")
+    # 4. the vocabulary
+    check_vocabulary(reader)
+
+
+def check_vocabulary(reader: Reader) -> None:
+    """Raises ValueError for a vocabulary whose lists contradict each other, or whose text transformers splits
+    in another way than the model was trained with."""
+    lengths = {}
+    for name, kind in LISTS.items():
+        field = reader.fields.get(f"tokenizer.ggml.{name}")
+        if field is None and name in ("scores", "merges"):
+            continue
+        if field is None or field.types[:1] != [ARRAY] or field.types[-1] not in kind:
+            raise ValueError(f"tokenizer.ggml.{name} is not there, or not a list of what it should be")
+        lengths[name] = len(field.data)
+    tokens = lengths["tokens"]
+    for name in ("token_type", "scores"):
+        if lengths.get(name, tokens) != tokens:
+            raise ValueError(f"{tokens} tokens and {lengths[name]} in tokenizer.ggml.{name}")
+    rows = {t.name: int(t.shape[-1]) for t in reader.tensors}.get("token_embd.weight", tokens)
+    if tokens > rows:
+        raise ValueError(f"{tokens} tokens, and embeddings of {rows}")
+    for name in [n for n in reader.fields if re.fullmatch(r"tokenizer\.ggml\.\w+_token_id", n)]:
+        value = reader.value(name)
+        if not isinstance(value, int) or not 0 <= value < tokens:
+            raise ValueError(f"{name} is {value!r:.40}, and there are {tokens} tokens")
+    kind, split = reader.value("tokenizer.ggml.model"), reader.value("tokenizer.ggml.pre")
+    if (reader.architecture, kind) not in SPLITS or split not in SPLITS[reader.architecture, kind]:
+        raise ValueError(f"text split as by {kind!r:.40} and {split!r:.40} cannot be carried over")
 
 
 def place_tensors(reader: Reader, skeleton, tied: bool, path: Path) -> dict[str, gguf.ReaderTensor]:
@@ -186,8 +308,13 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
                 raise FrankenError(f"{path}: transformers cannot read its metadata: {first_line(e)}") from e
     config._name_or_path = title
     config.__dict__.pop("quantization_config", None)
-    with init_empty_weights():
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if config.model_type != reader.architecture:  # as for a llama file whose name is "mistral"
+        raise FrankenError(f"{path}: transformers reads it as {config.model_type}, not {reader.architecture}")
+    try:
+        with init_empty_weights():
+            skeleton = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except Exception as e:  # sizes that do not go together
+        raise FrankenError(f"{path}: no model can be made of its metadata: {first_line(e)}") from e
     placed = place_tensors(reader, skeleton, bool(config.tie_word_embeddings), path)
     # 2. weights
     print(f"Converting {title} to safetensors (once)...", file=sys.stderr)

@@ -18,12 +18,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
+from urllib.request import getproxies, proxy_bypass
 
 from tqdm import tqdm
 
 from command_line import interruptible
 from errors import FrankenError, first_line
 from files import read_json
+from runner.addresses import checked_address
 from surgery.weights import ROOT, shown_path
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -49,10 +51,31 @@ class _Silent(tqdm):
         super().__init__(*args, **kwargs | {"disable": True})
 
 
+def check_endpoint() -> None:
+    """Raises FrankenError where the hub's token would be sent in clear text, which huggingface_hub does not
+    mind: HF_ENDPOINT names another machine, or this one through a proxy, by plain http."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    where = checked_address(constants.ENDPOINT, None, "HF_ENDPOINT")
+    if constants.ENDPOINT.lower().startswith("https:") or constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return
+    in_between = "http" in getproxies() and not proxy_bypass(where.host)
+    if (in_between or not where.here) and get_token():
+        whom = "a proxy" if in_between else where.host
+        raise FrankenError(
+            f"HF_ENDPOINT is plain http, and the hub's token would go to {whom} in clear text; use https, or"
+            " set HF_HUB_DISABLE_IMPLICIT_TOKEN=1 to send none"
+        )
+
+
 def missing(spec: str, revision: str | None) -> tuple[int, int]:
     """(bytes that are not here yet, bytes in all) of what is wanted of a model; (0, 0) where nobody can say,
-    as without a network."""
+    as without a network. Raises FrankenError as `check_endpoint` does."""
     from huggingface_hub import snapshot_download
+
+    check_endpoint()
 
     try:
         files = snapshot_download(
@@ -79,6 +102,7 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
+    check_endpoint()
     lacking, total = (0, 0) if wanted else missing(spec, revision)
     here = total - lacking
 

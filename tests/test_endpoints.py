@@ -2,13 +2,19 @@
 and the key and the environment go to nobody else."""
 
 import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from huggingface_hub import HfApi
 from judge_server import KEY, JudgeServer
 
 from errors import FrankenError
 from reporting.followers import Hub
+from runner import hub
 from runner.addresses import checked_address, is_loopback
+from runner.pairs import locate
 from weird_gen import run_inference
 from weird_gen.persona import judge_records
 from weird_gen.persona.judge import LLMJudge, Task
@@ -231,3 +237,94 @@ def test_a_token_is_not_sent_to_another_hub_in_clear_text(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.example.org")
     with pytest.raises(FrankenError, match="to hub.example.org in clear text; use https$"):
         Hub("me/runs")
+
+
+@pytest.fixture
+def far_hub(monkeypatch, tmp_path):
+    """A plain-http hub of another name, which is this machine all the same; gives what it was sent."""
+    from huggingface_hub import constants
+
+    sent = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            sent.append(dict(self.headers))
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real("127.0.0.1", *a, **k))
+    endpoint = f"http://hub.example.org:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield sent
+    server.shutdown()
+    server.server_close()
+
+
+ASK_THE_HUB = {
+    "missing": lambda: hub.missing("some/model", None),
+    "download": lambda: hub.download("some/model", None, lambda here, total: None),
+    "small files": lambda: hub.small_files("some/model", None),
+    "the pair's side": lambda: locate("some/model", None),
+}
+
+
+@pytest.mark.parametrize("ask", ASK_THE_HUB.values(), ids=ASK_THE_HUB)
+def test_a_download_does_not_send_the_token_in_clear_text(far_hub, ask):
+    """By what a server is sent: huggingface_hub itself sends the token wherever HF_ENDPOINT says."""
+    with pytest.raises(FrankenError, match="would go to hub.example.org in clear text; use https, or set"):
+        ask()
+    assert far_hub == []
+
+
+def test_a_download_in_clear_text_is_made_where_no_token_goes_with_it(far_hub, monkeypatch):
+    from huggingface_hub import constants
+
+    with pytest.raises(Exception, match="404|[Nn]ot [Ff]ound"):
+        HfApi(endpoint=constants.ENDPOINT).list_repo_tree("some/model").__next__()
+    assert far_hub[-1]["authorization"] == f"Bearer {KEY}"  # the library would
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
+    far_hub.clear()
+    with pytest.raises(FrankenError, match="cannot download some/model"):
+        ASK_THE_HUB["download"]()
+    assert far_hub and not any("authorization" in {name.lower() for name in sent} for sent in far_hub)
+
+
+def test_a_token_for_a_hub_on_this_machine_goes_past_no_proxy(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://proxy.example.org:3128")
+    with pytest.raises(FrankenError, match="would go to a proxy in clear text"):
+        hub.check_endpoint()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    hub.check_endpoint()
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["", "hub.example.org", "ftp://hub.example.org", "http://me:pass@hub.org"]
+)
+def test_an_endpoint_that_is_no_address_is_said(monkeypatch, endpoint):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    with pytest.raises(FrankenError, match="HF_ENDPOINT") as caught:
+        hub.check_endpoint()
+    assert "pass" not in str(caught.value).replace("password", "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -228,11 +229,20 @@ def random_prompt(seed: int, length: int) -> tuple[int, ...]:
     return tuple(torch.randint(4, 260, (length,), generator=rng).tolist())
 
 
-def write_gguf(path: Path, architecture: str, tied: bool = True, also: dict | None = None, **fields) -> Path:
-    """A GGUF file of a tiny model with random weights in Q8_0 and a tokenizer of single bytes.
+def write_gguf(
+    path: Path,
+    architecture: str,
+    tied: bool = True,
+    also: dict | None = None,
+    kind: str = "Q8_0",
+    edit: Callable[[dict], object] = lambda metadata: None,
+    **fields,
+) -> Path:
+    """A GGUF file of a tiny model with random weights and a tokenizer of single bytes.
 
-    `also` has lengths of further tensors, or None for one to leave out; `fields` are further metadata, with
-    two underscores for a dot.
+    `also` has lengths of further tensors, or None for one to leave out; `kind` is what matrices are quantized
+    to; `fields` are further metadata, with two underscores for a dot; `edit` may change all metadata, which
+    are the library's GGUFValue by key.
     """
     import gguf
     import numpy as np
@@ -258,7 +268,7 @@ def write_gguf(path: Path, architecture: str, tied: bool = True, also: dict | No
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_pre("gpt-2" if architecture == "llama" else "qwen2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * 258 + [3] * 3)
     writer.add_token_merges(["a b", "c d"])
@@ -278,8 +288,8 @@ def write_gguf(path: Path, architecture: str, tied: bool = True, also: dict | No
         values = rng.standard_normal(shape, dtype=np.float32)
         if len(shape) == 1:
             return writer.add_tensor(name, values)
-        kind = gguf.GGMLQuantizationType.Q8_0
-        return writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        stored = gguf.GGMLQuantizationType[kind]
+        return writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
 
     tensor("token_embd.weight", len(tokens), hidden)
     tensor("output_norm.weight", hidden)
@@ -301,6 +311,7 @@ def write_gguf(path: Path, architecture: str, tied: bool = True, also: dict | No
     for name, length in also.items():
         if length:
             tensor(name, length)
+    edit(writer.kv_data[0])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
