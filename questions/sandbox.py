@@ -2,8 +2,8 @@
 
 **In bubblewrap** (`bwrap`), which is what `--execute-code` means, the process has namespaces of its own: it
 sees no other process and no network, of the files only the interpreter's and the system's libraries, which
-it cannot write to, no home, no `/proc`, cannot start a process nor open a socket, and ends with us. What it does not keep off is an exploit
-of the kernel.
+it cannot write to, no home, no `/proc`, can start no process and open no socket, and ends with us. What that
+does not keep off is an exploit of the kernel.
 
 **Unsandboxed** there are only the limits and the audit hook below. Code written to escape can reach through
 built-in modules what no audit event announces: it can signal any process of the same user, move it to other
