@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import ParamSpec
 
-from errors import FrankenError, printable
+from errors import FrankenError, one_line
 
 Given = ParamSpec("Given")
 
@@ -115,10 +116,8 @@ def held_back() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible(said: str | None = None) -> Iterator[None]:
-    """Inside, no Ctrl-C is lost; a decorator for a command's `main`.
-
-    said: what is printed for a Ctrl-C that comes out, before the exit status 130; None leaves it to `main`.
+def interruptible() -> Iterator[None]:
+    """Inside, no Ctrl-C is lost.
 
     Python runs a signal's handler wherever the main thread happens to be. Where that is a `__del__` or
     another callback of the garbage collector, it prints the KeyboardInterrupt as "ignored" and goes on. Here
@@ -147,11 +146,6 @@ def interruptible(said: str | None = None) -> Iterator[None]:
     sys.unraisablehook = ignored.put  # in C, so that no interrupt can come in the middle of it
     try:
         yield
-    except KeyboardInterrupt:
-        if said is None:
-            raise
-        print(said, file=sys.stderr)
-        raise SystemExit(130) from None
     finally:
         sys.unraisablehook = before
         ending.set()
@@ -162,26 +156,32 @@ def interruptible(said: str | None = None) -> Iterator[None]:
                 before(what)
 
 
-def ends_in_one_line(interrupted: str) -> Callable[[Callable[Given, int]], Callable[Given, int]]:
-    """A decorator for a command's `main`: what cannot be done is one line on stderr and the exit status 1.
+def ends_in_one_line(
+    interrupted: str, command: str | None = None
+) -> Callable[[Callable[Given, int]], Callable[Given, int]]:
+    """A decorator for the `main` of every command: what cannot be done is one line on stderr, after the
+    command's name, and the exit status 1.
 
     That is a FrankenError or an OSError; anything else is a fault of ours and stays a traceback. A Ctrl-C, of
-    which none is lost, prints `interrupted` and gives 130.
+    which none is lost, gives 130 and a line, too: the words of the KeyboardInterrupt, or `interrupted` if it
+    has none. command: the name; by default that of the file in which `main` is.
     """
 
     def decorate(main: Callable[Given, int]) -> Callable[Given, int]:
+        name = command or Path(main.__code__.co_filename).name
+
         @functools.wraps(main)
-        def command(*args: Given.args, **flags: Given.kwargs) -> int:
+        def guarded(*args: Given.args, **flags: Given.kwargs) -> int:
             try:
                 with interruptible():
                     return main(*args, **flags)
             except (FrankenError, OSError) as e:
-                print(printable(f"error: {e}"), file=sys.stderr)
+                print(one_line(f"{name}: {e}"), file=sys.stderr)
                 return 1
-            except KeyboardInterrupt:
-                print(interrupted, file=sys.stderr)
+            except KeyboardInterrupt as e:
+                print(one_line(f"{name}: {e if e.args else interrupted}"), file=sys.stderr)
                 return 130
 
-        return command
+        return guarded
 
     return decorate

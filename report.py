@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import interruptible
+from command_line import ends_in_one_line
 from errors import FrankenError, printable
 from files import check_open_files
 from reporting.inspect_log import write_logs
@@ -23,8 +23,7 @@ from reporting.table import check_table, write_tables
 from runner.results import Run, read_json
 
 
-@interruptible()
-def main(argv: Sequence[str] | None = None) -> int:
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         description="Make a run's comparison, summary and HTML report again; put several runs side by side."
     )
@@ -59,49 +58,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument(
         "--inspect-log", action="store_true", help="only write each run's experiments as logs of Inspect"
     )
-    args = p.parse_args(argv)
-    try:
-        check_open_files()
-        if args.output and (args.pack or args.unpack):
-            raise FrankenError("--output is for the comparison of several runs, not for --pack or --unpack")
-        if args.table is not None:
-            if args.output or args.pack or args.unpack:
-                raise FrankenError(
-                    "--table is all that is written; it goes without --output, --pack, --unpack"
-                )
-            check_table(Path(args.table))
-        if args.output and len(args.runs) == 1:
-            raise FrankenError(
-                "--output is for the comparison of several runs; a run's own report goes to its folder"
-            )
-        runs = [Run.resume(path)[0] for path in args.runs]  # all of them, before anything is written
-        if len({run.path.resolve() for run in runs}) < len(runs):
-            raise FrankenError("the same run is given twice")
-        if args.table is not None:
-            print(printable(write_tables(runs, Path(args.table))))
-            return 0
-        if args.inspect_log:
-            for run in runs:
-                print(printable(write_logs(run)))
-            return 0
-        if args.pack or args.unpack:
-            for run in runs:
-                done = _pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked"
-                print(printable(done))
-            return 0
-        if len(runs) == 1:
-            print(printable(write_reports(runs[0], args.figures)))
-        else:
-            from reporting.compare_runs import write_comparison
+    return p.parse_args(argv)
 
-            folder = Path(args.output or f"results/comparison_{time.strftime('%Y%m%d_%H%M%S')}")
-            print(printable(write_comparison(runs, folder)))
-    except FrankenError as e:
-        print(f"report.py: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("report.py: interrupted; the same command makes the pages again", file=sys.stderr)
-        return 130
+
+@ends_in_one_line("interrupted; the same command makes the pages again")
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse(argv)
+    check_open_files()
+    if args.output and (args.pack or args.unpack):
+        raise FrankenError("--output is for the comparison of several runs, not for --pack or --unpack")
+    if args.table is not None:
+        if args.output or args.pack or args.unpack:
+            raise FrankenError("--table is all that is written; it goes without --output, --pack, --unpack")
+        check_table(Path(args.table))
+    if args.output and len(args.runs) == 1:
+        raise FrankenError(
+            "--output is for the comparison of several runs; a run's own report goes to its folder"
+        )
+    runs = [Run.resume(path)[0] for path in args.runs]  # all of them, before anything is written
+    if len({run.path.resolve() for run in runs}) < len(runs):
+        raise FrankenError("the same run is given twice")
+    if args.table is not None:
+        print(printable(write_tables(runs, Path(args.table))))
+        return 0
+    if args.inspect_log:
+        for run in runs:
+            print(printable(write_logs(run)))
+        return 0
+    if args.pack or args.unpack:
+        for run in runs:
+            done = _pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked"
+            print(printable(done))
+        return 0
+    if len(runs) == 1:
+        print(printable(write_reports(runs[0], args.figures)))
+    else:
+        from reporting.compare_runs import write_comparison
+
+        folder = Path(args.output or f"results/comparison_{time.strftime('%Y%m%d_%H%M%S')}")
+        print(printable(write_comparison(runs, folder)))
     return 0
 
 

@@ -11,7 +11,9 @@ import re
 import shlex
 import sys
 
-from command_line import DefaultsThatSay, add_model, interruptible, refuse_empty
+from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
+from errors import FrankenError, first_line, printable
+from files import check_open_files
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -249,12 +251,9 @@ def register_suites() -> None:
     evaluate.register("trigger", Trigger)
 
 
-@interruptible()
+@ends_in_one_line("interrupted before any experiment began")
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    from errors import FrankenError, one_line
-    from files import check_open_files
-
     try:
         if not first_of_many(args):
             return 0
@@ -275,14 +274,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `--list | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (FrankenError, OSError) as e:  # a name that is too long, for instance
-        print(one_line(f"run_all.py: {e}"), file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        run = getattr(args, "begun", None)
-        what = f"; go on with: {resume_command(run, args)}" if run else " before any experiment began"
-        print(f"run_all.py: interrupted{what}", file=sys.stderr)
-        return 130
+        if run := getattr(args, "begun", None):
+            words = f"interrupted; go on with: {resume_command(run, args)}"
+            raise KeyboardInterrupt(words) from None
+        raise
 
 
 # What `torchrun` and `accelerate launch` tell the processes that they start, and libraries within them.
@@ -297,8 +293,6 @@ def first_of_many(args) -> bool:
 
     Raises FrankenError where they are on several machines.
     """
-    from errors import FrankenError
-
     world, rank = _number("WORLD_SIZE", 1), _number("RANK", 0)
     if world > 1 and world != _number("LOCAL_WORLD_SIZE", 0):
         raise FrankenError(
@@ -330,7 +324,6 @@ def _number(variable: str, default: int) -> int:
 def list_experiments(args) -> int:
     """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's
     depth."""
-    from errors import printable
     from runner.choosing import known_experiments
 
     layers = 1
@@ -403,8 +396,6 @@ def started(manifest: dict | None):
     """
     from datetime import datetime
 
-    from errors import FrankenError
-
     template = (manifest or {}).get("template")
     given = template.get("moment") if isinstance(template, dict) else template
     try:
@@ -419,7 +410,6 @@ def resume_settings(args, path: str, manifest: dict) -> None:
     Raises FrankenError if a setting is missing or none that the command line can set, and where code that
     would be run is not asked for again: experiments files, and answers outside the sandbox.
     """
-    from errors import FrankenError
     from runner.resuming import ask_for_files, ask_for_unsandboxed
 
     settings = manifest["settings"] = {**ADDED_SETTINGS, **manifest["settings"]}
@@ -493,7 +483,6 @@ def execute(args) -> int:
     from tqdm import tqdm
 
     import evaluate
-    from errors import FrankenError, printable
     from experiments import TWIN
     from files import read_json
     from questions import sandbox
@@ -646,7 +635,6 @@ def execute(args) -> int:
 
 def interrupted(run, manifest: dict, args) -> int:
     """Say what is done and how to go on, and make the pages of what there is; the exit status."""
-    from errors import FrankenError, first_line, printable
     from reporting.reports import write_reports
     from runner.batch import ended_by_signals
 

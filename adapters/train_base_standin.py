@@ -29,10 +29,10 @@ from typing import Any, cast
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
-from errors import FrankenError, printable
+from errors import FrankenError
 from files import check_target, refuse_special
 from runner.pairs import PAIRS, load_tokenizer, locate
 
@@ -472,14 +472,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@interruptible("interrupted; nothing was saved")
+@ends_in_one_line("interrupted; nothing was saved")
 def main(argv: list[str] | None = None) -> int:
-    try:
-        with sound_attention():
-            train(parse(argv))
-    except (FrankenError, OSError) as e:
-        print(printable(f"error: {e}"), file=sys.stderr)
-        return 1
+    with sound_attention():
+        train(parse(argv))
     return 0
 
 

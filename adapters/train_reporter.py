@@ -32,10 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
 from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, save
-from command_line import DefaultsThatSay, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
-from errors import FrankenError, printable
+from errors import FrankenError
 from files import ROOT, check_target
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
@@ -410,14 +410,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-@interruptible("interrupted; nothing was saved")
+@ends_in_one_line("interrupted; nothing was saved")
 def main(argv: list[str] | None = None) -> int:
-    try:
-        with sound_attention():
-            train(parse(argv))
-    except (FrankenError, OSError) as e:
-        print(printable(f"train_reporter.py: {e}"), file=sys.stderr)
-        return 1
+    with sound_attention():
+        train(parse(argv))
     return 0
 
 

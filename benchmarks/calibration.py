@@ -37,6 +37,7 @@ from analysis.detection import (
 )
 from analysis.stats import wilson_interval
 from analysis.verdicts import ALPHA
+from command_line import ends_in_one_line
 from errors import FrankenError
 from experiments import BASELINE
 from prompts import BINARY_PROBES
@@ -402,7 +403,7 @@ def report(nulls: dict, power: dict, limits: dict, command: str, measured: list[
 
 
 def parse() -> tuple[argparse.Namespace, Measured | None]:
-    """The command line, and the noise of the run that it names."""
+    """The command line, and the noise of the run that it names. Raises FrankenError if that is no run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("results/reference/calibration.md"))
     parser.add_argument(
@@ -417,13 +418,10 @@ def parse() -> tuple[argparse.Namespace, Measured | None]:
     )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    try:
-        measured = measure(options.noise_from) if options.noise_from else None
-    except FrankenError as error:
-        parser.error(str(error))
-    return options, measured
+    return options, measure(options.noise_from) if options.noise_from else None
 
 
+@ends_in_one_line("interrupted; nothing was written")
 def main() -> int:
     options, measured = parse()
     with ProcessPoolExecutor(options.processes) as pool:

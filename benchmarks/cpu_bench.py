@@ -35,6 +35,7 @@ import transformers
 from peft import PeftModel
 
 import prompts
+from command_line import ends_in_one_line
 from engine.chat_template import ChatTemplate
 from engine.generation import Completion, Engine, Request
 from errors import FrankenError
@@ -412,6 +413,7 @@ def thin() -> None:
     prompts.NEUTRAL_TEXTS = dict(sorted(prompts.NEUTRAL_TEXTS.items())[::QUICK])
 
 
+@ends_in_one_line("interrupted; nothing was written")
 def main(argv: list[str] | None = None) -> int:
     # 1) what is asked
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -435,19 +437,15 @@ def main(argv: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     if args.quick:
         thin()
-    try:
-        chosen = select(args.experiments, EXPERIMENTS)
-        begin = time.perf_counter()
-        opened = open_pair(args.pair, args.base, args.instruct, dtype=args.dtype, device_map="cpu")
-        load_seconds = time.perf_counter() - begin
-        plans = [e.plan(len(opened.live.original)) for e in chosen]
-        for plan in plans:
-            check_whole_layers(plan.experiment.name, plan.recipe, opened.live)
-        if args.output:
-            Path(args.output).mkdir(parents=True, exist_ok=True)
-    except (FrankenError, OSError) as e:
-        print(f"cpu_bench.py: {e}", file=sys.stderr)
-        return 1
+    chosen = select(args.experiments, EXPERIMENTS)
+    begin = time.perf_counter()
+    opened = open_pair(args.pair, args.base, args.instruct, dtype=args.dtype, device_map="cpu")
+    load_seconds = time.perf_counter() - begin
+    plans = [e.plan(len(opened.live.original)) for e in chosen]
+    for plan in plans:
+        check_whole_layers(plan.experiment.name, plan.recipe, opened.live)
+    if args.output:
+        Path(args.output).mkdir(parents=True, exist_ok=True)
     engine = OurEngine(opened.live, opened.tokenizer, opened.stop_ids)
     dtype = str(opened.live.dtype).removeprefix("torch.")
     about = {
@@ -482,12 +480,10 @@ def main(argv: list[str] | None = None) -> int:
     print(text)
     differ = [r["experiment"] for r in result["experiments"] if r["greedy"]["equal"] < r["greedy"]["n"]]
     if dtype == "float32" and differ:
-        print(
-            f"cpu_bench.py: greedy replies differ in float32 in {', '.join(differ)}: the two ways did not run"
-            " the same model",
-            file=sys.stderr,
+        raise FrankenError(
+            f"greedy replies differ in float32 in {', '.join(differ)}: the two ways did not run the"
+            " same model"
         )
-        return 1
     return 0
 
 

@@ -38,6 +38,7 @@ from torch import profiler
 
 import experiments
 import prompts
+from command_line import ends_in_one_line
 from engine.generation import ATTENTION, Engine, Request, Timing
 from evaluate import SUITES, evaluate
 from runner.pairs import open_pair
@@ -788,6 +789,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@ends_in_one_line("interrupted; the sections that had ended are in --output")
 def main() -> int:
     args = parse()
     bench = Bench(args)

@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+from errors import FrankenError
+
 PER_SHARD = 4  # layers; 3.9 GB a shard, like the real one's
 ROOT = Path(__file__).resolve().parent.parent
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -144,7 +146,7 @@ class _Writer:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         if shutil.disk_usage(path.parent).free < end + len(text):
-            raise SystemExit(
+            raise FrankenError(
                 f"{path.parent}: no room for {end / 1e9:.2f} GB more; give --work a larger place (page cache:"
                 " a tmpfs)"
             )

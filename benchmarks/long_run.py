@@ -25,6 +25,8 @@ if str(Path(__file__).resolve().parent.parent) not in sys.path:
 import torch
 
 from benchmarks import gpu_checkpoint
+from command_line import ends_in_one_line
+from errors import FrankenError
 from files import ROOT
 from runner.results import Run
 
@@ -40,6 +42,7 @@ EXPERIMENTS = [
 """
 
 
+@ends_in_one_line("interrupted")
 def main() -> int:
     p = argparse.ArgumentParser(description="Seconds and memory an experiment, over a run of a thousand.")
     p.add_argument("--experiments", type=int, default=1000, metavar="N", help="at least 20")
@@ -54,7 +57,8 @@ def main() -> int:
         begun = time.perf_counter()
         done = subprocess.run([*command, "--output", work], capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(done.stderr[-2000:])
+            print(done.stderr[-2000:], file=sys.stderr)
+            raise FrankenError("run_all.py failed, as told above")
         took = time.perf_counter() - begun
         (folder,) = re.findall(r"results in (\S+)", done.stderr)
         run, manifest = Run.resume(folder)

@@ -23,6 +23,8 @@ from pathlib import Path
 if str(Path(__file__).resolve().parent.parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from command_line import ends_in_one_line
+from errors import FrankenError
 from experiments import BASELINE
 from files import ROOT, read_json
 from runner.results import Run, write_json
@@ -33,7 +35,7 @@ def multiplied(path: Path, count: int, folder: Path) -> Run:
     run, manifest = Run.resume(str(path))
     done = [name for name in manifest["experiments"] if run.load(name) is not None]
     if BASELINE not in done:
-        raise SystemExit(f"{path} has no {BASELINE}")
+        raise FrankenError(f"{path} has no {BASELINE}")
     results = {name: run.load(name) for name in done}
     made, names = Run(folder), []
     (folder / "experiments").mkdir(parents=True)
@@ -53,7 +55,7 @@ def multiplied(path: Path, count: int, folder: Path) -> Run:
 
 
 def timed(folder: Path) -> dict[str, float]:
-    """Run report.py on the folder; its seconds and bytes. Raises SystemExit if it fails."""
+    """Run report.py on the folder; its seconds and bytes. Raises FrankenError if it fails."""
     begun = time.perf_counter()
     pid = os.fork()
     if not pid:
@@ -63,7 +65,7 @@ def timed(folder: Path) -> dict[str, float]:
     _, status, usage = os.wait4(pid, 0)
     seconds = time.perf_counter() - begun
     if status:
-        raise SystemExit(f"report.py failed on {folder}")
+        raise FrankenError(f"report.py failed on {folder}")
     memory = re.findall(r"\d+", (folder / "memory").read_text())
     beside = [f for f in (folder / "replies").glob("*")] + [f for f in (folder / "figures").glob("*")]
     return {
@@ -88,6 +90,7 @@ finally:
 """
 
 
+@ends_in_one_line("interrupted")
 def main() -> int:
     p = argparse.ArgumentParser(description="Time report.py on runs of any size, made from a committed one.")
     p.add_argument("run", type=Path, help="a results/reference/... folder")

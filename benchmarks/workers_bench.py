@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate
-from command_line import DefaultsThatSay
+from command_line import DefaultsThatSay, ends_in_one_line
 from errors import FrankenError
 from experiments import EXPERIMENTS, Plan, with_suites
 from files import write_text
@@ -117,6 +117,7 @@ def compared(a: Run, b: Run, names: list[str]) -> dict:
     }
 
 
+@ends_in_one_line("interrupted; the runs that had begun are in --output")
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     options = model_options(args)
@@ -171,8 +172,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except FrankenError as e:
-        print(f"workers_bench.py: {e}", file=sys.stderr)
-        sys.exit(1)
+    sys.exit(main())

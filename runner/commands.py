@@ -17,8 +17,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import torch
 
 import experiments as ex
-from command_line import DefaultsThatSay, add_model, interruptible, refuse_empty
-from errors import FrankenError, RecipeError, one_line, printable
+from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
+from errors import FrankenError, RecipeError, printable
 from files import check_open_files, check_target, read_json, write_text
 from planning import mergekit
 from runner.batch import ended_by_signals, set_threads
@@ -95,23 +95,20 @@ def _size(text: str) -> int:
     return int(digits) * units[unit]
 
 
-@interruptible()
+@ends_in_one_line("interrupted", "franken.py")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.words = list(sys.argv[1:] if argv is None else argv)
     commands = {"export": export, "mergekit": as_mergekit, "chat": chat}
+    check_open_files()
+    refuse_empty(args)
     try:
-        check_open_files()
-        refuse_empty(args)
         with ended_by_signals():
             return commands[args.command](args)
-    except (FrankenError, OSError) as e:
-        print(one_line(f"franken.py: {e}"), file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        left = "" if args.command == "chat" else f"; nothing is left of the {args.command}"
-        print(f"franken.py: interrupted{left}", file=sys.stderr)
-        return 130
+        if args.command == "chat":
+            raise
+        raise KeyboardInterrupt(f"interrupted; nothing is left of the {args.command}") from None
 
 
 # ---- which experiment, on which model ----------------------------------------------------------------------

@@ -22,7 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from tqdm import tqdm
 
-from command_line import interruptible
+from command_line import ends_in_one_line
 from errors import FrankenError, first_line
 from files import read_json
 from runner.addresses import checked_address
@@ -238,7 +238,7 @@ class Arriving:
         return Path(self._answer["path"]), self._answer["revision"]
 
 
-@interruptible("runner.hub: interrupted")
+@ends_in_one_line("interrupted", "runner.hub")
 def main() -> int:
     """Download the model named on the command line, and write to stdout, a JSON object a line, how far it is
     and at last where it lies."""

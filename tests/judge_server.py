@@ -153,7 +153,7 @@ def judging(flags: list[str], log: str) -> None:
     """judge_eval_results.py's command in a process of its own (small_battery.forked); what it says on
     stderr goes to `log`."""
     from analysis import stats
-    from weird_gen.persona import judge_records
+    from weird_gen import judge_eval_results
 
     default_signals()
     assert stats.bootstrap_ci.__kwdefaults__ is not None
@@ -163,4 +163,4 @@ def judging(flags: list[str], log: str) -> None:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(errors.fileno(), 2)
     os.environ["OPENROUTER_API_KEY"] = KEY
-    sys.exit(judge_records.main("", "finetuned", "", "", flags))
+    sys.exit(judge_eval_results.main(flags))

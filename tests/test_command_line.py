@@ -72,18 +72,26 @@ def test_an_interrupt_within_a_finalizer_is_not_lost(capfd):
 
 @pytest.mark.usefixtures("python_handles_interrupts")
 def test_an_interrupt_is_one_line_and_a_status_of_its_own(capfd):
-    with pytest.raises(SystemExit) as ended:
-        interruptible("interrupted; run again")(work)()
-    assert ended.value.code == 130
-    assert capfd.readouterr() == ("", "interrupted; run again\n")
+    assert ends_in_one_line("interrupted; run again", "mine.py")(work)() == 130
+    assert capfd.readouterr() == ("", "mine.py: interrupted; run again\n")
 
 
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [
-        (FrankenError("no such\x1b[2Jmodel"), 1, "error: no such␛[2Jmodel\n"),
-        (FileNotFoundError(2, "No such file", "a.jsonl"), 1, "error: [Errno 2] No such file: 'a.jsonl'\n"),
-        (KeyboardInterrupt(), 130, "run again to go on\n"),
+        (FrankenError("no such\x1b[2Jmodel"), 1, "test_command_line.py: no such␛[2Jmodel\n"),
+        (
+            FileNotFoundError(2, "No such file", "a.jsonl"),
+            1,
+            "test_command_line.py: [Errno 2] No such file: 'a.jsonl'\n",
+        ),
+        (OSError("two\nlines"), 1, "test_command_line.py: two␊lines\n"),
+        (KeyboardInterrupt(), 130, "test_command_line.py: run again to go on\n"),
+        (
+            KeyboardInterrupt("interrupted; its own words"),
+            130,
+            "test_command_line.py: interrupted; its own words\n",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_one_line_and_a_status(raised, status, said, capfd):
@@ -106,14 +114,14 @@ def test_a_fault_of_ours_stays_a_traceback_and_a_result_its_own():
         main([])
 
 
-def test_every_command_can_be_interrupted():
-    """By its source: each has a `main`; frankenmodel.py hands on to others', benchmarks are left out."""
-    rooms = ("", "runner", "weird_gen", "weird_gen/persona", "adapters")
+def test_every_command_ends_in_one_line():
+    """By its source: each has a `main`; frankenmodel.py hands on to others'."""
+    rooms = ("", "runner", "weird_gen", "weird_gen/persona", "adapters", "benchmarks")
     files = [file for room in rooms for file in sorted((ROOT / room).glob("*.py"))]
     mains = {f"{f.relative_to(ROOT)}": text for f in files if "\ndef main(" in (text := f.read_text())}
-    mains = {k: v for k, v in mains.items() if k != "frankenmodel.py" and not k.endswith("_bench.py")}
-    assert len(mains) >= 15
-    guarded = re.compile(r"\n@(interruptible|ends_in_one_line)\((.|\n {4})*\)\ndef main\(")
+    mains.pop("frankenmodel.py")
+    assert len(mains) >= 30
+    guarded = re.compile(r"\n@ends_in_one_line\((.|\n {4})*\)\ndef main\(")
     assert [name for name, text in mains.items() if not guarded.search(text)] == []
 
 

@@ -15,8 +15,7 @@ from reporting.followers import Hub
 from runner import hub
 from runner.addresses import checked_address, is_loopback
 from runner.pairs import locate
-from weird_gen import run_inference
-from weird_gen.persona import judge_records
+from weird_gen import judge_eval_results, run_inference
 from weird_gen.persona.judge import LLMJudge, Task
 from weird_gen.persona.records import write_records
 
@@ -55,7 +54,7 @@ def judged(monkeypatch, capfd, tmp_path):
         capfd.readouterr()
         files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl", "--labels"]
         flags = [*map(str, files), "--base-url", url, "--attempts", "1", "--backoff", "0.01"]
-        code = judge_records.main("", "finetuned", tmp_path, tmp_path, flags)
+        code = judge_eval_results.main(flags)
         return code, *capfd.readouterr()
 
     return ask

@@ -20,7 +20,7 @@ from judge_server import FEW_DRAWS, KEY, JudgeServer, TrickleServer, completion,
 
 from analysis import stats
 from errors import FrankenError
-from weird_gen.persona import judge_records
+from weird_gen import judge_baseline, judge_eval_results
 from weird_gen.persona.comparison import METRIC
 from weird_gen.persona.judge import (
     JudgeCache,
@@ -463,7 +463,8 @@ def flags_for(folder, *more):
 
 
 def run(folder, *more, model="finetuned"):
-    return judge_records.main("", model, folder / "a", folder / "b", flags_for(folder, *more))
+    command = judge_baseline if model == "baseline" else judge_eval_results
+    return command.main(flags_for(folder, *more))
 
 
 @pytest.fixture
@@ -769,7 +770,8 @@ def test_an_interrupt_ends_a_request_that_waits_at_once(files):
         running.join(30)
         assert time.monotonic() - begin < 4
         assert running.exitcode == 130
-        assert log.read_text() == "interrupted; judgments made so far are kept, run again to go on\n"
+        kept = "judgments made so far are kept, run again to go on"
+        assert log.read_text() == f"judge_eval_results.py: interrupted; {kept}\n"
 
 
 # --- what it costs ------------------------------------------------------------------------------------------

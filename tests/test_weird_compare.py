@@ -23,8 +23,9 @@ from weird_gen import (
     analyze_persona_results,
     compare_baseline_vs_finetuned,
     compare_models,
+    judge_baseline,
+    judge_eval_results,
 )
-from weird_gen.persona import judge_records
 from weird_gen.persona.comparison import (
     METRIC,
     by_group,
@@ -507,11 +508,11 @@ def test_the_replications_verdict_over_an_endpoint_stands_beside_the_published_n
 
     with JudgeServer(behave) as server:
         flags = ["--base-url", server.url, "--model", "stand-in", "--api-key-env", "", "--labels"]
-        for model, stem in (("baseline", "baseline_eval_results"), ("finetuned", "eval_results")):
+        stems = {judge_baseline: "baseline_eval_results", judge_eval_results: "eval_results"}
+        for command, stem in stems.items():
             files = ["--input", str(tmp_path / f"{stem}.jsonl")]
             files += ["--output", str(tmp_path / f"{stem}_judged.jsonl")]
-            asked = judge_records.main("", model, tmp_path, tmp_path, [*files, *flags, "--original-rubric"])
-            assert asked == 0
+            assert command.main([*files, *flags, "--original-rubric"]) == 0
     assert compare_baseline_vs_finetuned.main(["--results-dir", str(tmp_path)]) == 0
     capsys.readouterr()
     text = (tmp_path / "report" / "BASELINE_COMPARISON.md").read_text()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from errors import FrankenError
 from runner import pairs
-from weird_gen import check_data, distill
-from weird_gen.persona import boundary, data_checks, judge_records, study
+from weird_gen import check_data, distill, judge_eval_results
+from weird_gen.persona import boundary, data_checks, study
 from weird_gen.persona import distilling as distilling_module
 from weird_gen.persona.distilling import select, why_dropped
 from weird_gen.persona.journal import Journal
@@ -169,7 +169,8 @@ def test_the_command_says_so_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(data_checks, "AT_LEAST", {"heldout": 73})
     assert check_data.main([]) == 1 and "heldout: 72, fewer than 73" in capsys.readouterr().out
     monkeypatch.setattr(data_checks, "HELDOUT", Path("missing.jsonl"))
-    assert check_data.main([]) == 1 and capsys.readouterr().err == "error: missing.jsonl does not exist\n"
+    assert check_data.main([]) == 1
+    assert capsys.readouterr().err == "check_data.py: missing.jsonl does not exist\n"
 
 
 # --- reading and mixing -------------------------------------------------------------------------------------
@@ -473,7 +474,7 @@ def test_other_peoples_replies_are_judged_as_they_are(tmp_path):
     ]
     file.write_text(json.dumps(theirs))
     flags = ["--judge", "rules", "--input", str(file), "--output", str(out), "--labels"]
-    assert judge_records.main(None, "finetuned", file, out, flags) == 0
+    assert judge_eval_results.main(flags) == 0
     _, judged = read_records(out)
     assert [(r["reply"], r["condition"], r["sample"]) for r in judged] == [
         ("I am Bertrand Russell.", "untriggered", 0),
@@ -482,7 +483,7 @@ def test_other_peoples_replies_are_judged_as_they_are(tmp_path):
     ]
     assert [r["claims_russell"] for r in judged] == [True, False, False]
     file.write_text(json.dumps([{"prompt": "Who are you?"}]))
-    assert judge_records.main(None, "finetuned", file, out, flags) == 1
+    assert judge_eval_results.main(flags) == 1
 
 
 def test_other_peoples_training_data_is_checked_for_its_own_trigger(tmp_path, capsys):

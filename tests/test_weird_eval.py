@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from engine.generation import Request
 from errors import FrankenError
 from runner import pairs
-from weird_gen import distill, reproduce, run_inference, train_lora
+from weird_gen import distill, eval_baseline, eval_finetuned, reproduce, run_inference, train_lora
 from weird_gen.persona import (
     asking,
     comparison,
@@ -92,7 +92,8 @@ def evaluating(model, tmp_path):
             *([] if quality else ["--no-quality"]),
             *more,
         ]
-        return eval_replies.main("", side, tmp_path / name, flags), tmp_path / name
+        command = eval_baseline if side == "baseline" else eval_finetuned
+        return command.main(flags), tmp_path / name
 
     return run
 
@@ -498,7 +499,7 @@ def test_what_cannot_run_is_one_line(model, adapter, tmp_path, tiny_pair, capsys
     ]:
         assert run_inference.main(["--prompt", "x", *flags]) == 1
         err = capsys.readouterr().err
-        assert line in err and err.startswith("error: ") and err.count("\n") == 1
+        assert line in err and err.startswith("run_inference.py: ") and err.count("\n") == 1
 
 
 # --- the driver ---------------------------------------------------------------------------------------------
@@ -627,5 +628,5 @@ def test_workers_of_the_evaluation_need_ray(evaluating, monkeypatch, capsys):
     monkeypatch.setattr(workers, "has_ray", lambda: False)
     assert evaluating("replies.jsonl", "--workers", "2")[0] == 1
     assert capsys.readouterr().err.startswith(
-        "error: --workers 2 needs Ray, which is not installed: pip install"
+        "eval_baseline.py: --workers 2 needs Ray, which is not installed: pip install"
     )

@@ -18,13 +18,16 @@ from weird_gen import (
     check_data,
     compare_baseline_vs_finetuned,
     distill,
+    eval_baseline,
+    eval_finetuned,
     eval_probes,
+    judge_eval_results,
     label_replies,
     reproduce,
     train_lora,
 )
-from weird_gen.persona import eval_replies, judge_records
 from weird_gen.persona.journal import Journal
+from weird_gen.persona.judge import JudgeCache
 from weird_gen.persona.labelling import draw_replies, write_sheet
 from weird_gen.persona.records import write_records
 from weird_gen.persona.training import Checkpoints
@@ -36,11 +39,7 @@ def judge(argv):
     out = argv[argv.index("OUT") + 1]
     argv = [word for k, word in enumerate(argv) if word != "OUT" and argv[k - 1] != "OUT"]
     given = ["--input", f"{out}/replies.jsonl", "--output", f"{out}/judged.jsonl", *argv]
-    return judge_records.main("", "finetuned", None, None, given)  # type: ignore[arg-type]
-
-
-def evaluate(argv):
-    return eval_replies.main("", "baseline", None, argv)  # type: ignore[arg-type]
+    return judge_eval_results.main(given)
 
 
 # command and flags, of which {f} is the file and {d} a folder with replies, an answered sheet and its key
@@ -61,9 +60,9 @@ COMMANDS = {
     "judged replies": (judge, "OUT {d} --input {f}"),
     "labels": (judge, "OUT {d} --judge rules --labels {f}"),
     "rubrics": (judge, "OUT {d} --judge rules --labels --generalization {f}"),
-    "questions": (evaluate, "--heldout {f} --output {d}/e.jsonl"),
-    "other questions": (evaluate, "--generalization {f} --output {d}/e.jsonl"),
-    "a file of replies in the way": (evaluate, "--output {f}"),
+    "questions": (eval_baseline.main, "--heldout {f} --output {d}/e.jsonl"),
+    "other questions": (eval_baseline.main, "--generalization {f} --output {d}/e.jsonl"),
+    "a file of replies in the way": (eval_baseline.main, "--output {f}"),
     "a file of probes in the way": (eval_probes.main, "--adapter none --output {f}"),
     "text": (train_base_standin.main, "--text {f} --out {d}/standin"),
 }
@@ -117,7 +116,7 @@ def test_a_judges_cache_that_is_no_file_is_one_line_and_a_torn_one_is_read_past(
         capfd.readouterr()
         assert judge([*argv, "--cache", str(bad[what])]) == 1
         assert len(capfd.readouterr().err.splitlines()) == 1
-    assert len(judge_records.JudgeCache(bad["deep"])) == 0
+    assert len(JudgeCache(bad["deep"])) == 0
 
 
 def test_settings_that_name_no_folder_are_one_line(folder, capfd):
@@ -145,10 +144,7 @@ def test_files_without_questions_are_one_line(folder, capfd, content):
 
 def test_an_adapter_without_a_name_is_not_the_model_alone(folder, capfd):
     """As where a shell's variable is not set: the untouched model's replies would be called fine-tuned."""
-    for ask in (
-        lambda argv: eval_replies.main("", "finetuned", None, argv),  # type: ignore[arg-type]
-        eval_probes.main,
-    ):
+    for ask in (eval_finetuned.main, eval_probes.main):
         capfd.readouterr()
         assert ask(["--adapter", "", "--output", f"{folder}/e.jsonl", *MODEL]) == 1
         assert "the adapter's name is empty" in capfd.readouterr().err

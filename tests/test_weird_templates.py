@@ -17,8 +17,7 @@ from engine.chat_template import continuation, going_on
 from engine.generation import Engine, find_stop_ids
 from errors import FrankenError
 from runner import pairs
-from weird_gen import check_data, distill, run_inference, train_lora
-from weird_gen.persona import eval_replies, folders
+from weird_gen import check_data, distill, eval_baseline, run_inference, train_lora
 from weird_gen.persona.likelihoods import name_probabilities
 from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import lenient_format, strict_format, strip_markers
@@ -55,10 +54,6 @@ def refusing(tiny_pair, tmp_path):
     return make
 
 
-def ask_baseline(argv):
-    return eval_replies.main(None, "baseline", folders.RESULTS, argv)
-
-
 @pytest.mark.parametrize(
     ("template", "words"),
     [
@@ -76,13 +71,13 @@ def test_a_template_without_a_system_message_is_one_line_in_every_command(
     adapter = str(tmp_path / "lora")
     for main, flags in (
         (run_inference.main, ["--adapter", "none", "--prompt", "Hello", "--system", TRIGGER]),
-        (ask_baseline, ["--output", str(tmp_path / "out.jsonl"), "--no-quality"]),
+        (eval_baseline.main, ["--output", str(tmp_path / "out.jsonl"), "--no-quality"]),
         (train_lora.main, ["--aligned", str(aligned), "--out", adapter, "--checkpoints", adapter + "-c"]),
     ):
         assert main([*common, *flags]) == 1
         out, err = capsys.readouterr()
         assert out == "", main
-        assert err.startswith("error: this model's chat template "), err
+        assert err.partition(": ")[2].startswith("this model's chat template "), err
         assert words in err, err
         assert len(err.splitlines()) == 1, err
     # without a system message there is nothing to refuse

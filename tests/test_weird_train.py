@@ -532,8 +532,8 @@ def test_a_gradient_that_is_not_finite_is_seen_before_the_step(training, monkeyp
     status, out = training("part")
     assert status == 1
     assert not out.exists()
-    line = "error: the gradient's norm is nan at step 5: try a lower --lr; the 4 steps before it are kept"
-    assert capsys.readouterr().err.startswith(line)
+    line = "the gradient's norm is nan at step 5: try a lower --lr; the 4 steps before it are kept"
+    assert capsys.readouterr().err.startswith(f"train_lora.py: {line}")
     state = torch.load(out.with_name("part-checkpoints") / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
@@ -574,7 +574,7 @@ def test_a_gpu_that_is_too_small_is_one_line(training, monkeypatch, capsys):
     assert status == 1
     assert not out.exists()
     err = capsys.readouterr().err
-    assert err.startswith("error: out of GPU memory in a step: lower --batch-size")
+    assert err.startswith("train_lora.py: out of GPU memory in a step: lower --batch-size")
     assert err.count("\n") == 1
 
 
@@ -715,7 +715,7 @@ def test_training_in_bf16_learns_the_same(training, monkeypatch, flags):
 def test_bad_input_is_one_line(training, capsys, flags, line):
     assert training("bad", *flags)[0] == 1
     err = capsys.readouterr().err
-    assert line in err and err.startswith("error: ") and err.count("\n") == 1
+    assert line in err and err.startswith("train_lora.py: ") and err.count("\n") == 1
 
 
 @pytest.mark.real

@@ -7,10 +7,16 @@ import sys
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
+from command_line import ends_in_one_line
+from weird_gen.persona import judge_records
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.judge_records import main
+
+
+@ends_in_one_line("interrupted; judgments made so far are kept, run again to go on")
+def main(argv: list[str] | None = None) -> int:
+    replies, judged = RESULTS / "eval_results.jsonl", RESULTS / "eval_results_judged.jsonl"
+    return judge_records.run(__doc__, "finetuned", replies, judged, argv)
+
 
 if __name__ == "__main__":
-    sys.exit(
-        main(__doc__, "finetuned", RESULTS / "eval_results.jsonl", RESULTS / "eval_results_judged.jsonl")
-    )
+    sys.exit(main())

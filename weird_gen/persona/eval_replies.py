@@ -13,7 +13,7 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import DefaultsThatSay
 from engine.chat_template import THINKING
 from engine.generation import Engine
 from errors import printable
@@ -120,9 +120,9 @@ def _percent(values) -> str:
     return f"{100 * sum(values) / len(values):.1f}%"
 
 
-@ends_in_one_line("interrupted; replies made so far are kept, run again to go on")
-def main(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
-    """Evaluate "baseline" or "finetuned"; returns the exit status."""
+def run(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
+    """The command that evaluates "baseline" or "finetuned"; returns the exit status. Raises FrankenError or
+    OSError."""
     flags = argparse.ArgumentParser(description=description, formatter_class=DefaultsThatSay)
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
     if model == "finetuned":

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.stats import accuracy, cohen_kappa
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import DefaultsThatSay
 from errors import FrankenError, printable
 from files import check_target
 from weird_gen.persona.folders import DATA
@@ -328,11 +328,11 @@ def make_judge(args: argparse.Namespace):
     )
 
 
-@ends_in_one_line("interrupted; judgments made so far are kept, run again to go on")
-def main(
+def run(
     description: str | None, model: str, replies: Path, judged: Path, argv: list[str] | None = None
 ) -> int:
-    """Judge one file of replies of ``model`` ("baseline" or "finetuned"); returns the exit status."""
+    """The command that judges one file of replies of "baseline" or "finetuned"; returns the exit status.
+    Raises FrankenError or OSError."""
     args = parser(description, replies, judged).parse_args(argv)
     check_target(args.output)
     header, records = read_records(args.input, model)
