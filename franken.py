@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, cast
@@ -31,10 +30,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from errors import FrankenError
+from surgery.demands import add_delta, check_recipe, layer_jobs, outer_refs, tensor_refs
 from surgery.hashing import tensor_hash
+from surgery.mixing import edit_in_place, mix, mix_in_place
+from surgery.permuting import permute_units_in_place
 from surgery.recipes import *  # the operations are offered here too: `from franken import swap, perturb`
-from surgery.recipes import parts_of
-from surgery.tensors import TensorRef, read_tensor
 from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part
 
 
@@ -500,12 +500,6 @@ class LiveModel:
         self.outer_held |= {part: wanted[part] for part in parts}
 
 
-def tensor_refs(source: Source) -> list[TensorRef]:
-    """Every tensor of a source that a recipe can ask for, as it lies on disk."""
-    parts = [*source.layers, *source.outer.values()]
-    return [ref for part in parts for ref in part.values()]
-
-
 def digest_of(
     hashes: dict[str, int], scales: Sequence[float] = (), parallel: Sequence[tuple[int, int]] = ()
 ) -> str:
@@ -515,136 +509,6 @@ def digest_of(
     lines += [f"{p}.scale {scale!r}" for p, scale in enumerate(scales) if scale != 1]
     lines += [f"parallel {start} {stop}" for start, stop in parallel]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
-
-
-def check_recipe(
-    recipe: Recipe,
-    sources: Mapping[str, Source],
-    kinds: Sequence[int],
-    tied: bool,
-    refused: Mapping[str, str],
-) -> None:
-    """Raises FrankenError for a recipe that no model of these sources can hold.
-
-    Args:
-        kinds: of each layer; layers of equal kind have equal plain attributes.
-        refused: Permute.what -> why it would change the function here.
-    """
-    for source in recipe.sources:
-        if source not in sources:
-            raise FrankenError(
-                f"the recipe takes layers from {source!r}; the sources here are {', '.join(sources)}"
-            )
-    if tied and recipe.embed != recipe.head:
-        raise FrankenError(
-            "embedding and output head are one tensor in this model and cannot come from two sources"
-        )
-    built = [{name: t.shape for name, t in layer.items()} for layer in next(iter(sources.values())).layers]
-    mixed = any(layer != built[0] for layer in built)
-    if mixed and len(recipe) != len(built):
-        raise FrankenError(
-            "this model's layers are not all built alike (some have experts, say): it is not made deeper or"
-            " shallower"
-        )
-    for p, slot in enumerate(recipe.slots):
-        for edit in slot.edits:
-            if isinstance(edit, Permute) and edit.what in refused:
-                raise FrankenError(refused[edit.what])
-        for ref, _ in slot.mix:
-            if not 0 <= ref.layer < min(len(kinds), len(sources[ref.source].layers)):
-                raise FrankenError(f"position {p}: layer {ref.layer} of {ref.source} does not exist")
-        if mixed and any(built[ref.layer] != built[p] for ref, _ in slot.mix):
-            raise FrankenError(
-                f"position {p} cannot hold layer {slot.mix[0][0].layer}: the two are not built alike (one has"
-                " experts, say)"
-            )
-        if len({kinds[ref.layer] for ref, _ in slot.mix}) > 1:
-            raise FrankenError(f"position {p} mixes layers of different attention kinds")
-
-
-def layer_jobs(source: Source, ref: Ref, into: Layer) -> list:
-    """What a Stream reads to fill `into` with a source's layer. Raises FrankenError where names differ."""
-    have = source.layers[ref.layer]
-    if set(have) != set(into):
-        odd = sorted(set(have) ^ set(into))[0]
-        raise FrankenError(
-            f"layer {ref.layer} of {ref.source} does not match the model: {odd} is only on one side"
-        )
-    return [(have[name], tensor) for name, tensor in into.items()]
-
-
-def add_delta(source: Source, ref: Ref, into: Layer) -> None:
-    """Add what a source has beside the layer that was read: an adapter's change."""
-    for name, tensor in into.items():
-        delta = source.delta(ref.layer, name, tensor.device)
-        if delta is None:
-            continue
-        stored, under = source.layers[ref.layer][name], tensor
-        # was rounded on the way: the sum is rounded once
-        if stored.dtype.itemsize > tensor.dtype.itemsize:
-            under = read_tensor(stored).to(tensor.device)
-        tensor.copy_(under.float() + delta)
-
-
-def mix_in_place(into: Layer, others: Sequence[Layer], slot: Slot) -> None:
-    """Turn the first layer of a slot's mixture into the mixture with `others`, the rest of it in order:
-    summed in float32, rounded once."""
-    if not others:
-        return
-    weights = [w for _, w in slot.mix]
-    for name, tensor in into.items():
-        tensor.copy_(mix([tensor, *(layer[name] for layer in others)], weights, slot.mixing, name))
-
-
-def mix(tensors: Sequence[torch.Tensor], weights: Sequence[float], how: Mixing, name: str) -> torch.Tensor:
-    """Tensors of one shape mixed into a float32 one; `name`, of the tensor in its layer, may decide its
-    weights."""
-    weights = how.weights_of(name, weights)
-    if how.method == "slerp":
-        return slerp(tensors[0], tensors[1], weights[1])
-    # multiplied and added at once, as mergekit does: on most processors rounded once
-    total = torch.zeros_like(tensors[0], dtype=torch.float32)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        total.addcmul_(tensor.float(), total.new_tensor(weight))
-    return total.div_(torch.tensor(weights).sum().item()) if how.normalize else total
-
-
-def slerp(a: torch.Tensor, b: torch.Tensor, share: float) -> torch.Tensor:
-    """The tensor `share` of the way from a to b along the arc between them, each seen as one vector; float32.
-
-    Where the cosine of their angle is beyond 0.9995 either way the chord is taken, as mergekit does.
-    """
-    a, b = a.float(), b.float()
-    lengths = [
-        length if (length := torch.linalg.vector_norm(t)) > 1e-8 else length.new_ones(()) for t in (a, b)
-    ]
-    cosine = ((a / lengths[0]) * (b / lengths[1])).sum().clamp(-1, 1).double()
-    if cosine.abs() > 0.9995:
-        return a * (1 - share) + b * share
-    angle = torch.acos(cosine)
-    of_a, of_b = (torch.sin(angle * part) / torch.sin(angle) for part in (1 - share, share))
-    return a * of_a.float() + b * of_b.float()
-
-
-def outer_refs(sources: Mapping[str, Source], wanted: str | Outer, part: str, name: str) -> list[TensorRef]:
-    """Where the tensors lie that make one of embedding, norm and head. Raises FrankenError if one is
-    missing."""
-    refs = []
-    for source, _ in parts_of(wanted):
-        if name not in sources[source].outer[part]:
-            raise FrankenError(f"source {source} has no tensor for the {part} ({name})")
-        refs.append(sources[source].outer[part][name])
-    return refs
-
-
-def edit_in_place(layer: Layer, slot: Slot, config) -> None:
-    """Noise and permutations of a slot, in order."""
-    for edit in slot.edits:
-        if isinstance(edit, Noise):
-            for name, tensor in layer.items():
-                tensor.copy_(tensor.float() + noise_for(tensor, edit, name))
-        else:
-            permute_units_in_place(layer, edit, config)
 
 
 def _ref(slot: Slot) -> tuple[str, int]:
@@ -729,133 +593,6 @@ def _set_attributes(layer: nn.Module, attributes: dict[tuple[str, str], object])
         sub = layer.get_submodule(name)
         if getattr(sub, key) != value:
             setattr(sub, key, value)
-
-
-def noise_for(tensor: torch.Tensor, noise: Noise, name: str) -> torch.Tensor:
-    """Float32 Gaussian noise for one tensor: standard deviation `fraction` times the tensor's own
-    (population) one.
-
-    Seeded by (seed, key, tensor name), drawn on the tensor's own device: equal from run to run on one kind of
-    device, not between CPU and GPU.
-    """
-    digest = hashlib.sha256(f"noise:{noise.seed}:{noise.key}:{name}".encode()).digest()
-    generator = torch.Generator(tensor.device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    draws = torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=torch.float32)
-    return draws.mul_(tensor.float().std(correction=0) * noise.fraction)
-
-
-def permute_units_in_place(layer: Layer, edit: Permute, config, back: bool = False) -> None:
-    """Permute MLP units, or key-value groups and the query heads within each group, or both (`edit.what`);
-    `back` undoes it, to the bit.
-
-    Consistently over all tensors that are indexed by them: the function is unchanged up to the order of
-    floating-point sums. Raises FrankenError, before anything is changed, for layers that are not built of
-    separate q/k/v/o and gate/up/down projections, and for a tensor in the attention or the MLP of which it is
-    not known how it is indexed.
-    """
-    # 1. what is permuted, and how
-    needed = (*(() if edit.what == "mlp" else _HEADS), *(() if edit.what == "heads" else _UNITS))
-    if not all(name in layer for name in needed):
-        raise FrankenError(
-            f"the function-preserving permutation of {edit.what} needs separate projections, and there is no"
-            f" {next(name for name in needed if name not in layer)}"
-        )
-    heads, groups = config.num_attention_heads, config.num_key_value_heads
-    digest = hashlib.sha256(f"permute:{edit.seed}:{edit.key}".encode()).digest()
-    rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    down, query = layer.get("mlp.down_proj.weight"), layer.get("self_attn.q_proj.weight")
-    # both are drawn where both are there, so that each is the same alone
-    units = torch.randperm(0 if down is None else down.shape[1], generator=rng)
-    width = 0 if query is None else query.shape[0] // heads
-    group_order = torch.randperm(groups, generator=rng)
-    per_group = heads // groups
-    head_order = torch.cat([g * per_group + torch.randperm(per_group, generator=rng) for g in group_order])
-    rows = torch.arange(heads * width).view(heads, width)
-    by_head = {
-        "q": rows[head_order].flatten(),
-        "k": rows[:groups][group_order].flatten(),
-        "head": head_order,
-        "group": group_order,
-    }
-    # 2. every tensor's new order, found before the first is written
-    orders: dict[str, tuple[int, torch.Tensor]] = {}
-    for name, tensor in layer.items():
-        if edit.what != "heads" and name.startswith("mlp."):
-            orders |= _unit_order(name, tensor, units)
-        if edit.what != "mlp" and name.startswith("self_attn."):
-            orders |= _head_order(name, tensor, by_head, width)
-    # 3. in place
-    if back:
-        orders = {name: (dim, _inverse(index)) for name, (dim, index) in orders.items()}
-    before = {name: layer[name].clone() for name in orders if _NUMBERED.search(name)}
-    for name, (dim, index) in orders.items():
-        if name in before:  # one module a head: head i's place is taken by what head index[i] had
-            i = int(cast(re.Match, _NUMBERED.search(name))[1])
-            source = _NUMBERED.sub(f".norms.{int(index[i])}.", name)
-            layer[name].copy_(before[source])
-        else:
-            layer[name].copy_(layer[name].index_select(dim, index.to(layer[name].device)))
-
-
-def _inverse(order: torch.Tensor) -> torch.Tensor:
-    """The permutation that undoes one. Sorted for, it made the way back three times as long as the way
-    there."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order))
-    return inverse
-
-
-_HEADS = tuple(f"self_attn.{p}_proj.weight" for p in "qkvo")
-_UNITS = tuple(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))
-_NUMBERED = re.compile(r"\.norms\.(\d+)\.")
-_QUERY_OR_KEY = re.compile(r"^self_attn\.(q|k)(_norm|_layernorm|_ln)\.")
-
-
-def _unit_order(name: str, tensor: torch.Tensor, units: torch.Tensor) -> dict:
-    """{name: (dimension, order)} of one of the MLP's tensors; empty if it is not indexed by units."""
-    part, whole = name.removeprefix("mlp.").rpartition(".")[0], len(units)
-    if part in ("gate_proj", "up_proj") and tensor.shape[0] == whole:
-        return {name: (0, units)}
-    if part == "down_proj":
-        return {name: (1, units)} if tensor.ndim == 2 else {}
-    if tensor.numel() == 1:  # an activation's parameter
-        return {}
-    if tensor.shape == (whole,):  # a norm before the down projection (BitNet)
-        return {name: (0, units)}
-    raise _unknown(name, tensor)
-
-
-def _head_order(name: str, tensor: torch.Tensor, by_head: dict[str, torch.Tensor], width: int) -> dict:
-    """{name: (dimension, order)} of one of the attention's tensors; empty if it is not indexed by heads."""
-    part = name.removeprefix("self_attn.").rpartition(".")[0]
-    side = {"q_proj": "q", "k_proj": "k", "v_proj": "k"}.get(part)
-    if side and tensor.shape[0] == len(by_head[side]):
-        return {name: (0, by_head[side])}
-    if part == "o_proj":
-        if tensor.ndim == 1:
-            return {}
-        if tensor.shape[1] == len(by_head["q"]):
-            return {name: (1, by_head["q"])}
-    if name == "self_attn.sinks" and tensor.shape == by_head["head"].shape:
-        return {name: (0, by_head["head"])}
-    if match := _QUERY_OR_KEY.match(name):
-        rows = by_head[match[1]]
-        one_each = by_head["head" if match[1] == "q" else "group"]
-        if _NUMBERED.search(name):
-            return {name: (0, one_each)}
-        if tensor.shape == (width,):  # the same for every head
-            return {}
-        if tensor.shape == rows.shape:
-            return {name: (0, rows)}
-        if tensor.shape == (len(one_each), width):
-            return {name: (0, one_each)}
-    raise _unknown(name, tensor)
-
-
-def _unknown(name: str, tensor: torch.Tensor) -> FrankenError:
-    return FrankenError(
-        f"the function-preserving permutation does not know how {name} {list(tensor.shape)} is indexed"
-    )
 
 
 if __name__ == "__main__":

@@ -25,25 +25,16 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from errors import FrankenError, first_line, printable
 from files import refuse_place
-from franken import (
-    add_delta,
-    check_recipe,
-    digest_of,
-    edit_in_place,
-    find_layers,
-    layer_jobs,
-    mix,
-    mix_in_place,
-    outer_refs,
-    plain_attributes,
-)
+from franken import digest_of, find_layers, plain_attributes
 from prompts import ONE_DEPTH
 from runner.cache import workspace, write_safetensors
 from runner.model_card import model_card
 from runner.pairs import GIB, Located, load_tokenizer, stop_ids
 from runner.results import write_json
 from runner.self_check import check_code
+from surgery.demands import add_delta, check_recipe, layer_jobs, outer_refs
 from surgery.hashing import tensor_hash
+from surgery.mixing import edit_in_place, mix, mix_in_place
 from surgery.recipes import Outer, Permute, Recipe, Ref, Slot
 from surgery.tensors import TensorRef
 from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, Stream, outer_part

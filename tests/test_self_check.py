@@ -17,7 +17,6 @@ from transformers import (
     PaliGemmaForConditionalGeneration,
 )
 
-import franken
 from engine import attention
 from engine.generation import Engine
 from errors import FrankenError
@@ -25,6 +24,7 @@ from franken import LiveModel, permute_units
 from runner import self_check
 from runner.pairs import open_pair
 from runner.self_check import TOLERANCE, check_code, check_weights, shrunk
+from surgery import permuting
 from surgery.weights import Checkpoint
 
 CPU = torch.device("cpu")
@@ -130,12 +130,12 @@ def test_a_fault_of_the_engine_stops_in_one_line_with_the_number(fault, monkeypa
 
 def test_a_placebo_that_changes_the_function_is_refused_with_the_number(tmp_path, tiny_pair, monkeypatch):
     """As before norms of all heads were known: OLMo 2's would have been left in their order."""
-    order = franken._head_order
+    order = permuting._head_order
 
     def norms_stay(name, *args):
         return {} if "_norm" in name else order(name, *args)
 
-    monkeypatch.setattr(franken, "_head_order", norms_stay)
+    monkeypatch.setattr(permuting, "_head_order", norms_stay)
     path = tiny.write_checkpoint(tmp_path / "olmo2", model_type="olmo2", tie_word_embeddings=False)
     live = open_pair(instruct=str(path), dtype="float32", device_map="cpu").live
     assert set(live.refused_placebos) == {"heads", "both"}
