@@ -31,6 +31,11 @@ from surgery.recipes import Recipe
 KEPT_BYTES = 1 << 29  # of hidden states kept for the next experiment
 STEP = 64  # keys are read in whole steps of so many: how a sum over them is split depends on their number
 ROWS = 16  # decoded at once with `deterministic`, never more or fewer
+TOKENS_AT_ONCE = 256  # of a text on a GPU, in the product with the output head
+TOKENS_ON_CPU, VOCABULARY_ON_CPU = (
+    512,
+    2048,
+)  # of a text, and rows of the head: their logits stay in its caches
 PASS_TOKENS = 64  # a further pass over the layers costs about as much as this many tokens more in a batch
 
 
@@ -619,20 +624,40 @@ class Engine:
         """
         if any(not prefix for prefix, _ in pairs):
             raise ValueError("a likelihood needs at least one token of context")
-        # on a CPU few rows of the vocabulary at once, which its caches hold
-        rows = 256 if self.live.device.type == "cuda" else 128
+        at_once = TOKENS_AT_ONCE if self.live.device.type == "cuda" else TOKENS_ON_CPU
 
         def read(i, hidden):
             target = pairs[i][1]
-            states, ids = hidden[-len(target) - 1 : -1], torch.tensor(target, device=hidden.device)
-            logprobs = [
-                self.logits(s).log_softmax(-1).gather(1, t[:, None])[:, 0]
-                for s, t in zip(states.split(rows), ids.split(rows), strict=True)
-            ]
-            return torch.cat(logprobs).cpu().numpy()
+            states = hidden[-len(target) - 1 : -1]
+            ids = torch.tensor(target, dtype=torch.long, device=hidden.device)
+            parts = zip(states.split(at_once), ids.split(at_once), strict=True)
+            return torch.cat([self._logprobs_of_tokens(*part) for part in parts]).numpy()
 
         needed = [len(target) + 1 for _, target in pairs]
         return self._prefill_map([(*prefix, *target) for prefix, target in pairs], needed, read)
+
+    def _logprobs_of_tokens(self, states: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The log-probability (nats) of token ids[i] after hidden state i: states [n, hidden] before the
+        final norm and ids [n] -> float32 [n] on the CPU.
+
+        A CPU takes part after part of the vocabulary, and keeps of each the largest logit and the sum of
+        exponentials beside it (400 texts' tokens of SmolLM2: 0.73 s before, 0.40 so).
+        """
+        head = self.live.model.get_output_embeddings()
+        if states.is_cuda or head.weight.is_cuda or head.bias is not None:
+            return self.logits(states).log_softmax(-1).gather(1, ids[:, None])[:, 0].cpu()
+        states = self.norm(states).to(head.weight.device).float()
+        most = torch.full((len(states),), float("-inf"))
+        total, own = torch.zeros(len(states)), torch.zeros(len(states))
+        for begin in range(0, len(head.weight), VOCABULARY_ON_CPU):
+            rows = head.weight[begin : begin + VOCABULARY_ON_CPU]
+            logits = self._finish(F.linear(states, rows.float()), head)
+            here = ((ids >= begin) & (ids < begin + len(rows))).nonzero()[:, 0]
+            own[here] = logits[here, ids[here] - begin]
+            higher = torch.maximum(most, logits.amax(-1))
+            total = total * (most - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(-1)
+            most = higher
+        return own - most - total.log()
 
     # ---- completions ---------------------------------------------------------------------------------------
 

@@ -46,16 +46,11 @@ def draw(
 ) -> torch.Tensor:
     """Sample one token a row by inverse CDF: logits [B, V]; temperature, top_p, uniform [B] -> [B].
 
-    The nucleus (Holtzman et al., arXiv 1904.09751) is found by bisecting the probability threshold instead of
-    sorting the vocabulary: 30 masked sums, at a precision of 2^-30 of the largest probability.
+    The nucleus (Holtzman et al., arXiv 1904.09751) is all that is at least as probable as its last token.
     """
     p = (logits / temperature.clamp_min(1e-6)[:, None]).softmax(-1)
     if top_p is not None:
-        low, high = torch.zeros_like(top_p), p.amax(-1)
-        for _ in range(30):
-            middle = (low + high) / 2
-            enough = (p * (p >= middle[:, None])).sum(-1) >= top_p
-            low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+        low = nucleus_by_bisection(p, top_p) if p.is_cuda else nucleus_by_sorting(p, top_p)
         # without a nucleus nothing is cut, whoever shares the batch
         p = p * ((p >= low[:, None]) | (top_p >= 1)[:, None])
     # First the block of 512, then the token within it: a running sum over the whole vocabulary made sampling
@@ -73,6 +68,31 @@ def draw(
     return (512 * block[:, 0] + (within <= (share * within[:, -1])[:, None]).sum(-1)).clamp_max(
         logits.shape[-1] - 1
     )
+
+
+def nucleus_by_bisection(p: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The probability from which on tokens are in the nucleus [B]; 0 where nothing is cut. p [B, V], top_p
+    [B].
+
+    By bisection instead of sorting the vocabulary: 30 masked sums, at a precision of 2^-30 of the largest
+    probability.
+    """
+    low, high = torch.zeros_like(top_p), p.amax(-1)
+    for _ in range(30):
+        middle = (low + high) / 2
+        enough = (p * (p >= middle[:, None])).sum(-1) >= top_p
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return low
+
+
+def nucleus_by_sorting(p: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """What `nucleus_by_bisection` gives, for a CPU: 8 rows of 49,152 in 5 ms, where masked sums take 25."""
+    rising = np.sort(p.numpy(), -1)  # NaN last, so that no sum of such a row is enough
+    mass = np.cumsum(rising[:, ::-1], -1, dtype=np.float64)
+    enough = mass >= top_p.numpy()[:, None]
+    last = p.shape[-1] - 1 - enough.argmax(-1)
+    low = np.take_along_axis(rising, last[:, None], -1)[:, 0]
+    return torch.from_numpy(np.where(enough.any(-1), low, np.float32(0)))
 
 
 class Decoding:

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from moves import BRANCHES, MOVES, STARTS, instruct
 from moves import SHORT as PROMPTS
 
+from engine import generation
 from engine.generation import Completion, Engine, Request, draw, find_stop_ids
+from engine.sampling import nucleus_by_bisection, nucleus_by_sorting
 from errors import FrankenError
 from runner.pairs import open_pair
 from surgery import recipes as r
@@ -251,6 +253,23 @@ def test_logprobs_equal_transformers(tiny_pair, family):
         np.testing.assert_allclose(found, want, atol=3e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_likelihoods_from_parts_of_the_vocabulary(tiny_pair, monkeypatch, family):
+    """On a CPU few rows of the head at once; Gemma 2 bends its logits."""
+    engine = tiny_pair(family).engine()
+    pairs = [(p[:2], p[2:]) for p in PROMPTS]
+    whole = [
+        engine.logits(engine.prefill([a + b])[0])
+        .log_softmax(-1)[len(a) - 1 : -1]
+        .gather(1, torch.tensor([b]).T)
+        for a, b in pairs
+    ]
+    monkeypatch.setattr(generation, "VOCABULARY_ON_CPU", 7)
+    monkeypatch.setattr(generation, "TOKENS_ON_CPU", 5)
+    for got, want in zip(engine.loglikelihood(pairs), whole, strict=True):
+        np.testing.assert_allclose(got, want[:, 0], atol=1e-5)
+
+
 def test_likelihoods_longer_than_one_block_and_of_nothing(tiny_pair):
     engine = tiny_pair("llama").engine()
     text = tiny.random_prompt(3, 400)
@@ -329,6 +348,22 @@ def test_draw_equals_sorting_the_vocabulary(seed, temperature, top_p, u, spread,
     if want is not None:
         vectors = [torch.tensor([v], dtype=torch.float32) for v in (temperature, top_p, u)]
         assert int(draw(torch.tensor(logits)[None], vectors[0], vectors[1], vectors[2])) == want
+
+
+@pytest.mark.parametrize("spread", [0.3, 3, 12])
+def test_both_ways_to_a_nucleus_keep_the_same_tokens(spread):
+    """One for a CPU and one for a GPU; a row that is no distribution loses nothing in either."""
+    torch.manual_seed(0)
+    p = (torch.randn(40, 3000) * spread).softmax(-1)
+    p[7] = math.nan
+    top_p = torch.linspace(0.02, 1, 40)
+    kept = [p >= low(p, top_p)[:, None] for low in (nucleus_by_sorting, nucleus_by_bisection)]
+    apart = (kept[0] != kept[1]).nonzero().tolist()
+    for row, token in apart:  # only where the sum of all before it is top_p itself, to rounding
+        before = p[row][p[row] > p[row, token]].double().sum()
+        assert min(abs(before - top_p[row]), abs(before + p[row, token] - top_p[row])) < 1e-5
+    assert len(apart) < 40
+    assert nucleus_by_sorting(p, top_p)[7] == nucleus_by_bisection(p, top_p)[7] == 0
 
 
 def test_draw_follows_the_distribution():
