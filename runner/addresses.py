@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -109,6 +109,32 @@ def client(where: Address, key: str | None, most: int):
     raises TooMuch, as for a packed one. Raises FrankenError where none can be made."""
     import openai
 
+    with told_of_proxies():
+        return openai.DefaultHttpxClient(**_settings(where), event_hooks=_hooks(where, key, most))
+
+
+def async_client(where: Address, key: str | None, most: int):
+    """`client`, for asyncio."""
+    import openai
+
+    def awaited(hook: Callable[[Any], None]) -> Callable[[Any], Awaitable[None]]:
+        async def called(message) -> None:
+            hook(message)
+
+        return called
+
+    hooks = {when: list(map(awaited, some)) for when, some in _hooks(where, key, most).items()}
+    with told_of_proxies():
+        return openai.DefaultAsyncHttpxClient(**_settings(where), event_hooks=hooks)
+
+
+def _settings(where: Address) -> dict[str, Any]:
+    return {"trust_env": not where.here, "follow_redirects": False}
+
+
+def _hooks(where: Address, key: str | None, most: int) -> dict[str, list[Callable[[Any], None]]]:
+    """What a client does to every request before it is sent, and to every answer before it is read."""
+
     def asked(request) -> None:
         if where.host != "api.openai.com":
             strip(request, key)
@@ -117,32 +143,7 @@ def client(where: Address, key: str | None, most: int):
         refuse_packed(response)
         response.stream = bounded(response.stream, most)
 
-    with told_of_proxies():
-        return openai.DefaultHttpxClient(
-            trust_env=not where.here,
-            follow_redirects=False,
-            event_hooks={"request": [asked], "response": [answered]},
-        )
-
-
-def async_client(where: Address, key: str | None, most: int):
-    """`client`, for asyncio."""
-    import openai
-
-    async def asked(request) -> None:
-        if where.host != "api.openai.com":
-            strip(request, key)
-
-    async def answered(response) -> None:
-        refuse_packed(response)
-        response.stream = bounded(response.stream, most)
-
-    with told_of_proxies():
-        return openai.DefaultAsyncHttpxClient(
-            trust_env=not where.here,
-            follow_redirects=False,
-            event_hooks={"request": [asked], "response": [answered]},
-        )
+    return {"request": [asked], "response": [answered]}
 
 
 def refuse_packed(response) -> None:
