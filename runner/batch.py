@@ -10,9 +10,10 @@ import stat
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from runner.matched_noise import Matcher, Twins, wants
 from runner.replica import Loaded, ModelOptions, Replica, Shape
 from runner.results import SCHEMA, SCHEMA_VERSION, write_json
 from runner.resuming import Change, marked
+from surgery.recipes import Recipe
 
 
 def allowed_threads() -> int:
@@ -137,6 +139,14 @@ def _result(plan: Plan, weights: dict, measurements: dict, error: dict | None, p
 
 
 AHEAD = 64  # so many of the experiments to come are looked at for layers that they begin with alike
+
+
+def look_ahead(engine, recipes: Iterable[Recipe]) -> None:
+    """Tell the engine what may run next, of which it looks at AHEAD."""
+    # on a CPU, where memory is not short of the bytes: on a GPU it has not been measured
+    few = AHEAD if engine.live.device.type == "cpu" else 0
+    engine.coming = tuple(islice(recipes, few))
+
 
 # no rate and no time left: the suites of one experiment differ in length by a factor of a thousand
 INNER = "{desc}: {n_fmt} of {total_fmt} done [{elapsed}{postfix}]"
@@ -382,14 +392,12 @@ def run_batch(record: Record, engine, protocol) -> int:
             result = run_experiment(engine, plan, protocol, record.original, progress, find)
         return record.keep(plan, result)
 
-    # on a CPU, where memory is not short of the bytes: on a GPU it has not been measured
-    ahead = AHEAD if engine.live.device.type == "cpu" else 0
     left = [plan for plan in record.plans if not record.finished[plan.experiment.name]]
     try:
         for plan in as_sources_arrive(record.plans, engine.live):
             name = plan.experiment.name
             left = [other for other in left if other is not plan]
-            engine.coming = tuple(other.recipe for other in left[:ahead])
+            look_ahead(engine, (other.recipe for other in left))
             if matcher is not None and wants(plan.experiment) and not record.finished[name]:
                 matcher.unmodified()  # before the experiment, so that none is lost if this fails
             result = record.finished[name] or measure(plan)

@@ -17,6 +17,7 @@ from errors import FrankenError
 from experiments import BASELINE, TWIN, Plan
 from runner.batch import Record
 from runner.matched_noise import Tried, search, unmeasured, wants
+from surgery.recipes import Recipe
 
 MOST_LOSSES = 3  # workers that one job may lose before it is taken to be what kills them
 
@@ -90,6 +91,12 @@ class Schedule:
     def next(self) -> Job | None:
         """The job of highest priority that nothing has to be waited for; None where there is none now."""
         return heapq.heappop(self._queue) if self._queue else None
+
+    def coming(self, most: int) -> tuple[Recipe, ...]:
+        """The recipes of the experiments that are next by priority, at most so many; whichever worker gets
+        them."""
+        queued = [(job, job.plan.recipe) for job in self._queue if job.plan is not None]
+        return tuple(recipe for _, recipe in heapq.nsmallest(most, queued, key=lambda one: one[0]))
 
     def empty(self) -> bool:
         """Whether nothing is left but what is being done."""

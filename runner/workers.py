@@ -33,13 +33,14 @@ from engine.generation import Engine
 from errors import FrankenError, first_line, printable
 from experiments import Plan
 from files import ROOT
-from runner.batch import Record, allowed_threads, run_experiment, set_threads
+from runner.batch import AHEAD, Record, allowed_threads, look_ahead, run_experiment, set_threads
 from runner.matched_noise import Twins, noised_perplexity
 from runner.pairs import GIB, HEADROOM
 from runner.replica import Loaded, ModelOptions, Replica, Shape, differences
 from runner.results import is_alive
 from runner.schedule import MOST_LOSSES, Job, Raised, Schedule
 from suites.base import Protocol
+from surgery.recipes import Recipe
 
 HOW_TO_INSTALL = "pip install -r requirements-extras.txt (or pip install ray)"
 STORE = 1 << 28  # bytes of Ray's object store: results in flight
@@ -311,14 +312,18 @@ class Worker:
     def status(self) -> Doing:
         return self.doing
 
-    def experiment(self, plan: Plan, original: str, failed: Raised | None) -> dict:
-        """One experiment's result; where its noise could not be found (`failed`), that it failed."""
+    def experiment(
+        self, plan: Plan, original: str, failed: Raised | None, coming: tuple[Recipe, ...] = ()
+    ) -> dict:
+        """One experiment's result; where its noise could not be found (`failed`), that it failed. coming: the
+        recipes that are next, of which this worker will run some."""
 
         def fail(plan, on_progress):
             assert failed is not None
             raise failed.exception()
 
         engine, protocol = self._engine()
+        look_ahead(engine, coming)
         try:
             return run_experiment(
                 engine, plan, protocol, original, self._progress, fail if failed is not None else None
@@ -564,7 +569,8 @@ class Fleet:
                 continue
             hand.state, hand.job, hand.doing = "working", job, Doing("")
             if job.plan is not None:
-                self._ask(hand, "experiment", portable(job.plan), original, job.failed)
+                coming = schedule.coming(AHEAD)
+                self._ask(hand, "experiment", portable(job.plan), original, job.failed, coming)
             else:
                 self._ask(hand, "perplexity", job.fraction)
         return any(hand.state == "working" for hand in self.hands)

@@ -107,6 +107,31 @@ def spread(record, workers=3, seed=0, answer=curve, loses=0.0):
 ALL = list(PERPLEXITY)
 
 
+def test_what_comes_next_is_known_by_priority_and_without_measurements():
+    """A worker keeps layers that these recipes begin with alike."""
+    made = schedule.Schedule(record := FakeRecord(ALL))
+    first = made.next()
+    assert first.name == BASELINE and made.coming(9) == ()  # all others wait for its perplexity
+    record.keep(first.plan)
+    made.kept(first)
+    order = [plan.recipe for plan in record.plans[1:]]
+    assert made.coming(9) == tuple(order) and made.coming(2) == tuple(order[:2])
+    second = made.next()
+    record.keep(second.plan)
+    made.kept(second)  # its twin is searched for: measurements, which have no recipe
+    assert any(job.plan is None for job in made._queue) and made.coming(9) == tuple(order[1:])
+
+
+@pytest.mark.parametrize("device, looked_at", [("cpu", 64), ("cuda", 0)])
+def test_a_worker_tells_its_engine_what_may_come(monkeypatch, device, looked_at):
+    engine = SimpleNamespace(live=SimpleNamespace(device=SimpleNamespace(type=device)), coming=())
+    monkeypatch.setattr(workers, "run_experiment", lambda engine, *_: {"came": engine.coming})
+    worker = workers.Worker(lambda: None, None, 1)
+    monkeypatch.setattr(worker, "_engine", lambda: (engine, None))
+    recipes = tuple(named(ALL[1]).plan(6).recipe for _ in range(70))
+    assert worker.experiment(None, "", None, recipes) == {"came": recipes[:looked_at]}
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_in_whatever_order_workers_finish_everything_is_done_once(count, seed):
