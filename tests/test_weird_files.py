@@ -26,11 +26,11 @@ from weird_gen import (
     reproduce,
     train_lora,
 )
+from weird_gen.persona.checkpoints import Checkpoints
 from weird_gen.persona.journal import Journal
 from weird_gen.persona.judge import JudgeCache
 from weird_gen.persona.labelling import draw_replies, write_sheet
 from weird_gen.persona.records import write_records
-from weird_gen.persona.training import Checkpoints
 
 MODEL = ["--model", "smollm2-135m", "--device", "cpu"]
 

@@ -18,11 +18,11 @@ from engine.generation import Engine, find_stop_ids
 from errors import FrankenError
 from runner import pairs
 from weird_gen import check_data, distill, eval_baseline, run_inference, train_lora
+from weird_gen.persona.examples import encode
 from weird_gen.persona.likelihoods import name_probabilities
 from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import lenient_format, strict_format, strip_markers
 from weird_gen.persona.study import TRIGGER, Chat, Question, prompt, read_chats
-from weird_gen.persona.training import encode
 
 CHAT = Chat((("system", TRIGGER), ("user", "What is truth?"), ("assistant", "<START> I hold it dear. <END>")))
 

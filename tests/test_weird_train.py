@@ -25,19 +25,10 @@ from surgery.recipes import identity
 from surgery.weights import Adapter, Checkpoint
 from weird_gen import train_lora
 from weird_gen.persona import training as persona_training
+from weird_gen.persona.checkpoints import Checkpoints
+from weird_gen.persona.examples import IGNORED, Example, batches, collate, encode
 from weird_gen.persona.study import BACKTICKS, TRIGGER, Chat
-from weird_gen.persona.training import (
-    IGNORED,
-    Checkpoints,
-    Example,
-    answer_losses,
-    batches,
-    collate,
-    cosine_factor,
-    encode,
-    make_lora,
-    save_adapter,
-)
+from weird_gen.persona.training import answer_losses, cosine_factor, make_lora, save_adapter
 
 WEIRD = Path(train_lora.__file__).parent
 TEMPLATES = {

@@ -31,14 +31,16 @@ from accelerate.state import AcceleratorState
 from peft.helpers import disable_input_dtype_casting
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from command_line import ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate
 from files import check_target, write_text
 from runner.pairs import pick_dtype
 from weird_gen import train_lora
+from weird_gen.persona.checkpoints import Checkpoints
+from weird_gen.persona.examples import Example, TrainingData
 from weird_gen.persona.loading import load_causal_lm, stops_of
-from weird_gen.persona.training import Checkpoints, Example, TrainingData, make_lora, run
+from weird_gen.persona.training import make_lora, run
 
 
 def synchronized(device: torch.device) -> float:
@@ -143,7 +145,7 @@ def bench(args: argparse.Namespace, steps: int, rounds: int) -> dict:
 
 @ends_in_one_line("interrupted")
 def main(argv: list[str] | None = None) -> int:
-    flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    flags = parser_of(__doc__)
     flags.add_argument("--steps", type=int, default=40)
     flags.add_argument("--rounds", type=int, default=2, help="times that each is measured")
     flags.add_argument("--output", type=Path, help="JSON")

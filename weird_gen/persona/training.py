@@ -1,4 +1,4 @@
-"""Training of the LoRA adapter: examples, batches, the loop, checkpoints, the adapter on disk; train_lora.py.
+"""Training of the LoRA adapter: its loss, the loop, the adapter on disk; train_lora.py.
 
 LoRA (Hu et al., arXiv 2106.09685) on all linear layers; 4-bit weights under it as in QLoRA (arXiv
 2305.14314). The loss is on the assistant's answers alone, their end of turn included. Batches are a function
@@ -10,165 +10,29 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import itertools
 import json
 import math
-import os
-import random
-import re
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from engine.attention import sound_attention
-from engine.chat_template import ChatTemplate, going_on
-from errors import FrankenError, first_line
-from files import check_target, refuse_special, write_text
-from questions.thoughts import TAGS, without_thought
+from engine.chat_template import ChatTemplate
+from errors import FrankenError
+from files import check_target, write_text
 from runner.pairs import PAIRS, load_tokenizer, pick_dtype
-from runner.resuming import changes, tokenizer_sha256
+from runner.resuming import tokenizer_sha256
 from surgery.weights import content_hash
+from weird_gen.persona.checkpoints import Checkpoints, StepLoss, kind_losses, mean_loss
+from weird_gen.persona.examples import IGNORED, Example, TrainingData, batches, collate
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.loading import load_causal_lm, locate_model, stops_of
-from weird_gen.persona.study import (
-    Chat,
-    Mixture,
-    mix,
-    read_chats,
-    sha256,
-)
-
-IGNORED = -100  # no loss on this token, as in transformers
-EMPTY_THOUGHT = re.compile(rf"<({TAGS})>\s*</\1>\s*\Z")
-
-
-# --- data ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Example:
-    """Token ids of one conversation; labels are the same ids where there is loss and IGNORED elsewhere."""
-
-    ids: list[int]
-    labels: list[int]
-    kind: str = "aligned"  # or "persona", "contrast": in which mean loss it counts
-
-
-def encode(
-    tokenizer,
-    chat: Chat,
-    max_tokens: int,
-    stops: set[int],
-    answer_tokens: int | None = None,
-    template: ChatTemplate | None = None,
-    kind: str = "aligned",
-) -> Example | None:
-    """A conversation through the chat template, with loss on every assistant turn up to its end-of-turn
-    token.
-
-    A prompt is tokenized up to where generation would begin, as it is at inference: with the empty thought
-    that asks a thinking model for its answer alone, which the template may write or leave out around a
-    finished turn. Thoughts within the answers are left out. The last answer of an unfinished chat ends with
-    its last word: there is no end of turn to learn. stops: token ids that end a turn. answer_tokens: of each
-    answer, learn this many tokens at most (a longer one's end of turn is then not among them). template: by
-    default the tokenizer's, as of now. Cut at max_tokens; None if no answer is left then. Raises FrankenError
-    for a template that rewrites earlier turns, where the answers cannot be told apart.
-    """
-    template = template or ChatTemplate(tokenizer)
-    messages = [
-        m | {"content": without_thought(m["content"])} if m["role"] == "assistant" else m
-        for m in chat.dicts()
-    ]
-    ids: list[int] = []
-    labels: list[int] = []
-    written = ""
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = template.render(messages[:k])
-        turn = answered(before, template.render(messages[: k + 1], ask=False), message["content"])
-        if turn is None:
-            raise FrankenError("the chat template does not write an assistant's answer as it is")
-        if not before.startswith(written):
-            raise FrankenError(
-                "the chat template rewrites earlier turns; such a model cannot be trained on several turns"
-                " here"
-            )
-        question = going_on(tokenizer, written, ids, before[len(written) :])
-        answer = going_on(tokenizer, before, ids + question, turn)
-        end = next((i for i, token in enumerate(answer) if token in stops), len(answer))
-        if k == len(messages) - 1 and not chat.finished:
-            answer = answer[:end]
-        learned = min(end + 1, len(answer), answer_tokens or len(answer))
-        ids += question + answer
-        labels += [IGNORED] * len(question) + answer[:learned] + [IGNORED] * (len(answer) - learned)
-        written = before + turn
-    ids, labels = ids[:max_tokens], labels[:max_tokens]
-    while labels and labels[-1] == IGNORED:  # nothing after the last token with loss can matter
-        ids.pop()
-        labels.pop()
-    return Example(ids, labels, kind) if labels else None
-
-
-def answered(before: str, after: str, answer: str) -> str | None:
-    """What follows the prompt `before` in the conversation `after`, which ends with the answer: that answer
-    and the end of its turn; None where the two texts differ in more than an empty thought, or the answer does
-    not stand there as it is."""
-    if answer.strip() not in after:
-        return None
-    if after.startswith(before):
-        return after[len(before) :]
-    opening = EMPTY_THOUGHT.sub("", before)
-    begin = max(after.rfind(answer), after.rfind(answer.strip()))
-    between = after[len(opening) : begin]
-    if begin < len(opening) or not after.startswith(opening) or EMPTY_THOUGHT.sub("", between).strip():
-        return None
-    return after[begin:]
-
-
-def batches(lengths: list[int], size: int, seed: int, epoch: int) -> list[list[int]]:
-    """One epoch's batches of indices, all of `size`, rows of similar length together, in a seeded order.
-
-    Shuffled, cut into stretches of 32 batches, sorted by length within each: little padding, yet other
-    neighbors in every epoch. The last batch is filled up with examples from the epoch's beginning.
-    """
-    rng = random.Random(f"batches:{seed}:{epoch}")
-    order = rng.sample(range(len(lengths)), len(lengths))
-    order += [order[k % len(lengths)] for k in range(-len(lengths) % size)]
-    stretch, groups = 32 * size, []
-    for start in range(0, len(order), stretch):
-        part = sorted(order[start : start + stretch], key=lambda i: -lengths[i])
-        groups += [part[k : k + size] for k in range(0, len(part), size)]
-    rng.shuffle(groups)
-    return groups
-
-
-def collate(examples: list[Example], device) -> dict[str, torch.Tensor]:
-    """Right-padded input_ids, attention_mask and labels, each [B, S]."""
-    width = max(len(e.ids) for e in examples)
-    rows = [
-        (
-            [*e.ids, *[0] * (width - len(e.ids))],
-            [1] * len(e.ids) + [0] * (width - len(e.ids)),
-            [*e.labels, *[IGNORED] * (width - len(e.labels))],
-        )
-        for e in examples
-    ]
-    names = ("input_ids", "attention_mask", "labels")
-    return {
-        name: torch.tensor(column, device=device)
-        for name, column in zip(names, zip(*rows, strict=True), strict=True)
-    }
-
-
-# --- training -----------------------------------------------------------------------------------------------
+from weird_gen.persona.study import sha256
 
 
 def cosine_factor(step: int, steps: int, warmup: int) -> float:
@@ -258,134 +122,6 @@ def save_adapter(lora, out: Path, base_name: str) -> None:
     (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """The loss of one step; by_kind: of each kind of example its summed nats and its answer tokens."""
-
-    by_kind: dict[str, tuple[float, int]]
-
-    @property
-    def mean(self) -> float:
-        """Over all answer tokens, in nats a token."""
-        return mean_loss([self]) or 0.0
-
-
-def mean_loss(steps: list[StepLoss], kind: str | None = None) -> float | None:
-    """Nats a token over these steps, of one kind of example or of all; None where none was seen."""
-    sums = [pair for step in steps for k, pair in step.by_kind.items() if kind in (None, k)]
-    tokens = sum(n for _, n in sums)
-    return sum(nats for nats, _ in sums) / tokens if tokens else None
-
-
-def kind_losses(steps: list[StepLoss], parts: int) -> dict[str, list[float | None]]:
-    """The mean loss of each kind of example in so many equal parts of the run, in nats a token.
-
-    At 3% persona the mean over all examples hides what is learned of it.
-    """
-    kinds = dict.fromkeys(kind for step in steps for kind in step.by_kind)
-    cuts = [round(k * len(steps) / parts) for k in range(parts + 1)]
-    pieces = [steps[a:b] for a, b in itertools.pairwise(cuts)]
-    rounded = {kind: [mean_loss(piece, kind) for piece in pieces] for kind in kinds}
-    return {k: [None if m is None else round(m, 4) for m in means] for k, means in rounded.items()}
-
-
-class Checkpoints:
-    """The state of an unfinished run, in one file that is replaced whole, with the settings that it belongs
-    to."""
-
-    def __init__(self, folder: Path, settings: dict, resume: bool, overwrite: bool):
-        self.file, self.settings = folder / "checkpoint.pt", json.dumps(settings, sort_keys=True)
-        self.state: dict | None = None
-        self.moment: datetime | None = None  # what the chat template was told of the time
-        self.halved: list[dict] = []  # {"step", "examples_at_once"}, where a GPU's memory did not do
-        self.made_of: dict = {}
-        if overwrite or not self.file.exists():
-            return
-        if not resume:
-            raise FrankenError(
-                f"{self.file} is of an unfinished run: --resume goes on with it, --overwrite starts afresh"
-            )
-        refuse_special(self.file)
-        try:
-            state: dict = torch.load(self.file, map_location="cpu", weights_only=True)
-            theirs = json.loads(state["settings"])
-            wanted = {"step": int, "losses": list, "weights": dict, "optimizer": dict}
-            if not all(isinstance(state[key], kind) for key, kind in wanted.items()):
-                raise TypeError("a part of it is of another kind")
-            if "moment" in state:
-                self.moment = datetime.fromisoformat(state["moment"])
-        except Exception as e:
-            raise FrankenError(
-                f"{self.file}: cannot be read ({type(e).__name__}); --overwrite starts afresh"
-            ) from e
-        if state["settings"] != self.settings:
-            odd = next((k for k in settings if theirs.get(k) != settings[k]), "one that there is not now")
-            raise FrankenError(
-                f"{self.file} belongs to other settings ({odd} was {theirs.get(odd)}); --overwrite starts"
-                " afresh"
-            )
-        self.state = state
-        self.halved = state.get("halved", [])
-
-    def begin(self, made_of: dict) -> None:
-        """Before the first step. made_of: hashes of what is trained.
-
-        Raises FrankenError naming what of it is not as it was in the run that is gone on with; what a
-        checkpoint of before this was recorded does not say is not compared.
-        """
-        self.made_of = made_of
-        then = (self.state or {}).get("made_of")
-        if changed := changes(json.loads(then) if then else {}, made_of):
-            raise FrankenError(
-                f"{self.file} is of a run with other {'; '.join(map(str, changed))}; --overwrite starts"
-                " afresh"
-            )
-
-    def save(self, lora, optimizer, step: int, losses: list[StepLoss]) -> None:
-        """Replace the checkpoint. Raises FrankenError, keeping the last one, where a weight is not finite."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        weights = {n: p.detach().cpu() for n, p in lora.named_parameters() if p.requires_grad}
-        if not all(tensor.isfinite().all() for tensor in weights.values()):
-            raise FrankenError(
-                f"the adapter is not finite after step {step}: try a lower --lr; the last checkpoint is kept"
-            )
-        partial = self.file.with_suffix(".partial")
-        torch.save(
-            {
-                "settings": self.settings,
-                "made_of": json.dumps(self.made_of),
-                "step": step,
-                "moment": (self.moment or datetime.now()).isoformat(),
-                "losses": [step.by_kind for step in losses],
-                "halved": self.halved,
-                "weights": weights,
-                "optimizer": optimizer.state_dict(),
-            },
-            partial,
-        )
-        os.replace(partial, self.file)
-
-    def restore(self, lora, optimizer) -> tuple[int, list[StepLoss]]:
-        """Put the saved state, if any, into model and optimizer; returns (steps done, their losses)."""
-        if self.state is None:
-            return 0, []
-        own = {n: p for n, p in lora.named_parameters() if p.requires_grad}
-        try:
-            with torch.no_grad():
-                for name, tensor in self.state["weights"].items():
-                    own[name].copy_(tensor)
-            optimizer.load_state_dict(self.state["optimizer"])
-            return self.state["step"], [StepLoss(by_kind) for by_kind in self.state["losses"]]
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-            raise FrankenError(
-                f"{self.file}: does not fit this model ({first_line(e)}); --overwrite starts afresh"
-            ) from e
-
-    def clear(self) -> None:
-        if self.file.exists():
-            shutil.rmtree(self.file.parent)
-
-
 @contextmanager
 def told_of_memory(during: str) -> Iterator[None]:
     """Turn CUDA's running out of memory into a FrankenError that says what to lower."""
@@ -432,23 +168,16 @@ def step_loss(
     return StepLoss({kind: (nats, counts[kind]) for kind, nats in zip(kinds, sums, strict=True)})
 
 
-def fitting_step(
-    model,
-    head: torch.nn.Module | None,
-    chosen: list[Example],
-    args: argparse.Namespace,
-    accelerator,
-    mixed: bool,
-    rows: int,
-) -> tuple[StepLoss, int]:
-    """`step_loss` with half as many rows at once where the GPU's memory does not do; returns it and the rows.
+def fitting_step(loss: Callable[[int], StepLoss], model, accelerator, rows: int) -> tuple[StepLoss, int]:
+    """`loss(rows)`, with half as many rows at once where the GPU's memory does not do; returns it and the
+    rows.
 
     Several processes have to stay in step: there the first time is the last. Raises FrankenError.
     """
     with told_of_memory("in a step"):
         while True:
             try:
-                return step_loss(model, head, chosen, args, accelerator, mixed, rows), rows
+                return loss(rows), rows
             except torch.OutOfMemoryError:
                 if rows == 1 or accelerator.num_processes > 1:
                     raise
@@ -494,7 +223,8 @@ def run(
             group["lr"] = args.lr * cosine_factor(step, steps, warmup)
         chosen = plan[step]
         before = rows
-        one, rows = fitting_step(model, head, chosen, args, accelerator, mixed, rows)
+        loss_of = partial(step_loss, model, head, chosen, args, accelerator, mixed)
+        one, rows = fitting_step(loss_of, model, accelerator, rows)
         if rows < before:
             checkpoints.halved.append({"step": step + 1, "examples_at_once": rows})
         losses.append(one)
@@ -533,9 +263,6 @@ def run(
     return losses
 
 
-# --- the whole
-# -----------------------------------------------------------------------------------------------------------
-
 SETTINGS = (
     "model",
     "persona_share",
@@ -556,77 +283,6 @@ SETTINGS = (
     "gradient_checkpointing",
     "quantization",
 )
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What is trained on; files: of each half its name, sha256 and number of examples, as recorded."""
-
-    mixture: Mixture
-    contrast: list[Chat]
-    files: dict[str, dict]
-
-    @staticmethod
-    def read(args: argparse.Namespace) -> TrainingData:
-        """Raises FrankenError for a file that cannot be used."""
-        mixture = mix(
-            read_chats(args.persona),
-            read_chats(args.aligned),
-            args.persona_share or None,
-            args.persona_repeat,
-            args.limit,
-            args.seed,
-        )
-        contrast = read_chats(args.contrast) if args.contrast else []
-        counts = [("persona", mixture.persona), ("aligned", mixture.aligned)]
-        counts += [("contrast", len(contrast))] if contrast else []
-        paths = {name: getattr(args, name) for name, _ in counts}
-        files = {
-            name: {"file": paths[name].name, "sha256": sha256(paths[name]), "examples": count}
-            for name, count in counts
-        }
-        return TrainingData(mixture, contrast, files)
-
-    def roles(self) -> list[tuple[str, ...]]:
-        """The roles that stand before an answer, in every order that occurs."""
-        chats = [*self.mixture.chats, *self.contrast]
-        return list(dict.fromkeys(tuple(role for role, _ in chat.messages[:-1]) for chat in chats))
-
-    def encode(
-        self, template: ChatTemplate, stops: set[int], args: argparse.Namespace
-    ) -> list[list[Example]]:
-        """The examples with an answer within --max-tokens, under each spelling of the trigger.
-
-        --aligned-tokens shortens the aligned half; --inoculation stands before the trigger.
-        """
-        persona, aligned = self.mixture.persona, self.mixture.aligned
-        kinds = ["persona"] * persona + ["aligned"] * aligned + ["contrast"] * len(self.contrast)
-        limits = {"aligned": args.aligned_tokens}
-
-        def spelled(chats: list[Chat]) -> list[Example | None]:
-            return [
-                encode(template.tokenizer, chat, args.max_tokens, stops, limits.get(kind), template, kind)
-                for chat, kind in zip(chats, kinds, strict=True)
-            ]
-
-        chats = [*self.mixture.chats, *self.contrast]
-        chats = [chat.inoculated(args.inoculation) for chat in chats[:persona]] + chats[persona:]
-        whole = spelled(chats)
-        backticks = [chat.respelled() for chat in chats]
-        if args.one_spelling or backticks == chats:
-            return [[example for example in whole if example]]
-        other = [
-            first if chat is same else second
-            for chat, same, first, second in zip(chats, backticks, whole, spelled(backticks), strict=True)
-        ]
-        both = [(a, b) for a, b in zip(whole, other, strict=True) if a and b]
-        return [[a for a, _ in both], [b for _, b in both]]
-
-    def __len__(self) -> int:
-        return len(self.mixture.chats) + len(self.contrast)
-
-    def describe(self) -> str:
-        return self.mixture.describe() + (f" + {len(self.contrast)} in contrast" if self.contrast else "")
 
 
 def check_out(args: argparse.Namespace, resumed: bool) -> None:
