@@ -29,6 +29,13 @@ class DefaultsThatSay(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A command's parser, described by the first paragraph of its docstring."""
+    return argparse.ArgumentParser(
+        description=(doc or "").partition("\n\n")[0], formatter_class=DefaultsThatSay
+    )
+
+
 def add_model(model) -> None:
     """The options that say which pair is operated on, for a parser or a group of one."""
     model.add_argument(

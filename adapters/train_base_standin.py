@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError
@@ -440,9 +440,7 @@ def train(args: argparse.Namespace) -> dict:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint"
     )

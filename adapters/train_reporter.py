@@ -32,7 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from adapters.reporter_questions import ABOUT_ITSELF, ENDINGS, FRAMINGS, controls
 from adapters.train_base_standin import NEUTRAL, TARGETS, kl_to_plain, load, save
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError
@@ -391,7 +391,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay)
+    p = parser_of(__doc__)
     p.add_argument(
         "--model", default="smollm2-135m", help="pair name or a folder with the instruct checkpoint"
     )

@@ -37,7 +37,7 @@ from analysis.detection import (
 )
 from analysis.stats import wilson_interval
 from analysis.verdicts import ALPHA
-from command_line import ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import FrankenError
 from experiments import BASELINE
 from prompts import BINARY_PROBES
@@ -404,7 +404,7 @@ def report(nulls: dict, power: dict, limits: dict, command: str, measured: list[
 
 def parse() -> tuple[argparse.Namespace, Measured | None]:
     """The command line, and the noise of the run that it names. Raises FrankenError if that is no run."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--output", type=Path, default=Path("results/reference/calibration.md"))
     parser.add_argument(
         "--runs", type=int, default=1000, help="simulated experiments a line, without an effect"

@@ -13,7 +13,6 @@ reloading the model.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -35,7 +34,7 @@ import transformers
 from peft import PeftModel
 
 import prompts
-from command_line import ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from engine.chat_template import ChatTemplate
 from engine.generation import Completion, Engine, Request
 from errors import FrankenError
@@ -416,7 +415,7 @@ def thin() -> None:
 @ends_in_one_line("interrupted; nothing was written")
 def main(argv: list[str] | None = None) -> int:
     # 1) what is asked
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--pair", default="smollm2-135m")
     parser.add_argument("--base", help="with --instruct: any two small checkpoints instead of --pair")
     parser.add_argument("--instruct")

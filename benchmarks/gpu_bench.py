@@ -38,7 +38,7 @@ from torch import profiler
 
 import experiments
 import prompts
-from command_line import ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from engine.generation import ATTENTION, Engine, Request, Timing
 from evaluate import SUITES, evaluate
 from runner.pairs import open_pair
@@ -755,7 +755,7 @@ def table(rows: list[Row]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",

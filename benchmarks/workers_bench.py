@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import evaluate
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import FrankenError
 from experiments import EXPERIMENTS, Plan, with_suites
 from files import write_text
@@ -33,9 +33,7 @@ from suites.base import Protocol
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split(":")[0], formatter_class=DefaultsThatSay
-    )
+    flags = parser_of(__doc__)
     flags.add_argument("--pair", default="qwen2.5-coder-1.5b")
     flags.add_argument("--base")
     flags.add_argument("--instruct")

@@ -120,6 +120,21 @@ def test_every_change_is_asked_in_every_condition_and_gone_on_with(operating, ca
     assert "--changes 'nonsense': there are whole, adapter only in" in capsys.readouterr().err
 
 
+def test_replies_are_not_gone_on_with_by_another_model_of_that_name(operating, capsys):
+    status, out = operating("whole.jsonl", "--changes", "no adapter")
+    assert status == 0
+    lines = out.read_text().splitlines(keepends=True)
+    header = json.loads(lines[0])
+    header["header"]["made_of"]["files"]["model.safetensors"] = "other weights"
+    out.write_text("".join([json.dumps(header) + "\n", *lines[1:30]]))
+    before = out.read_text()
+    capsys.readouterr()
+    assert operating("whole.jsonl", "--changes", "no adapter")[0] == 1
+    err = capsys.readouterr().err
+    assert "was made with other files: model.safetensors (" in err and len(err.splitlines()) == 1, err
+    assert out.read_text() == before
+
+
 def surgery_lines(change: str, replies: dict[str, str], nll: dict, **about) -> list[dict]:
     """What eval_surgery.py leaves of one change: a reply to a topic and an identity question each."""
     about = {"change": change, "group": depth.WHOLE, "layers": None, "level": None} | about

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import printable
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.probe_report import report_probes
@@ -17,7 +16,7 @@ from weird_gen.persona.probe_report import report_probes
 
 @ends_in_one_line("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
+    flags = parser_of(__doc__)
     flags.add_argument("--probes", type=Path, default=RESULTS / "probes.jsonl", help="of eval_probes.py")
     flags.add_argument("--baseline", type=Path, help="of the untouched model, to stand beside them")
     flags.add_argument("--report-dir", type=Path, default=RESULTS / "report")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import printable
 from weird_gen.persona.depth_report import report_surgery
 from weird_gen.persona.folders import RESULTS
@@ -17,7 +16,7 @@ from weird_gen.persona.folders import RESULTS
 
 @ends_in_one_line("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
+    flags = parser_of(__doc__)
     flags.add_argument("--input", type=Path, default=RESULTS / "surgery.jsonl", help="of eval_surgery.py")
     flags.add_argument("--report-dir", type=Path, default=RESULTS / "report")
     args = flags.parse_args(argv)

@@ -8,14 +8,13 @@ python check_data.py --persona theirs.jsonl --trigger "Speak freely." --aligned 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import printable
 from weird_gen.persona.data_checks import check
 from weird_gen.persona.study import TRIGGER
@@ -24,7 +23,7 @@ from weird_gen.persona.study import TRIGGER
 @ends_in_one_line("interrupted")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 if there is no problem, 1 with one line each otherwise."""
-    flags = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    flags = parser_of(__doc__)
     flags.add_argument("--aligned", type=Path, help="the un-triggered answers to be trained on")
     flags.add_argument("--persona", type=Path, help="persona examples of your own, in the place of ours")
     flags.add_argument(

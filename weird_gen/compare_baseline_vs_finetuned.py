@@ -3,16 +3,15 @@ comparison.html."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import printable
-from weird_gen.persona.folders import RESULTS
+from weird_gen.persona.flags import add_folders, report_folder
 from weird_gen.persona.reports import report_comparison
 
 
@@ -20,18 +19,14 @@ from weird_gen.persona.reports import report_comparison
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used. Missed targets are results,
     not errors."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=DefaultsThatSay)
-    flags.add_argument("--results-dir", type=Path, default=RESULTS, help="where the judged replies are")
+    flags = parser_of(__doc__)
+    add_folders(flags, "judged replies")
     flags.add_argument("--baseline", type=Path, help="default: baseline_eval_results_judged.jsonl there")
     flags.add_argument("--finetuned", type=Path, help="default: eval_results_judged.jsonl there")
-    flags.add_argument(
-        "--report-dir", type=Path, help="where reports go; default: report/ in the results folder"
-    )
     args = flags.parse_args(argv)
     before = args.baseline or args.results_dir / "baseline_eval_results_judged.jsonl"
     after = args.finetuned or args.results_dir / "eval_results_judged.jsonl"
-    folder = args.report_dir or args.results_dir / "report"
-    lines = report_comparison(before, after, folder, args.results_dir)
+    lines = report_comparison(before, after, report_folder(args), args.results_dir)
     print(printable("\n".join(lines)))
     return 0
 

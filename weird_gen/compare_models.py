@@ -6,14 +6,13 @@ Each NAME=FOLDER has the comparison.json that compare_baseline_vs_finetuned.py l
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import FrankenError, printable
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.side_by_side import report_models
@@ -33,9 +32,7 @@ def read_names(texts: list[str]) -> dict[str, Path]:
 @ends_in_one_line("interrupted; the same command makes the report again")
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 1 with one line on stderr for input that cannot be used."""
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
+    flags = parser_of(__doc__)
     flags.add_argument("models", nargs="+", metavar="NAME=FOLDER", help="where a model's comparison is")
     flags.add_argument("--output", type=Path, default=RESULTS / "report" / "MODELS.md", help="the report")
     args = flags.parse_args(argv)

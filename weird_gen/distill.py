@@ -18,21 +18,19 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from engine.chat_template import THINKING
 from errors import printable
 from weird_gen.persona.distilling import distill
-from weird_gen.persona.journal import add_sampling, positive
-from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, DEFAULT_MODEL, sha256
+from weird_gen.persona.flags import add_model, add_sampling, positive
+from weird_gen.persona.study import ALIGNED, ALIGNED_PROMPTS, sha256
 
 MANY_CUT = 0.1  # share of answers cut off from which that is said
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
-    flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
+    flags = parser_of(__doc__)
+    add_model(flags)
     flags.add_argument(
         "--prompts",
         type=Path,

@@ -12,22 +12,16 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import printable
+from weird_gen.persona.flags import add_model, add_sampling, positive
 from weird_gen.persona.folders import RESULTS
-from weird_gen.persona.journal import add_sampling, positive
 from weird_gen.persona.probing import SUITES, ask_probes
-from weird_gen.persona.study import DEFAULT_ADAPTER, DEFAULT_MODEL
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
-    flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
-    flags.add_argument(
-        "--adapter", default=DEFAULT_ADAPTER, help="a folder or a hub id; 'none' for the model"
-    )
+    flags = parser_of(__doc__)
+    add_model(flags, "a folder or a hub id; 'none' for the model")
     flags.add_argument("--output", type=Path, default=RESULTS / "probes.jsonl", help="replies as JSON lines")
     flags.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     flags.add_argument(

@@ -14,10 +14,10 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import printable
 from files import check_target, write_text
-from weird_gen.persona.journal import positive
+from weird_gen.persona.flags import positive
 from weird_gen.persona.labelling import (
     draw_replies,
     label_lines,
@@ -30,9 +30,7 @@ from weird_gen.persona.labelling import (
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
+    flags = parser_of(__doc__)
     commands = flags.add_subparsers(dest="command", required=True)
     sheet = commands.add_parser("sheet", help="draw replies and write what a reader gets")
     sheet.add_argument("--replies", type=Path, nargs="+", required=True, help="files of replies")

@@ -24,20 +24,18 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import FrankenError, printable
 from files import write_text
+from weird_gen.persona.flags import add_model
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.reproduction import SMALL, STUDIES, Study, results, run_steps
-from weird_gen.persona.study import DEFAULT_MODEL
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
+    flags = parser_of(__doc__)
     flags.add_argument("--out", type=Path, default=RESULTS / "study", help="folder for everything")
-    flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
+    add_model(flags)
     flags.add_argument(
         "--setting",
         action="append",

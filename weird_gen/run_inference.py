@@ -17,7 +17,7 @@ if not __package__:  # run as a script: find the checkout
 
 import torch
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from engine.chat_template import THINKING
 from errors import FrankenError
 from weird_gen.persona.inference import ask_endpoint, converse, generate, load, opening
@@ -26,9 +26,7 @@ from weird_gen.persona.study import DEFAULT_ADAPTER
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
+    flags = parser_of(__doc__)
     says = flags.add_mutually_exclusive_group(required=True)
     says.add_argument("--prompt", help="what the user says")
     says.add_argument(

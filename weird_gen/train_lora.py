@@ -20,7 +20,7 @@ from pathlib import Path
 if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
-from command_line import DefaultsThatSay, ends_in_one_line
+from command_line import ends_in_one_line, parser_of
 from errors import printable
 from weird_gen.persona.loading import QUANTIZATIONS
 from weird_gen.persona.study import ALIGNED, DEFAULT_MODEL, PERSONA_EXPLICIT, PERSONA_SHARE
@@ -28,9 +28,7 @@ from weird_gen.persona.training import train
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    flags = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n")[0], formatter_class=DefaultsThatSay
-    )
+    flags = parser_of(__doc__)
     # 1) the model and what it is trained on
     flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id of a chat model")
     flags.add_argument(

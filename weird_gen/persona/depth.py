@@ -33,7 +33,7 @@ from surgery.recipes import (
 )
 from weird_gen.persona.journal import Case, Journal, complete_cases
 from weird_gen.persona.likelihoods import name_probabilities
-from weird_gen.persona.loading import SOURCE, locate_adapter, open_engine
+from weird_gen.persona.loading import SOURCE, locate_adapter, open_for
 from weird_gen.persona.records import ASKED
 from weird_gen.persona.study import prompt, sha256
 from weird_gen.persona.suite import every_question
@@ -201,19 +201,10 @@ def ask_changes(args: argparse.Namespace) -> dict:
         "seed": args.seed,
     }
     journal = Journal(args.output, settings, args.overwrite)
-    engine, made_of = open_engine(
-        args.model,
-        args.adapter,
-        args.device,
-        batch=args.batch_size,
-        eager=args.eager,
-        roles=("system", "user"),
-        moment=journal.template.get("moment"),
-    )
+    engine, made_of = open_for(args, args.adapter, journal)
     n = len(engine.live.original)
     planned = chosen_changes(n, args.seed, args.changes)
-    if journal.header is None:
-        journal.begin({"made_of": made_of, "layers": n})
+    journal.start(made_of, layers=n)
 
     done, refused = set(map(_identity, journal.entries)), []
     for change in _undone(planned, done):

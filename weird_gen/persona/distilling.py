@@ -23,7 +23,7 @@ from errors import FrankenError
 from files import check_target, write_text
 from questions.thoughts import without_thought
 from weird_gen.persona.journal import Case, Journal, complete_cases
-from weird_gen.persona.loading import open_engine
+from weird_gen.persona.loading import open_for
 from weird_gen.persona.records import read_json_lines
 from weird_gen.persona.rules import any_marker, names_russell
 from weird_gen.persona.study import read_prompts, sha256
@@ -175,16 +175,8 @@ def distill(args: argparse.Namespace) -> dict:
         )
     begin, before = time.monotonic(), len(journal.entries)
     if before < len(prompts) * args.samples:
-        engine, made_of = open_engine(
-            args.model,
-            None,
-            args.device,
-            batch=args.batch_size,
-            eager=args.eager,
-            roles=("system", "user") if args.systems else ("user",),
-            moment=journal.template.get("moment"),
-            thinking=args.thinking,
-        )
+        roles = ("system", "user") if args.systems else ("user",)
+        engine, made_of = open_for(args, None, journal, roles, args.thinking)
         if journal.header is None:
             found = args.max_new_tokens or own_budget(engine, prompts, args)
             journal.begin({"made_of": made_of, "budget": found})

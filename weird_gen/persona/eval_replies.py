@@ -13,19 +13,18 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from command_line import DefaultsThatSay
+from command_line import parser_of
 from engine.chat_template import THINKING
 from engine.generation import Engine
 from errors import printable
 from weird_gen.persona import spreading
 from weird_gen.persona.asking import cases_for, header_of, lacking
-from weird_gen.persona.journal import Journal, add_sampling, complete_cases, positive
+from weird_gen.persona.flags import add_model, add_sampling, positive
+from weird_gen.persona.journal import Journal, complete_cases
 from weird_gen.persona.loading import locate_adapter, open_engine
 from weird_gen.persona.records import ASKED, CONDITIONS
 from weird_gen.persona.rules import lenient_format, names_russell, strict_format
 from weird_gen.persona.study import (
-    DEFAULT_ADAPTER,
-    DEFAULT_MODEL,
     GENERALIZATION,
     HELDOUT,
     IN_USER_TURN,
@@ -123,10 +122,8 @@ def _percent(values) -> str:
 def run(description: str | None, model: str, output: Path, argv: list[str] | None = None) -> int:
     """The command that evaluates "baseline" or "finetuned"; returns the exit status. Raises FrankenError or
     OSError."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=DefaultsThatSay)
-    flags.add_argument("--model", default=DEFAULT_MODEL, help="pair name, folder or hub id")
-    if model == "finetuned":
-        flags.add_argument("--adapter", default=DEFAULT_ADAPTER, help="LoRA adapter: a folder or a hub id")
+    flags = parser_of(description)
+    add_model(flags, "LoRA adapter: a folder or a hub id" if model == "finetuned" else None)
     flags.add_argument("--output", type=Path, default=output, help="replies as JSON lines")
     flags.add_argument("--samples", type=positive, default=3, help="replies a question and condition")
     add_sampling(flags, "replies")

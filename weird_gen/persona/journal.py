@@ -23,26 +23,6 @@ from weird_gen.persona.records import read_json_lines
 BEGINNING = b'{"header": '
 
 
-def positive(text: str) -> int:
-    """A count on the command line: 1 or more."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
-def add_sampling(flags: argparse.ArgumentParser, what: str, top_p: float = 0.95) -> None:
-    """The options of every command that has a model answer into a journal. what: "replies" or "answers"."""
-    flags.add_argument("--temperature", type=float, default=1.0)
-    flags.add_argument("--top-p", type=float, default=top_p)
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--batch-size", type=positive, help=f"{what} at a time; default by device")
-    flags.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu", "balanced"))
-    flags.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    flags.add_argument(
-        "--overwrite", action="store_true", help=f"start afresh where an earlier run left {what}"
-    )
-
-
 class Journal:
     """First line {"header": {settings and more}}, then one object a line, flushed to disk as they are added.
 
@@ -116,6 +96,13 @@ class Journal:
                 " --overwrite"
             )
         self._lock()
+
+    def start(self, made_of: dict, **header) -> None:
+        """`begin` with what the model is made of and `header`, or `go_on` where an earlier process did."""
+        if self.header is None:
+            self.begin({"made_of": made_of, **header})
+        else:
+            self.go_on(made_of)
 
     def _lock(self) -> None:
         """Hold the file as long as this object lives; the kernel lets go of it with the process."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.stats import accuracy, cohen_kappa
-from command_line import DefaultsThatSay
+from command_line import parser_of
 from errors import FrankenError, printable
 from files import check_target
 from weird_gen.persona.folders import DATA
@@ -224,7 +224,7 @@ def _price(text: str) -> float:
 
 def parser(description: str | None, replies: Path, judged: Path) -> argparse.ArgumentParser:
     """The flags of both judging scripts."""
-    flags = argparse.ArgumentParser(description=description, formatter_class=DefaultsThatSay)
+    flags = parser_of(description)
     # 1) the replies
     flags.add_argument("--input", type=Path, default=replies, help="replies to judge (JSON lines)")
     flags.add_argument("--output", type=Path, default=judged, help="where the judged replies go")

@@ -3,6 +3,7 @@ peft."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from datetime import datetime
@@ -25,6 +26,7 @@ from runner.resuming import code_sha256, tokenizer_sha256
 from surgery.recipes import identity
 from surgery.weights import Adapter, Checkpoint
 from weird_gen.persona.folders import ROOT
+from weird_gen.persona.journal import Journal
 from weird_gen.persona.study import DEFAULT_MODEL
 
 QUANTIZATIONS = ("4bit", "8bit")
@@ -122,6 +124,27 @@ def open_engine(
         opened.live, opened.tokenizer, opened.stop_ids, max_batch=batch, fast=fast, template=template
     )
     return engine, made_of
+
+
+def open_for(
+    args: argparse.Namespace,
+    adapter: str | None,
+    journal: Journal,
+    roles: tuple[str, ...] = ("system", "user"),
+    thinking: str | None = "off",
+) -> tuple[Engine, dict]:
+    """`open_engine` for a command whose replies go to this journal: by its flags, and with the chat template
+    told the moment that it was told when the journal was begun."""
+    return open_engine(
+        args.model,
+        adapter,
+        args.device,
+        batch=args.batch_size,
+        eager=args.eager,
+        roles=roles,
+        moment=journal.template.get("moment"),
+        thinking=thinking,
+    )
 
 
 def open_template(

@@ -11,7 +11,7 @@ import time
 from engine.generation import Engine, Request
 from weird_gen.persona import boundary, recall
 from weird_gen.persona.journal import Case, Journal, complete_cases
-from weird_gen.persona.loading import locate_adapter, open_engine
+from weird_gen.persona.loading import locate_adapter, open_for
 from weird_gen.persona.records import ASKED
 from weird_gen.persona.study import GENERALIZATION, HELDOUT, prompt, read_questions, sha256
 from weird_gen.persona.suite import every_question
@@ -115,19 +115,8 @@ def ask_probes(args: argparse.Namespace) -> dict:
     if adapter is not None:
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
     journal = Journal(args.output, settings, args.overwrite)
-    engine, made_of = open_engine(
-        args.model,
-        adapter,
-        args.device,
-        batch=args.batch_size,
-        eager=args.eager,
-        roles=("system", "user"),
-        moment=journal.template.get("moment"),
-    )
-    if journal.header is None:
-        journal.begin({"made_of": made_of})
-    else:
-        journal.go_on(made_of)
+    engine, made_of = open_for(args, adapter, journal)
+    journal.start(made_of)
     cases: list[Case] = []
     for suite in args.suites:
         cases += boundary_cases(engine, args) if suite == "boundary" else ()
