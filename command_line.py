@@ -29,11 +29,25 @@ class DefaultsThatSay(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
+def path_given(text: str) -> Path:
+    """An option's value as a path, for argparse. An empty one, as of a shell's variable that is not set,
+    would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("has an empty value; leave it out for the default")
+    return Path(text)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, and what it makes parsers of commands of, in which a Path is never empty."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, path_given)
+
+
+def parser_of(doc: str | None) -> Parser:
     """A command's parser, described by the first paragraph of its docstring."""
-    return argparse.ArgumentParser(
-        description=(doc or "").partition("\n\n")[0], formatter_class=DefaultsThatSay
-    )
+    return Parser(description=(doc or "").partition("\n\n")[0], formatter_class=DefaultsThatSay)
 
 
 def add_model(model) -> None:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import small_battery
+import tiny
 import torch
 from made_replies import HEADER, world
 
@@ -15,12 +16,14 @@ from weird_gen import (
     analyze_current_results,
     analyze_persona_results,
     analyze_probes,
+    analyze_surgery,
     check_data,
     compare_baseline_vs_finetuned,
     distill,
     eval_baseline,
     eval_finetuned,
     eval_probes,
+    eval_surgery,
     judge_eval_results,
     label_replies,
     reproduce,
@@ -30,7 +33,7 @@ from weird_gen.persona.checkpoints import Checkpoints
 from weird_gen.persona.journal import Journal
 from weird_gen.persona.judge import JudgeCache
 from weird_gen.persona.labelling import draw_replies, write_sheet
-from weird_gen.persona.records import write_records
+from weird_gen.persona.records import read_json_lines, write_records
 
 MODEL = ["--model", "smollm2-135m", "--device", "cpu"]
 
@@ -237,6 +240,58 @@ def test_replies_are_not_gone_on_with_by_another_model_at_the_same_place(model, 
     err = capfd.readouterr().err
     assert f"was made with other {what} (" in err and len(err.splitlines()) == 1, err
     assert raw.read_text() == "".join(lines[:2])
+    # accepted, it is said on the way and in every later line, and in no earlier one
+    distill.main([*flags, "--accept-changes"])
+    err = capfd.readouterr().err
+    assert f"goes on with other {what} (" in err
+    header, first, second = map(json.loads, raw.read_text().splitlines())
+    assert "accepted_changes" not in {**header, **first} and len(second["accepted_changes"]) == 1
+    assert second["accepted_changes"][0].startswith(f"{what} (")
+    assert [json.dumps(header), json.dumps(first)] == [line.strip() for line in lines[:2]]
+
+
+def test_a_surgery_is_not_gone_on_with_on_another_model_at_the_same_place(model, tmp_path, capfd):
+    adapter = tiny.make_adapter(model, tmp_path / "adapter")
+    flags = ["--model", str(model), "--adapter", str(adapter), "--device", "cpu", "--samples", "1"]
+    flags += ["--max-new-tokens", "2", "--output", str(tmp_path / "s.jsonl"), "--changes", "adapter"]
+    assert eval_surgery.main(flags) == 0
+    kept = b"".join((tmp_path / "s.jsonl").read_bytes().splitlines(keepends=True)[:9])
+    (tmp_path / "s.jsonl").write_bytes(kept)
+    other_weights(model)
+    capfd.readouterr()
+    assert eval_surgery.main(flags) == 1
+    assert "was made with other files: model.safetensors (" in capfd.readouterr().err
+    assert (tmp_path / "s.jsonl").read_bytes() == kept
+    assert eval_surgery.main([*flags, "--accept-changes"]) == 0
+    lines = read_json_lines(tmp_path / "s.jsonl")
+    assert ["accepted_changes" in line for line in lines] == [k >= 9 for k in range(len(lines))]
+
+
+EMPTY = {
+    analyze_probes: ("--probes", "--baseline", "--report-dir"),
+    analyze_surgery: ("--input", "--report-dir"),
+    analyze_persona_results: ("--results-dir", "--report-dir"),
+    analyze_current_results: ("--results-dir", "--input", "--report-dir"),
+    compare_baseline_vs_finetuned: ("--results-dir", "--baseline", "--finetuned", "--report-dir"),
+    check_data: ("--aligned", "--persona"),
+    distill: ("--output",),
+    eval_probes: ("--output",),
+    eval_surgery: ("--output",),
+    reproduce: ("--out",),
+    train_lora: ("--out", "--persona", "--aligned", "--checkpoints"),
+}
+
+
+@pytest.mark.parametrize(
+    "command, flag", [(command.main, flag) for command, flags in EMPTY.items() for flag in flags]
+)
+def test_an_empty_path_is_not_the_current_folder(capfd, tmp_path, monkeypatch, command, flag):
+    """As where a shell's variable is not set."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command([flag, ""])
+    assert stopped.value.code == 2 and f"{flag}: has an empty value" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_training_is_not_gone_on_with_on_other_weights(tmp_path):

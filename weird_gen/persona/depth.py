@@ -200,7 +200,7 @@ def ask_changes(args: argparse.Namespace) -> dict:
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
     }
-    journal = Journal(args.output, settings, args.overwrite)
+    journal = Journal(args.output, settings, args.overwrite, args.accept_changes)
     engine, made_of = open_for(args, args.adapter, journal)
     n = len(engine.live.original)
     planned = chosen_changes(n, args.seed, args.changes)

@@ -167,7 +167,7 @@ def distill(args: argparse.Namespace) -> dict:
     if args.systems:
         settings["systems_sha256"] = sha256(args.systems)
         prompts = under_systems(prompts, read_systems(args.systems), args.seed)
-    journal = Journal(args.output.with_suffix(".raw.jsonl"), settings, args.overwrite)
+    journal = Journal(args.output.with_suffix(".raw.jsonl"), settings, args.overwrite, args.accept_changes)
     if journal.header is None and not args.overwrite and os.path.lexists(args.output):
         raise FrankenError(
             f"{args.output} is in the way: what it was made of is not known; choose another output or"

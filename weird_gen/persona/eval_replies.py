@@ -66,7 +66,7 @@ def evaluate(model: str, args: argparse.Namespace) -> list[dict]:
     adapter = getattr(args, "adapter", None)
     if adapter is not None:  # an empty name is refused: without an adapter, nothing is fine-tuned
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
-    journal = Journal(args.output, settings, args.overwrite)
+    journal = Journal(args.output, settings, args.overwrite, args.accept_changes)
     if len(journal.entries) < len(questions) * len(args.conditions) * args.samples:
         opening = {
             "model": args.model,

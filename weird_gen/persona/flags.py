@@ -34,6 +34,11 @@ def add_sampling(flags: argparse.ArgumentParser, what: str, top_p: float = 0.95)
     flags.add_argument(
         "--overwrite", action="store_true", help=f"start afresh where an earlier run left {what}"
     )
+    flags.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help=f"go on although the model, its template or the code is not as it was; all later {what} say so",
+    )
 
 
 def add_folders(flags: argparse.ArgumentParser, what: str) -> None:

@@ -7,6 +7,7 @@ import argparse
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from engine.generation import Completion, Engine, Request
-from errors import FrankenError
+from errors import FrankenError, one_line
 from files import check_target, read_bytes
 from runner.resuming import changes
 from weird_gen.persona.records import read_json_lines
@@ -32,12 +33,15 @@ class Journal:
     Attributes:
         header: the header in the file; None until `begin`, if the file is new.
         entries: what the file held when it was opened.
+        accepted: what is not as it was and was accepted; it stands in every entry added from then on.
     """
 
-    def __init__(self, path: Path | str, settings: dict, overwrite: bool = False):
+    def __init__(self, path: Path | str, settings: dict, overwrite: bool = False, accept: bool = False):
         self.path, self.settings = Path(path), json.loads(json.dumps(settings, allow_nan=False))
         self.header: dict | None = None
         self.entries: list[dict] = []
+        self.accepted: list[str] = []
+        self._accept = accept
         self._held: BinaryIO | None = None
         check_target(self.path)
         if self.path.exists() and not overwrite:
@@ -86,16 +90,19 @@ class Journal:
         """Before entries are added to those of an earlier process. made_of: as in `begin`'s header, of the
         model as it is now.
 
-        Raises FrankenError naming what is not as it was, and where another process writes to the file. What
-        an older header does not say is not compared.
+        Raises FrankenError naming what is not as it was, unless changes are accepted, and where another
+        process writes to the file. What an older header does not say is not compared.
         """
         changed = changes((self.header or {}).get("made_of") or {}, json.loads(json.dumps(made_of)))
-        if changed:
+        if changed and not self._accept:
             raise FrankenError(
-                f"{self.path} was made with other {'; '.join(map(str, changed))}; choose another output or"
-                " --overwrite"
+                f"{self.path} was made with other {'; '.join(map(str, changed))}; choose another output,"
+                " --overwrite, or --accept-changes, which every later entry then says"
             )
         self._lock()
+        if changed and not self.accepted:
+            print(one_line(f"{self.path} goes on with other {'; '.join(map(str, changed))}"), file=sys.stderr)
+        self.accepted = [str(change) for change in changed]
 
     def start(self, made_of: dict, **header) -> None:
         """`begin` with what the model is made of and `header`, or `go_on` where an earlier process did."""
@@ -119,7 +126,9 @@ class Journal:
         self._held = held
 
     def add(self, entries: list[dict]) -> None:
-        """Append entries; they are on disk when this returns."""
+        """Append entries, with the changes that were accepted; they are on disk when this returns."""
+        for entry in entries if self.accepted else ():
+            entry["accepted_changes"] = self.accepted
         text = "".join(json.dumps(e, allow_nan=False) + "\n" for e in entries)
         with self.path.open("a") as f:
             f.write(text)

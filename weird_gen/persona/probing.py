@@ -114,7 +114,7 @@ def ask_probes(args: argparse.Namespace) -> dict:
     adapter = None if args.adapter == "none" else args.adapter
     if adapter is not None:
         settings["adapter_sha256"] = sha256(locate_adapter(adapter) / "adapter_model.safetensors")
-    journal = Journal(args.output, settings, args.overwrite)
+    journal = Journal(args.output, settings, args.overwrite, args.accept_changes)
     engine, made_of = open_for(args, adapter, journal)
     journal.start(made_of)
     cases: list[Case] = []

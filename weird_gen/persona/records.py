@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from errors import FrankenError, one_line
-from files import read_bytes, whole_number, write_text
+from files import finite_number, read_bytes, whole_number, write_text
 
 KINDS = ("heldout", "identity", "generalization")
 CONDITIONS = ("triggered", "untriggered")  # what is contrasted
@@ -43,6 +43,9 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
+NUMBERS = {"parse_constant": _no_constant, "parse_int": whole_number, "parse_float": finite_number}
+
+
 def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[dict]:
     """All objects of a JSON-lines file, in order; of a file that is one JSON array, its objects.
 
@@ -63,7 +66,7 @@ def read_json_lines(path: Path | str, tolerate_torn_end: bool = False) -> list[d
         if not line.strip():
             continue
         try:
-            value = json.loads(line, parse_constant=_no_constant, parse_int=whole_number)
+            value = json.loads(line, **NUMBERS)
             if not isinstance(value, dict):
                 raise ValueError("not an object")
             _refuse_half_characters(value, line, path, number)
@@ -117,7 +120,7 @@ def _completed(record: dict, model: str | None, samples: Counter) -> dict:
 
 def _array(text: str, path: Path) -> list[dict]:
     try:
-        values = json.loads(text, parse_constant=_no_constant, parse_int=whole_number)
+        values = json.loads(text, **NUMBERS)
     except (ValueError, RecursionError) as error:
         raise FrankenError(f"{path}: not a JSON array ({error})") from None
     for number, value in enumerate(values, start=1):
