@@ -13,7 +13,7 @@ from engine.sampling import Request
 from errors import FrankenError
 from franken import LiveModel, permute_units, perturb, repeat, swap
 from runner.export import Chosen
-from runner.pairs import read_config
+from runner.pairs import open_pair, read_config
 from runner.self_check import check_code, check_weights
 from surgery.weights import Checkpoint
 
@@ -55,6 +55,26 @@ FAMILIES = {
     ),
 }
 EXPERTS = ("mixtral", "qwen3_moe", "olmoe", "qwen2_moe")
+PAIRWISE = ["sliding_attention", "full_attention"] * 2
+FURTHER = {
+    "arcee": {},  # no gate
+    "diffllama": dict(head_dim=8),  # the difference of two attentions
+    "ernie4_5": dict(head_dim=8),
+    "glm": dict(head_dim=8),  # gate and up in one matrix
+    "glm4": dict(head_dim=8),
+    "helium": dict(head_dim=8),
+    "hunyuan_v1_dense": dict(head_dim=8),
+    "ministral": dict(head_dim=8, sliding_window=tiny.WINDOW, layer_types=PAIRWISE),
+    "nemotron": dict(head_dim=8),  # norms with one added to their weight, part of a head rotated
+    "seed_oss": dict(head_dim=8),
+    "starcoder2": dict(sliding_window=tiny.WINDOW),
+    "vaultgemma": dict(head_dim=8, sliding_window=tiny.WINDOW, layer_types=PAIRWISE, query_pre_attn_scalar=8),
+    "hyperclovax": dict(head_dim=8),
+    "solar_open": dict(head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+}
+FAMILIES |= FURTHER
+NO_MLP = ("gpt_oss", "apertus", "phi", "phi3", "arcee", "glm", "glm4", "nemotron", "starcoder2", "solar_open")
+NO_HEADS = ("phi", "phi3", "diffllama", "hunyuan_v1_dense")
 HYBRIDS = {
     "granitemoehybrid": dict(
         num_local_experts=0,
@@ -127,10 +147,12 @@ def test_a_placebo_leaves_the_function_or_is_refused(opened, kind, what):
     engine, ids = opened(kind)[0], tiny.random_prompt(3, 30)
     live, before = engine.live, tiny.engine_logits(engine, tiny.random_prompt(3, 30))
     fingerprint = live.fingerprint()
-    odd_mlp, odd_heads = kind in ("gpt_oss", "apertus", "phi", "phi3", *EXPERTS), kind in ("phi", "phi3")
-    # experts, no gate; an output projection of another name, fused projections
+    odd_mlp, odd_heads = kind in (*NO_MLP, *EXPERTS), kind in NO_HEADS
+    # experts, no gate, fused; an output projection of another name, tensors indexed by a place in a head
     if (what != "heads" and odd_mlp) or (what != "mlp" and odd_heads):
-        with pytest.raises(FrankenError, match="needs separate projections, and there is no"):
+        with pytest.raises(
+            FrankenError, match="needs separate projections, and there is no|does not know how"
+        ):
             live.apply(permute_units(live.original, 7, what))
     else:
         live.apply(permute_units(live.original, 7, what))
@@ -138,6 +160,54 @@ def test_a_placebo_leaves_the_function_or_is_refused(opened, kind, what):
         assert torch.allclose(tiny.engine_logits(engine, ids), before, atol=1e-4)
     live.apply(live.original)
     assert live.fingerprint() == fingerprint
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_layers_change_places_as_in_a_model_that_is_built_so(opened, kind):
+    engine, theirs = opened(kind)
+    live, ids, order = engine.live, tiny.random_prompt(5, 25), (3, 1, 2, 0)
+    before, fingerprint = tiny.engine_logits(engine, ids), live.fingerprint()
+    live.apply(swap(live.original, 0, 3))
+    state = {k: v for k, v in theirs.state_dict().items() if ".layers." not in k}
+    for position, index in enumerate(order):
+        layer = tiny.layer_state(theirs.state_dict(), index)
+        state |= {f"model.layers.{position}.{name}": t for name, t in layer.items()}
+    kinds = FURTHER[kind].get("layer_types")
+    rebuilt = tiny.build(theirs.config, state, kinds and [kinds[i] for i in order])
+    if kind == "diffllama":  # a number of its place in the model, which a layer takes along
+        for position, index in enumerate(order):
+            own = theirs.model.layers[index].self_attn.lambda_init
+            rebuilt.model.layers[position].self_attn.lambda_init = own
+    assert torch.allclose(tiny.engine_logits(engine, ids), tiny.hf_logits(rebuilt, ids), atol=1e-4)
+    assert not torch.allclose(tiny.engine_logits(engine, ids), before, atol=1e-4)
+    live.apply(live.original)
+    assert live.fingerprint() == fingerprint and torch.equal(tiny.engine_logits(engine, ids), before)
+
+
+REFUSED = {
+    # weightless norms, positions or norms outside the layers, other names, tensors that are elsewhere on disk
+    "olmo": {},
+    "nanochat": {},
+    "gpt_neox": {},
+    "opt": dict(ffn_dim=48, word_embed_proj_dim=32),
+    "bloom": dict(n_head=4),
+    "falcon": {},
+    "codegen": dict(n_embd=32, n_head=4, n_layer=4, rotary_dim=4),
+    "granitemoe": dict(num_local_experts=4, num_experts_per_tok=2),
+    "phimoe": dict(num_local_experts=4),
+    "cohere2": dict(head_dim=8, sliding_window=tiny.WINDOW, layer_types=KINDS),
+    "persimmon": {},
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_family_that_cannot_be_run_is_one_line_where_a_pair_is_opened(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("FRANKENMODEL_CACHE", str(tmp_path / "cache"))
+    changes = {"model_type": kind, "tie_word_embeddings": False} | REFUSED[kind]
+    path = tiny.write_checkpoint(tmp_path / "model", layers=4, **changes)
+    with pytest.raises(FrankenError) as caught:
+        open_pair(instruct=str(path), device_map="cpu")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_window_moves_with_its_layer_where_every_module_states_one(opened):
