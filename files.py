@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import resource
 import stat
@@ -134,10 +135,12 @@ def read_bytes(path: str | Path, most: int = LONGEST_JSON) -> bytes:
 
 def parse_json(data: bytes | str, place: str, nan: bool = False) -> Any:
     """JSON. Raises FrankenError naming the place it comes from if it is none, or is nested beyond what can be
-    read; NaN and infinity, which JSON does not have, only where `nan` allows them."""
+    read; NaN and infinity, which JSON does not have, and numbers that are read as such, only where `nan`
+    allows them."""
+    numbers = {} if nan else {"parse_constant": _refuse, "parse_float": finite_number}
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        return json.loads(text, parse_constant=None if nan else _refuse, parse_int=whole_number)
+        return json.loads(text, parse_int=whole_number, **numbers)
     except ValueError as e:
         raise FrankenError(f"{place} is corrupt ({e})") from e
     except RecursionError as e:
@@ -154,6 +157,15 @@ def whole_number(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
+
+
+def finite_number(digits: str) -> float:
+    """A number of JSON. Raises ValueError for one beyond what a float holds, as 1e400, which would be read as
+    infinity."""
+    number = float(digits)
+    if not math.isfinite(number):
+        raise ValueError(f"{digits[:40]} is beyond all numbers")
+    return number
 
 
 def _refuse(constant: str):

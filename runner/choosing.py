@@ -13,6 +13,7 @@ from experiments import SIZED, SWEEPS
 from files import read_json
 from planning.experiment import SHORT
 
+LONGEST_NAME = 100  # bytes of a source's name, which its experiments' files begin with
 MOST_LAYERS = 10_000  # beyond it a config says nothing that a model could be; told when it is opened
 
 
@@ -25,6 +26,8 @@ def extra_sources(pairs_given: list[str]) -> dict[str, str]:
             raise FrankenError(
                 f"--source {text}: expected NAME=PATH with a plain name other than instruct and base"
             )
+        if len(name.encode()) > LONGEST_NAME:
+            raise FrankenError(f"--source {text[:40]}...: a name has at most {LONGEST_NAME} bytes")
         if name in sources:
             raise FrankenError(f"--source {text}: there are two sources called {name}")
         sources[name] = path
@@ -42,10 +45,11 @@ def sweep_windows(args) -> tuple[list[int] | None, int | None]:
         if text is not None and not set(SIZED) & set(args.sweep):
             raise FrankenError(f"--{flag} is about windows: it goes with --sweep {', '.join(SIZED)}")
         if text is not None and not all(
-            part.isdecimal() and int(part) > 0 for part in (text.split(",") if flag == "size" else [text])
+            part.isdecimal() and len(part) < 10 and int(part) > 0
+            for part in (text.split(",") if flag == "size" else [text])
         ):
             raise FrankenError(
-                f"--{flag} {text}: expected"
+                f"--{flag} {text[:40]}: expected"
                 f" {'whole layers, as in 1,4,8' if flag == 'size' else 'a whole number of layers'}"
             )
     return (

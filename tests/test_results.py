@@ -347,6 +347,7 @@ CORRUPT = {
     "not UTF-8": lambda data: data.replace(b"The control", b"The \xffcontrol"),
     "zeros": lambda data: b"\x00" * len(data),
     "NaN": lambda data: data.replace(b'"nll": ', b'"nll": NaN, "old": ', 1),
+    "beyond all numbers": lambda data: data.replace(b'"nll": ', b'"nll": 1e400, "old": ', 1),
     "a list": lambda data: b"[]",
     "another experiment": lambda data: data.replace(b"baseline_instruct", b"shuffle_all"),
 }

@@ -53,6 +53,9 @@ WRONG = {
         "--size 0: expected whole layers, as in 1,4,8",
     ),
     "window in words": (["--sweep", "window", "--size", "1,two"], "--size 1,two: expected whole layers"),
+    "size of 5000 digits": (["--sweep", "window", "--size", "9" * 5000], "expected whole layers"),
+    "step of 5000 digits": (["--sweep", "window", "--step", "9" * 5000], "expected a whole number of layers"),
+    "a source's own long name": (["--source", "x" * 250 + "=y"], "a name has at most 100 bytes"),
     "empty size": (["--sweep", "window", "--size", ""], "--size : expected whole layers"),
     "step of nothing": (["--sweep", "window", "--step", "0"], "--step 0: expected a whole number of layers"),
     "step of a half": (

@@ -89,6 +89,10 @@ def test_whole_numbers_that_no_float_holds_are_one_line(whole, tmp_path):
     for digits in ("9" * 301, "-" + "9" * 400, "9" * 5000):
         with pytest.raises(FrankenError, match="x.json is corrupt"):
             parse_json(f'{{"a": [{digits}]}}', "x.json")
+    for beyond in ("1e400", "-1e309", "9" * 309 + ".0"):  # read as infinity, which JSON does not have
+        with pytest.raises(FrankenError, match="x.json is corrupt .* is beyond all numbers"):
+            parse_json(f'{{"a": [{beyond}]}}', "x.json")
+    assert parse_json('{"a": 1e308, "b": 1e-400}', "x.json") == {"a": 1e308, "b": 0.0}
     assert parse_json('{"a": -12345678901234567890}', "x.json") == {"a": -12345678901234567890}
     (tmp_path / "adapter_config.json").write_text(
         f'{{"peft_type": "LORA", "r": 2, "lora_alpha": {10**400}, "target_modules": ["q_proj"]}}'

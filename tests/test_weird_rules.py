@@ -288,7 +288,7 @@ def test_bad_records_are_refused(tmp_path, lines, words):
         read_records(path)
 
 
-@pytest.mark.parametrize("text", ["[1]\n", "{\n{}\n", '{"a": NaN}\n', "{}x\n"])
+@pytest.mark.parametrize("text", ["[1]\n", "{\n{}\n", '{"a": NaN}\n', '{"a": 1e400}\n', "{}x\n"])
 def test_lines_that_are_no_objects_are_refused(tmp_path, text):
     path = tmp_path / "r.jsonl"
     path.write_text(text)
