@@ -16,17 +16,18 @@ from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, PublishedProbe, Row
 from analysis.rows import UNCALLED, by_verdict, controls, many, named, scored, sweeps, word
+from reporting.marks import Marks, Words
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -83,23 +84,41 @@ def save(figure: Figure, forms: Sequence[str] = ("svg",)) -> dict[str, bytes]:
         if (engine := figure.get_layout_engine()) is not None:
             engine.execute(figure)
             figure.set_layout_engine("none")
-        for form, canvas, dpi, metadata in (
-            ("svg", FigureCanvasSVG, 72, {"Date": None}),
-            ("png", FigureCanvasAgg, DPI, {"Software": None}),
-            ("pdf", FigureCanvasPdf, 72, {"CreationDate": None, "Creator": None, "Producer": None}),
+        for form, dpi, metadata in (
+            ("svg", 72, {"Date": None}),
+            ("png", DPI, {"Software": None}),
+            ("pdf", 72, {"CreationDate": None, "Creator": None, "Producer": None}),
         ):
             if form in forms:
                 buffer = io.BytesIO()
                 figure.set_dpi(dpi)
-                getattr(canvas(figure), f"print_{form}")(buffer, metadata=metadata)
+                getattr(_canvas(form)(figure), f"print_{form}")(buffer, metadata=metadata)
                 out[form] = buffer.getvalue()
     return out
 
 
-def label(name: str) -> str:
-    """A name as matplotlib may draw it: short, printable, and not read as mathematics."""
-    shown = "".join(c if c.isprintable() else "?" for c in name).replace("$", r"\$")
+def _canvas(form: str) -> type[FigureCanvasBase]:
+    """What draws a figure in this form. Those that a page does without are read where they are asked for."""
+    if form == "png":
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        return FigureCanvasAgg
+    if form == "pdf":
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+        return FigureCanvasPdf
+    return FigureCanvasSVG
+
+
+def short(name: str) -> str:
+    """A name as a figure has room for it, printable."""
+    shown = "".join(c if c.isprintable() else "?" for c in name)
     return shown if len(shown) <= 40 else shown[:39] + "…"
+
+
+def label(name: str) -> str:
+    """The same for matplotlib's own texts, which read what stands between dollars as mathematics."""
+    return short(name).replace("$", r"\$")
 
 
 def look(row: Row) -> tuple[str, str]:
@@ -141,52 +160,52 @@ def new_figure(height: float, width: float = WIDTH, narrow: bool = False) -> Fig
 
 
 def lines(
-    names: list[str], extra: float = 1.1, narrow: bool = False, width: float = WIDTH
+    names: list[str],
+    extra: float = 1.1,
+    narrow: bool = False,
+    width: float = WIDTH,
+    ruled: bool = True,
 ) -> tuple[Figure, Axes]:
     """A figure with one line per name, the first on top; narrow: each name above its line."""
     wide_row = ROW if len(names) <= MANY else DENSE_ROW
     row = NARROW_ROW if narrow else wide_row
     figure = new_figure(row * len(names) + extra, NARROW_WIDTH if narrow else width)
     axes = figure.subplots()
-    name_lines(axes, names, narrow)
+    name_lines(axes, names, narrow, ruled)
     return figure, axes
 
 
-def name_lines(axes: Axes, names: Sequence[str], narrow: bool = False) -> None:
-    """One horizontal line per name, the first on top; narrow: each name above its line."""
-    axes.set_yticks(range(len(names)), [""] * len(names) if narrow else [label(n) for n in names])
-    if narrow:
-        for line, name in enumerate(names):
-            axes.annotate(
-                label(name),
-                (0, line),
-                xycoords=("axes fraction", "data"),
-                xytext=(1, 5),
-                textcoords="offset points",
-                fontsize=7.5,
-                va="bottom",
-                color=INK,
-            )
+def name_lines(axes: Axes, names: Sequence[str], narrow: bool = False, ruled: bool = True) -> None:
+    """One horizontal line per name, the first on top; narrow: each name above its line. `ruled`: the lines
+    are to be seen."""
+    axes.set_yticks([])
+    words = Words(axes)
+    for line, name in enumerate(names):
+        if narrow:
+            words.say(short(name), (0, line), "line", (1, 5), "left", "bottom", 7.5, INK)
+        else:
+            words.say(short(name), (0, line), "line", (-3.5, 0), "right", "middle", 9, INK)
     axes.set_ylim(len(names) - 0.4, -0.8 if narrow else -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y")
+    if ruled:
+        axes.add_collection(
+            LineCollection(
+                [[(0, line), (1, line)] for line in range(len(names))],
+                colors=STYLE["grid.color"],
+                linewidths=0.8,
+                transform=axes.get_yaxis_transform(),
+                zorder=0.5,
+            ),
+            autolim=False,
+        )
     axes.set_axisbelow(True)
 
 
-def beside(axes: Axes, line: float, text: str, color: str, narrow: bool = False) -> None:
+def beside(words: Words, line: float, text: str, color: str, narrow: bool = False) -> None:
     """A word to the right of a line; narrow: above its end, across from the name."""
-    axes.annotate(
-        text,
-        (1, line),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 5) if narrow else (8, 0),
-        textcoords="offset points",
-        va="bottom" if narrow else "center",
-        ha="right" if narrow else "left",
-        fontsize=7 if narrow else 8,
-        color=color,
-        annotation_clip=False,
-    )
+    if narrow:
+        words.say(text, (1, line), "line", (0, 5), "right", "bottom", 7, color)
+    else:
+        words.say(text, (1, line), "line", (8, 0), "left", "center", 8, color)
 
 
 def reach(values: Sequence[float], least: float) -> float:
@@ -200,7 +219,7 @@ def limits(values: Sequence[float], least: float) -> tuple[float, float]:
 
 
 def interval(
-    axes: Axes,
+    marks: Marks,
     score: DetectionScore | FormatScore,
     line: float,
     ends: tuple[float, float],
@@ -214,27 +233,15 @@ def interval(
     low, high = ends
     value = score.score
     assert value is not None, "only what has a score is drawn"
+    alpha = 0.5 if faint else 1
     if not low <= value <= high:
-        axes.plot(
-            high if value > high else low,
-            line,
-            ">" if value > high else "<",
-            color=color,
-            markersize=size,
-            clip_on=False,
-            alpha=0.5 if faint else 1,
-        )
+        edge, arrow = (high, ">") if value > high else (low, "<")
+        marks.point(edge, line, arrow, color, size, alpha=alpha, clip=False)
         return
     if score.low is not None and score.high is not None:
-        axes.plot(
-            [max(score.low, low), min(score.high, high)],
-            [line, line],
-            color=color,
-            linewidth=width,
-            solid_capstyle="butt",
-            alpha=0.4 if faint else 0.9,
-        )
-    axes.plot(value, line, marker, color=color, markersize=size, zorder=3, alpha=0.5 if faint else 1)
+        reached = max(score.low, low), min(score.high, high)
+        marks.line(reached, (line, line), color, width, 0.4 if faint else 0.9)
+    marks.point(value, line, marker, color, size, alpha=alpha, zorder=3)
 
 
 def legend(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
@@ -284,28 +291,24 @@ def log_axis(
     axis.set_major_formatter(
         FuncFormatter(lambda x, _: show(x) if 1e-4 <= x < 1e5 else f"$10^{{{math.log10(x):.0f}}}$")
     )
-    axis.set_minor_formatter(NullFormatter())
+    if decades < 2.2:
+        axis.set_minor_formatter(NullFormatter())
+    else:  # eight ticks a decade, each as much work as a name
+        axis.set_minor_locator(NullLocator())
 
 
 def name_ends(
-    axes: Axes, line: int, dots: Sequence[tuple[Row, DetectionScore, float]], ends: tuple[float, float]
+    words: Words, line: int, dots: Sequence[tuple[Row, DetectionScore, float]], ends: tuple[float, float]
 ) -> None:
     """Name the lowest and the highest dot of a sweep's strip, above the strip."""
     if len(dots) < 2 or not dots[0][0].sweep:
         return
     by_score = sorted(dots, key=lambda dot: dot[2])
-    for (row, _, value), place, shift in ((by_score[0], "right", 8), (by_score[-1], "left", -8)):
-        axes.annotate(
-            label(row.name),
-            (max(ends[0], min(ends[1], value)), line),
-            xytext=(shift, 3),
-            textcoords="offset points",
-            ha=place,
-            va="bottom",
-            fontsize=6,
-            color=MUTED,
-            annotation_clip=False,
-        )
+    lowest, highest = (
+        (short(row.name), max(ends[0], min(ends[1], value))) for row, _, value in (by_score[0], by_score[-1])
+    )
+    words.say(lowest[0], (lowest[1], line), "data", (8, 3), "right", "bottom", 6, MUTED)
+    words.say(highest[0], (highest[1], line), "data", (-8, 3), "left", "bottom", 6, MUTED)
 
 
 def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = False) -> Figure | None:
@@ -334,29 +337,19 @@ def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = Fals
         if placebo:
             axes.axvspan(placebo.low, placebo.high, color=BAND, zorder=0, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=0.8)
+        marks, words = Marks(axes), Words(axes)
         for line, (row, d, _) in enumerate(shown):
-            interval(axes, d, line, (low, high), *look(row), faint=word(row) in UNCALLED)
+            interval(marks, d, line, (low, high), *look(row), faint=word(row) in UNCALLED)
             if (twin := d.matched_noise_score) is not None and low <= twin <= high:
-                axes.plot(
-                    twin, line, "D", markerfacecolor="white", markeredgecolor=MUTED, markersize=4.5, zorder=4
-                )
-        for line, (row, _, value) in (
-            (line, dot) for line, of in enumerate(strips.values(), len(shown)) for dot in of
-        ):
-            color, marker = look(row)
-            axes.plot(
-                max(low, min(high, value)),
-                line,
-                marker,
-                color=color,
-                markersize=3.5,
-                alpha=0.55,
-                markeredgewidth=0,
-                clip_on=False,
-            )
+                marks.point(twin, line, "D", MUTED, 4.5, face="white", zorder=4)
         for line, dots_of in enumerate(strips.values(), len(shown)):
+            for row, _, value in dots_of:
+                color, marker = look(row)
+                x = max(low, min(high, value))
+                marks.point(x, line, marker, color, 3.5, edge_width=0, alpha=0.55, clip=False)
             if not narrow:  # where the names of the lines stand in that place
-                name_ends(axes, line, dots_of, (low, high))
+                name_ends(words, line, dots_of, (low, high))
+        marks.draw()
         axes.set_xlim(low, high)
         axes.set_xlabel("detection score (nats): shift toward noticing,\nbeyond what the controls predict")
         handles = verdict_handles(row for row, *_ in [*shown, *dots])

@@ -40,9 +40,11 @@ from reporting.figures import (
     new_figure,
     perplexity,
     reach,
+    short,
     verdict_handles,
 )
 from reporting.figures import p_yes as p_yes_of
+from reporting.marks import Marks, Words
 
 # of P(Yes) on an axis by log-odds; what lies beyond the ceiling is drawn at it
 P_CEILING = 1 - 1e-6
@@ -85,10 +87,13 @@ def side_by_side(rows: Sequence[Row], baseline: Row | None, narrow: bool = False
         if before is not None:
             left.axvline(before, color=MUTED, linewidth=0.8, linestyle="--")
         right.axvline(0, color=MUTED, linewidth=0.8)
+        said, left_over = Marks(left), Marks(right)
         for line, (p, row, d) in enumerate(points):
             color, marker = look(row)
-            left.plot(p, line, marker, color=color, markersize=6)
-            interval(right, d, line, ends, color, marker)
+            said.point(p, line, marker, color)
+            interval(left_over, d, line, ends, color, marker)
+        said.draw()
+        left_over.draw()
         left.set_xlim(-0.02, 1.02)  # a marker at 100% stays whole
         left.xaxis.set_major_formatter(PercentFormatter(1))
         left.set_xlabel('P(Yes), "Is something wrong with you right now?"')
@@ -106,37 +111,29 @@ def p_yes(rows: Sequence[Row], published: dict[str, float], narrow: bool = False
         return None
     with rc_context(STYLE):
         figure, axes = lines([row.name for row, *_ in shown], 1.7 if narrow else 1.2, narrow)
-        values: list[float] = []
-        for line, (row, probe, p) in enumerate(shown):
-            values.append(p)
+        marks, words = Marks(axes), Words(axes)
+        values = [p for *_, p in shown]
+        # 1) ours: a marker for what the axis reaches and one for what lies beyond, all sizes at once
+        for marker, beyond in (("o", False), ("<", True)):
+            of = [(p, line, probe) for line, (_, probe, p) in enumerate(shown) if (p <= P_FLOOR) == beyond]
             axes.scatter(
-                p,
-                line,
-                s=12 + 90 * (probe.mass or 0),
-                marker="o" if p > P_FLOOR else "<",
+                [p for p, *_ in of],
+                [line for _, line, _ in of],
+                s=[12 + 90 * (probe.mass or 0) for *_, probe in of],
+                marker=marker,
                 edgecolor=SERIES[0],
                 zorder=3,
                 linewidth=1.2,
-                facecolor=SERIES[0] if probe.answered else "white",
+                facecolor=[SERIES[0] if probe.answered else "white" for *_, probe in of],
             )
-            beside(
-                axes,
-                line,
-                f"mass {_share(probe.mass or 0)}" + ("" if probe.answered else ", not an answer"),
-                INK if probe.answered else MUTED,
-                narrow,
-            )
+        # 2) what stands beside it: its mass, and what was published
+        for line, (row, probe, _) in enumerate(shown):
+            mass = f"mass {_share(probe.mass or 0)}" + ("" if probe.answered else ", not an answer")
+            beside(words, line, mass, INK if probe.answered else MUTED, narrow)
             if row.name in published:
                 values.append(published[row.name])
-                axes.plot(
-                    published[row.name],
-                    line,
-                    "D",
-                    markerfacecolor="white",
-                    markeredgecolor=SERIES[1],
-                    markersize=5,
-                    zorder=4,
-                )
+                marks.point(published[row.name], line, "D", SERIES[1], 5, face="white", zorder=4)
+        marks.draw()
         log_axis(axes.xaxis, [min([1e-3, *values]), 1], percent)
         axes.set_xlim(min([1e-3, *values]) / 3, 1.5)
         axes.grid(axis="x")
@@ -184,34 +181,20 @@ def numbered(axes: Axes, points: Sequence[tuple[float, float, Row]], narrow: boo
     places = [tuple(to_axes.transform((x, y)) * extent) for x, y, _ in points]
     # 1. the numbers, from the highest group down
     groups = sorted(clusters(places, CLOSE), key=lambda group: -max(places[k][1] for k in group))
-    first = 1
+    first, numbers, names = 1, Words(axes, zorder=5), Words(axes)
     for group in groups:
         right, last = max(group, key=lambda k: places[k][0]), first + len(group) - 1
-        axes.annotate(
-            str(first) if last == first else f"{first}-{last}",
-            points[right][:2],
-            xytext=(5, 1),
-            textcoords="offset points",
-            va="center",
-            fontsize=6.5,
-            color=INK,
-            zorder=5,
-        )
+        called = str(first) if last == first else f"{first}-{last}"
+        numbers.say(called, points[right][:2], "data", (5, 1), "left", "center", 6.5, INK)
         first = last + 1
     # 2. the names
     for place, k in enumerate(k for group in groups for k in group):
         row = points[k][2]
-        axes.annotate(
-            f"{place + 1}  {label(row.name)}",
-            (0, 0) if narrow else (1, 1),
-            xycoords="axes fraction",
-            xytext=(0, -38 - NAME_LINE * place) if narrow else (14, -4 - NAME_LINE * place),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color=look(row)[0],
-            annotation_clip=False,
-        )
+        text, color = f"{place + 1}  {short(row.name)}", look(row)[0]
+        if narrow:
+            names.say(text, (0, 0), "axes", (0, -38 - NAME_LINE * place), "left", "center", 8, color)
+        else:
+            names.say(text, (1, 1), "axes", (14, -4 - NAME_LINE * place), "left", "center", 8, color)
 
 
 def capability(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
@@ -234,12 +217,14 @@ def capability(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
         figure = new_figure(names_height(len(shown), 3.6, narrow), narrow=narrow)
         axes = figure.subplots()
         log_axis(axes.xaxis, [x for x, *_ in points])
+        marks = Marks(axes)
         for x, counted, row in graded:
             color, marker = look(row)
             if counted.low is not None and counted.high is not None:
-                axes.plot([x, x], [counted.low, counted.high], color=color, linewidth=0.9, alpha=0.45)
-            y = counted.correct / counted.n
-            axes.plot(x, y, marker if x < PERPLEXITY_CEILING else ">", color=color, markersize=6, zorder=3)
+                marks.line((x, x), (counted.low, counted.high), color, 0.9, 0.45)
+            at = marker if x < PERPLEXITY_CEILING else ">"
+            marks.point(x, counted.correct / counted.n, at, color, zorder=3)
+        marks.draw()
         axes.grid()
         axes.set_axisbelow(True)
         axes.set_ylim(bottom=-0.03)  # a model that gets nothing right is to be seen
@@ -287,32 +272,26 @@ def p_yes_perplexity(rows: Sequence[Row], narrow: bool = False) -> Figure | None
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: percent(y)))
         axes.yaxis.set_minor_locator(NullLocator())
         # 2) a point each
+        marks = Marks(axes)
         for x, y, probe, row in every:
             color, marker = look(row)
-            marker = marker if x < PERPLEXITY_CEILING else ">"
             if row.control:
-                axes.plot(
-                    x,
-                    y,
-                    "D" if row.control == "matched noise" else ".",
-                    markerfacecolor="white",
-                    markeredgecolor=MUTED,
-                    markersize=4,
-                    alpha=0.8,
-                )
-            else:
-                big = id(row) in large
-                axes.plot(
-                    x,
-                    y,
-                    marker,
-                    color=color,
-                    markersize=6 if big else 3.5,
-                    alpha=1 if big else 0.55,
-                    zorder=3 if big else 2,
-                    markeredgewidth=0.8 if big else 0,
-                    markerfacecolor=color if probe.answered else "white",
-                )
+                marker = "D" if row.control == "matched noise" else "."
+                marks.point(x, y, marker, MUTED, 4, face="white", alpha=0.8)
+                continue
+            big = id(row) in large
+            marks.point(
+                x,
+                y,
+                marker if x < PERPLEXITY_CEILING else ">",
+                color,
+                6 if big else 3.5,
+                alpha=1 if big else 0.55,
+                zorder=3 if big else 2,
+                edge_width=0.8 if big else 0,
+                face=color if probe.answered else "white",
+            )
+        marks.draw()
         axes.grid()
         axes.set_axisbelow(True)
         axes.set_xlabel("perplexity")
@@ -343,8 +322,8 @@ def kinds(
         return None
     categories = list(dict.fromkeys(c for row in shown for c in by_category[row.name]))
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row in shown], 1.0, narrow)
-        axes.grid(False)
+        figure, axes = lines([row.name for row in shown], 1.0, narrow, ruled=False)
+        marks, words = Marks(axes), Words(axes)
         for line, row in enumerate(shown):
             for place, category in enumerate(categories):
                 counted = by_category[row.name].get(category)
@@ -352,19 +331,15 @@ def kinds(
                     continue
                 share = counted["correct"] / counted["n"]
                 # on a narrow figure the name stands above the line, within its row
-                axes.barh(
-                    line, 0.96, 0.4 if narrow else 0.9, left=place + 0.02, color=colormaps["cividis"](share)
-                )
-                axes.text(
-                    place + 0.5,
-                    line,
+                marks.bar(place + 0.02, line, 0.96, 0.4 if narrow else 0.9, colormaps["cividis"](share))
+                words.say(
                     f"{counted['correct']}/{counted['n']}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
+                    (place + 0.5, line),
+                    across="center",
                     color="white" if share < 0.55 else INK,
                 )
-            beside(axes, line, word(row) or "", look(row)[0], narrow)
+            beside(words, line, word(row) or "", look(row)[0], narrow)
+        marks.draw()
         axes.set_xlim(0, len(categories))
         axes.set_xticks(
             [k + 0.5 for k in range(len(categories))],
@@ -400,26 +375,28 @@ def shifts(
         figure, axes = lines([row.name for row in shown], 1.7 if narrow else 1.3, narrow)
         edge = reach([v for row in called or shown for v in groups[row.name].values()], 0.5)
         axes.axvline(0, color=MUTED, linewidth=0.8)
+        marks, words = Marks(axes), Words(axes)
         for line, row in enumerate(shown):
             faint = row not in called
             for (kind, keyed), value in groups[row.name].items():
                 _, marker, color, filled = GROUPS[kind, keyed]
                 if abs(value) > edge:
                     value, marker = math.copysign(edge, value), ">" if value > 0 else "<"
-                # A little apart: groups that move alike would hide each other.
-                axes.plot(
+                marks.point(
                     value,
+                    # A little apart: groups that move alike would hide each other.
                     line + (0.15 if kind == "control" else -0.15),
                     marker,
-                    color=color,
-                    markersize=5.5,
-                    clip_on=False,
-                    markerfacecolor=color if filled else "white",
+                    color,
+                    5.5,
+                    face=color if filled else "white",
                     alpha=0.3 if faint else 0.95,
                     zorder=3,
+                    clip=False,
                 )
             if faint:
-                beside(axes, line, word(row) or "", look(row)[0], narrow)
+                beside(words, line, word(row) or "", look(row)[0], narrow)
+        marks.draw()
         axes.set_xlim(-edge, edge)
         axes.set_xlabel("mean shift of log-odds(Yes : No)\nfrom the baseline (nats)")
         present = {key for row in shown for key in groups[row.name]}
@@ -449,25 +426,17 @@ def formats(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
         sure = [d for row, by_format in shown for d in by_format.values() if word(row) not in UNCALLED]
         ends = limits([end for d in sure for end in (d.low, d.high) if end is not None], 0.2)
         axes.axvline(0, color=MUTED, linewidth=0.8)
-        scored_too = False
+        scored_too, marks = False, Marks(axes)
         for line, (row, by_format) in enumerate(shown):
             if row.detection and row.detection.score is not None:
-                interval(axes, row.detection, line - 0.32, ends, INK, "|", word(row) in UNCALLED, 4.5, 0.9)
+                interval(marks, row.detection, line - 0.32, ends, INK, "|", word(row) in UNCALLED, 4.5, 0.9)
                 scored_too = True
             for place, name in enumerate(names):
                 d = by_format.get(name)
                 if d and d.score is not None:
-                    interval(
-                        axes,
-                        d,
-                        line + (place - 1) * 0.16,
-                        ends,
-                        SERIES[place % 6],
-                        MARKERS[place % 6],
-                        d.call in UNCALLED,
-                        4.5,
-                        0.9,
-                    )
+                    at, look_of = line + (place - 1) * 0.16, (SERIES[place % 6], MARKERS[place % 6])
+                    interval(marks, d, at, ends, *look_of, d.call in UNCALLED, 4.5, 0.9)
+        marks.draw()
         axes.set_xlim(*ends)
         axes.set_xlabel("detection score (nats)")
         legend(
@@ -608,6 +577,7 @@ def runs(names: list[str], by_run: dict[str, dict[str, Row]]) -> Figure | None:
         name_lines(left, shown, False)
         right.axvline(0, color=MUTED, linewidth=0.8)
         # 2) a color and a marker for each run, its marks a little apart
+        said, left_over = Marks(left), Marks(right)
         for k, of in enumerate(by_run.values()):
             color, marker = SERIES[k % 6], MARKERS[k % 6]
             before = p_yes_of(of[BASELINE]) if BASELINE in of else None
@@ -619,9 +589,11 @@ def runs(names: list[str], by_run: dict[str, dict[str, Row]]) -> Figure | None:
                     continue
                 p, d = p_yes_of(of[name]), of[name].detection
                 if p is not None:
-                    left.plot(p, y, marker, color=color, markersize=4.5)
+                    said.point(p, y, marker, color, 4.5)
                 if d and d.score is not None:
-                    interval(right, d, y, ends, color, marker, False, 4.5, 1.1)
+                    interval(left_over, d, y, ends, color, marker, False, 4.5, 1.1)
+        said.draw()
+        left_over.draw()
         left.set_xlim(-0.02, 1.02)
         left.xaxis.set_major_formatter(PercentFormatter(1))
         left.set_xlabel('P(Yes), "Is something wrong with you right now?"')

@@ -32,8 +32,9 @@ from reporting.figures import (
     verdict_handles,
 )
 from reporting.figures_experiments import percent
+from reporting.marks import Marks
 
-BROKEN_HATCH = {"edgecolor": MUTED, "hatch": "//////", "linewidth": 0}
+HATCH = "//////"  # of what is broken
 DOSES = {"noise": "noise (share of each tensor's standard deviation)", "blend": "share of the other source"}
 
 
@@ -109,12 +110,14 @@ def dose(
 def _ladder(axes, points: Sequence[tuple[float, float, Row]], line: str, with_intervals: bool) -> None:
     """A line through (dose, value) with each experiment's own marker, and the score's interval if wanted."""
     axes.plot([x for x, *_ in points], [y for _, y, _ in points], color=line, linewidth=1, alpha=0.7)
+    marks = Marks(axes)
     for x, y, row in points:
         color, marker = look(row)
-        axes.plot(x, y, marker, color=color, markersize=5.5, zorder=3)
+        marks.point(x, y, marker, color, 5.5, zorder=3)
         d = row.detection
         if with_intervals and d and d.low is not None and d.high is not None:
-            axes.plot([x, x], [d.low, d.high], color=color, linewidth=0.9, alpha=0.6)
+            marks.line((x, x), (d.low, d.high), color, 0.9, 0.6)
+    marks.draw()
 
 
 class Cell(NamedTuple):
@@ -186,8 +189,10 @@ def _maps(
         # 2) a panel each, with its own colors
         for axes, (title, read, kind) in zip(stack, panels, strict=True):
             colors = _colors(every, read, kind)
+            marks = Marks(axes)
             for line, of in enumerate(strips.values()):
-                _strip(axes, line, of, read, colors)
+                _strip(marks, line, of, read, colors)
+            marks.draw()
             axes.set_yticks(range(len(strips)), [label(name) for name in strips])
             axes.set_ylim(len(strips) - 0.5, -0.5)
             axes.tick_params(axis="y", length=0)
@@ -202,7 +207,11 @@ def _maps(
         stack[-1].set_xlim(0, layers)
         stack[-1].set_xlabel(along)
         if any(word(row) == "broken" for row in every):
-            legend(figure, [Patch(facecolor="white", label="broken", **BROKEN_HATCH)], 1)
+            legend(
+                figure,
+                [Patch(facecolor="white", edgecolor=MUTED, hatch=HATCH, linewidth=0, label="broken")],
+                1,
+            )
     return figure
 
 
@@ -218,7 +227,11 @@ def _colors(every: Sequence[Row], read: Callable[[Row], float | None], kind: str
 
 
 def _strip(
-    axes, line: int, cells: Sequence[Cell], read: Callable[[Row], float | None], colors: ScalarMappable
+    marks: Marks,
+    line: int,
+    cells: Sequence[Cell],
+    read: Callable[[Row], float | None],
+    colors: ScalarMappable,
 ) -> None:
     """Cells side by side; what is broken is hatched."""
     starts = sorted({cell.start for cell in cells})
@@ -226,6 +239,6 @@ def _strip(
     for start, _, row in cells:
         value = read(row)
         color = "white" if value is None else colors.to_rgba(np.asarray(value))
-        axes.barh(line, width, 0.92, left=start, linewidth=0, color=color)
+        marks.bar(start, line, width, 0.92, color)
         if word(row) == "broken":
-            axes.barh(line, width, 0.92, left=start, color="none", **BROKEN_HATCH)
+            marks.hatched(start, line, width, 0.92, HATCH, MUTED)

@@ -10,29 +10,59 @@ import made_results as made
 import numpy as np
 import pytest
 from matplotlib import rc_context
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
 
 from analysis import published
 from analysis.comparison import FormatScore, Injection
 from reporting import figures, figures_experiments, figures_sweeps
+from reporting.marks import Words
 
 ROWS = made.study_rows()
 PLACEBO = made.comparison(ROWS).placebo
 BY_NAME = {row.name: row for row in ROWS}
 
 
+def words(axes):
+    """What stands in and beside the axes, but for what matplotlib itself writes."""
+    return [word for artist in axes.artists if isinstance(artist, Words) for word in artist.words]
+
+
 def labels(axes):
-    return [t.get_text() for t in axes.get_yticklabels()]
+    """The names of the lines, from the top; of axes without any, what matplotlib writes at its ticks."""
+    return [w.text for w in words(axes) if w.within == "line" and w.place[0] == 0] or [
+        t.get_text() for t in axes.get_yticklabels()
+    ]
+
+
+def dots(axes):
+    """(x, y, the line that they were drawn as) of every marker that stands by itself."""
+    return [
+        (float(x), float(y), line)
+        for line in axes.lines
+        if line.get_linestyle() == "None"
+        for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)
+    ]
 
 
 def points(axes, line, hollow=False):
     """(x, marker) of the single points on one line of a figure; hollow or filled ones."""
     return [
-        (float(p.get_xdata()[0]), p.get_marker())
-        for p in axes.lines
-        if len(p.get_xdata()) == 1
-        and float(p.get_ydata()[0]) == line
-        and (p.get_markerfacecolor() == "white") == hollow
+        (x, p.get_marker())
+        for x, y, p in dots(axes)
+        if y == line and (p.get_markerfacecolor() == "white") == hollow
+    ]
+
+
+def segments(axes):
+    """((x, y), (x, y)) of every interval."""
+    return [
+        tuple(map(tuple, np.asarray(ends).tolist()))
+        for c in axes.collections
+        if isinstance(c, LineCollection)
+        and c.get_transform().contains_branch(axes.transData)
+        and c.get_capstyle() == "butt"
+        for ends in c.get_segments()
     ]
 
 
@@ -51,8 +81,8 @@ def test_scores_stand_with_their_intervals_among_the_placebos():
         (BY_NAME["franken_instruct_first_32"].detection.matched_noise_score, "D")
     ]
     assert any(
-        list(p.get_xdata()) == pytest.approx([0.5, 0.74]) and list(p.get_ydata()) == [0, 0]
-        for p in axes.lines
+        (a, b) == pytest.approx((0.5, 0.74)) and line == other == 0
+        for (a, line), (b, other) in segments(axes)
     )
     band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
     assert (band.x0, band.x1) == pytest.approx((PLACEBO.low, PLACEBO.high))
@@ -65,9 +95,11 @@ def test_scores_stand_with_their_intervals_among_the_placebos():
 
 def test_a_narrow_figure_has_the_same_lines_with_names_above_them():
     wide, narrow = figures.scores(ROWS, PLACEBO), figures.scores(ROWS, PLACEBO, narrow=True)
-    assert [t.get_text() for t in narrow.axes[0].texts] == labels(wide.axes[0]) and set(
-        labels(narrow.axes[0])
-    ) == {""}
+    assert labels(narrow.axes[0]) == labels(wide.axes[0])
+    for word in words(narrow.axes[0]):
+        assert word.up == "bottom" and word.across == "left" and word.offset[1] > 0
+    beside = [word for word in words(wide.axes[0]) if word.within == "line"]
+    assert all(word.across == "right" and word.offset[0] < 0 for word in beside)
     assert narrow.get_size_inches()[0] < 0.6 * wide.get_size_inches()[0]
 
 
@@ -106,24 +138,24 @@ def test_p_yes_beside_what_was_published():
 
 def test_every_experiment_is_a_point_of_p_yes_against_perplexity():
     (axes,) = figures_experiments.p_yes_perplexity(ROWS).axes
-    drawn = {(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in axes.lines}
+    drawn = {(x, y) for x, y, _ in dots(axes)}
     expected = {
         (r.perplexity.perplexity, r.published_probe.p_yes_normalized)
         for r in ROWS
         if r.perplexity and r.published_probe
     }
     assert drawn == expected
-    names = [t for t in axes.texts if t.xyann[0] == 14]
-    called = [t.get_text().split()[1] for t in names]
+    names = [w for w in words(axes) if w.within == "axes"]
+    called = [w.text.split()[1] for w in names]
     assert {r.name for r in ROWS if r.published_probe and not r.control and not r.sweep} < set(called)
-    heights = [t.xyann[1] for t in names]
+    heights = [w.offset[1] for w in names]
     assert all(a - b > 8 for a, b in itertools.pairwise(heights))  # names do not overlap
 
 
 def test_every_name_of_a_list_has_its_number_at_a_point():
     (axes,) = figures_experiments.p_yes_perplexity(ROWS).axes
-    names = [t.get_text().split()[0] for t in axes.texts if t.xyann[0] == 14]
-    at_points = [t.get_text().split("-") for t in axes.texts if t.xyann == (5, 1)]
+    names = [w.text.split()[0] for w in words(axes) if w.within == "axes"]
+    at_points = [w.text.split("-") for w in words(axes) if w.within == "data"]
     covered = [n for first, *last in at_points for n in range(int(first), int((last or [first])[0]) + 1)]
     assert covered == list(map(int, names)) == list(range(1, len(names) + 1))
 
@@ -165,8 +197,9 @@ def test_a_phone_gets_every_point_of_a_figure_in_a_narrow_one(draw, given):
         return sorted(
             (float(x), float(y))
             for axes in figure.axes
-            for line in axes.lines
-            for x, y in zip(np.atleast_1d(line.get_xdata()), np.atleast_1d(line.get_ydata()), strict=True)
+            for of in [zip(line.get_xdata(), line.get_ydata(), strict=True) for line in axes.lines]
+            + segments(axes)
+            for x, y in of
         )
 
     assert numbers(narrow) == numbers(wide)
@@ -195,28 +228,20 @@ def test_capability_by_kind():
         "blend_linear": {"code": {"correct": 1, "n": 4}},
     }
     (axes,) = figures_experiments.kinds(ROWS, by).axes
-    assert labels(axes) == ["baseline_instruct", "blend_linear"] and [t.get_text() for t in axes.texts] == [
-        "3/4",
-        "",
-        "1/4",
-        "answers drift towards Yes",
-    ]
-    first, second = (patch.get_facecolor() for patch in axes.patches)
+    assert labels(axes) == ["baseline_instruct", "blend_linear"]
+    said = [w.text for w in words(axes) if w.place[0] != 0]
+    assert said == ["3/4", "1/4", "answers drift towards Yes"]
+    (bars,) = axes.collections
+    first, second = bars.get_facecolor()
     assert gray(first[:3]) > gray(second[:3])  # more is brighter, in grayscale too
 
 
 def test_formats_stand_apart_on_one_line():
     (axes,) = figures_experiments.formats(ROWS).axes
     assert len(labels(axes)) == 12 and labels(axes)[0] == "franken_instruct_first_32"
-    near = [
-        p
-        for p in axes.lines
-        if len(p.get_xdata()) == 1 and abs(float(p.get_ydata()[0])) < 0.5 and p.get_marker() != "None"
-    ]
-    assert (
-        sorted(p.get_marker() for p in near) == sorted(["|", "o", "s", "^", "D"])
-        and len({float(p.get_ydata()[0]) for p in near}) == 5
-    )
+    near = [(y, p.get_marker()) for _, y, p in dots(axes) if abs(y) < 0.5]
+    assert sorted(marker for _, marker in near) == sorted(["|", "o", "s", "^", "D"])
+    assert len({y for y, _ in near}) == 5
     assert figures_experiments.formats([made.row("x")]) is None
 
 
@@ -247,8 +272,8 @@ def test_groups_of_questions_that_cannot_be_called_are_faint():
     }
     (axes,) = figures_experiments.shifts(ROWS, groups).axes
     assert labels(axes) == ["shuffle_all", "blend_linear"] and axes.get_xlim()[1] < 1
-    faint = [p.get_alpha() for p in axes.lines if p.get_alpha() is not None]
-    assert faint == [0.3, 0.95, 0.95]
+    faint = sorted((y, p.get_alpha()) for _, y, p in dots(axes))
+    assert [(round(y), alpha) for y, alpha in faint] == [(0, 0.3), (1, 0.95), (1, 0.95)]
 
 
 def test_dose_and_response():
@@ -272,12 +297,15 @@ def test_dose_and_response():
 def cells(axes):
     """{(row, left edge): (width, color, hatched)} of a map."""
     out = {}
-    for p in axes.patches:
-        place = round(p.get_y() + p.get_height() / 2), p.get_x()
-        if p.get_hatch():
-            out[place] = (*out[place][:2], True)
-        else:
-            out[place] = (p.get_width(), p.get_facecolor(), False)
+    for bars in axes.collections:
+        colors = np.resize(bars.get_facecolor(), (len(bars.get_paths()), 4))
+        for path, color in zip(bars.get_paths(), colors, strict=True):
+            box = path.get_extents()
+            place = round((box.y0 + box.y1) / 2), box.x0
+            if bars.get_hatch():
+                out[place] = (*out[place][:2], True)
+            else:
+                out[place] = (box.width, tuple(color), False)
     return out
 
 
