@@ -10,10 +10,10 @@ import functools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from scipy import stats as ss
+from scipy import special
 
 from analysis.stats import (
     MASS_FLOOR,
@@ -234,7 +234,15 @@ class _Design:
 
         From shifts [R or 1, probes].
         """
-        beta = _each((weighted.wc * yc) @ self.xc, weighted.inverse)
+        score, zc, zq, ec, eq = self.parts(weighted, yc, yq)
+        return score, _error(zc, zq, weighted), ec, eq
+
+    def parts(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray):
+        """The score [R], what each cluster of controls and of introspective probes adds to its error
+        [R, clusters], and the residuals as in `measure`. All are linear in the shifts."""
+        # of one row of shifts: without its product with every row of weights
+        moments = weighted.wc @ (yc[0, :, None] * self.xc) if len(yc) == 1 else (weighted.wc * yc) @ self.xc
+        beta = _each(moments, weighted.inverse)
         ec, eq = (yc - beta @ self.xc.T) * weighted.hc3, yq - beta @ self.xq.T
         score, zq = np.zeros(len(ec)), np.zeros((len(ec), self.gq.shape[1]))
         for half, weights, share in weighted.halves:
@@ -245,9 +253,25 @@ class _Design:
             mean = part / (share * weights.sum(axis=1))
             deviations = residuals @ groups - mean[:, None] * groups.sum(axis=0)
             zq += (share * math.sqrt(clusters / (clusters - 1)))[:, None] * deviations
-        zc = (weighted.influence * ec) @ self.gc
-        variance = (weighted.mc * zc**2).sum(axis=1) + (weighted.mq * zq**2).sum(axis=1)
-        return score, np.sqrt(variance + RESOLUTION**2), ec, eq
+        return score, (weighted.influence * ec) @ self.gc, zq, ec, eq
+
+    def flipped(self, whole: _Weighted, null_c: np.ndarray, null_q: np.ndarray, flips: np.ndarray):
+        """Score and standard error [R] of shifts whose clusters' signs are flipped: `flips` [R, clusters of
+        controls and of introspective probes]. Both come from what each cluster's shifts give alone."""
+        nc = self.gc.shape[1]
+        alone = np.eye(flips.shape[1])
+        score, zc, zq, *_ = self.parts(
+            whole, alone[:, :nc] @ self.gc.T * null_c, alone[:, nc:] @ self.gq.T * null_q
+        )
+        together = flips @ np.column_stack([score, zc, zq])
+        return together[:, 0], _error(together[:, 1 : 1 + nc], together[:, 1 + nc :], whole)
+
+
+def _error(zc: np.ndarray, zq: np.ndarray, weighted: _Weighted) -> np.ndarray:
+    """Standard errors [R] of what each cluster adds [R, clusters]."""
+    variance = np.einsum("rc,rc->r", np.broadcast_to(weighted.mc, zc.shape), zc**2)
+    variance += np.einsum("rc,rc->r", np.broadcast_to(weighted.mq, zq.shape), zq**2)
+    return np.sqrt(variance + RESOLUTION**2)
 
 
 @dataclass(frozen=True)
@@ -260,12 +284,26 @@ class _Prepared:
     """Every cluster once."""
     resampled: tuple[_Weighted, ...]
     """The bootstrap's draws, BLOCK at a time."""
+    flips: np.ndarray
+    """Signs of the clusters of controls and of introspective probes [resamples, clusters], drawn next."""
     state: dict
     """The random generator's, after them."""
 
 
+class _Asked(NamedTuple):
+    """Of a probe what the changed model does not decide."""
+
+    id: str
+    keyed: str
+    baseline: float
+    framing: str
+    pair: str | None
+
+
 @functools.lru_cache(maxsize=5)  # some 10 MB each: an experiment has one of these and one for each format
-def _prepared(inside: tuple[Probe, ...], controls: tuple[Probe, ...], resamples: int, seed: int) -> _Prepared:
+def _prepared(
+    inside: tuple[_Asked, ...], controls: tuple[_Asked, ...], resamples: int, seed: int
+) -> _Prepared:
     """Of probes without the changed model's answers; remembered, as a run's experiments are mostly asked the
     same questions and contrasted with the same answers."""
     flags: list[str] = []
@@ -281,8 +319,14 @@ def _prepared(inside: tuple[Probe, ...], controls: tuple[Probe, ...], resamples:
             design.weighted(drawn_c[k : k + BLOCK], drawn_q[k : k + BLOCK])
             for k in range(0, resamples, BLOCK)
         ),
+        flips=_flips(design, resamples, rng),
         state=dict(rng.bit_generator.state),
     )
+
+
+def _flips(design: _Design, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Signs for every cluster of controls, then of introspective probes [resamples, clusters]."""
+    return np.hstack([rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) for g in (design.gc, design.gq)])
 
 
 def _joined(parts) -> tuple[np.ndarray, np.ndarray]:
@@ -300,12 +344,12 @@ def _good(value: float | None, floor: float = -1e6) -> bool:
     return value is not None and math.isfinite(value) and floor <= value < 1e6
 
 
-def _clusters(probes: Sequence[Probe]) -> list[Hashable]:
+def _clusters(probes: Sequence[Probe] | Sequence[_Asked]) -> list[Hashable]:
     return [("alone", p.id) if p.pair is None else ("pair", p.pair) for p in probes]
 
 
 def _design(
-    inside: Sequence[Probe], controls: Sequence[Probe], sign: np.ndarray, flags: list[str]
+    inside: Sequence[_Asked], controls: Sequence[_Asked], sign: np.ndarray, flags: list[str]
 ) -> _Design:
     xq, xc = (np.array([p.baseline for p in group], float) for group in (inside, controls))
     scale = xc.std()
@@ -415,9 +459,16 @@ def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
 
 
 def _rank_p_value(x: np.ndarray, y: np.ndarray) -> float:
-    """One-sided p-value of a Spearman correlation above 0."""
-    correlation = ss.spearmanr(snapped(x), snapped(y), alternative="greater")
-    return float(correlation.pvalue)  # pyright: ignore[reportAttributeAccessIssue] (scipy sets it at run time)
+    """One-sided p-value of a Spearman correlation above 0, by Student's t, as in scipy.stats.spearmanr."""
+    ranks = [_ranks(snapped(side)) for side in (x, y)]
+    r, rest = np.corrcoef(*ranks)[0, 1], len(x) - 2
+    return float(special.stdtr(rest, -r * math.sqrt(rest / max((1 + r) * (1 - r), 1e-300))))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1, of ties their mean."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def detection_score(
@@ -521,10 +572,11 @@ def detection_score(
             return unmeasured("too few probes", f"{reason}, {MIN_PER_HALF} needed", **known)
 
     # 4) the score: what is left of introspective shifts once the controls' curve is taken off
-    unanswered = [
-        tuple(replace(p, modified=None, modified_mass=None) for p in group) for group in (inside, controls)
+    asked = [
+        tuple(_Asked(p.id, p.keyed, p.baseline or 0.0, p.framing, p.pair) for p in group)
+        for group in (inside, controls)
     ]
-    ready = _prepared(*unanswered, resamples, seed)
+    ready = _prepared(*asked, resamples, seed)
     design = ready.design
     flags += ready.flags
     (score,), (error,), (null_c,), (null_q,) = design.measure(ready.whole, yc[None], yq[None])
@@ -539,14 +591,8 @@ def detection_score(
     null_q = null_q - np.mean([null_q[sq == s].mean() for s in (1, -1)])
     hits = flips = 0
     while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):
-        flip_c, flip_q = (
-            rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) @ g.T for g in (design.gc, design.gq)
-        )
-        shifts_c, shifts_q = flip_c * null_c, flip_q * null_q
-        scores, errors = _joined(
-            design.measure(ready.whole, shifts_c[k : k + BLOCK], shifts_q[k : k + BLOCK])
-            for k in range(0, resamples, BLOCK)
-        )
+        signs = _flips(design, resamples, rng) if flips else ready.flips
+        scores, errors = design.flipped(ready.whole, null_c, null_q, signs)
         hits, flips = (
             hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error) - TIE),
             flips + resamples,

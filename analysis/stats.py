@@ -10,14 +10,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy import special
-from scipy import stats as ss
 
 Numbers = Sequence[float] | np.ndarray
 MASS_FLOOR = 0.01  # under 1% of the next-token mass on Yes+No, their ratio is not an answer
@@ -138,8 +136,11 @@ def wilson_interval(k: int, n: int, confidence: float = 0.95) -> Estimate:
 
 def _wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Ends of the Wilson interval of k successes of n, at least one."""
-    low, high = ss.binomtest(int(k), int(n)).proportion_ci(confidence, method="wilson")
-    return float(low), float(high)
+    z = float(special.ndtri(0.5 + confidence / 2))
+    center, reach = k + z**2 / 2, z * math.sqrt(k * (n - k) / n + z**2 / 4)
+    # in rounding alone these ends are not exact
+    low = 0.0 if k == 0 else (center - reach) / (n + z**2)
+    return low, 1.0 if k == n else (center + reach) / (n + z**2)
 
 
 def accuracy(answers: Sequence, truths: Sequence) -> Estimate:
@@ -179,28 +180,67 @@ def bootstrap_ci(
     # all resamples in one call: 20 times faster for a mean of 70
     at_once = n == len(data) and (stacked or statistic is _mean)
 
-    def of(picked, axis=-1):
-        picked = picked.astype(int)
-        return statistic(data[picked] if at_once else data[np.concatenate([members[i] for i in picked])])
+    def of(picked: np.ndarray) -> np.ndarray:
+        if at_once:
+            return np.asarray(statistic(data[picked]))
+        return np.array([statistic(data[np.concatenate([members[i] for i in row])]) for row in picked], float)
 
-    result = _resampled(of, n, at_once, confidence, resamples, seed)
-    low, high = result.confidence_interval
-    return _estimate(value, result.bootstrap_distribution, low, high, n, data, confidence)
+    low, high, draws = _resampled(of, _picks(n, resamples, seed), confidence)
+    return _estimate(value, draws, float(low), float(high), n, data, confidence)
 
 
-def _resampled(statistic: Callable, n: int, at_once: bool, confidence: float, resamples: int, seed: int):
-    """scipy's bootstrap, BCa, of a statistic of n picked rows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a degenerate BCa says so by NaN, seen to in _estimate
-        return ss.bootstrap(
-            (np.arange(n),),
-            statistic,
-            vectorized=at_once,
-            n_resamples=resamples,
-            method="BCa",
-            confidence_level=confidence,
-            rng=seed,
-        )
+def _resampled(
+    statistic: Callable[[np.ndarray], np.ndarray], samples: Samples, confidence: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(lower end, upper end, the resamples' values [..., resamples]) of a statistic: its BCa interval (Efron
+    1987), NaN where that is undefined.
+
+    `statistic`: of samples [R, n], in the way in which `samples` are written, values [..., R]. The numbers
+    are those of scipy.stats.bootstrap with the same seed; importing scipy.stats takes longer than reading a
+    run of 68 experiments.
+    """
+    drawn, whole, left_out = samples
+    n = len(left_out)
+    draws, value, without = statistic(drawn), statistic(whole), statistic(left_out)
+    with np.errstate(all="ignore"):  # a degenerate one is NaN, seen to in _estimate
+        below = (draws < value).sum(-1) + (draws <= value).sum(-1)
+        bias = special.ndtri(below / (2 * draws.shape[-1]))
+        pulls = (n - 1) * (without.mean(-1, keepdims=True) - without)
+        skew = (pulls**3).sum(-1) / n**3 / (6 * ((pulls**2).sum(-1) / n**2) ** 1.5)
+        z = special.ndtri((1 - confidence) / 2)
+        low, high = (special.ndtr(bias + (bias + side) / (1 - skew * (bias + side))) for side in (z, -z))
+    return _quantile(draws, low), _quantile(draws, high), draws
+
+
+def _quantile(draws: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    """The quantile of each row of draws [..., n] at its own share [...]; NaN at NaN or of draws with NaN."""
+    flat, at = draws.reshape(-1, draws.shape[-1]), np.ravel(shares)
+    ends = [
+        np.quantile(row, share) if math.isfinite(share) and np.isfinite(row).all() else math.nan
+        for row, share in zip(flat, at, strict=True)
+    ]
+    return np.reshape(ends, np.shape(shares))
+
+
+# Bootstrap resamples, the whole, and the whole without each: [resamples, n], [1, n], [n, n - 1 or n]
+Samples = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@functools.lru_cache(maxsize=8)
+def _picks(n: int, resamples: int, seed: int) -> Samples:
+    """Samples of n units as the numbers of those that are in them. They depend on nothing else, so that a
+    run's experiments share them."""
+    every = np.arange(n)
+    drawn = np.random.default_rng(seed).integers(0, n, (resamples, n))
+    return drawn, every[None], np.tile(every, (n, 1))[~np.eye(n, dtype=bool)].reshape(n, n - 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _copies(n: int, resamples: int, seed: int) -> Samples:
+    """The same samples as how often each of the n units is in them."""
+    drawn = _picks(n, resamples, seed)[0] + n * np.arange(resamples)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=resamples * n).reshape(resamples, n)
+    return counts.astype(float), np.ones((1, n)), 1 - np.eye(n)
 
 
 def _estimate(
@@ -270,9 +310,22 @@ def mcnemar_exact(before: Sequence[bool], after: Sequence[bool], *, seed: int = 
     items alone."""
     old, new = _paired(before, after)
     gained, lost = int(np.sum(new > old)), int(np.sum(old > new))
-    p = float(ss.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    # exact and two-sided: both tails of a fair coin, which are one where they meet
+    p = min(1.0, 2 * float(special.bdtr(min(gained, lost), gained + lost, 0.5))) if gained + lost else 1.0
     rates = bootstrap_ci(new - old, seed=seed)
     return replace(rates, before=float(old.mean()), after=float(new.mean()), p_value=p)
+
+
+def fisher_p_value(table: Sequence[Sequence[int]]) -> float:
+    """Two-sided p-value of Fisher's exact test of two rows of two counts: the chance of all tables with its
+    margins that are no likelier than it."""
+    (a, b), (c, d) = table
+    row, column, whole = a + b, a + c, a + b + c + d
+    ways = {
+        k: math.comb(row, k) * math.comb(whole - row, column - k)
+        for k in range(max(0, column + row - whole), min(row, column) + 1)
+    }
+    return sum(w for w in ways.values() if w <= ways[a]) / math.comb(whole, column)
 
 
 def _paired(before: Numbers, after: Numbers) -> tuple[np.ndarray, np.ndarray]:
@@ -367,31 +420,20 @@ def auroc(
     if min(len(positives), len(negatives)) < 3:
         return None
     ours, theirs = np.split(snapped([*positives, *negatives]), [len(positives)])
-
-    def area(x, y, axis=-1):
-        return ss.mannwhitneyu(x, y, axis=axis, method="asymptotic").statistic / (
-            x.shape[axis] * y.shape[axis]
-        )
-
-    resampled = ss.bootstrap(
-        (ours, theirs),
-        area,
-        vectorized=True,
-        n_resamples=resamples,
-        method="percentile",
-        confidence_level=confidence,
-        rng=seed,
-    )
-    value, n, draws = float(area(ours, theirs)), len(ours) + len(theirs), resampled.bootstrap_distribution
+    # what a pair counts: 1 where the positive is above, half where they tie
+    above = 0.5 + 0.5 * np.sign(ours[:, None] - theirs)
+    # each side resampled by itself, as scipy.stats.bootstrap does it with this seed
+    rng = np.random.default_rng(seed)
+    copies = []
+    for side in above.shape:
+        picked = rng.integers(0, side, (resamples, side)) + side * np.arange(resamples)[:, None]
+        copies.append(np.bincount(picked.ravel(), minlength=resamples * side).reshape(resamples, side))
+    draws = ((copies[0] @ above) * copies[1]).sum(axis=1) / above.size
+    value, n = float(above.mean()), len(ours) + len(theirs)
     if np.ptp(draws) < 1e-12:
         return Estimate(value, None, None, n, "none")
-    return Estimate(
-        value,
-        float(resampled.confidence_interval.low),
-        float(resampled.confidence_interval.high),
-        n,
-        "percentile",
-    )
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Estimate(value, float(low), float(high), n, "percentile")
 
 
 def _adjusted(
@@ -465,39 +507,28 @@ def discrimination(
     size, won, total, squares = (member @ v for v in (np.ones(len(yes)), wins, difference, difference**2))
     between = member @ above @ member.T
 
-    # 2) the three statistics, each of picked questions [..., n]
-    def share(q):
-        return won[q].sum(-1) / size[q].sum(-1)
+    # 2) the three statistics of samples of questions, written as how often each is in them [samples, n]
+    of_question = np.stack([won, size, total, squares], axis=1)
 
-    def area(q):
-        many = q.reshape(-1, q.shape[-1])
-        flat = many + len(codes) * np.arange(len(many))[:, None]
-        copies = np.bincount(flat.ravel(), minlength=len(many) * len(codes)).reshape(len(many), -1)
-        return ((copies @ between) * copies).sum(-1).reshape(q.shape[:-1]) / size[q].sum(-1) ** 2
-
-    def separation(q):
-        count = size[q].sum(-1)
-        mean = total[q].sum(-1) / count
-        variance = squares[q].sum(-1) / count - mean**2
+    def three(copies: np.ndarray) -> np.ndarray:
+        right, count, shift, square = (copies @ of_question).T
+        area = ((copies @ between) * copies).sum(-1) / count**2
+        mean = shift / count
+        variance = square / count - mean**2
         spread = np.sqrt(np.where(variance > 1e-12 * scale**2, variance, np.nan))
-        return math.sqrt(2) * mean / spread
+        return np.stack([right / count, area, math.sqrt(2) * mean / spread])
 
     # 3) with their intervals, all three from the same resamples
-    def three(chosen, axis=-1):
-        q = chosen.astype(int)
-        return np.stack([share(q), area(q), separation(q)])
-
     every = np.arange(len(codes))
-    values = [float(value) for value in three(every)]
-    resampled = _resampled(three, len(codes), True, 0.95, resamples, seed) if len(codes) > 1 else None
+    values = [float(value) for value in three(np.ones((1, len(codes))))[:, 0]]
+    resampled = _resampled(three, _copies(len(codes), resamples, seed), 0.95) if len(codes) > 1 else None
     intervals = {}
     for k, (name, value) in enumerate(zip(("pairs", "auc", "d_prime"), values, strict=True)):
         if resampled is None or not math.isfinite(value):
             intervals[name] = Estimate(plain(value), None, None, len(codes), "none")
             continue
-        low, high = (ends[k] for ends in resampled.confidence_interval)
-        draws = resampled.bootstrap_distribution[k]
-        intervals[name] = _estimate(value, draws, low, high, len(codes), every, 0.95)
+        low, high, draws = (part[k] for part in resampled)
+        intervals[name] = _estimate(value, draws, float(low), float(high), len(codes), every, 0.95)
     ends = {
         name + end: getattr(one, key)
         for name, one in intervals.items()
@@ -514,4 +545,7 @@ def holm(pvalues: Sequence[float | None]) -> list[float | None]:
 def benjamini_hochberg(pvalues: Sequence[float | None]) -> list[float | None]:
     """Benjamini-Hochberg (1995) adjusted p-values (false discovery rate); None stays None and does not
     count."""
-    return _adjusted(pvalues, ss.false_discovery_control)
+    return _adjusted(
+        pvalues,
+        lambda p: np.minimum(1, np.minimum.accumulate((p * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]),
+    )

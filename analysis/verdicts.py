@@ -28,8 +28,6 @@ placebo's place is among the other placebos.
 
 from __future__ import annotations
 
-from scipy.stats import fisher_exact
-
 from analysis.comparison import Drift, Row, Score, Verdict
 from analysis.detection import (
     BROKEN,
@@ -42,7 +40,7 @@ from analysis.detection import (
     DetectionScore,
     scaling_that_explains,
 )
-from analysis.stats import Discrimination
+from analysis.stats import Discrimination, fisher_p_value
 
 DRIFTS_YES, DRIFTS_NO = "answers drift towards Yes", "answers drift towards No"
 NO_CHANGE = "no change to report"
@@ -268,8 +266,7 @@ def _beside(row: Row, baseline: Row) -> str:
             if before[1] is None or after[1] is None:
                 continue
             table = [[round(n * share), n - round(n * share)] for n, share in (before, after)]
-            # scipy sets a result's fields at run time, where pyright does not see them
-            if fisher_exact(table).pvalue < ALPHA:  # pyright: ignore[reportAttributeAccessIssue]
+            if fisher_p_value(table) < ALPHA:
                 out.append(f"chat replies that {what}, {before[1]:.0%} to {after[1]:.0%}")
     if out:
         return f"; what did change: {', '.join(out)}"

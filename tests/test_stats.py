@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 from scipy.stats import norm
 
-from analysis import stats
+from analysis import detection, stats
 
 
 def dumps(value):
@@ -325,3 +325,64 @@ def test_three_measures_of_telling_apart_are_each_bootstrapped_as_by_itself():
     assert (made.pairs, made.pairs_low, made.pairs_high) == pytest.approx(
         (alone.value, alone.low, alone.high)
     )
+
+
+# ---------------------------------------------------------------- the same numbers as scipy.stats
+
+
+def ends(interval):
+    return interval.confidence_interval.low, interval.confidence_interval.high
+
+
+@pytest.mark.parametrize("n", [5, 24])
+def test_a_bootstrap_is_scipys_with_the_same_seed(n):
+    values = np.random.default_rng(n).gamma(1, size=n)
+    theirs = scipy_stats.bootstrap((values,), np.mean, n_resamples=700, method="BCa", rng=3)
+    ours = stats.bootstrap_ci(values, resamples=700, seed=3)
+    assert (ours.low, ours.high) == pytest.approx(ends(theirs), rel=1e-9) and ours.method == "bca"
+    clustered = stats.bootstrap_ci(values, np.median, range(n), resamples=700, seed=3)
+    theirs = scipy_stats.bootstrap((values,), np.median, n_resamples=700, method="BCa", rng=3)
+    assert (clustered.low, clustered.high) == pytest.approx(ends(theirs), rel=1e-9)
+
+
+def test_an_area_is_scipys_mann_whitney_resampled_with_the_same_seed():
+    rng = np.random.default_rng(1)
+    ours, theirs = rng.normal(0.5, 1, 12).round(1), rng.normal(0, 1, 9).round(1)
+
+    def area(x, y, axis=-1):
+        return scipy_stats.mannwhitneyu(x, y, axis=axis).statistic / (x.shape[axis] * y.shape[axis])
+
+    expected = scipy_stats.bootstrap((ours, theirs), area, n_resamples=500, method="percentile", rng=4)
+    found = stats.auroc(ours.tolist(), theirs.tolist(), resamples=500, seed=4)
+    assert found.value == pytest.approx(area(ours, theirs))
+    assert (found.low, found.high) == pytest.approx(ends(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_tests_of_counts_are_scipys(seed):
+    rng = np.random.default_rng(seed)
+    table = rng.integers(0, 12, (2, 2)).tolist()
+    assert stats.fisher_p_value(table) == pytest.approx(scipy_stats.fisher_exact(table).pvalue)
+    k, n = int(rng.integers(0, 20)), 20
+    theirs = scipy_stats.binomtest(k, n).proportion_ci(method="wilson")
+    ours = stats.wilson_interval(k, n)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+    before, after = rng.integers(0, 2, (2, 30))
+    gained, lost = int((after > before).sum()), int((after < before).sum())
+    contrast = stats.mcnemar_exact(before.tolist(), after.tolist())
+    assert contrast.p_value == pytest.approx(scipy_stats.binomtest(gained, gained + lost).pvalue)
+    p = rng.uniform(size=9).tolist()
+    assert stats.benjamini_hochberg(p) == pytest.approx(scipy_stats.false_discovery_control(p).tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_rank_correlation_is_scipys(seed):
+    x, y = np.random.default_rng(seed).normal(size=(2, 15)).round(1)
+    theirs = scipy_stats.spearmanr(x, y, alternative="greater").pvalue
+    assert detection._rank_p_value(x, y) == pytest.approx(theirs)
+
+
+def test_counting_or_picking_makes_the_same_resamples():
+    picked, counted = stats._picks(7, 50, 2), stats._copies(7, 50, 2)
+    for rows, copies in zip(picked, counted, strict=True):
+        assert [np.bincount(row, minlength=7).tolist() for row in rows] == copies.tolist()
