@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from analysis.comparison import DetectionScore, Row, Trigger
 from analysis.rows import WORDS, score, word
-from reporting.pages import number, percent, sort_key, visible
+from reporting.pages import number, percent, shown, sort_attribute
 
 Line = TypeVar("Line")
 
@@ -47,11 +47,10 @@ class Column(Generic[Line]):
         css = " ".join(filter(None, ["n" if self.align == "right" else "", self.css]))
         return "<td" + (f' class="{css}"' if css else "") + (' dir="auto"' if self.untrusted else "")
 
-    def html(self, line: Line) -> tuple[str, str, str, str]:
-        """The line's cell, in pieces to be joined: its class, direction and sort key, and what stands in it,
-        escaped and cut."""
-        shown = self.markup(line) if self.markup else escape(visible(self.text(line), self.most))
-        return self._opened, sort_key(self.key(line)) if self.key else "", f">{shown}", "</td>"
+    def html(self, line: Line) -> str:
+        """The line's cell: its class, direction and sort key, and what stands in it, escaped and cut."""
+        inside = self.markup(line) if self.markup else shown(self.text(line), self.most)
+        return f"{self._opened}{sort_attribute(self.key(line)) if self.key else ''}>{inside}</td>"
 
 
 def failed(row: Row) -> bool:

@@ -8,6 +8,7 @@ vision), in marker and in words. `rows` is always a Comparison's `experiments`.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, PublishedProbe, Row
-from analysis.rows import UNCALLED, by_verdict, controls, many, named, scored, sweeps, word
+from analysis.rows import UNCALLED, by_verdict, controls, many, named, score, scored, sweeps, word
 from reporting.marks import Marks, Words
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ STYLE: dict[RcKeyType, Any] = {
 }
 WIDTH, ROW = 8.4, 0.23  # inches
 MANY, DENSE_ROW = 40, 0.175  # where a figure has more lines than this, they stand closer
+MOST = 121  # lines in a figure that can still be looked over
 NARROW_WIDTH, NARROW_ROW = 4.1, 0.33  # of a figure for a phone, where names stand above their lines
 DPI = 300  # of the PNG
 # of the log axes; what lies beyond is drawn at the edge, as an arrow
@@ -127,8 +129,32 @@ def look(row: Row) -> tuple[str, str]:
 
 
 def drawn(rows: Iterable[Row]) -> list[Row]:
-    """The finished experiments that have a line each."""
-    return [row for row in named(rows) if row.status == "done"]
+    """The finished experiments that have a line each: of more than MOST, the first, which is the unmodified
+    model, and those with the lowest and the highest scores. Their order stays."""
+    done = [row for row in named(rows) if row.status == "done"]
+    if len(done) <= MOST:
+        return done
+    sure = sorted(
+        (value, place)
+        for place, row in enumerate(done)
+        if word(row) not in UNCALLED and (value := score(row)) is not None
+    )
+    half = (MOST - 1) // 2
+    kept = {0, *(place for _, place in [*sure[:half], *sure[-half:]])}
+    rest = (place for place in range(len(done)) if place not in kept)
+    kept |= set(itertools.islice(rest, MOST - len(kept)))
+    return [done[place] for place in sorted(kept)]
+
+
+def left_out(rows: Iterable[Row]) -> str:
+    """In a sentence, which of a large run's experiments have a line in figures; nothing where all have."""
+    total = sum(row.status == "done" for row in named(rows))
+    if total <= MOST:
+        return ""
+    return (
+        f"{MOST} of {total:,} experiments have a line of their own in figures: the first, and those with the"
+        " lowest and the highest detection scores that can be called. The tables have all."
+    )
 
 
 def perplexity(row: Row) -> float | None:

@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from analysis.comparison import Injection, InjectionRow, Row
-from analysis.rows import UNCALLED, by_verdict, named, score, scored, sweeps, word
+from analysis.rows import UNCALLED, by_verdict, score, scored, sweeps, word
 from experiments import BASELINE
 from reporting.figures import (
     INK,
@@ -257,7 +257,7 @@ def p_yes_perplexity(rows: Sequence[Row], narrow: bool = False) -> Figure | None
     ]
     if len(every) < 2:
         return None
-    large = {id(row) for row in named(rows)}
+    large = {id(row) for row in drawn(rows)}
     called = large | {id(row) for row in _extremes(rows)}
     points = sorted(
         ((x, y, row) for x, y, _, row in every if id(row) in called), key=lambda point: (-point[1], point[0])

@@ -382,6 +382,7 @@ def write_html(
         tally=tally(named(rows)),
         lines=vocabulary.control_lines(comparison) + _all_sweeps(rows),
         figures=drawn,
+        figures_leave_out=figures.left_out(rows),
         first=first_figure(rows, [figure["name"] for figure in drawn]),
         digests=results,
         forms=", ".join(f".{form}" for form in forms),

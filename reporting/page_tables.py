@@ -20,7 +20,7 @@ from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe
 from analysis.rows import word
 from prompts import INFORMED_PREAMBLE
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, Line, cells, pick, place
-from reporting.pages import breakable, difference, number, percent, rate, size, token, verdict, visible
+from reporting.pages import breakable, difference, number, percent, rate, shown, size, token, verdict, visible
 
 Read = Callable[[Line], float | None]
 Show = Callable[[float | None], str]
@@ -49,7 +49,7 @@ class Table(Generic[Line]):
         for line in lines:
             line_css = self.line_css(line)
             out.append(f'<tr class="{line_css}">' if line_css else "<tr>")
-            out += [cell for column in self.columns for cell in column.html(line)]
+            out += [column.html(line) for column in self.columns]
             out.append("</tr>\n")
         out.append("</tbody></table>")
         return Markup("".join(out))
@@ -376,22 +376,21 @@ def _shift(line: Entry) -> float | None:
 
 
 def _probe_name(line: Entry) -> Markup:
-    published = Markup(" <b>published</b>") if line[0].get("published") else Markup()
-    return escape(visible(line[0]["id"], 80)) + published
+    return Markup(shown(line[0]["id"], 80) + (" <b>published</b>" if line[0].get("published") else ""))
 
 
 def _question(line: Entry) -> Markup:
     """The question; the preamble, which many share, is named instead of repeated."""
     text = line[0]["text"]
     if not text.startswith(INFORMED_PREAMBLE):
-        return escape(visible(text, 400))
-    rest = visible(text[len(INFORMED_PREAMBLE) :], 400)
-    return Markup('<span class="soft">[preamble]</span> ') + escape(rest)
+        return Markup(shown(text, 400))
+    rest = shown(text[len(INFORMED_PREAMBLE) :], 400)
+    return Markup(f'<span class="soft">[preamble]</span> {rest}')
 
 
 def _mass(line: Entry) -> Markup:
-    mass = escape(percent(line[0]["mass"]))
-    return mass if line[0]["answered"] else mass + Markup("<br><small>not an answer</small>")
+    doubt = "" if line[0]["answered"] else "<br><small>not an answer</small>"
+    return Markup(shown(percent(line[0]["mass"])) + doubt)
 
 
 def _top_tokens(line: Entry) -> Markup:

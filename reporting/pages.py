@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from errors import HIDDEN, printable  # noqa: F401  the pages' tests ask for HIDDEN here
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+TO_ESCAPE = re.compile("[&<>'\"]")
 LONGEST_REPLY, LONGEST_TOKEN = 4000, 30  # characters shown; the experiment's JSON has the rest
 
 
@@ -34,8 +35,17 @@ def spelled(value):
 def visible(text: object, most: int = LONGEST_REPLY) -> str:
     """Text as it may be shown: spelled out, and cut where that is shorter, which it says."""
     text = str(text)
+    if len(text) <= most:
+        return spelled(text)
     cut = f"… [{len(text) - most:,} more characters]"
     return spelled(text) if len(text) <= most + len(cut) else spelled(text[:most]) + cut
+
+
+def shown(text: str, most: int = LONGEST_REPLY) -> str:
+    """HTML of `visible` text, escaped. Most cells hold a number or a word, to which nothing is to be done."""
+    if len(text) <= most and text.isascii() and text.isprintable() and not TO_ESCAPE.search(text):
+        return text
+    return str(escape(visible(text, most)))
 
 
 def token(text: str) -> str:
@@ -111,7 +121,12 @@ def verdict(text: str | None) -> Markup:
 def sort_key(value: float | None) -> Markup:
     """The attribute by which a cell is sorted; what is undefined goes last, whichever way the column is
     sorted."""
-    return Markup(' data-sort=""' if value is None else f' data-sort="{float(value):.10g}"')
+    return Markup(sort_attribute(value))
+
+
+def sort_attribute(value: float | None) -> str:
+    """The same as a string."""
+    return ' data-sort=""' if value is None else f' data-sort="{float(value):.10g}"'
 
 
 def is_table(value: object) -> bool:

@@ -19,8 +19,10 @@ is made of strings alone goes there too, as {"from_texts": "..."}.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import TypeGuard
 
 # Keys of an object with an "id" that belong to the question, not to what a model made of it. A suite that
@@ -47,6 +49,7 @@ LOG_ODDS = "log_odds"  # every statistic comes from them
 # Of log-odds: a millionth of a nat. Reading prompts packed instead of padded changed them by up to 1e-4.
 DECIMALS = 6
 DERIVED = ("p_yes", "p_no", "p_yes_normalized")
+PLAIN = {str, int, float, bool, type(None)}  # what JSON holds that holds nothing else
 PARTS = {"from_texts", "same", "columns", "rows", "derived"}
 
 
@@ -234,26 +237,38 @@ def _cell(name: str, value, texts: dict):
 
 def _objects(columns: list, rows: list, texts: dict) -> list[dict]:
     """The objects whose cells are in `rows`."""
-    made: list[dict] = []
     for row in rows:
         if not isinstance(row, list) or len(row) != len(columns):
             raise Corrupt(f"a row that is not one value for each of {len(columns)} columns")
-        made.append(dict(_value(column, cell, texts) for column, cell in zip(columns, row, strict=True)))
-    return made
+    if not rows:
+        return []
+    # a column at a time: most hold nothing but numbers, texts and the like, which are as they stand
+    names, values = [], []
+    for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
+        name, made = _column(column, cells, texts)
+        names.append(name)
+        values.append(made)
+    if not columns:
+        return [{} for _ in rows]
+    return [dict(zip(names, of, strict=True)) for of in zip(*values, strict=True)]
 
 
-def _value(column, cell, texts: dict) -> tuple[str, object]:
-    """(name, value) of one cell."""
+def _column(column, cells: Sequence, texts: dict) -> tuple[str, Sequence]:
+    """(name, values) of a column's cells."""
     if isinstance(column, str):
-        return column, unpack(cell, texts)
+        if PLAIN.issuperset(map(type, cells)):
+            return column, cells
+        return column, [unpack(cell, texts) for cell in cells]
     if not isinstance(column, dict) or not isinstance(column.get("name"), str):
         raise Corrupt("a column without a name")
     inner = column.get("object", column.get("list"))
-    if not isinstance(inner, list) or not isinstance(cell, list):
+    if not isinstance(inner, list) or not all(isinstance(cell, list) for cell in cells):
         raise Corrupt(f"the column {column['name'][:40]!r} or one of its cells is no list")
     if "object" in column:
-        return column["name"], _objects(inner, [cell], texts)[0]
-    return column["name"], _objects(inner, cell, texts)
+        return column["name"], _objects(inner, list(cells), texts)
+    # of all lists at once, which are then parted again
+    every = iter(_objects(inner, [row for cell in cells for row in cell], texts))
+    return column["name"], [list(itertools.islice(every, len(cell))) for cell in cells]
 
 
 # ---- text
