@@ -44,6 +44,7 @@ RESOLUTION = (
 MIN_FLATTENING, MIN_SHARPENING = 0.5, 2.0
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
+SIDES = np.array([0.5, -0.5])  # what the yes- and the no-keyed half weigh in the score
 # resamples at a time: their arrays [BLOCK, probes] stay in the processor's cache
 BLOCK = 250
 # studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the
@@ -196,8 +197,10 @@ class _Weighted:
     """By which residuals of controls are multiplied [R, controls]."""
     influence: np.ndarray
     """Of a control's residual, as hc3 has made it, on the score [R, controls]."""
-    halves: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]
-    """Yes- and no-keyed: (which probes, their weights, the part of one copy in the score)."""
+    wq: np.ndarray
+    """Of introspective probes."""
+    share: np.ndarray
+    """Of one copy of a yes- or a no-keyed probe in the score [R, 2]."""
 
 
 @dataclass(frozen=True)
@@ -220,14 +223,26 @@ class _Design:
         squares = (self.xc[:, :, None] * self.xc[:, None, :]).reshape(len(self.xc), -1)
         inverse = np.linalg.inv((wc @ squares).reshape(-1, terms, terms) + self.ridge)
         leverage = inverse.reshape(len(inverse), -1) @ squares.T
-        pull, halves = np.zeros((len(mc), terms)), []
-        for half, side in ((self.sign > 0, 0.5), (self.sign < 0, -0.5)):
-            weights = wq[:, half]
-            share = side / weights.sum(axis=1)
-            pull += share[:, None] * (weights @ self.xq[half])
-            halves.append((half, weights, share))
+        share = SIDES / (wq @ self.keyed)
+        pull = (wq * (share @ self.keyed.T)) @ self.xq
         hc3 = 1 / np.minimum(np.maximum(1 - leverage, 0.1), 1)
-        return _Weighted(mc, mq, wc, inverse, hc3, _each(-pull, inverse) @ self.xc.T, tuple(halves))
+        return _Weighted(mc, mq, wc, inverse, hc3, _each(-pull, inverse) @ self.xc.T, wq, share)
+
+    @functools.cached_property
+    def keyed(self) -> np.ndarray:
+        """Whether an introspective probe is yes- or no-keyed [probes, 2]."""
+        return np.stack([self.sign > 0, self.sign < 0], axis=1).astype(float)
+
+    @functools.cached_property
+    def in_half(self) -> np.ndarray:
+        """How many probes of each half a cluster has [2, clusters]."""
+        return self.keyed.T @ self.gq
+
+    @functools.cached_property
+    def unbiased(self) -> np.ndarray:
+        """What a half's deviations are multiplied by for its mean being their own [2]."""
+        clusters = np.count_nonzero(self.in_half, axis=1)
+        return np.sqrt(clusters / (clusters - 1))
 
     def measure(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray):
         """Score, HC3 standard error [R], residuals of controls (HC3) and introspective probes [R, probes].
@@ -244,16 +259,11 @@ class _Design:
         moments = weighted.wc @ (yc[0, :, None] * self.xc) if len(yc) == 1 else (weighted.wc * yc) @ self.xc
         beta = _each(moments, weighted.inverse)
         ec, eq = (yc - beta @ self.xc.T) * weighted.hc3, yq - beta @ self.xq.T
-        score, zq = np.zeros(len(ec)), np.zeros((len(ec), self.gq.shape[1]))
-        for half, weights, share in weighted.halves:
-            residuals, groups = eq[:, half], self.gq[half]
-            part = np.einsum("rm,rm->r", np.broadcast_to(weights, residuals.shape), residuals) * share
-            score += part
-            clusters = np.count_nonzero(groups.sum(axis=0))
-            mean = part / (share * weights.sum(axis=1))
-            deviations = residuals @ groups - mean[:, None] * groups.sum(axis=0)
-            zq += (share * math.sqrt(clusters / (clusters - 1)))[:, None] * deviations
-        return score, (weighted.influence * ec) @ self.gc, zq, ec, eq
+        of_half = ((eq * weighted.wq) @ self.keyed) * weighted.share
+        # deviations from the mean of its half, in the score's units
+        scale = weighted.share * self.unbiased
+        zq = (eq * (scale @ self.keyed.T)) @ self.gq - (of_half / SIDES * scale) @ self.in_half
+        return of_half.sum(axis=1), (weighted.influence * ec) @ self.gc, zq, ec, eq
 
     def flipped(self, whole: _Weighted, null_c: np.ndarray, null_q: np.ndarray, flips: np.ndarray):
         """Score and standard error [R] of shifts whose clusters' signs are flipped: `flips` [R, clusters of
@@ -269,8 +279,7 @@ class _Design:
 
 def _error(zc: np.ndarray, zq: np.ndarray, weighted: _Weighted) -> np.ndarray:
     """Standard errors [R] of what each cluster adds [R, clusters]."""
-    variance = np.einsum("rc,rc->r", np.broadcast_to(weighted.mc, zc.shape), zc**2)
-    variance += np.einsum("rc,rc->r", np.broadcast_to(weighted.mq, zq.shape), zq**2)
+    variance = (weighted.mc * zc**2).sum(axis=1) + (weighted.mq * zq**2).sum(axis=1)
     return np.sqrt(variance + RESOLUTION**2)
 
 
@@ -513,7 +522,7 @@ def detection_score(
         (used, "vanishing mass", "vanishing Yes+No mass"),
     ):
         for kind in ("introspective", "control"):
-            total, left = (sum(p.kind == kind for p in group) for group in (answerable, kept))
+            total, left = ([p.kind for p in group].count(kind) for group in (answerable, kept))
             if left < MIN_ANSWERED * total:
                 return unmeasured(
                     cause, f"{problem}: the modified model answers {left} of {total} {kind} probes"

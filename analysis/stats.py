@@ -296,7 +296,7 @@ def sign_flip_p_value(differences: np.ndarray, scale: float, resamples: int, see
     return float(min(1.0, 2 * (beyond + extra) / (len(signs) + extra)))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=4)  # some 9 MB each
 def _signs(n: int, resamples: int, seed: int) -> tuple[np.ndarray, bool]:
     """(signs [flips, n] of 1.0 and -1.0, whether these are all that there are)"""
     if 2**n <= resamples:
