@@ -188,8 +188,10 @@ def part(template: str, **values) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def render(template: str, **values) -> str:
-    """A page from templates/`template`."""
+@functools.cache
+def _frame() -> dict[str, Markup]:
+    """What every page has: its look, its script, and the policy that allows these two alone. Our own files,
+    the only text that is not escaped."""
     parts = {name: (TEMPLATES / name).read_text(encoding="utf-8") for name in ("style.css", "page.js")}
     hashes = {
         name: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
@@ -199,8 +201,13 @@ def render(template: str, **values) -> str:
         f"default-src 'none'; img-src data:; style-src {hashes['style.css']}; script-src {hashes['page.js']};"
         " connect-src 'none'; base-uri 'none'; form-action 'none'"
     )
-    page = _environment().get_template(template)
-    # Our own files, the only text that is not escaped.
-    return page.render(
-        policy=Markup(policy), style=Markup(parts["style.css"]), script=Markup(parts["page.js"]), **values
-    ).lstrip()
+    return {
+        "policy": Markup(policy),
+        "style": Markup(parts["style.css"]),
+        "script": Markup(parts["page.js"]),
+    }
+
+
+def render(template: str, **values) -> str:
+    """A page from templates/`template`."""
+    return _environment().get_template(template).render(**_frame(), **values).lstrip()

@@ -399,3 +399,28 @@ def test_a_figure_is_saved_as_matplotlibs_savefig_does(form):
 
 def test_names_are_not_read_as_mathematics():
     assert figures.label("a$b$\x00") == r"a\$b\$?" and len(figures.label("x" * 99)) == 40
+
+
+def test_of_many_experiments_figures_keep_the_first_and_the_lowest_and_highest_scores():
+    rows = [made.row("baseline_instruct", None)]
+    rows += [made.row(f"r{k}", "broken" if k % 7 == 0 else "does not report it", k / 500) for k in range(300)]
+    (axes,) = figures.scores(rows, None).axes
+    names = labels(axes)
+    sure = [f"r{k}" for k in range(300) if k % 7]
+    assert len(names) == figures.MOST - 1 and set(names) == {*sure[:60], *sure[-60:]}
+    (axes,) = figures_experiments.p_yes(rows, {}).axes
+    assert labels(axes)[0] == "baseline_instruct" and set(labels(axes)[1:]) == set(names)
+    assert "121 of 301" in figures.left_out(rows) and not figures.left_out(rows[:121])
+    # a point each is for all of them
+    (axes,) = figures_experiments.p_yes_perplexity(rows).axes
+    assert len(dots(axes)) == 301 and len([w for w in words(axes) if w.within == "axes"]) == figures.MOST
+
+
+def test_points_that_look_alike_are_drawn_at_once():
+    """One by one each costs a millisecond or more."""
+    rows = [made.row(f"r{k}", "does not report it", k / 100) for k in range(100)]
+    (axes,) = figures.scores(rows, None).axes
+    assert len(dots(axes)) == 100 == len(segments(axes)) and len(axes.get_children()) < 25
+    # the name of every line and its points: what a line adds to the file
+    sizes = [len(figures.save(figures.scores(rows[:n], None))["svg"]) for n in (50, 100)]
+    assert (sizes[1] - sizes[0]) / 50 < 1500

@@ -542,3 +542,18 @@ def test_a_large_run_keeps_each_experiments_replies_on_a_page_of_its_own(tmp_pat
     assert "only here" in own and "<script>alert" not in own and "Content-Security-Policy" in own
     body = re.search(r'<details id="experiment-swap_a".*?\n</details>', small, re.S)[0]
     assert body.partition(">")[2][:2000] in own
+
+
+def test_a_large_runs_page_grows_by_little_with_each_experiment(tmp_path, monkeypatch):
+    """Their replies lie beside it, and figures keep as many lines as can be looked over."""
+    monkeypatch.setattr(html_report, "LARGE", 1)
+    monkeypatch.setattr(figures, "MOST", 5)
+    pages_of = []
+    for count in (10, 30):
+        results = [made.result("baseline_instruct", full())]
+        results += [made.result(f"swap_{k}", full()) for k in range(1, count)]
+        run, manifest = made.make(tmp_path / str(count), results)
+        html_report.write_html(run, manifest, compare_run(run, manifest), digests(run, manifest))
+        pages_of.append((run.path / "report.html").read_text())
+        assert f"5 of {count} experiments have a line of their own in figures" in pages_of[-1]
+    assert (len(pages_of[1]) - len(pages_of[0])) / 20 < 9000

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 
 import made_results as made
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import report
 from analysis.comparison import Area, Auroc, DetectionScore, Failure
 from analysis.stats import Discrimination
+from files import ROOT
 from reporting import columns, figures, pages, vocabulary
 from reporting.reports import compare_run
 
@@ -464,3 +467,16 @@ def test_a_run_whose_reports_are_many_shows_itself_that_it_can_see(reports, plac
     comparison = made.comparison(rows, injection=made.injection_summary(seen=False))
     assert headline in vocabulary.headline(comparison)
     assert control in dict(vocabulary.control_lines(comparison))["positive control"]
+
+
+def test_a_report_reads_no_library_that_it_does_without(tmp_path):
+    """Each takes longer to import than dozens of results to read."""
+    made.make(tmp_path / "run", [made.result("baseline_instruct"), made.result("swap_a")])
+    heavy = ("torch", "transformers", "sklearn", "scipy.stats", "matplotlib.backends.backend_pdf")
+    code = (
+        "import sys, report\n"
+        f"assert not report.main([{str(tmp_path / 'run')!r}])\n"
+        f"print([name for name in {heavy!r} if name in sys.modules], 'matplotlib' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[] True", done.stderr
