@@ -469,8 +469,7 @@ def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
 
 def _rank_p_value(x: np.ndarray, y: np.ndarray) -> float:
     """One-sided p-value of a Spearman correlation above 0, by Student's t, as in scipy.stats.spearmanr."""
-    ranks = [_ranks(snapped(side)) for side in (x, y)]
-    r, rest = np.corrcoef(*ranks)[0, 1], len(x) - 2
+    r, rest = np.corrcoef(_ranks(snapped(x)), _ranks(snapped(y)))[0, 1], len(x) - 2
     return float(special.stdtr(rest, -r * math.sqrt(rest / max((1 + r) * (1 - r), 1e-300))))
 
 

@@ -238,7 +238,7 @@ def _strip(
     width = min((b - a for a, b in zip(starts, starts[1:], strict=False)), default=cells[0].size or 1)
     for start, _, row in cells:
         value = read(row)
-        color = "white" if value is None else colors.to_rgba(np.asarray(value))
-        marks.bar(start, line, width, 0.92, color)
+        red, green, blue, alpha = (1, 1, 1, 1) if value is None else colors.to_rgba(np.asarray(value))
+        marks.bar(start, line, width, 0.92, (red, green, blue, alpha))
         if word(row) == "broken":
             marks.hatched(start, line, width, 0.92, HATCH, MUTED)

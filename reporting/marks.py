@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -18,7 +18,8 @@ from matplotlib.colors import to_rgba
 from matplotlib.font_manager import FontProperties
 from matplotlib.transforms import Bbox, Transform
 
-Color = str | tuple[float, ...]
+if TYPE_CHECKING:
+    from matplotlib.typing import ColorType as Color
 
 
 class _Look(NamedTuple):
@@ -29,7 +30,7 @@ class _Look(NamedTuple):
     color: Color
     face: Color
     edge: Color
-    edge_width: float | None
+    edge_width: float
     alpha: float | None
     zorder: float
     clip: bool
@@ -57,7 +58,7 @@ class Marks:
         *,
         face: Color | None = None,
         edge: Color | None = None,
-        edge_width: float | None = None,
+        edge_width: float = 1,
         alpha: float | None = None,
         zorder: float = 2,
         clip: bool = True,
@@ -87,13 +88,13 @@ class Marks:
             corners, colors = zip(*bars, strict=True)
             hatch, edge = hatching or (None, "none")
             self.axes.add_collection(
-                PolyCollection(corners, facecolors=colors, edgecolors=edge, linewidths=0, hatch=hatch)
+                PolyCollection(corners, facecolors=list(colors), edgecolors=edge, linewidths=0, hatch=hatch)
             )
         if self._lines:
             xs, ys, colors, widths = zip(*self._lines, strict=True)
             segments = [list(zip(x, y, strict=True)) for x, y in zip(xs, ys, strict=True)]
             self.axes.add_collection(
-                LineCollection(segments, colors=colors, linewidths=widths, capstyle="butt")
+                LineCollection(segments, colors=list(colors), linewidths=list(widths), capstyle="butt")
             )
         for look, (xs, ys) in self._points.items():
             self.axes.plot(
@@ -107,7 +108,7 @@ class Marks:
                 alpha=look.alpha,
                 zorder=look.zorder,
                 clip_on=look.clip,
-                **({} if look.edge_width is None else {"markeredgewidth": look.edge_width}),
+                markeredgewidth=look.edge_width,
             )
         self.axes.autoscale_view()
 
