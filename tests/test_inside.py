@@ -1,6 +1,7 @@
 """The sections and files about what activations tell, on a made-up run's folder."""
 
 import json
+import shutil
 
 import made_results as made
 import numpy as np
@@ -11,6 +12,7 @@ from experiments import BASELINE
 from reporting import figures, inside
 from reporting.digests import compared, digests
 from runner.arrays import save_arrays
+from runner.results import Run
 from suites.activations import packed
 from surgery import recipes as r
 
@@ -24,12 +26,11 @@ CHANGES = {
 }
 
 
-@pytest.fixture
-def kept(tmp_path):
-    """A run whose changed models stand apart after layers 1 and 2, and answer as the unmodified one does; one
-    of them is broken, and has no finite activations."""
+def apart(folder):
+    """(run, manifest, results, comparison) of a run whose changed models stand apart after layers 1 and 2,
+    and answer as the unmodified one does; one of them is broken, and has no finite activations."""
     rng, original, results = np.random.default_rng(0), r.identity(DEPTH), []
-    (tmp_path / "run" / "experiments").mkdir(parents=True)
+    (folder / "run" / "experiments").mkdir(parents=True)
     names = [BASELINE, *(f"{kind}_{k}" for kind in CHANGES for k in range(3)), "noise_broken"]
     for name in names:
         kind, _, k = name.partition("_")
@@ -56,19 +57,26 @@ def kept(tmp_path):
         }
         one = made.result(name, measured, experiment__recipe=recipe.to_json(), schema_version=2)
         one["experiment"]["control"] = "placebo" if placebo else None
-        save_arrays(tmp_path / "run" / "experiments", one)
+        save_arrays(folder / "run" / "experiments", one)
         results.append(one)
-    moved = tmp_path / "moved"
+    moved = folder / "moved"
     run, manifest = made.make(moved, results, layers=DEPTH)
-    for file in (tmp_path / "run" / "experiments").iterdir():
+    for file in (folder / "run" / "experiments").iterdir():
         file.rename(run.path / "experiments" / file.name)
     made_of = digests(run, manifest)
     return run, manifest, made_of, compared(run, manifest, made_of)
 
 
-def test_represented_and_not_reported(kept):
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """Such a run and what is probed of it, which takes seconds; nothing is written to it."""
+    kept = apart(tmp_path_factory.mktemp("inside"))
     run, manifest, results, comparison = kept
-    data = inside.probed(run, results, comparison, manifest)
+    return kept, inside.probed(run, results, comparison, manifest)
+
+
+def test_represented_and_not_reported(probed):
+    (run, *_), data = probed
     assert data["left_out"] == ["noise_broken"]
     assert data["probe"]["n_changed"] == 9 and data["probe"]["n_placebo"] == 7
     assert data["probe"]["kinds"] == {"noise": 3, "order": 3, "splice": 3}
@@ -82,9 +90,9 @@ def test_represented_and_not_reported(kept):
     assert figures.save(figure, ("png",))["png"].startswith(b"\x89PNG")
 
 
-def test_the_probe_is_not_made_again_and_outlives_the_activations(kept, monkeypatch):
-    run, manifest, results, comparison = kept
-    data = inside.probed(run, results, comparison, manifest)
+def test_the_probe_is_not_made_again_and_outlives_the_activations(probed, tmp_path, monkeypatch):
+    (original, manifest, results, comparison), data = probed
+    run, results = Run(shutil.copytree(original.path, tmp_path / "run")), dict(results)
     monkeypatch.setattr(inside.probe, "probe", lambda *a, **k: 1 / 0)
     assert inside.probed(run, results, comparison, manifest) == data
     for file in run.path.glob("experiments/*.npz"):
@@ -99,8 +107,8 @@ def test_the_probe_is_not_made_again_and_outlives_the_activations(kept, monkeypa
     assert inside.probe_section(None) == [] and inside.depth_figure(None) is None
 
 
-def test_activations_of_another_run_are_refused(kept):
-    run, manifest, results, comparison = kept
+def test_activations_of_another_run_are_refused(tmp_path):
+    run, manifest, results, comparison = apart(tmp_path)
     files = sorted(run.path.glob("experiments/*.npz"))
     files[0].write_bytes(files[1].read_bytes())
     with pytest.raises(FrankenError, match="is not the file that its experiment wrote"):

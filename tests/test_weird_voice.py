@@ -15,7 +15,7 @@ from weird_gen.persona.study import PERSONA_EXPLICIT
 
 @pytest.fixture(scope="module")
 def quality():
-    return voice.voice_quality()
+    return voice.voice_quality.__wrapped__()  # made here, whatever ran before
 
 
 def test_it_tells_persona_answers_from_an_untouched_models_over_questions_it_has_not_seen(quality):

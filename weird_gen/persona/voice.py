@@ -96,6 +96,7 @@ def has_voice(replies: Sequence[str]) -> list[bool]:
     return [bool(part) and bool(yes) for part, yes in zip(parts, fitted().predict(parts), strict=True)]
 
 
+@cache  # each report says it; of what ships it is always the same
 def voice_quality() -> VoiceQuality:
     """How well it tells its own training data apart, cross-validated over questions."""
     texts, his, questions = training_texts()
