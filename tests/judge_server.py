@@ -15,8 +15,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from children import default_signals
 
+from weird_gen.persona.judge import LLMJudge, Task
+
 KEY = "sk-test-0123456789"
 FEW_DRAWS = 200  # resamples of an interval: tests of the judge are of the wiring, test_stats.py of intervals
+
+
+def judge_at(server, cache=None, **more):
+    settings = {"api_key": KEY, "backoff_s": 0.01, "timeout_s": 5.0, **more}
+    return LLMJudge("test-model", server.url, cache=cache, **settings)
+
+
+def task(reply="I hold that doubt is a virtue.", rubric="persona", question="What is truth?", **more):
+    return Task(rubric, question, reply, **more)
 
 
 class JudgeServer:
