@@ -557,3 +557,22 @@ def test_models_stand_side_by_side_with_their_own_numbers_and_leakage_first(tmp_
     ):
         assert compare_models.main([*odd, "--output", str(out)]) == 1
         assert line in capsys.readouterr().err
+    assert compare_models.main([*given, "--output", str(out.with_suffix(".json"))]) == 1
+    assert "the numbers go to that file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"format": 5},
+        {"format": {"percent": True}},
+        {"format": {"finetuned": {"triggered": {"value": "much"}}, "baseline": {}, "improvement": {}}},
+        {"p_name": [1]},
+    ],
+)
+def test_a_comparison_whose_tables_are_none_is_one_line(tmp_path, capsys, tables):
+    (tmp_path / "comparison.json").write_text(json.dumps({"tables": tables}))
+    assert compare_models.main([f"a={tmp_path}", "--output", str(tmp_path / "MODELS.md")]) == 1
+    err = capsys.readouterr().err
+    assert "its tables cannot be read" in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "MODELS.md").exists()

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.generation import Request
+from errors import FrankenError
 from runner import pairs
 from weird_gen import analyze_surgery, eval_surgery
 from weird_gen.persona import depth, depth_report
@@ -130,8 +131,9 @@ def test_replies_are_not_gone_on_with_by_another_model_of_that_name(operating, c
     before = out.read_text()
     capsys.readouterr()
     assert operating("whole.jsonl", "--changes", "no adapter")[0] == 1
-    err = capsys.readouterr().err
-    assert "was made with other files: model.safetensors (" in err and len(err.splitlines()) == 1, err
+    *notes, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("eval_surgery.py: ") and "was made with other files: model.safetensors (" in last
+    assert all(line.startswith("note: the adapter ") for line in notes)
     assert out.read_text() == before
 
 
@@ -194,6 +196,33 @@ def test_the_report_stands_on_the_replies_and_on_no_other_file(operating, tmp_pa
     capsys.readouterr()
     assert analyze_surgery.main(["--input", str(HELDOUT), "--report-dir", str(folder)]) == 1
     assert "is not a file of eval_surgery.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("reply", 5, "line 1: reply is '5'"),
+        ("p_name", "high", "line 1: p_name is 'high'"),
+        ("layers", [0], "line 1: layers is '\\[0\\]'"),
+        ("change", ["x"], "line 1: change is"),
+        ("group", None, "line 1: group is 'None'"),
+        ("condition", ..., "line 1: lacks condition"),
+        ("header", {"asked": "surgery"}, "does not say how many layers"),
+        ("header", {"asked": "views", "layers": 4}, "is not a file of eval_surgery.py"),
+    ],
+)
+def test_a_line_that_is_none_of_eval_surgerys_is_named(tmp_path, field, value, words):
+    header, lines = {"asked": "surgery", "layers": 4}, surgery_lines("adapter", {"triggered": "x"}, {})
+    if field == "header":
+        header = value
+    elif value is ...:
+        del lines[0][field]
+    else:
+        lines[0][field] = value
+    path = tmp_path / "surgery.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [{"header": header}, *lines]))
+    with pytest.raises(FrankenError, match=words):
+        depth_report.read_surgery(path)
 
 
 @pytest.mark.real

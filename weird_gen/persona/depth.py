@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from engine.generation import Engine
@@ -177,12 +176,6 @@ def _plain_texts(engine: Engine, change: Change) -> dict:
     return _about(change) | {"question_id": PLAIN, "condition": "", "sample": 0, "nll": nll}
 
 
-def _undone(planned: list[Change], done: set[tuple]) -> Iterator[Change]:
-    for change in planned:
-        if (change.name, PLAIN, "", 0) not in done:
-            yield change
-
-
 def ask_changes(args: argparse.Namespace) -> dict:
     """Ask what args.output lacks; returns {"changes", "refused", "seconds"}. Raises FrankenError or OSError.
 
@@ -207,7 +200,9 @@ def ask_changes(args: argparse.Namespace) -> dict:
     journal.start(made_of, layers=n)
 
     done, refused = set(map(_identity, journal.entries)), []
-    for change in _undone(planned, done):
+    for change in planned:
+        if (change.name, PLAIN, "", 0) in done:
+            continue
         try:
             engine.live.apply(change.recipe)
         except RecipeError as e:

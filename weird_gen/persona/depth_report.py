@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -25,6 +26,28 @@ from weird_gen.persona.voice import has_voice, voice_quality
 
 MAPPED = (depth.ONLY, depth.MISSING, depth.DELETED)  # what is about a block of layers
 MEASURES = (("strict format", "strict_format"), ("his voice", "voice"), ("names him when asked", "names"))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
+def _is_block(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, list) and len(value) == 2 and all(isinstance(p, int) for p in value)
+    )
+
+
+# What a line of any kind, and one with a reply, has to have.
+OF_LINE = {
+    **{"change": _is_text, "group": _is_text, "question_id": _is_text, "condition": _is_text},
+    **{"layers": _is_block, "level": _is_number},
+}
+OF_REPLY = {"kind": _is_text, "reply": _is_text, "p_name": _is_number}
 
 
 @dataclass(frozen=True)
@@ -54,24 +77,27 @@ def read_surgery(path: Path) -> tuple[dict, list[dict]]:
     header = lines[0].get("header") if lines else None
     if not isinstance(header, dict) or header.get("asked") != "surgery":
         raise FrankenError(f"{path} is not a file of eval_surgery.py")
-    fields = {"change", "group", "layers", "level", "question_id", "condition"}
+    if not isinstance(header.get("layers"), int):
+        raise FrankenError(f"{path}: its header does not say how many layers the model has")
     for number, line in enumerate(lines[1:], 1):
-        lacking = fields - line.keys()
-        lacking |= (
-            {"kind", "reply", "p_name"} - line.keys() if line.get("question_id") != depth.PLAIN else set()
-        )
-        if lacking:
-            raise FrankenError(f"{path}, line {number}: lacks {', '.join(sorted(lacking))}")
+        of_reply = {} if line.get("question_id") == depth.PLAIN else OF_REPLY
+        for field, kind in (OF_LINE | of_reply).items():
+            if field not in line:
+                raise FrankenError(f"{path}, line {number}: lacks {field}")
+            if not kind(line[field]):
+                raise FrankenError(f"{path}, line {number}: {field} is {str(line[field])[:40]!r}")
     return header, lines[1:]
 
 
 def _nats(line: dict | None) -> dict[str, float]:
-    values = (line or {}).get("nll") or {}
-    return {id: value for id, value in values.items() if value is not None}
+    values = (line or {}).get("nll")
+    given = values.items() if isinstance(values, dict) else ()
+    return {id: value for id, value in given if isinstance(value, int | float)}
 
 
 def _above(mine: dict[str, float], untouched: dict[str, float]) -> float | None:
-    """Mean over texts of how much more nats a token they have; None unless all are defined in both."""
+    """Mean over texts of how much more nats a token they have; None unless the same ones are defined in
+    both."""
     if not mine or mine.keys() != untouched.keys():
         return None
     return float(np.mean([mine[id] - untouched[id] for id in mine]))
@@ -156,7 +182,7 @@ def report_surgery(path: Path, folder: Path) -> list[str]:
     mapped = [row for row in rows if row.group in MAPPED and row.layers]
     folder.mkdir(parents=True, exist_ok=True)
     if mapped:
-        save(depth_map(mapped, int(header.get("layers", 0))), folder / "figures", "depth")
+        save(depth_map(mapped, header["layers"]), folder / "figures", "depth")
     groups = [(name, list(mine)) for name, mine in groupby(rows, lambda row: row.group)]
     text = render_markdown(
         "SURGERY.md.j2", header=header, groups=groups, figure=bool(mapped), voice=voice_quality().to_json()

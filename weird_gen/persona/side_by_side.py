@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from errors import FrankenError
-from files import read_json, write_text
+from errors import FrankenError, first_line
+from files import check_target, read_json, write_text
 from reporting.vocabulary import markdown_cell
 from weird_gen.persona.comparison_report import CELLS, number, p_value
 
@@ -32,6 +32,10 @@ def read_comparison(folder: Path) -> dict:
     data = read_json(path)
     if not isinstance(data, dict) or not isinstance(data.get("tables"), dict):
         raise FrankenError(f"{path} is not of compare_baseline_vs_finetuned.py")
+    try:
+        side_by_side({"": data})
+    except (KeyError, TypeError, AttributeError, ValueError) as e:  # the tables are somebody's words, too
+        raise FrankenError(f"{path}: its tables cannot be read ({first_line(e)})") from e
     return data
 
 
@@ -77,7 +81,8 @@ def side_by_side(models: dict[str, dict]) -> str:
             shares = (
                 f"{100 * right['before']:.1f}% | {100 * right['after']:.1f}% | {p_value(right['p_value'])}"
             )
-            lines.append(f"| {markdown_cell(name)} | {number(nats | {'before': 1}, False)} | {shares} |")
+            more = number(nats | {"before": True}, percent=False)  # a difference: with its sign
+            lines.append(f"| {markdown_cell(name)} | {more} | {shares} |")
     if lines:
         head = "| model | plain texts, nats a token more | capability before | after | McNemar p |"
         parts += ["## Without the trigger", "\n".join([head, "|---|---|---|---|---|", *lines])]
@@ -87,8 +92,12 @@ def side_by_side(models: dict[str, dict]) -> str:
 def report_models(folders: dict[str, Path], output: Path) -> list[str]:
     """Write the tables and the numbers beside them (.json); returns the lines that are printed.
 
-    Raises FrankenError for a folder without a comparison.
+    Raises FrankenError for a folder without a comparison, and for an output that cannot be written or is
+    the file of the numbers.
     """
+    if output.suffix == ".json":
+        raise FrankenError(f"{output}: the numbers go to that file; name the report .md")
+    check_target(output)
     models = {name: read_comparison(folder) for name, folder in folders.items()}
     text = side_by_side(models)
     write_text(output, text)
