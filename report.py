@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import ends_in_one_line
+from command_line import Parser, ends_in_one_line
 from errors import FrankenError, printable
 from files import check_open_files
 from reporting.inspect_log import write_logs
@@ -24,12 +24,13 @@ from runner.results import Run, read_json
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = Parser(
         description="Make a run's comparison, summary and HTML report again; put several runs side by side."
     )
-    p.add_argument("runs", nargs="+", metavar="DIR", help="a results/run_... folder")
+    p.add_argument("runs", type=Path, nargs="+", metavar="DIR", help="a results/run_... folder")
     p.add_argument(
         "--output",
+        type=Path,
         metavar="DIR",
         help="folder for the comparison of several runs (default: results/comparison_<time>)",
     )
@@ -49,6 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument(
         "--table",
+        type=Path,
         metavar="FILE",
         help=(
             "only write the runs as two tables, FILE.parquet or FILE.csv: one row a reading, and beside it,"
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.table is not None:
         if args.output or args.pack or args.unpack:
             raise FrankenError("--table is all that is written; it goes without --output, --pack, --unpack")
-        check_table(Path(args.table))
+        check_table(args.table)
     if args.output and len(args.runs) == 1:
         raise FrankenError(
             "--output is for the comparison of several runs; a run's own report goes to its folder"
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len({run.path.resolve() for run in runs}) < len(runs):
         raise FrankenError("the same run is given twice")
     if args.table is not None:
-        print(printable(write_tables(runs, Path(args.table))))
+        print(printable(write_tables(runs, args.table)))
         return 0
     if args.inspect_log:
         for run in runs:

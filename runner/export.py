@@ -314,6 +314,9 @@ class Exporter:
         recipe = what.recipe
         refuse_inexpressible(what.name, recipe, what.suites, what.control)
         check_folder(folder, overwrite)
+        for source in self.located.sources.values():
+            if source.path.resolve().is_relative_to(folder.resolve()):
+                raise FrankenError(f"{folder} holds {source.name}, which is read; export to another folder")
         self.check(recipe)
         dtype = self.pick_dtype(recipe)
         config = self.config_for(recipe, dtype)

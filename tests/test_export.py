@@ -238,6 +238,20 @@ def test_overwrite_takes_an_export_only(command, tmp_path):
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
 
+def test_an_export_does_not_take_the_place_of_what_it_is_made_of(command, tmp_path, capsys):
+    """Swapped twice in place would be the original, under the name of a swap, and nothing else left."""
+    assert command("swap_adjacent_31_32")[0] == 0
+    made = tmp_path / "out"
+    (tmp_path / "link").symlink_to(made)
+    before = {f.name: f.read_bytes() for f in made.iterdir()}
+    for source in (made, tmp_path / "link"):
+        words = ["export", "swap_adjacent_31_32", str(made), "--instruct", str(source), "--overwrite"]
+        capsys.readouterr()
+        assert commands.main([*words, "--device-map", "cpu"]) == 1
+        assert "holds instruct, which is read; export to another folder" in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in made.iterdir()} == before
+
+
 def test_a_measured_result_can_be_exported_by_its_file(command, finished, tmp_path):
     assert command(finished / "experiments" / "perturb_all_5pct.json", "--dtype", "float32")[0] == 0
     record = json.loads((tmp_path / "out" / "frankenmodel.json").read_text())

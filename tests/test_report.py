@@ -480,3 +480,11 @@ def test_a_report_reads_no_library_that_it_does_without(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[] True", done.stderr
+
+
+@pytest.mark.parametrize("argv", [[""], ["run", "--output", ""], ["run", "--table", ""]])
+def test_an_empty_path_is_not_the_current_folder(capsys, argv):
+    """As where a shell's variable is not set: the run that one happens to stand in would be reported."""
+    with pytest.raises(SystemExit) as stopped:
+        report.main(argv)
+    assert stopped.value.code == 2 and "has an empty value" in capsys.readouterr().err
