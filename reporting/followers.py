@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import FrankenError, first_line, printable
-from runner.addresses import checked_address
+from runner.addresses import checked_address, without_secrets
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
 
@@ -69,11 +69,8 @@ class Followers:
 
 
 def safe(text: str) -> str:
-    """What a library says of a failure, without any token in it."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
-        if secret := os.environ.get(name):
-            text = text.replace(secret, "***")
-    return text[:300]
+    """What a library says of a failure, without any token in it, and no more of it than a line takes."""
+    return without_secrets(text)[:300]
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import os
+import re
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -29,8 +31,22 @@ SENT_HEADERS = {
 }
 
 
+SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.I)  # in the name of a variable
+HUB_TOKEN = re.compile(r"\bhf_\w{8,}")
+CREDENTIALS = re.compile(r"(\w://)[^/\s@]+@")
+
+
 class TooMuch(Exception):
     """A server's answer is larger than what is read of one, or is packed, so that it could be."""
+
+
+def without_secrets(text: str) -> str:
+    """What a library says, without keys and tokens of the environment, the hub's tokens, and the names and
+    passwords of addresses: a proxy's stand in HTTPS_PROXY, and some messages repeat it."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= 8 and not value.startswith("/"):  # no file's place
+            text = text.replace(value, "***")
+    return CREDENTIALS.sub(r"\1***@", HUB_TOKEN.sub("***", text))
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ def told_of_proxies() -> Iterator[None]:
     except Exception as e:
         raise FrankenError(
             "no connection can be made with the proxies and certificates that the environment names"
-            f" (HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE): {first_line(e)}"
+            f" (HTTPS_PROXY, ALL_PROXY, NO_PROXY, SSL_CERT_FILE): {without_secrets(first_line(e))}"
         ) from None
 
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from command_line import ends_in_one_line
 from errors import FrankenError, first_line
 from files import read_json
-from runner.addresses import checked_address
+from runner.addresses import checked_address, without_secrets
 from surgery.weights import ROOT, shown_path
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -129,7 +129,7 @@ def download(
             tqdm_class=cast(Any, Counted),
         )
     except Exception as e:
-        raise FrankenError(f"cannot download {spec}: {first_line(e)}") from e
+        raise FrankenError(f"cannot download {spec}: {without_secrets(first_line(e))}") from e
     return Path(got), Path(got).name
 
 
@@ -165,7 +165,9 @@ def describe(late: Arriving) -> dict:
     except FrankenError:
         raise
     except Exception as e:
-        raise FrankenError(f"{spec}: the hub does not say what its files are: {first_line(e)}") from e
+        raise FrankenError(
+            f"{spec}: the hub does not say what its files are: {without_secrets(first_line(e))}"
+        ) from e
     path = shown_path(folder)
     return {"kind": "checkpoint", "path": path, "revision": folder.name, "files": weights}
 
@@ -222,7 +224,7 @@ class Arriving:
                         self._answer = said
             self._process.wait()
         except Exception as e:
-            self._answer = {"error": f"cannot download {self.spec}: {first_line(e)}"}
+            self._answer = {"error": f"cannot download {self.spec}: {without_secrets(first_line(e))}"}
         finally:
             self._done.set()
 

@@ -13,7 +13,7 @@ from judge_server import KEY, JudgeServer
 from errors import FrankenError
 from reporting.followers import Hub
 from runner import hub
-from runner.addresses import checked_address, is_loopback
+from runner.addresses import checked_address, is_loopback, told_of_proxies, without_secrets
 from runner.pairs import locate
 from weird_gen import judge_eval_results, run_inference
 from weird_gen.persona.judge import LLMJudge, Task
@@ -327,3 +327,30 @@ def test_an_endpoint_that_is_no_address_is_said(monkeypatch, endpoint):
     with pytest.raises(FrankenError, match="HF_ENDPOINT") as caught:
         hub.check_endpoint()
     assert "pass" not in str(caught.value).replace("password", "")
+
+
+# ---- what libraries say ------------------------------------------------------------------------------------
+
+
+def test_what_a_library_says_is_told_without_keys_tokens_and_passwords(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", "abcdefgh12345678")
+    monkeypatch.setenv("KEY_FILE", "/home/me/a.pem")
+    said = "401 for abcdefgh12345678 and hf_abcdefghijklmnop at https://me:pa55@proxy.example.org:3128/x"
+    said += ", /home/me/a.pem"
+    told = without_secrets(said)
+    assert told == "401 for *** and *** at https://***@proxy.example.org:3128/x, /home/me/a.pem"
+
+
+def test_a_failed_download_says_no_password(monkeypatch):
+    import huggingface_hub
+
+    def fails(*args, **kwargs):
+        raise OSError("cannot reach http://me:pa55word@proxy.example.org with hf_abcdefghijklmnop")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(FrankenError, match="cannot download some/model: cannot reach") as caught:
+        hub.download("some/model", None, lambda here, total: None)
+    assert "pa55word" not in str(caught.value) and "hf_abc" not in str(caught.value)
+    with pytest.raises(FrankenError) as caught, told_of_proxies():
+        fails()
+    assert "pa55word" not in str(caught.value)
