@@ -11,13 +11,14 @@ import re
 import shlex
 import sys
 
-from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
+from command_line import DefaultsThatSay, add_model, ends_in_one_line, how_threads_wait, refuse_empty
 from errors import FrankenError, first_line, printable
 from files import check_open_files
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.update(how_threads_wait())
 
 DESCRIPTION = "Frankenmodel: change a model's weights and ask whether it can tell."
 

@@ -10,14 +10,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from command_line import DefaultsThatSay, add_model, ends_in_one_line, how_threads_wait, refuse_empty
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.update(how_threads_wait())
 
 import torch
 
 import experiments as ex
-from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
 from errors import FrankenError, RecipeError, printable
 from files import check_open_files, check_target, read_json, write_text
 from planning import mergekit
