@@ -29,6 +29,7 @@ from runner.gguf_header import check_header
 
 # Architectures whose conversion is tested against transformers' own; anything else is refused.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+CHECKS = 2  # counted up where more is refused: what was converted before is not taken from the cache
 BLOCK = 1 << 22  # values dequantized at once: bounds the memory beside the tensor itself
 CONTROL = 3  # the token type of special tokens in GGUF
 # Tokens that end a reply beside the one in the metadata, if the vocabulary has them as special tokens, as
@@ -346,7 +347,7 @@ def from_gguf(
         all_stop_ids: as of `convert`.
     Raises FrankenError for what `open_gguf` refuses, and if the cache cannot be written.
     """
-    final = cache_dir() / (folder or f"gguf-{sha256[:32]}")
+    final = cache_dir() / (folder or f"gguf-{CHECKS}-{sha256[:32]}")
     if is_kept(final):
         return final
     try:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from errors import FrankenError
 from runner import gguf as ours
+from runner.cache import sha256_of
 from runner.pairs import locate
 
 KIND = gguf.GGUFValueType
@@ -237,6 +238,17 @@ def test_settings_that_change_nothing_are_no_hindrance(tmp_path):
         metadata["qwen2.expert_count"] = number(0)
 
     locate(str(tiny.write_gguf(tmp_path / "fine.gguf", "qwen2", edit=edit)), None)
+
+
+def test_a_conversion_of_before_it_was_refused_is_not_taken_from_the_cache(tiny_gguf, tmp_path, cache):
+    def edit(metadata):
+        metadata["qwen2.rope.scale_linear"] = number(4.0, KIND.FLOAT32)
+
+    odd = tiny.write_gguf(tmp_path / "odd.gguf", "qwen2", edit=edit)
+    made, _ = locate(str(tiny_gguf("qwen2")), None)
+    made.rename(cache / f"gguf-{sha256_of(odd)[:32]}")  # as it was called then
+    with pytest.raises(FrankenError, match="scaled rotary positions"):
+        locate(str(odd), None)
 
 
 # ---- values ------------------------------------------------------------------------------------------------
