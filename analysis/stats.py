@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,7 +60,23 @@ class Json:
 
     def to_json(self) -> dict:
         assert is_dataclass(self) and not isinstance(self, type), "only dataclasses inherit this"
-        return plain(asdict(self))
+        return _as_json(self)
+
+
+def _as_json(value) -> Any:
+    """`plain` of dataclasses as dictionaries, in one pass: a thousand rows are a hundred thousand values."""
+    kind = type(value)
+    if value is None or kind is str or kind is int or kind is bool:
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else None
+    if kind is tuple or kind is list:
+        return [_as_json(part) for part in value]
+    if kind is dict:
+        return {str(key): _as_json(part) for key, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field: _as_json(getattr(value, field)) for field in value.__dataclass_fields__}
+    return plain(value)
 
 
 def log_odds_from_logprobs(logprobs: np.ndarray, yes_ids: Sequence[int], no_ids: Sequence[int]) -> dict:
