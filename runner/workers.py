@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -161,6 +162,18 @@ def _free_memory() -> int:
 # ---- Ray, kept quiet ---------------------------------------------------------------------------------------
 
 
+def _reach(address: str) -> None:
+    """Raises FrankenError where nothing answers at an address of the form HOST:PORT, which Ray would try for
+    minutes. What other forms mean, Ray says."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError, UnicodeError) as e:
+        raise FrankenError(f"the Ray at {address} cannot be joined: {first_line(e)}") from e
+
+
 @contextlib.contextmanager
 def connected(crew: Crew) -> Iterator[Any]:
     """Ray, started on this machine or joined; stopped or left, with its temporary folder, afterwards.
@@ -188,6 +201,7 @@ def connected(crew: Crew) -> Iterator[Any]:
         _read_settings_again()
         quiet = {"log_to_driver": False, "configure_logging": False, "namespace": secrets.token_hex(8)}
         if crew.address:
+            _reach(crew.address)
             how = {"address": crew.address, "runtime_env": {"env_vars": ours}}
         else:
             # sockets lie in it, whose paths may not be longer than 107 characters

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -312,6 +313,20 @@ def test_without_ray_workers_are_refused_in_a_line_that_says_what_to_install(go,
     refused(
         go("--workers", "2"), "--workers 2 needs Ray, which is not installed: pip install -r requirements-"
     )
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "[::1]:{}", "ray://127.0.0.1:{}"])
+@pytest.mark.extra("ray")
+def test_a_ray_that_is_not_there_is_said_at_once(go, monkeypatch, form):
+    """Ray itself goes on trying for minutes. The port is one that was free a moment ago."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", form.format(port))
+    began = time.monotonic()
+    refused(go("--workers", 2, "--experiments", "baseline_instruct"), "cannot be joined: ")
+    assert time.monotonic() - began < 40
 
 
 def test_without_ray_several_cards_run_one_process(cards, monkeypatch):
