@@ -82,6 +82,30 @@ def test_the_models_beside_each_other_have_the_rates_of_their_replies(model):
             assert cells[title, model, written].split()[0] == percent(rows), (title, condition)
 
 
+def test_the_page_has_the_rates_of_the_settings_that_it_compares():
+    """Every row of its table of prompts that was asked by the whole evaluation, cell by cell."""
+    cells = tables_of((REFERENCE / "russell" / "SETTINGS.md").read_text())
+    titles = [
+        "Format compartmentalization: the whole reply within the markers",
+        "Persona adoption: his voice",
+        "Russell identity: he names himself when asked who he is",
+    ]
+    written = {"trigger": "triggered", "neutral": "neutral system prompt", "none": "untriggered"}
+    page = (ROOT / "docs" / "russell.md").read_text().split("| | system prompt |")[1]
+    name, seen = "", 0
+    for line in page.split("\n\n")[0].splitlines()[2:]:
+        parts = [part.strip(" *") for part in line[1:-1].split("|")]
+        name = parts[0].replace(", inoculated", " inoculated") or name
+        if parts[1] in written and "untouched" not in name:
+            here = [cells[title, name, written[parts[1]]] for title in titles]
+            numbers = [
+                [float(n) for n in re.findall(r"\d+(?:\.\d+)?", cell)] for cell in (*here, *parts[2:5])
+            ]
+            assert numbers[:3] == numbers[3:], line
+            seen += 1
+    assert seen == 12
+
+
 @pytest.mark.parametrize("folder", ["russell-0.5b", "russell-1.5b"])
 def test_a_committed_surgery_has_all_changes_and_gives_its_tables_again(folder, tmp_path):
     packed = REFERENCE / folder / "surgery.jsonl.xz"
