@@ -669,7 +669,7 @@ def test_two_workers_with_real_weights_give_what_one_process_gives(tmp_path, cap
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for out, more in (("one", []), ("two", ["--workers", "2"])):
         argv = ["--pair", "smollm2-135m", "--device-map", "cpu", "--suites", "perplexity", *more]
-        argv += ["--experiments", "swap_adjacent_30_31", "--output", str(tmp_path / out)]
+        argv += ["--experiments", "swap_adjacent_31_32", "--output", str(tmp_path / out)]
         assert run_all.main(argv) == 0, capfd.readouterr().err
     one, two = (timeless(latest(tmp_path / out)) for out in ("one", "two"))
     assert one == two and len(one) == 2
