@@ -19,7 +19,16 @@ import torch.nn.functional as F
 
 from engine.attention import ATTENTION, KV, Continued
 from engine.chat_template import ChatTemplate
-from engine.layers import Attenuated, cache_keyword, compiled_for_modules, mean_of, run_layer
+from engine.layers import (
+    Attenuated,
+    cache_keyword,
+    compiled_for_modules,
+    linears_of,
+    mean_of,
+    run_layer,
+    spread_linear,
+    spread_products,
+)
 from engine.packing import Behind, Packed, Paths, common_length, pack, packed_batches
 from engine.prompt_layer import run_prompt_layer
 from engine.reuse import MARKS, Entered, in_common, marks
@@ -142,6 +151,8 @@ class Engine:
         bent = getattr(self.config, "attn_logit_softcapping", None) is not None or sinks
         self.packed = packed is not False and not (deterministic or bent)
         self.packed = self.packed and self.switch is None and self.longest is None
+        # which a decode step on a CPU spreads over its threads
+        self._linears = [] if on_gpu else linears_of(bank.module for bank in live.banks)
         self.rotary_by_kind = hasattr(live.backbone.rotary_emb, "layer_types")
 
     # ---- tokens in -----------------------------------------------------------------------------------------
@@ -857,9 +868,10 @@ class Engine:
             for row, held in zip(state.rows, state.positions.tolist(), strict=True):
                 if not state.over(row):
                     self._refuse_beyond(held, held + 1)
-        return self.forward(
-            state.last[:, None], state.positions[:, None], views, mask, layer, lengths=state.positions + 1
-        )[:, 0]
+        with spread_products(self._linears):
+            return self.forward(
+                state.last[:, None], state.positions[:, None], views, mask, layer, lengths=state.positions + 1
+            )[:, 0]
 
     def choose(self, hidden: torch.Tensor, state: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
         """Next tokens [B] and whether all logits were finite [B], from hidden states [B, hidden]."""
@@ -960,7 +972,7 @@ def decode_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     cost."""
     if hidden.is_cuda and hidden.dtype != torch.float32:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return F.linear(hidden, weight).float()
+    return spread_linear(hidden, weight).float()
 
 
 def _greedy_exactly(logits: torch.Tensor, hidden: torch.Tensor, head) -> torch.Tensor:

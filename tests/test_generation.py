@@ -15,6 +15,7 @@ from moves import SHORT as PROMPTS
 
 from engine import generation
 from engine.generation import Completion, Engine, Request, draw, find_stop_ids
+from engine.layers import spread_linear
 from engine.sampling import nucleus_by_bisection, nucleus_by_sorting
 from errors import FrankenError
 from runner.pairs import open_pair
@@ -126,6 +127,30 @@ def test_temperatures_and_nuclei_do_not_leak_between_rows(tiny_pair):
         engine.complete([Request("k", prompt, 12, temperature=1.0, top_p=1e-9)])[0]
         == engine.complete([Request("k", prompt, 12)])[0]
     )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_few_rows_are_spread_over_threads(tiny_pair, family, monkeypatch):
+    """Each thread multiplies rows of the weight of its own (Qwen2 adds a bias); what comes out is what one
+    thread gives, and the model's own layers are as they were afterwards."""
+    engine, spread = tiny_pair(family).engine(), []
+    real = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *given: spread.append(given) or real(*given))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = engine.complete(greedy(PROMPTS) + sampled(PROMPTS))
+        assert not spread
+        torch.set_num_threads(2)
+        assert engine.complete(greedy(PROMPTS) + sampled(PROMPTS)) == alone
+        layers = len(engine.live.order) * 7
+        assert len(spread) > layers
+        for rows in (2, 8, 32):
+            x, linear = torch.randn(rows, 1, 24), torch.nn.Linear(24, 10)
+            torch.testing.assert_close(spread_linear(x, linear.weight, linear.bias), linear(x))
+    finally:
+        torch.set_num_threads(before)
+    assert not [m for m in engine.live.model.modules() if type(m) is torch.nn.Linear and "forward" in vars(m)]
 
 
 def test_finished_rows_wait_without_harm(tiny_pair):
