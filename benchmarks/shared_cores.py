@@ -22,6 +22,10 @@ import time
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from command_line import ends_in_one_line, how_threads_wait, parser_of
+
 ROOT = Path(__file__).resolve().parent.parent
 # by name: what the process starts with; "as set" is what run_all.py sets
 SETTINGS: dict[str, dict[str, str]] = {
@@ -38,9 +42,6 @@ TOKENS, EVERY = 24, 4
 
 def work(pair: str) -> dict:
     """Seconds of the work in this process, by the clock and of the processors."""
-    sys.path.insert(0, str(ROOT))
-    from command_line import how_threads_wait
-
     os.environ.update(how_threads_wait())
     import prompts
     from engine.generation import Engine, Request
@@ -76,8 +77,9 @@ def measured(pair: str, setting: dict[str, str], jobs: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1]) | {"load": load}
 
 
+@ends_in_one_line("interrupted; what was measured stands above")
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--pair", default="smollm2-135m")
     parser.add_argument("--jobs", type=int, default=4, help="busy processes of one thread each")
     parser.add_argument("--turns", type=int, default=3)

@@ -15,6 +15,7 @@ import time
 
 import guards
 import pytest
+from children import default_signals
 
 from errors import FrankenError
 from questions import sandbox
@@ -360,7 +361,9 @@ SLEEPS = "import time\ndef f(x):\n time.sleep(60)"
 def test_an_answer_does_not_outlive_the_harness(how):
     script = f"from questions.sandbox import run_limited\nrun_limited({SLEEPS!r}, 'f', [(1,)], wall_s=60.0)"
     root = sandbox.__file__.rsplit("/", 2)[0]
-    with subprocess.Popen([sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL) as harness:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=root, stderr=subprocess.DEVNULL, preexec_fn=default_signals
+    ) as harness:
         (outer,) = until(lambda: children(harness.pid))
         (inner,) = until(lambda: children(outer))
         harness.send_signal(how)
