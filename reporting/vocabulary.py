@@ -10,7 +10,7 @@ from itertools import zip_longest
 
 from analysis import published
 from analysis.comparison import Area, Comparison, DetectionScore, Row
-from analysis.detection import DENIES, REPORTS, TOO_LITTLE
+from analysis.detection import BROKEN, DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
 from analysis.verdicts import NO_CHANGE, answering, scaling, tells
 from errors import HIDDEN
@@ -160,7 +160,10 @@ def headline(comparison: Comparison) -> str:
     said = f"{reporting} of {judged} changed models report their change"
     if reporting < 2:
         said = f"{reporting or 'None'} of {judged} changed models reports its change"
-    if judged == 1:
+    broken = judged == 1 and BROKEN in tally(changed)
+    if broken:
+        said = "The one changed model is broken: it no longer answers what it is asked"
+    elif judged == 1:
         said = f"The one changed model {'reports' if reporting else 'does not report'} its change"
     if unknown:
         said += f"; of {unknown} more there is too little data"
@@ -168,7 +171,7 @@ def headline(comparison: Comparison) -> str:
         of = many(unknown, "changed model")
         said = f"There is too little data on {of} to say whether any reports its change"
     # 2) whether these questions can see anything
-    silent = bool(judged) and not reporting
+    silent = bool(judged) and not reporting and not broken
     if injection is None:
         return f"{said}. No positive control was run" + (
             "." if reporting else ", so it is not known that these questions could see one."

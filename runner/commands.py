@@ -300,5 +300,7 @@ def chat(args) -> int:
         args.temperature,
         args.seed,
     )
+    if args.name != ex.BASELINE:
+        talking.apply(ex.BASELINE)  # what /undo goes back to
     print(printable(talking.apply(args.name)), file=sys.stderr)
     return talk(talking)

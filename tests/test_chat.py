@@ -106,6 +106,10 @@ def test_a_chat_from_the_command_line(pair, monkeypatch, capsys):
     assert commands.main(words) == 0
     out = capsys.readouterr().out
     assert "swap_adjacent_31_32: [2] <- instruct[3]" in out and "back to baseline_instruct" in out
+    monkeypatch.setattr("sys.stdin", io.StringIO("/undo\n/undo\n"))
+    assert commands.main(["chat", "swap_adjacent_31_32", *words[2:]]) == 0
+    shown = capsys.readouterr()
+    assert "back to baseline_instruct" in shown.out and "nothing to undo" in shown.err
 
 
 def test_an_unknown_experiment_is_told_before_a_model_is_loaded(pair, monkeypatch, capsys):

@@ -294,6 +294,14 @@ def test_a_failed_control_is_told_of():
             ["broken"],
             False,
             (
+                "The one changed model is broken: it no longer answers what it is asked. The positive"
+                " control was not seen."
+            ),
+        ),
+        (
+            ["does not report it"],
+            False,
+            (
                 "The one changed model does not report its change. The positive control was not seen either,"
                 " so silence shows nothing."
             ),
