@@ -454,7 +454,7 @@ def without_times(path: Path) -> dict:
 
 
 @pytest.mark.extra("ray")
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_workers_give_what_one_process_gives(go, tmp_path, battery, four):
     code, out, err = go(*FOUR, "--workers", "2")
     assert code == 0, err
