@@ -41,10 +41,8 @@ KEPT_BYTES = 1 << 29  # of hidden states kept for the next experiment
 STEP = 64  # keys are read in whole steps of so many: how a sum over them is split depends on their number
 ROWS = 16  # decoded at once with `deterministic`, never more or fewer
 TOKENS_AT_ONCE = 256  # of a text on a GPU, in the product with the output head
-TOKENS_ON_CPU, VOCABULARY_ON_CPU = (
-    512,
-    2048,
-)  # of a text, and rows of the head: their logits stay in its caches
+TOKENS_ON_CPU = 512  # of a text
+VOCABULARY_ON_CPU = 2048  # rows of the head, whose logits for them stay in a CPU's caches
 PASS_TOKENS = 64  # a further pass over the layers costs about as much as this many tokens more in a batch
 
 

@@ -130,24 +130,11 @@ _CALLS = {
             *(41, 53, 240),  # socket socketpair mq_open
             *(29, 64, 68, 319, 447),  # shmget semget msgget memfd_create memfd_secret
             *(133, 259, 165, 303, 304),  # mknod mknodat mount name_to_handle_at open_by_handle_at
-            *(
-                428,
-                429,
-                430,
-                431,
-                432,
-                433,
-                442,
-            ),  # open_tree move_mount fsopen fsconfig fsmount fspick mount_setattr
+            # open_tree move_mount fsopen fsconfig fsmount fspick mount_setattr
+            *(428, 429, 430, 431, 432, 433, 442),
             *(248, 249, 250, 254, 300),  # add_key request_key keyctl inotify_add_watch fanotify_init
-            *(
-                298,
-                321,
-                323,
-                425,
-                426,
-                427,
-            ),  # perf_event_open bpf userfaultfd io_uring_setup, _enter, _register
+            # perf_event_open bpf userfaultfd io_uring_setup, _enter, _register
+            *(298, 321, 323, 425, 426, 427),
             *(135, 154),  # personality modify_ldt
         ),
     ),
@@ -208,17 +195,8 @@ def _bwrap() -> tuple[str, ...]:
     shown = [word for place in places for word in ("--ro-bind-try", str(place), str(place))]
     return (
         *(shutil.which("bwrap") or "bwrap", "--unshare-user", "--unshare-all", "--as-pid-1"),
-        *(
-            "--die-with-parent",
-            "--new-session",
-            "--cap-drop",
-            "ALL",
-            "--uid",
-            "65534",
-            "--gid",
-            "65534",
-            "--clearenv",
-        ),
+        *("--die-with-parent", "--new-session", "--cap-drop", "ALL"),
+        *("--uid", "65534", "--gid", "65534", "--clearenv"),
         *("--hostname", "answer", *shown, "--dev", "/dev", "--remount-ro", "/dev", "--dir", "/empty"),
         *("--remount-ro", "/", "--chdir", "/empty"),
     )
