@@ -50,6 +50,7 @@ from planning.experiment import (
     EVERYTHING,
     PUBLISHED_DEPTH,
     QUICK,
+    USER_FILE,
     Experiment,
     Model,
     Plan,  # noqa: F401
@@ -404,7 +405,7 @@ def load_file(path: str) -> list[Experiment]:
     if Path(path).suffix.lower() in (".yaml", ".yml"):
         return mergekit.load(path)
     try:
-        module = ModuleType("user_experiments")
+        module = ModuleType(USER_FILE)
         module.__file__ = str(Path(path).resolve())
         # as an import would: dataclasses in the file look themselves up there
         sys.modules[module.__name__] = module

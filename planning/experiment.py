@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from traceback import walk_tb
 
 import prompts
 from errors import FrankenError, RecipeError
@@ -95,8 +96,15 @@ def _check_published(start: int, stop: int) -> None:
         )
 
 
+USER_FILE = "user_experiments"  # what a user's file of experiments is called as a module
+
+
 def one_line(e: Exception) -> str:
-    return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
+    """An error's kind and the first line of its message, with the place in a user's file that led to it."""
+    places = ((frame.f_globals.get("__name__"), line) for frame, line in walk_tb(e.__traceback__))
+    lines = [line for name, line in places if name == USER_FILE]
+    place = f" (line {lines[-1]} of the file)" if lines else ""
+    return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}{place}"
 
 
 @dataclass(frozen=True)
