@@ -22,14 +22,21 @@ MASS_FLOOR = 0.01  # under 1% of the next-token mass on Yes+No, their ratio is n
 
 
 def plain(value) -> Any:
-    """The same value with numpy types unwrapped and every NaN or infinity turned into None."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
+    """The same value for JSON: numpy types unwrapped, dataclasses as dictionaries, and every NaN or infinity
+    turned into None."""
+    # by type and the commonest first: a thousand rows of a comparison are a hundred thousand values
+    kind = type(value)
+    if value is None or kind is str or kind is int or kind is bool:
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else None
     if isinstance(value, list | tuple | np.ndarray):
-        return [plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [plain(part) for part in value]
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field: plain(getattr(value, field)) for field in value.__dataclass_fields__}
+    return plain(value.item()) if isinstance(value, np.generic) else value
 
 
 def snapped(values, scale: float | None = None) -> np.ndarray:
@@ -60,23 +67,7 @@ class Json:
 
     def to_json(self) -> dict:
         assert is_dataclass(self) and not isinstance(self, type), "only dataclasses inherit this"
-        return _as_json(self)
-
-
-def _as_json(value) -> Any:
-    """`plain` of dataclasses as dictionaries, in one pass: a thousand rows are a hundred thousand values."""
-    kind = type(value)
-    if value is None or kind is str or kind is int or kind is bool:
-        return value
-    if kind is float:
-        return value if math.isfinite(value) else None
-    if kind is tuple or kind is list:
-        return [_as_json(part) for part in value]
-    if kind is dict:
-        return {str(key): _as_json(part) for key, part in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field: _as_json(getattr(value, field)) for field in value.__dataclass_fields__}
-    return plain(value)
+        return plain(self)
 
 
 def log_odds_from_logprobs(logprobs: np.ndarray, yes_ids: Sequence[int], no_ids: Sequence[int]) -> dict:

@@ -19,6 +19,16 @@ def dumps(value):
 # ---------------------------------------------------------------- Yes/No readings
 
 
+def test_whatever_a_result_holds_becomes_plain_json():
+    """Numpy's types, dataclasses within dictionaries, and numbers that JSON has not."""
+    estimate = stats.Estimate(float("nan"), -math.inf, 1.0, 3, "none")
+    found = stats.plain({1: (np.float32(0.5), np.bool_(True), estimate), "x": np.array([[1, 2]]), "y": None})
+    as_json = {"value": None, "low": None, "high": 1.0, "n": 3, "method": "none"}
+    assert found["1"][:2] == [0.5, True] and type(found["1"][1]) is bool and type(found["1"][0]) is float
+    assert as_json.items() <= found["1"][2].items() and found["1"][2] == estimate.to_json()
+    assert found["x"] == [[1, 2]] and type(found["x"][0][0]) is int and found["y"] is None
+
+
 def test_readings_equal_a_slow_sum():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 4, size=(5, 50)).astype(np.float32)
