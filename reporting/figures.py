@@ -28,7 +28,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, PublishedProbe, Row
 from analysis.rows import UNCALLED, by_verdict, controls, many, named, score, scored, sweeps, word
-from reporting.marks import Marks, Words
+from reporting.marks import ABOVE, BELOW, SIGN, Marks, Words
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -69,7 +69,7 @@ MANY, DENSE_ROW = 40, 0.175  # where a figure has more lines than this, they sta
 MOST = 121  # lines in a figure that can still be looked over
 NARROW_WIDTH, NARROW_ROW = 4.1, 0.33  # of a figure for a phone, where names stand above their lines
 DPI = 300  # of the PNG
-# of the log axes; what lies beyond is drawn at the edge, as an arrow
+# of the log axes; what lies beyond is a sign at the edge (marks.BELOW, marks.ABOVE)
 P_FLOOR, PERPLEXITY_CEILING = (
     1e-12,
     1e8,
@@ -254,20 +254,58 @@ def interval(
     faint: bool = False,
     size: float = 6,
     width: float = 1.6,
+    words: Words | None = None,
 ) -> None:
-    """One score with its interval on a line; an arrow at the edge where the score lies beyond it."""
+    """One score with as much of its interval as the axis reaches. A score beyond the axis is a sign at its
+    end, never faint, with its number beside it in `words`."""
     low, high = ends
     value = score.score
     assert value is not None, "only what has a score is drawn"
-    alpha = 0.5 if faint else 1
-    if not low <= value <= high:
-        edge, arrow = (high, ">") if value > high else (low, "<")
-        marks.point(edge, line, arrow, color, size, alpha=alpha, clip=False)
-        return
+    reached = ends
     if score.low is not None and score.high is not None:
         reached = max(score.low, low), min(score.high, high)
-        marks.line(reached, (line, line), color, width, 0.4 if faint else 0.9)
-    marks.point(value, line, marker, color, size, alpha=alpha, zorder=3)
+        if reached[0] < reached[1]:
+            marks.line(reached, (line, line), color, width, 0.4 if faint and low <= value <= high else 0.9)
+    if low <= value <= high:
+        marks.point(value, line, marker, color, size, alpha=0.5 if faint else 1, zorder=3)
+        return
+    beyond(marks, value, line, ends, color, size)
+    if words is not None:
+        seen = score.low is not None and reached[0] < reached[1]
+        number_at_end(words, f"{value:+.2f}", value, line, ends, color, below=seen)
+
+
+def beyond(
+    marks: Marks, value: float, line: float, ends: tuple[float, float], color: str, size: float = 6
+) -> None:
+    """The sign of a value beyond the axis, at that end of it."""
+    edge, sign = (ends[1], ABOVE) if value > ends[1] else (ends[0], BELOW)
+    marks.point(edge, line, sign, color, SIGN * size, edge_width=0, zorder=4, clip=False)
+
+
+def number_at_end(
+    words: Words,
+    text: str,
+    value: float,
+    line: float,
+    ends: tuple[float, float],
+    color: str,
+    below: bool = False,
+) -> None:
+    """What is said of a value beyond the axis, inside it beside the sign; below the line where an interval is
+    drawn there."""
+    right = value > ends[1]
+    offset = (-12 if right else 12, -8 if below else 0)
+    words.say(
+        text,
+        (ends[right], line),
+        "data",
+        offset,
+        "right" if right else "left",
+        "bottom" if below else "center",
+        6.5,
+        color,
+    )
 
 
 def legend(figure: Figure, handles: Sequence[Artist], columns: int) -> None:
@@ -310,8 +348,11 @@ def log_axis(
     show: Callable[[float], str] = lambda x: f"{x:,.0f}" if x >= 100 else f"{x:.3g}",
 ) -> None:
     """Make x or y of `axis` (an XAxis or YAxis) logarithmic, with ticks that say their number, not a power of
-    ten alone."""
+    ten alone. Around values that are all but one it reaches from half to twice."""
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    if values and max(values) < 1.1 * min(values):
+        # matplotlib would leave a width of one rounding, under ticks that no layout has room for
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(min(values) / 2, 2 * max(values))
     decades = math.log10(max(values) / min(values)) if values else 1
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.2 else (1,), numticks=9))
     axis.set_major_formatter(
@@ -337,12 +378,33 @@ def name_ends(
     words.say(highest[0], (highest[1], line), "data", (-8, 3), "left", "bottom", 6, MUTED)
 
 
+def strip_ends(
+    marks: Marks,
+    words: Words,
+    line: int,
+    dots: Sequence[tuple[Row, DetectionScore, float]],
+    ends: tuple[float, float],
+) -> None:
+    """What of a strip's dots lies beyond the axis: at either end a sign in the color of the farthest, and
+    its score, after how many there are."""
+    for of, farthest in (
+        ([dot for dot in dots if dot[2] < ends[0]], min),
+        ([dot for dot in dots if dot[2] > ends[1]], max),
+    ):
+        if of:
+            row, _, value = farthest(of, key=lambda dot: dot[2])
+            beyond(marks, value, line, ends, look(row)[0])
+            number = f"{value:+.2f}" if len(of) == 1 else f"{len(of)}, to {value:+.2f}"
+            number_at_end(words, number, value, line, ends, look(row)[0])
+
+
 def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = False) -> Figure | None:
     """Detection score of each experiment with its 95% interval (nats), against the placebos.
 
     Gray band: from the placebos' smallest score to their largest. Hollow: noise of the same perplexity. One
-    strip of dots for the placebos and for each sweep. Without a score there is no line. None if nothing has a
-    score.
+    strip of dots for the placebos and for each sweep. Without a score there is no line. What is broken or of
+    too little data does not stretch the axis: a score beyond it is a sign at its end, with its number. None
+    if nothing has a score.
     """
     shown = scored(by_verdict(drawn(rows)))
     groups = {f"{name} ({len(of)})": of for name, of in sweeps(rows).items()}
@@ -351,10 +413,15 @@ def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = Fals
     dots = [dot for of in strips.values() for dot in of]
     if not shown and not dots:
         return None
-    sure = [d for row, d, _ in shown if word(row) not in UNCALLED]
-    values = [x for d in sure for x in (d.low, d.high, d.matched_noise_score) if x is not None] + [
-        value for row, _, value in dots if word(row) not in UNCALLED
-    ]
+    # of a run in which nothing could be called, all of them
+    sure = {id(row) for row, *_ in [*shown, *dots] if word(row) not in UNCALLED}
+    sure = sure or {id(row) for row, *_ in [*shown, *dots]}
+    values = [
+        x
+        for row, d, _ in shown
+        for x in (d.low, d.high, d.matched_noise_score)
+        if id(row) in sure and x is not None
+    ] + [value for row, _, value in dots if id(row) in sure]
     low, high = limits(values, 0.2)
     with rc_context(STYLE):
         figure, axes = lines(
@@ -365,14 +432,15 @@ def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = Fals
         axes.axvline(0, color=MUTED, linewidth=0.8)
         marks, words = Marks(axes), Words(axes)
         for line, (row, d, _) in enumerate(shown):
-            interval(marks, d, line, (low, high), *look(row), faint=word(row) in UNCALLED)
+            interval(marks, d, line, (low, high), *look(row), faint=word(row) in UNCALLED, words=words)
             if (twin := d.matched_noise_score) is not None and low <= twin <= high:
                 marks.point(twin, line, "D", MUTED, 4.5, face="white", zorder=4)
         for line, dots_of in enumerate(strips.values(), len(shown)):
             for row, _, value in dots_of:
                 color, marker = look(row)
-                x = max(low, min(high, value))
-                marks.point(x, line, marker, color, 3.5, edge_width=0, alpha=0.55, clip=False)
+                if low <= value <= high:
+                    marks.point(value, line, marker, color, 3.5, edge_width=0, alpha=0.55, clip=False)
+            strip_ends(marks, words, line, dots_of, (low, high))
             if not narrow:  # where the names of the lines stand in that place
                 name_ends(words, line, dots_of, (low, high))
         marks.draw()

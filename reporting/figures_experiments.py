@@ -44,7 +44,7 @@ from reporting.figures import (
     verdict_handles,
 )
 from reporting.figures import p_yes as p_yes_of
-from reporting.marks import Marks, Words
+from reporting.marks import ABOVE, BELOW, SIGN, Marks, Words
 
 # of P(Yes) on an axis by log-odds; what lies beyond the ceiling is drawn at it
 P_CEILING = 1 - 1e-6
@@ -114,12 +114,12 @@ def p_yes(rows: Sequence[Row], published: dict[str, float], narrow: bool = False
         marks, words = Marks(axes), Words(axes)
         values = [p for *_, p in shown]
         # 1) ours: a marker for what the axis reaches and one for what lies beyond, all sizes at once
-        for marker, beyond in (("o", False), ("<", True)):
+        for marker, beyond in (("o", False), (BELOW, True)):
             of = [(p, line, probe) for line, (_, probe, p) in enumerate(shown) if (p <= P_FLOOR) == beyond]
             axes.scatter(
                 [p for p, *_ in of],
                 [line for _, line, _ in of],
-                s=[12 + 90 * (probe.mass or 0) for *_, probe in of],
+                s=[(12 + 90 * (probe.mass or 0)) * (SIGN**2 if beyond else 1) for *_, probe in of],
                 marker=marker,
                 edgecolor=SERIES[0],
                 zorder=3,
@@ -222,8 +222,8 @@ def capability(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
             color, marker = look(row)
             if counted.low is not None and counted.high is not None:
                 marks.line((x, x), (counted.low, counted.high), color, 0.9, 0.45)
-            at = marker if x < PERPLEXITY_CEILING else ">"
-            marks.point(x, counted.correct / counted.n, at, color, zorder=3)
+            at, size = (marker, 6) if x < PERPLEXITY_CEILING else (ABOVE, 6 * SIGN)
+            marks.point(x, counted.correct / counted.n, at, color, size, zorder=3)
         marks.draw()
         axes.grid()
         axes.set_axisbelow(True)
@@ -279,13 +279,15 @@ def p_yes_perplexity(rows: Sequence[Row], narrow: bool = False) -> Figure | None
                 marker = "D" if row.control == "matched noise" else "."
                 marks.point(x, y, marker, MUTED, 4, face="white", alpha=0.8)
                 continue
-            big = id(row) in large
+            big, size = id(row) in large, 6 if id(row) in large else 3.5
+            if x >= PERPLEXITY_CEILING:
+                marker, size = ABOVE, size * SIGN
             marks.point(
                 x,
                 y,
-                marker if x < PERPLEXITY_CEILING else ">",
+                marker,
                 color,
-                6 if big else 3.5,
+                size,
                 alpha=1 if big else 0.55,
                 zorder=3 if big else 2,
                 edge_width=0.8 if big else 0,
@@ -322,7 +324,9 @@ def kinds(
         return None
     categories = list(dict.fromkeys(c for row in shown for c in by_category[row.name]))
     with rc_context(STYLE):
-        figure, axes = lines([row.name for row in shown], 1.0, narrow, ruled=False)
+        # on a narrow figure categories stand on end
+        above = 0.45 + 0.068 * max(map(len, categories)) if narrow else 1.0
+        figure, axes = lines([row.name for row in shown], above, narrow, ruled=False)
         marks, words = Marks(axes), Words(axes)
         for line, row in enumerate(shown):
             for place, category in enumerate(categories):
@@ -380,15 +384,17 @@ def shifts(
             faint = row not in called
             for (kind, keyed), value in groups[row.name].items():
                 _, marker, color, filled = GROUPS[kind, keyed]
+                size = 5.5
                 if abs(value) > edge:
-                    value, marker = math.copysign(edge, value), ">" if value > 0 else "<"
+                    marker, size = ABOVE if value > 0 else BELOW, 5.5 * SIGN
+                    value = math.copysign(edge, value)
                 marks.point(
                     value,
                     # A little apart: groups that move alike would hide each other.
                     line + (0.15 if kind == "control" else -0.15),
                     marker,
                     color,
-                    5.5,
+                    size,
                     face=color if filled else "white",
                     alpha=0.3 if faint else 0.95,
                     zorder=3,

@@ -73,8 +73,13 @@ def dose(
                     if placebo:
                         axes.axhspan(placebo.low, placebo.high, color=BAND, zorder=0, linewidth=0)
                 elif everywhere:
-                    log_axis(axes.yaxis, everywhere, percent if read is p_yes else lambda x: f"{x:,.0f}")
-                    if baseline and (before := read(baseline)) is not None:
+                    before = read(baseline) if baseline else None
+                    log_axis(
+                        axes.yaxis,
+                        everywhere if before is None else [*everywhere, before],
+                        percent if read is p_yes else lambda x: f"{x:,.0f}",
+                    )
+                    if before is not None:
                         axes.axhline(before, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
                 for k, of in enumerate(by_source.values()):
                     points = [(amount, v, row) for amount, row in of if (v := read(row)) is not None]

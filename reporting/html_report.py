@@ -193,7 +193,8 @@ def _figures(
             "detection",
             partial(figures.scores, rows, placebo),
             "Detection score",
-            f"Detection score with its 95% interval; {band}. Faint: broken or too little data."
+            f"Detection score with its 95% interval; {band}. Faint: broken or too little data. Double"
+            " chevron: a score beyond the axis, its number, and as much of its interval as the axis reaches."
             + (f" Without a score, being broken or too little data: {len(silent)}." if silent else ""),
         ),
         (
@@ -223,7 +224,7 @@ def _figures(
             "P(Yes) on the published probe",
             (
                 f"The published question, on a logarithmic axis. Published numbers: {published.SOURCE}."
-                f" {vocabulary.other_pair(manifest)}"
+                f" {vocabulary.other_pair(manifest)} Double chevron: beyond the axis."
             ),
         ),
         (
@@ -232,14 +233,16 @@ def _figures(
             "P(Yes) against perplexity",
             (
                 "Every experiment, controls and sweeps small; P(Yes) by its log-odds. Does it rise with"
-                " damage alone? Hollow crosses: under 1% mass, not an answer."
+                " damage alone? Hollow crosses: under 1% mass, not an answer. Double chevron: beyond the"
+                " axis."
             ),
         ),
         (
             "capability",
             partial(figures_experiments.capability, rows),
             "Capability against perplexity",
-            "Share of items right with its 95% Wilson interval; perplexity on a logarithmic axis."
+            "Share of items right with its 95% Wilson interval; perplexity on a logarithmic axis. Double"
+            " chevron: beyond it."
             + (f" Not drawn, having no finite perplexity: {', '.join(undefined)}." if undefined else ""),
         ),
         (
@@ -254,7 +257,8 @@ def _figures(
             "Does the format of the answer matter?",
             (
                 "The detection score as Yes or No, with No named first, as letters in both orders, and as a"
-                " rating. A finding that one format alone shows is about the format."
+                " rating. A finding that one format alone shows is about the format. Double chevron: beyond"
+                " the axis."
             ),
         ),
         (
@@ -274,7 +278,7 @@ def _figures(
             (
                 "Drift moves all four groups one way. Flattening moves each group toward the other answer,"
                 " controls too. Noticing moves the filled circles apart, blue to the right and orange to the"
-                " left, and leaves the squares behind."
+                " left, and leaves the squares behind. Double chevron: beyond the axis."
             ),
         ),
     ]

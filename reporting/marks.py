@@ -16,16 +16,31 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.font_manager import FontProperties
+from matplotlib.path import Path
 from matplotlib.transforms import Bbox, Transform
 
 if TYPE_CHECKING:
     from matplotlib.typing import ColorType as Color
 
 
+def _chevrons(way: int) -> Path:
+    """Two filled chevrons, one before the other, that point to the right (1) or to the left (-1), with the
+    foremost tip in the place of the marker."""
+    one = [(0.0, 1.0), (0.4, 1.0), (1.0, 0.0), (0.4, -1.0), (0.0, -1.0), (0.6, 0.0)]
+    corners = [[(way * (x + back), y) for x, y in [*one, one[0]]] for back in (-1.0, -1.9)]
+    codes = [Path.MOVETO, *[Path.LINETO] * (len(one) - 1), Path.CLOSEPOLY]
+    return Path(corners[0] + corners[1], codes * 2)
+
+
+# The signs of what lies beyond an axis, at its lower and its upper end: no verdict and no series has them.
+BELOW, ABOVE = _chevrons(-1), _chevrons(1)
+SIGN = 2.2  # size of such a sign that is as tall as a marker of size 1
+
+
 class _Look(NamedTuple):
     """What points share that are drawn at once."""
 
-    marker: str
+    marker: str | Path
     size: float
     color: Color
     face: Color
@@ -52,7 +67,7 @@ class Marks:
         self,
         x: float,
         y: float,
-        marker: str,
+        marker: str | Path,
         color: Color,
         size: float = 6,
         *,
@@ -100,7 +115,8 @@ class Marks:
             self.axes.plot(
                 xs,
                 ys,
-                look.marker,
+                linestyle="",
+                marker=look.marker,
                 color=look.color,
                 markersize=look.size,
                 markerfacecolor=look.face,

@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from analysis import published
 from analysis.comparison import FormatScore, Injection
 from reporting import figures, figures_experiments, figures_sweeps
-from reporting.marks import Words
+from reporting.marks import ABOVE, BELOW, Words
 
 ROWS = made.study_rows()
 PLACEBO = made.comparison(ROWS).placebo
@@ -90,13 +90,55 @@ def test_scores_stand_with_their_intervals_among_the_placebos():
     assert sorted(dots) == pytest.approx(sorted(PLACEBO.scores.values()))
     assert len(points(axes, names.index("windows of 8 layers of base (12)"))) == 12
     beyond = points(axes, names.index("swap_chunk_25_35_with_45_55"))
-    assert beyond == [(axes.get_xlim()[1], ">")]  # broken: its score does not stretch the axis
+    assert beyond == [(axes.get_xlim()[1], ABOVE)]  # broken: its score does not stretch the axis
+
+
+def test_a_score_beyond_the_axis_is_told_with_its_number_and_what_there_is_of_its_interval():
+    reaching, beyond = made.found_score(-1.4, 1.3, "too little data"), made.found_score(3.2)
+    rows = [
+        *ROWS,
+        made.row("low", "too little data", -1.4, detection=reaching),
+        made.row("high", "broken", 3.2, detection=beyond),
+    ]
+    (axes,) = figures.scores(rows, PLACEBO).axes
+    low, high = axes.get_xlim()
+    lines = {name: labels(axes).index(name) for name in ("low", "high")}
+    # 1) a sign at the end that no verdict has, in the whole color of its own
+    assert not {BELOW, ABOVE} & {marker for _, marker in figures.VERDICTS.values()}
+    for name, at, sign in (("low", low, BELOW), ("high", high, ABOVE)):
+        (drawn,) = [p for x, y, p in dots(axes) if y == lines[name]]
+        assert points(axes, lines[name]) == [(at, sign)] and drawn.get_alpha() is None
+        assert drawn.get_color() == figures.VERDICTS["broken" if name == "high" else "too little data"][0]
+    # 2) its number, within the axis, below an interval that is drawn there
+    said = {w.place[1]: w for w in words(axes) if w.within == "data" and w.place[1] in lines.values()}
+    assert [said[lines[name]].text for name in lines] == ["-1.40", "+3.20"]
+    assert [said[lines[name]].across for name in lines] == ["left", "right"]
+    assert [said[lines[name]].offset[1] < 0 for name in lines] == [True, False]
+    # 3) the part of the interval that the axis reaches
+    seen = [(a, b) for (a, y), (b, _) in segments(axes) if y in lines.values()]
+    assert seen == [pytest.approx((low, -0.1))]
+
+
+def test_what_a_strip_has_beyond_the_axis_is_counted_at_its_end():
+    swept = [made.swept("window", k, k + 4, "broken", -2.0 - k / 10, 0.3, 20.0) for k in (60, 64)]
+    (axes,) = figures.scores([*ROWS, *swept], PLACEBO).axes
+    line = labels(axes).index("windows of 4 layers of base (16)")
+    assert [x for x, marker in points(axes, line) if marker is BELOW] == [axes.get_xlim()[0]]
+    assert [w.text for w in words(axes) if w.place[1] == line and "to" in w.text] == ["2, to -8.40"]
+
+
+def test_where_nothing_can_be_called_every_score_has_a_place():
+    rows = [made.row(name, "too little data", score) for name, score in (("a", -3.2), ("b", 1.0))]
+    (axes,) = figures.scores(rows, None).axes
+    assert [points(axes, line) for line in (0, 1)] == [[(1.0, "d")], [(-3.2, "d")]]
 
 
 def test_a_narrow_figure_has_the_same_lines_with_names_above_them():
     wide, narrow = figures.scores(ROWS, PLACEBO), figures.scores(ROWS, PLACEBO, narrow=True)
     assert labels(narrow.axes[0]) == labels(wide.axes[0])
     for word in words(narrow.axes[0]):
+        if word.within == "data":  # the number of what lies beyond the axis
+            continue
         assert word.up == "bottom" and word.across == "left" and word.offset[1] > 0
     beside = [word for word in words(wide.axes[0]) if word.within == "line"]
     assert all(word.across == "right" and word.offset[0] < 0 for word in beside)
@@ -365,6 +407,42 @@ def test_destroyed_models_stand_at_the_edge():
         figures_experiments.capability(rows),
     ):
         assert all(math.isfinite(x) for axes in figure.axes for line in axes.lines for x in line.get_xdata())
+
+
+LONG = "an_experiment_of_ones_own_with_a_long_name"
+ONE_CATEGORY = {"instruction_following": {"correct": 3, "n": 10}, "format": {"correct": 0, "n": 4}}
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(
+    "one",
+    [
+        made.row("baseline_instruct", None, ppl=24.570043299434175),
+        made.row(LONG, "too little data", -0.3, ppl=24.570043299434175, formats=made.by_format()),
+        made.swept("noise", None, None, "broken", 0.1, 0.3, 24.570043299434175, dose=0.5),
+        made.swept("window", 0, 4, "does not report it", 0.1, 0.3, 24.570043299434175),
+        made.swept("delete", 0, 1, "does not report it", 0.1, 0.3, 24.570043299434175),
+    ],
+    ids=lambda row: row.name,
+)
+@pytest.mark.filterwarnings("error")
+def test_one_experiment_has_figures_with_room_for_what_is_in_them(one, narrow):
+    """Warnings are errors: matplotlib warns where words leave no room for the axes."""
+    groups = {one.name: {("introspective", "yes"): 0.4, ("control", "no"): -0.2}}
+    figures_of_one = [
+        figures.scores([one], None, narrow=narrow),
+        figures_experiments.p_yes([one], {}, narrow=narrow),
+        figures_experiments.capability([one], narrow=narrow),
+        figures_experiments.kinds([one], {one.name: ONE_CATEGORY}, narrow=narrow),
+        figures_experiments.shifts([one], groups, narrow=narrow),
+        figures_experiments.formats([one], narrow=narrow),
+        figures_sweeps.dose([one], None, one, narrow=narrow),
+        figures_sweeps.windows([one], 30, narrow=narrow),
+        figures_sweeps.single_layers([one], 30, narrow=narrow),
+    ]
+    for figure in filter(None, figures_of_one):
+        figures.save(figure)
+        assert all(axes.get_position().height * figure.get_figheight() > 0.3 for axes in figure.axes)
 
 
 def test_the_same_numbers_give_the_same_bytes():
