@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import os
 import queue
 import signal
 import sys
@@ -49,21 +48,6 @@ class Parser(argparse.ArgumentParser):
 def parser_of(doc: str | None) -> Parser:
     """A command's parser, described by the first paragraph of its docstring."""
     return Parser(description=(doc or "").partition("\n\n")[0], formatter_class=DefaultsThatSay)
-
-
-SPINS = "1000"  # about 20 microseconds
-
-
-def how_threads_wait() -> dict[str, str]:
-    """What the environment is to say before torch is imported (libgomp reads it once, when it is loaded), so
-    that threads sleep soon where they wait for each other; nothing where it says how they wait already.
-
-    libgomp by itself turns 300,000 times, milliseconds, before it sleeps. That costs nothing where every
-    thread has a core. Beside other jobs the thread that is waited for may be off its core meanwhile
-    (benchmarks/shared_cores.py).
-    """
-    given = any(name in os.environ for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"))
-    return {} if given else {"GOMP_SPINCOUNT": SPINS}
 
 
 def add_model(model) -> None:

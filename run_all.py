@@ -6,19 +6,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import re
 import shlex
 import sys
+import threading
 
-from command_line import DefaultsThatSay, add_model, ends_in_one_line, how_threads_wait, refuse_empty
+from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
 from errors import FrankenError, first_line, printable
 from files import check_open_files
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.update(how_threads_wait())
 
 DESCRIPTION = "Frankenmodel: change a model's weights and ask whether it can tell."
 
@@ -244,6 +245,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def wake_gpu() -> None:
+    """Make the context that torch will use of the one GPU there is, which takes the driver seconds, while
+    libraries are imported. Where there are several, processes of their own may use them."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value != 1:
+        return
+    driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
+
+
 def register_suites() -> None:
     """Offer the suites of studies that stand above `evaluate`."""
     import evaluate
@@ -266,6 +280,8 @@ def main(argv: list[str] | None = None) -> int:
             return list_experiments(args)
         if args.resume and args.dry_run:
             raise FrankenError("--dry-run plans a new run; --resume takes its settings from an old one")
+        if not args.dry_run and args.device_map != "cpu":
+            threading.Thread(target=wake_gpu, name="wake the GPU", daemon=True).start()
         register_suites()
         if args.dry_run:
             from runner.estimate import dry_run

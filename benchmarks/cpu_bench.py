@@ -29,23 +29,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import ends_in_one_line, how_threads_wait, parser_of
-
-os.environ.update(how_threads_wait())
-
 import torch
 import transformers
 from peft import PeftModel
 
 import prompts
+from command_line import ends_in_one_line, parser_of
 from engine.chat_template import ChatTemplate
 from engine.generation import Completion, Engine, Request
 from errors import FrankenError
 from evaluate import evaluate
 from experiments import EXPERIMENTS, select
 from franken import LiveModel
-from runner.batch import set_threads
 from runner.pairs import open_pair
+from runner.threads import set_threads
 from suites.base import Protocol
 from surgery.recipes import Recipe, swap
 from surgery.weights import Adapter, Source

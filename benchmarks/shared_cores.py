@@ -24,10 +24,10 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import ends_in_one_line, how_threads_wait, parser_of
+from command_line import ends_in_one_line, parser_of
 
 ROOT = Path(__file__).resolve().parent.parent
-# by name: what the process starts with; "as set" is what run_all.py sets
+# by name: what the process starts with; "as set": what run_all.py does by itself
 SETTINGS: dict[str, dict[str, str]] = {
     "torch's own": {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": "300000"},
     "as set": {},
@@ -42,11 +42,10 @@ TOKENS, EVERY = 24, 4
 
 def work(pair: str) -> dict:
     """Seconds of the work in this process, by the clock and of the processors."""
-    os.environ.update(how_threads_wait())
     import prompts
     from engine.generation import Engine, Request
-    from runner.batch import set_threads
     from runner.pairs import open_pair
+    from runner.threads import set_threads
 
     set_threads()
     opened = open_pair(pair, device_map="cpu")

@@ -764,7 +764,9 @@ class Engine:
             sent = len(state.tokens[0])
             if not state.running():
                 return
-            state.take(self.choose(self._decode_step(state, caches), state))
+            with spread_products(self._linears):  # not while the caller has the token
+                hidden = self._decode_step(state, caches)
+            state.take(self.choose(hidden, state))
 
     def _up_to_switch(self, request: Request) -> Request:
         """The part of a request that ends where its rotary factors change; all of it where they do not."""
@@ -823,16 +825,17 @@ class Engine:
         state.take(self.choose(last, state))
 
         # 2) the replies
-        while state.running():
-            keep = None if self.deterministic else state.shrink()
-            # finished rows leave the batch: on a CPU the time of a step grows with its rows
-            if keep is not None:
-                for cache in caches:
-                    cache.k, cache.v = (t[keep.to(t.device)] for t in (cache.k, cache.v))
-            rows = [min(row, asked - 1) for row in state.rows]  # a copy's is that of the last request
-            hidden = self._decode_step(state, caches, layer and layer(rows))
-            state.take(self.choose(hidden, state))
-            self.on_work(0, len(hidden))
+        with spread_products(self._linears):
+            while state.running():
+                keep = None if self.deterministic else state.shrink()
+                # finished rows leave the batch: on a CPU the time of a step grows with its rows
+                if keep is not None:
+                    for cache in caches:
+                        cache.k, cache.v = (t[keep.to(t.device)] for t in (cache.k, cache.v))
+                rows = [min(row, asked - 1) for row in state.rows]  # a copy's is that of the last request
+                hidden = self._decode_step(state, caches, layer and layer(rows))
+                state.take(self.choose(hidden, state))
+                self.on_work(0, len(hidden))
         self.synchronize()
         self.timing.decode_seconds += time.perf_counter() - begin
         self.timing.decode_tokens += sum(map(len, state.tokens[:asked]))
@@ -866,10 +869,9 @@ class Engine:
             for row, held in zip(state.rows, state.positions.tolist(), strict=True):
                 if not state.over(row):
                     self._refuse_beyond(held, held + 1)
-        with spread_products(self._linears):
-            return self.forward(
-                state.last[:, None], state.positions[:, None], views, mask, layer, lengths=state.positions + 1
-            )[:, 0]
+        return self.forward(
+            state.last[:, None], state.positions[:, None], views, mask, layer, lengths=state.positions + 1
+        )[:, 0]
 
     def choose(self, hidden: torch.Tensor, state: Decoding) -> tuple[torch.Tensor, torch.Tensor]:
         """Next tokens [B] and whether all logits were finite [B], from hidden states [B, hidden]."""

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -29,31 +28,8 @@ from runner.matched_noise import Matcher, Twins, wants
 from runner.replica import Loaded, ModelOptions, Replica, Shape
 from runner.results import SCHEMA, SCHEMA_VERSION, write_json
 from runner.resuming import Change, marked
+from runner.threads import set_threads
 from surgery.recipes import Recipe
-
-
-def allowed_threads() -> int:
-    """As many threads as this process may use: OMP_NUM_THREADS, else its affinity and its container's
-    quota."""
-    if (given := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
-        return max(1, int(given))
-    if not hasattr(os, "sched_getaffinity"):
-        return torch.get_num_threads()
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        allowed = min(allowed, max(1, int(quota) // int(period)))
-    except (OSError, ValueError):
-        pass
-    return allowed
-
-
-def set_threads(threads: int | None = None) -> None:
-    """Use this many threads; None: as many as this process may, unless OMP_NUM_THREADS is set."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    elif "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(min(allowed_threads(), torch.get_num_threads()))
 
 
 def peak_memory() -> int:

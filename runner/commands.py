@@ -10,12 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from command_line import DefaultsThatSay, add_model, ends_in_one_line, how_threads_wait, refuse_empty
+from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.update(how_threads_wait())
 
 import torch
 
@@ -23,10 +22,11 @@ import experiments as ex
 from errors import FrankenError, RecipeError, printable
 from files import check_open_files, check_target, read_json, write_text
 from planning import mergekit
-from runner.batch import ended_by_signals, set_threads
+from runner.batch import ended_by_signals
 from runner.choosing import extra_sources, known_experiments, known_sources, local_depth, name_models
 from runner.export import SHARD_BYTES, Chosen, Exporter, check_folder, refuse_inexpressible
 from runner.pairs import GIB, Located, choose_pair, open_pair, open_sources, pick_dtype
+from runner.threads import set_threads
 from surgery.recipes import Recipe, describe_change, identity
 from surgery.weights import Checkpoint
 

@@ -34,12 +34,13 @@ from engine.generation import Engine
 from errors import FrankenError, first_line, printable
 from experiments import Plan
 from files import ROOT
-from runner.batch import AHEAD, Record, allowed_threads, look_ahead, run_experiment, set_threads
+from runner.batch import AHEAD, Record, look_ahead, run_experiment
 from runner.matched_noise import Twins, noised_perplexity
 from runner.pairs import GIB, HEADROOM
 from runner.replica import Loaded, ModelOptions, Replica, Shape, differences
 from runner.results import is_alive
 from runner.schedule import MOST_LOSSES, Job, Raised, Schedule
+from runner.threads import allowed_threads, set_threads
 from suites.base import Protocol
 from surgery.recipes import Recipe
 

@@ -8,17 +8,20 @@ bounded by that ring; the file itself stays in the page cache.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import math
 import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -152,13 +155,8 @@ class Checkpoint:
         Files from the hub's cache are named by their own sha256; for others, small files are hashed whole and
         large ones by size, header and 64 samples of 64 KiB, which the entry says.
         """
-        files = {}
-        for file in self.files:
-            real = file.resolve()
-            if re.fullmatch(r"[0-9a-f]{64}", real.name):
-                files[file.name] = {"sha256": real.name}
-            else:
-                files[file.name] = content_hash(real)
+        with ThreadPoolExecutor(min(8, len(self.files))) as pool:  # hashing gives up the interpreter's lock
+            files = dict(zip((f.name for f in self.files), pool.map(_hash_of, self.files), strict=True))
         return {
             "kind": "checkpoint",
             "path": shown_path(self.path),
@@ -175,6 +173,11 @@ def shown_path(path: Path) -> str:
         if path.is_relative_to(folder):
             return sign + str(path.relative_to(folder))
     return str(path)
+
+
+def _hash_of(file: Path) -> dict:
+    real = file.resolve()
+    return {"sha256": real.name} if re.fullmatch(r"[0-9a-f]{64}", real.name) else content_hash(real)
 
 
 def content_hash(path: Path, whole_below: int = 1 << 30) -> dict:
@@ -351,22 +354,74 @@ def parameters_of(source: Source) -> int:
     return sum(math.prod(ref.shape) for part in parts for ref in part.values())
 
 
+class _Piece(NamedTuple):
+    """Numbers [start, start + length) of a tensor on their way."""
+
+    ref: TensorRef
+    place: int  # where they begin in the file; of packed weights, the first one's number
+    flat: torch.Tensor  # the whole tensor that is filled
+    start: int
+    length: int
+    mapped: int | None  # where its file begins in memory, if it is mapped
+
+
+class _Slot(NamedTuple):
+    """A pinned buffer, and the event that the last copy out of it records."""
+
+    buffer: torch.Tensor
+    array: np.ndarray
+    address: int
+    event: torch.cuda.Event
+    handle: int
+    stream: int
+
+    @classmethod
+    def made(cls, nbytes: int, stream: torch.cuda.Stream) -> _Slot:
+        buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        event = torch.cuda.Event(blocking=True)  # waits without spinning
+        event.record(stream)  # from now on it has a handle
+        return cls(buffer, buffer.numpy(), buffer.data_ptr(), event, event.cuda_event, stream.cuda_stream)
+
+
+class _Driver(NamedTuple):
+    """Calls of CUDA's driver that return at once and keep the interpreter's lock; each gives 0 or the number
+    of an error."""
+
+    copy: Callable[[int, int, int, int], int]  # to, from, bytes, stream
+    record: Callable[[int, int], int]  # event, stream
+    is_done: Callable[[int], int]  # event; not 0: not yet
+
+
+@functools.cache
+def driver() -> _Driver | None:
+    """None where there is no such library (AMD's cards)."""
+    try:
+        library = ctypes.PyDLL("libcuda.so.1")
+    except OSError:
+        return None
+    copy, record, is_done = library.cuMemcpyHtoDAsync_v2, library.cuEventRecord, library.cuEventQuery
+    copy.argtypes = [ctypes.c_uint64, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+    record.argtypes, is_done.argtypes = [ctypes.c_void_p] * 2, [ctypes.c_void_p]
+    return _Driver(copy, record, is_done)
+
+
 class Stream:
     """Reads tensors from disk into parameters where they run, many at a time.
 
     On a CPU the reads go straight into the parameters. On a GPU, files whose pages are registered (`hold`)
     are copied from where they lie in the page cache, at the rate of pinned memory. For all others `workers`
     threads each own two pinned buffers: one is being filled while the other is on its way to the card. The
-    threads take pieces from one queue and hold the interpreter's lock only briefly between two pieces: that
-    lock, not memory, is the limit (16 cores, of 55 GB/s that pinned memory reaches: 12 threads 49, 10 threads
-    46, 14 threads 42). Buffers are filled by positioned reads, and from a file that is mapped by a copy of
-    its mapped bytes, which spends no time in the kernel (14 threads: 36 -> 42 GB/s).
+    threads take pieces from one queue, and between two pieces the interpreter's lock is the limit. Every call
+    of torch gives the lock up and waits for it again, so pieces go to the card by the driver's own calls,
+    which keep it (16 cores of an H100's host: 52 GB/s where calls of torch reach 47; benchmarks/README.md).
+    Buffers are filled by positioned reads, and from a file that is mapped by a copy of its mapped bytes,
+    which spends no time in the kernel (14 threads: 36 -> 42 GB/s).
 
     Attributes: bytes_read, counted over the stream's life; pages, what is held, or None.
     """
 
-    # one read and one copy; 12 workers x 2 x 8 MiB bound the host memory at 0.19 GiB (4 MiB: 29 GB/s, 16: 44)
-    CHUNK = 8 << 20
+    # one read and one copy; 12 workers x 2 x 4 MiB bound the host memory at 0.1 GiB (2 MiB: 39 GB/s, 8: 48)
+    CHUNK = 4 << 20
     HOLD_ABOVE = 1 << 30  # bytes: to read less takes no time
 
     def __init__(self, workers: int | None = None):
@@ -401,7 +456,7 @@ class Stream:
         undefined.
         """
         # 1. what the card reads by itself, and the pieces of what is brought to it
-        pieces: deque[tuple[TensorRef, int, torch.Tensor, int | None]] = deque()
+        pieces: deque[_Piece] = deque()
         direct: list[tuple[TensorRef, torch.Tensor]] = []
         for ref, into in jobs:
             if tuple(into.shape) != ref.shape:
@@ -418,7 +473,8 @@ class Stream:
                 else:
                     self._cut(part, own, pieces)
         # 2. what the default stream still does with these parameters comes first
-        devices = {into.device for into in (*(p[2] for p in pieces), *(d[1] for d in direct)) if into.is_cuda}
+        whole = {id(p.flat): p.flat for p in pieces}.values()
+        devices = {into.device for into in (*whole, *(flat for _, flat in direct)) if into.is_cuda}
         for device in devices:
             torch.cuda.synchronize(device)
         # 3. both at once
@@ -429,16 +485,24 @@ class Stream:
             for device in devices:  # no late copy may land in what is loaded next
                 torch.cuda.synchronize(device)
             raise
-        futures = [self._pool.submit(self._drain, pieces) for _ in range(min(self.workers, len(pieces)))]
-        wait(futures)  # all of them, even after a failure: no late read may land in what is loaded next
+        with self._threads(bool(devices)) as pool:
+            futures = [pool.submit(self._drain, pieces) for _ in range(min(self.workers, len(pieces)))]
+            wait(futures)  # all of them, even after a failure: no late read may land in what is loaded next
         for future in futures:
             future.result()
         for device in devices:
             torch.cuda.synchronize(device)
 
+    def _threads(self, on_gpu: bool) -> contextlib.AbstractContextManager[ThreadPoolExecutor]:
+        """Threads that keep their pinned buffers; on a CPU new ones, which end: each that lives on keeps a
+        team of torch's threads, and with more of those than processors all of them sleep early where they
+        wait for each other (products of a decode step on two cores: 45 ms, so 80; runner/threads.py)."""
+        if on_gpu:
+            return contextlib.nullcontext(self._pool)
+        return ThreadPoolExecutor(self.workers, thread_name_prefix="stream")
+
     def _cut(self, ref: TensorRef, flat: torch.Tensor, pieces: deque) -> None:
-        """Add the pieces of one tensor: (ref, where in its file or, if packed, its first number, into, where
-        its file begins in memory if it is mapped)."""
+        """Add the pieces of one tensor."""
         item, mapped = ref.dtype.itemsize, None
         step = self.CHUNK // item
         if ref.packed is not None:
@@ -447,7 +511,7 @@ class Stream:
             mapped = self.pages.address(ref.path, ref.offset + ref.nbytes)
         for start in range(0, flat.numel(), step):
             place = start if ref.packed is not None else ref.offset + start * item
-            pieces.append((ref, place, flat[start : start + step], mapped))
+            pieces.append(_Piece(ref, place, flat, start, min(step, flat.numel() - start), mapped))
 
     def _is_registered(self, ref: TensorRef, flat: torch.Tensor) -> bool:
         if not (flat.is_cuda and flat.dtype == ref.dtype and self.direct) or self.pages is None:
@@ -477,33 +541,53 @@ class Stream:
             except IndexError:  # another thread took the last one
                 return
             try:
-                self._piece(*piece)
+                self._bring(piece)
             except BaseException:
                 pieces.clear()
                 raise
 
-    def _piece(self, ref: TensorRef, offset: int, into: torch.Tensor, mapped: int | None) -> None:
+    def _bring(self, piece: _Piece) -> None:
+        ref, offset, flat, start, length, mapped = piece
+        nbytes, on_gpu = length * ref.dtype.itemsize, flat.is_cuda
+        if on_gpu and ref.packed is None and flat.dtype == ref.dtype and driver() is not None:
+            return self._stage(piece, nbytes)
+        into = flat[start : start + length]
         if ref.packed is not None:
-            into.copy_(ref.packed.values(offset, offset + into.numel(), into.device))
+            into.copy_(ref.packed.values(offset, offset + length, into.device))
             return None
-        nbytes = into.numel() * ref.dtype.itemsize
         fd = self._descriptor(ref.path)
-        if not into.is_cuda:
+        if not on_gpu:
             if into.dtype == ref.dtype:
                 return read_exactly(fd, as_bytes(into), offset, ref.path)
-            raw = torch.empty(into.numel(), dtype=ref.dtype)
+            raw = torch.empty(length, dtype=ref.dtype)
             read_exactly(fd, as_bytes(raw), offset, ref.path)
             into.copy_(raw)
             return None
-        buffer, array, event = self._pinned(into.device)
-        event.synchronize()  # the copy out of this buffer, two pieces ago
-        if mapped is None:
-            read_exactly(fd, array[:nbytes], offset, ref.path)
-        else:
-            ctypes.memmove(buffer.data_ptr(), mapped + offset, nbytes)
-        into.copy_(buffer[:nbytes].view(ref.dtype), non_blocking=True)
-        event.record()
+        slot = self._pinned(into.device)
+        slot.event.synchronize()  # the copy out of this buffer, two pieces ago
+        self._fill(slot, ref, offset, nbytes, mapped)
+        into.copy_(slot.buffer[:nbytes].view(ref.dtype), non_blocking=True)
+        slot.event.record()
         return None
+
+    def _fill(self, slot: _Slot, ref: TensorRef, offset: int, nbytes: int, mapped: int | None) -> None:
+        if mapped is None:
+            read_exactly(self._descriptor(ref.path), slot.array[:nbytes], offset, ref.path)
+        else:
+            ctypes.memmove(slot.address, mapped + offset, nbytes)
+
+    def _stage(self, piece: _Piece, nbytes: int) -> None:
+        """A piece without conversion to the card. Raises RuntimeError with the driver's number."""
+        ref, offset, flat, start, _, mapped = piece
+        calls, slot = cast(_Driver, driver()), self._pinned(flat.device)
+        # the copy out of this buffer, two pieces ago; to ask keeps the lock, to wait gives it up
+        if calls.is_done(slot.handle):
+            slot.event.synchronize()
+        self._fill(slot, ref, offset, nbytes, mapped)
+        target = flat.data_ptr() + start * ref.dtype.itemsize
+        error = calls.copy(target, slot.address, nbytes, slot.stream)
+        if error := error or calls.record(slot.handle, slot.stream):
+            raise RuntimeError(f"copying to the GPU gave CUDA error {error}")
 
     def _descriptor(self, path: str) -> int:
         files = self._local.__dict__.setdefault("files", {})
@@ -514,15 +598,14 @@ class Stream:
                 raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
         return files[path].fileno()
 
-    def _pinned(self, device: torch.device) -> tuple[torch.Tensor, np.ndarray, torch.cuda.Event]:
+    def _pinned(self, device: torch.device) -> _Slot:
         """This thread's next buffer for the device, whose stream becomes the thread's current one."""
         rings = self._local.__dict__.setdefault("rings", {})
         if device not in rings:
             with self._lock, torch.cuda.device(device):
-                buffers = [torch.empty(self.CHUNK, dtype=torch.uint8, pin_memory=True) for _ in (0, 1)]
-                # blocking: waits without spinning
-                ring = [(b, b.numpy(), torch.cuda.Event(blocking=True)) for b in buffers]
-                rings[device] = cycle(ring), torch.cuda.Stream(device)
+                stream = torch.cuda.Stream(device)
+                ring = [_Slot.made(self.CHUNK, stream) for _ in (0, 1)]
+                rings[device] = cycle(ring), stream
                 self._kept.append([ring, rings[device]])
         ring, stream = rings[device]
         if self._local.__dict__.get("device") != device:

@@ -4,14 +4,12 @@ import argparse
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 import run_all
-from command_line import SPINS, DefaultsThatSay, ends_in_one_line, interruptible
+from command_line import DefaultsThatSay, ends_in_one_line, interruptible
 from errors import FrankenError
 from files import ROOT
 
@@ -137,33 +135,3 @@ def test_other_errors_of_finalizers_are_told_as_before(monkeypatch):
     with interruptible():
         Broken()
     assert told == [ValueError]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are libgomp's there")
-@pytest.mark.parametrize("begin", ["import run_all", "import runner.commands"])
-def test_threads_sleep_soon_where_they_wait(begin):
-    """What libgomp itself says when torch loads it: 300,000 turns, with nothing set, cost ten times the
-    processor's time beside other jobs."""
-    assert spins(begin) == SPINS
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="torch's threads are libgomp's there")
-@pytest.mark.parametrize("given", [{"GOMP_SPINCOUNT": "77"}, {"OMP_WAIT_POLICY": "passive"}])
-def test_how_threads_wait_is_left_to_who_says_so(given):
-    assert spins("import run_all", **given) == given.get("GOMP_SPINCOUNT", "0")
-
-
-def spins(begin: str, **given: str) -> str:
-    """How often a waiting thread turns before it sleeps, as libgomp says in a process that begins so."""
-    without = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", f"{begin}; import torch"],
-        cwd=ROOT,
-        env=without | {"OMP_DISPLAY_ENV": "verbose"} | given,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
-    assert found, done.stderr
-    return found[1]

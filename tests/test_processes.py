@@ -80,8 +80,13 @@ def test_what_threads_hold_on_a_gpu_is_held_by_the_stream_too(monkeypatch):
     """A fork drops the other threads' own variables; an event that nobody else holds would be ended there."""
 
     class Event:
+        cuda_event = cuda_stream = 0
+
         def __init__(self, **_):
             made.append(weakref.ref(self))
+
+        def record(self, stream):
+            pass
 
     made: list = []
     monkeypatch.setattr(torch.cuda, "Event", Event)
