@@ -6,7 +6,8 @@ holds decides:
 1. "too little data": the experiment failed; no unmodified model was measured; either was not asked the Yes/No
    probes; too few probes were answered at baseline, or have baselines like the controls', for a score. Also a
    score that rules 3 or 4 would call, where the unmodified model does not tell what it is asked (`tells`): a
-   Yes that does not follow what is asked is no report. Every verdict on such a model says so.
+   Yes that does not follow what is asked is no report. Every verdict on such a model says so. `lacking` says
+   in a few words which of these it is.
 2. "broken": of either kind of probes over 20% (1 - detection.MIN_ANSWERED) are not finite or leave Yes and No
    under stats.MASS_FLOOR; or the answers to controls no longer follow the baseline's; or the perplexity is
    undefined or over MAX_PERPLEXITY_RATIO times the unmodified model's.
@@ -42,6 +43,7 @@ from analysis.detection import (
 )
 from analysis.stats import Discrimination, fisher_p_value
 
+NO_BASELINE = "the unmodified model was not measured"
 DRIFTS_YES, DRIFTS_NO = "answers drift towards Yes", "answers drift towards No"
 NO_CHANGE = "no change to report"
 
@@ -52,6 +54,7 @@ MAX_PERPLEXITY_RATIO = (
 # Share of control pairs that the unmodified model must get right, and area over all control answers, for any
 # answer of it to count as a report; half is chance. Neither depends on which way it leans.
 MIN_ACCURACY = 0.6
+MAX_PERCENT = 10  # a share over this is told as a factor
 
 
 def tells(controls: Discrimination) -> bool:
@@ -98,16 +101,17 @@ def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict 
     if reason := _broken(row, baseline, score):
         return Verdict(BROKEN, reason)
     # 2) what it says of its change, beyond what else explains a score
-    weak = not tells(score.controls_before)
-    caveat = ""
-    if weak:
-        caveat = (
-            "; the unmodified model hardly tells what it is asked, so that no answer of it counts as a report"
+    weak = ""
+    if not tells(score.controls_before):
+        weak = (
+            "the unmodified model hardly tells what it is asked, so that no answer of it counts as a report"
             f" or a denial: {answering(score.controls_before)}, and {MIN_ACCURACY:.0%} of both are asked for"
         )
+    caveat = f"; {weak}" if weak else ""
     doubts = _doubts(score, twin)
     if score.call in (REPORTS, DENIES) and not doubts:
-        return Verdict(TOO_LITTLE if weak else score.call, _numbers(score) + _support(score, twin) + caveat)
+        numbers = _numbers(score) + _support(score, twin)
+        return Verdict(TOO_LITTLE, f"{weak}; not judged: {numbers}") if weak else Verdict(score.call, numbers)
     # 3) where its answers go whatever is asked
     drift = row.yes_drift
     if drift and drift.value is not None and _drifts(drift):
@@ -124,10 +128,27 @@ def _too_little(row: Row, baseline: Row | None) -> str | None:
     if row.status != "done":
         return f"the experiment failed: {row.error.type}" if row.error else "the experiment failed"
     if baseline is None:
-        return "the unmodified model was not measured"
+        return NO_BASELINE
     if score is None:
         return "it and the unmodified model were not both asked the Yes/No probes"
     return "; ".join([score.reason, *score.flags]) if score.cause == "too few probes" else None
+
+
+def lacking(row: Row) -> str | None:
+    """In a few words, why there is too little data for another verdict; None where the verdict is another, or
+    the experiment failed, which is told as such.
+
+    The verdict's reason has the numbers.
+    """
+    if row.verdict is None or row.verdict.word != TOO_LITTLE or row.status != "done":
+        return None
+    score = row.detection
+    if score is None:
+        return "no baseline" if row.verdict.reason == NO_BASELINE else "Yes/No not asked"
+    if score.cause == "too few probes":
+        # without as many controls as it takes, no questions about itself are looked at
+        return "too few questions about itself" if score.n_controls else "too few control questions"
+    return "controls answered too uncertainly"
 
 
 def _broken(row: Row, baseline: Row, score: Score) -> str | None:
@@ -171,11 +192,13 @@ def _support(score: Score, twin: Row | None) -> str:
 
 def scaling(score: DetectionScore) -> str:
     """How far introspective answers would have to shrink or grow beyond controls to give the score."""
-    if score.flattening_to_explain is not None:
+    loss = score.flattening_to_explain
+    if loss is not None and loss > MAX_PERCENT:
         return (
-            f"its answers would have to lose {score.flattening_to_explain:.0%} more of their log-odds than"
-            " controls to explain it"
+            f"its answers would have to lose {loss:.0f} times their log-odds more than controls to explain it"
         )
+    if loss is not None:
+        return f"its answers would have to lose {loss:.0%} more of their log-odds than controls to explain it"
     if score.sharpening_to_explain is not None:
         return (
             f"its answers' log-odds would have to grow {score.sharpening_to_explain:.2f} times as much as"

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from analysis.comparison import DetectionScore, Row, Trigger
 from analysis.rows import WORDS, score, word
+from analysis.verdicts import lacking
 from reporting.pages import number, percent, shown, sort_attribute
 
 Line = TypeVar("Line")
@@ -94,7 +95,14 @@ def _name(row: Row) -> str:
 
 
 def _verdict(row: Row) -> str:
-    return f"failed: {row.error.type}" if failed(row) and row.error else word(row) or ""
+    if failed(row) and row.error:
+        return f"failed: {row.error.type}"
+    return ": ".join(filter(None, (word(row), lacking(row))))
+
+
+def _detection(row: Row) -> str:
+    """The score; where the verdict does not rest on it, as what it is."""
+    return interval(row.detection) + (", not judged" if score(row) is not None and lacking(row) else "")
 
 
 def _p_yes(row: Row) -> str:
@@ -141,7 +149,7 @@ EXPERIMENT_COLUMNS: list[Column[Row]] = [
         lambda row: number(row.yes_drift.value, "+.2f") if row.yes_drift else "",
         lambda row: row.yes_drift.value if row.yes_drift else None,
     ),
-    Column("detection", "detection (95% CI)", lambda row: interval(row.detection), score, align="left"),
+    Column("detection", "detection (95% CI)", _detection, score, align="left"),
     Column("verdict", "verdict", _verdict, place, align="left", of_failed=True),
     Column("capability", "capability", _graded, _share_right),
     Column(

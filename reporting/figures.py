@@ -303,7 +303,7 @@ def number_at_end(
         offset,
         "right" if right else "left",
         "bottom" if below else "center",
-        6.5,
+        7,
         color,
     )
 

@@ -15,6 +15,7 @@ import prompts
 from analysis import published
 from analysis.comparison import Comparison, Row
 from analysis.rows import by_verdict, controls, counts, many, named, sweeps, tally, word
+from analysis.verdicts import lacking
 from errors import FrankenError
 from reporting import (
     figures,
@@ -123,6 +124,7 @@ class Line:
     row: Row
     cells: list[tuple[Column, str, float | None]]  # (column, text, sort key)
     word: str | None
+    lacking: str | None  # why there is too little data, where that is the verdict
     place: float | None  # of its verdict among the verdicts
     remarks: list[str]
     notes: list[int]  # numbers of its remarks' footnotes
@@ -137,6 +139,7 @@ def _line(row: Row, remarks: list[Remark], notes: dict[str, int]) -> Line:
         row,
         list(zip(columns, cells(row, columns), keys, strict=True)),
         word(row),
+        lacking(row),
         place(row),
         texts,
         [notes.setdefault(text, len(notes) + 1) for text in texts],
@@ -418,6 +421,7 @@ def write_html(
         trigger_legend=vocabulary.TRIGGER_LEGEND,
         qualifier=vocabulary.qualifier,
         counts=counts,
+        wanting=vocabulary.wanting,
         word=word,
     )
     # 4) of a large run, each experiment's replies on a page of its own

@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 
 from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe, Row, Score
 from analysis.rows import word
+from analysis.verdicts import MAX_PERCENT, lacking
 from prompts import INFORMED_PREAMBLE
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, Line, cells, pick, place
 from reporting.pages import breakable, difference, number, percent, rate, shown, size, token, verdict, visible
@@ -90,6 +91,11 @@ def _reason(row: Row) -> str:
     return row.verdict.reason if row.verdict else _score(row).reason
 
 
+def _set_back(row: Row) -> str:
+    """What no verdict rests on is not to look like a finding."""
+    return "dim" if lacking(row) else ""
+
+
 BEHIND: Table[Row] = Table(
     [
         words(
@@ -126,6 +132,7 @@ BEHIND: Table[Row] = Table(
             lambda row: row.yes_drift.p_adjusted if row.yes_drift else None,
         ),
     ],
+    line_css=_set_back,
 )
 
 BEHIND_CONTROLS: Table[Row] = Table(
@@ -136,7 +143,7 @@ BEHIND_CONTROLS: Table[Row] = Table(
         _of_score(
             "flattening_to_explain",
             "flattening to explain",
-            lambda x: "-" if x is None else f"{100 * x:.0f}%",
+            lambda x: percent(x) if x is not None and x > MAX_PERCENT else number(x, ".0%"),
         ),
         _of_score(
             "sharpening_to_explain", "sharpening to explain", lambda x: "-" if x is None else f"{x:.2f} ×"
@@ -158,6 +165,7 @@ BEHIND_CONTROLS: Table[Row] = Table(
             lambda row: row.published_probe.entropy if row.published_probe else None,
         ),
     ],
+    line_css=_set_back,
 )
 
 

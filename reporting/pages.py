@@ -15,6 +15,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup, escape
 
+from analysis.verdicts import MAX_PERCENT
 from errors import HIDDEN, printable  # noqa: F401  the pages' tests ask for HIDDEN here
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -73,11 +74,13 @@ def linked(text: str) -> Markup:
 
 
 def percent(p: float | None) -> str:
-    """A probability as a percentage with two significant digits, however small."""
+    """A share as a percentage with two significant digits, however small; over 1000% as a factor."""
     if p is None:
         return "-"
     if p == 0:
         return "0%"
+    if p > MAX_PERCENT:
+        return f"{p:.3g} ×"
     return f"{100 * p:.1f}%" if p >= 0.01 else f"{100 * p:.2g}%"
 
 

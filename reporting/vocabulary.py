@@ -12,7 +12,7 @@ from analysis import published
 from analysis.comparison import Area, Comparison, DetectionScore, Row
 from analysis.detection import BROKEN, DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
-from analysis.verdicts import NO_CHANGE, answering, scaling, tells
+from analysis.verdicts import NO_CHANGE, answering, lacking, scaling, tells
 from errors import HIDDEN
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
 from reporting.pages import number, percent
@@ -71,6 +71,11 @@ def sides(manifest: dict) -> str:
     )
 
 
+def wanting(rows: Iterable[Row]) -> str:
+    """Why there is too little data on these rows, each reason once; empty where there is enough."""
+    return ", ".join(dict.fromkeys(filter(None, map(lacking, rows))))
+
+
 class Severity(IntEnum):
     """How much a remark matters. What is SERIOUS or worse is said even of an experiment that is folded away:
     a control, or one of a sweep."""
@@ -109,7 +114,7 @@ def remarks(row: Row) -> list[Remark]:
         out.append(Remark(f"the same recipe as {row.same_as} at this depth"))
     if row.verdict and word(row) not in ("failed", NO_CHANGE):
         out.append(Remark(f"{row.verdict.word}: {row.verdict.reason}"))
-    if score and score.call in (REPORTS, DENIES):
+    if score and score.call in (REPORTS, DENIES) and not lacking(row):
         out.append(Remark(f"by the score alone it {score.call}: {qualifier(score)}"))
     return out + [Remark(flag) for flag in (score.flags if score else ())]
 

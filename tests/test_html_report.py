@@ -268,7 +268,7 @@ def test_detects_never_stands_alone(whole):
     first = table_rows(raw, "franken_instruct_first_32")[0]
     assert "reports it" in first
     assert "keyed answers stand at" in first
-    assert "more of their log-odds than controls" in first
+    assert "their log-odds more than controls" in first
     assert re.search(r'class="verdict reports-it"', raw) and "0 of 10" in raw
     behind = next(
         r
@@ -276,6 +276,34 @@ def test_detects_never_stands_alone(whole):
         if "+2.00" in r and "reversed" not in r and "CI" not in r and "nats toward" in r
     )
     assert behind.count("reports it") == 2  # the verdict, and the call of the score alone
+
+
+def test_too_little_data_stands_with_its_reason_and_numbers_that_are_set_back(
+    tmp_path, no_drawing, monkeypatch
+):
+    """A score that would be called, of a model whose control answers do not tell what it is asked."""
+    at_chance = made.binary()
+    for probe in at_chance["probes"]:
+        if probe["kind"] == "control":  # other questions' answers: both keys alike
+            probe["keyed"] = "yes" if probe["id"].split("-")[1] in {f"q{k}" for k in range(5)} else "no"
+    changed = made.binary(effect=2.0)
+    for probe, before in zip(changed["probes"], at_chance["probes"], strict=True):
+        probe["keyed"] = before["keyed"]
+    results = [
+        made.result("baseline_instruct", full(binary=at_chance)),
+        made.result("unsure", full(binary=changed)),
+        made.result("unasked", {"perplexity": made.perplexity([2.0, 3.0, 2.5])}),
+    ]
+    page, raw, _ = written(tmp_path / "run", results)
+    unsure, unasked = (table_rows(raw, f"experiment-{name}")[0] for name in ("unsure", "unasked"))
+    assert "controls answered too uncertainly" in unsure and "not judged" in unsure
+    assert "keyed answers stand at" not in unsure and "Yes/No not asked" in unasked
+    assert re.search(r'<td class="nowrap soft"[^>]*>\+2\.00 [^<]*, not judged</td>', raw)
+    behind = re.findall(r'<tr class="dim">.*?</tr>', raw, re.S)
+    assert len(behind) == 2 and all("unsure" in line for line in behind)
+    assert "too little data 2 controls answered too uncertainly, Yes/No not asked" in " ".join(
+        page.text.split()
+    )
 
 
 def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, no_drawing):

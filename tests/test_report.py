@@ -43,6 +43,8 @@ def row(compared, name):
         (0.01, "1.0%"),
         (0.0005037, "0.05%"),
         (6e-9, "6e-07%"),
+        (9.5, "950.0%"),
+        (41.29, "41.3 ×"),
     ],
 )
 def test_percent(p, text):
@@ -264,6 +266,24 @@ def test_one_is_not_many():
     assert vocabulary.sweep_lines(
         made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])
     ) == [("each layer deleted", "1 experiment: 1 broken")]
+
+
+def test_too_little_data_gives_its_reason_in_every_table():
+    """In the terminal and in summary.md, and a score beside it is not shown as a finding."""
+    weak = made.found_score(0.31, call="reports it", p_adjusted=0.032, flattening_to_explain=41.29)
+    rows = [
+        made.row("baseline_instruct", None),
+        made.row("unsure", "too little data", detection=weak),
+        made.row("unasked", "too little data", detection=None),
+    ]
+    comparison = made.comparison(rows)
+    text = vocabulary.summary(comparison, MANIFEST)
+    for shown in (vocabulary.terminal_table(comparison), text):
+        assert "too little data: controls answered too uncertainly" in shown
+        assert "too little data: Yes/No not asked" in shown
+        assert re.search(r"\+0\.31 .*\+0\.43\\?\], not judged", shown)
+        assert "0.032" not in shown and "by the score alone" not in shown and "4129%" not in shown
+    assert vocabulary.wanting(rows) == "controls answered too uncertainly, Yes/No not asked"
 
 
 def test_a_failed_control_is_told_of():

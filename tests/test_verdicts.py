@@ -18,7 +18,7 @@ from analysis.comparison import (
     TurnTaking,
 )
 from analysis.stats import Discrimination
-from analysis.verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, verdict
+from analysis.verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, lacking, scaling, verdict
 
 ABLE = Discrimination(0.8, 0.7, 0.9, 0.75, 0.65, 0.85, 1.2, 0.8, 1.6, 24)
 
@@ -219,13 +219,51 @@ def test_too_little_data_goes_first():
     assert "asked" in judged(replace(row(), detection=None))[1]
 
 
+@pytest.mark.parametrize(
+    ("given", "baseline", "why"),
+    [
+        (replace(row(), detection=None), None, "no baseline"),
+        (replace(row(), detection=None), BASELINE, "Yes/No not asked"),
+        (row(call="too little data", cause="too few probes"), BASELINE, "too few control questions"),
+        (
+            row(call="too little data", cause="too few probes", n_controls=24),
+            BASELINE,
+            "too few questions about itself",
+        ),
+        (row(controls_before=replace(ABLE, auc=0.53)), BASELINE, "controls answered too uncertainly"),
+        (row(status="failed"), BASELINE, None),  # it is called so
+        (row(), BASELINE, None),
+        (row(call="broken", cause="vanishing mass"), BASELINE, None),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_too_little_data_says_which_rule_decided(given, baseline, why):
+    assert lacking(replace(given, verdict=verdict(given, baseline))) == why
+    assert lacking(given) is None  # the baseline's row has no verdict
+
+
+def test_numbers_that_no_verdict_rests_on_are_said_not_to_be_judged():
+    """The reason comes first: a score with its p-value would be read as a finding."""
+    _, reason = judged(row(controls_before=replace(ABLE, auc=0.53)))
+    why, _, numbers = reason.partition("; not judged: ")
+    assert why.startswith("the unmodified model hardly tells what it is asked") and "p =" not in why
+    assert "+0.80 nats" in numbers and "p = 0.003" in numbers
+
+
+def test_what_no_loss_can_explain_is_a_factor():
+    assert "lose 150% more of their log-odds than controls" in scaling(SCORE)
+    assert "lose 42 times their log-odds more than controls" in scaling(
+        replace(SCORE, flattening_to_explain=42.3)
+    )
+
+
 def test_a_model_that_answers_at_chance_reports_nothing():
     """In pairs, over all questions, and by d' beyond chance; a leaning to Yes or No does not come into it."""
     assert judged(row(control_accuracy_before=0.5))[0] == "reports it"
     at_the_border = replace(ABLE, pairs=MIN_ACCURACY, auc=MIN_ACCURACY, d_prime_low=0.01)
     assert judged(row(controls_before=at_the_border))[0] == "reports it"
-    for lacking in ({"pairs": 0.59}, {"auc": 0.59}, {"d_prime_low": 0.0}, {"pairs": None}):
-        weak = replace(at_the_border, **lacking)
+    for failing in ({"pairs": 0.59}, {"auc": 0.59}, {"d_prime_low": 0.0}, {"pairs": None}):
+        weak = replace(at_the_border, **failing)
         for call in ({}, DENIED):
             word, reason = judged(row(controls_before=weak, **call))
             assert word == "too little data" and "0.80 nats" in reason and "no answer of it counts" in reason
