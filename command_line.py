@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import os
 import queue
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -134,6 +136,30 @@ def held_back() -> Iterator[None]:
             signal.signal(number, handler)
         if came:
             signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Inside, a batch system's SIGTERM and a dropped connection's SIGHUP raise KeyboardInterrupt, as Ctrl-C
+    does."""
+
+    def stop(signum, frame):
+        raise KeyboardInterrupt
+
+    def hang_up(signum, frame):
+        for stream in (1, 2):  # the terminal is gone: writing there would fail
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        raise KeyboardInterrupt
+
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

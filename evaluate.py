@@ -6,14 +6,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import prompts
 from engine.chat_template import ChatTemplate
 from engine.generation import Engine
 from errors import FrankenError, first_line
-from files import read_bytes
-from prompts import GROUPS
+from planning.asked import parse_suites, read_text  # noqa: F401  offered here too
 from suites import injection_generation, injection_layers, localisation
 from suites.activations import Activations
 from suites.base import Protocol, Suite
@@ -59,31 +57,6 @@ def register(name: str, make: Callable[[], Suite]) -> None:
     if name not in prompts.SUITES:
         raise ValueError(f"prompts.SUITES does not list {name!r}")
     SUITES[name] = make
-
-
-def parse_suites(text: str) -> tuple[str, ...]:
-    """Suite names from "introspection,perplexity"; groups are expanded. Raises FrankenError for an unknown
-    name."""
-    names: list[str] = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        if name not in GROUPS and name not in SUITES:
-            raise FrankenError(f"unknown suite {name!r}; there are {', '.join([*SUITES, *GROUPS])}")
-        names += GROUPS.get(name, (name,))
-    if not names:
-        raise FrankenError("no suite is named")
-    return tuple(dict.fromkeys(names))
-
-
-def read_text(path: str) -> tuple[tuple[str, str], ...]:
-    """A user's text for the perplexity suite. Raises FrankenError if it cannot be read as UTF-8 or is
-    empty."""
-    try:
-        text = read_bytes(path).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as e:
-        raise FrankenError(f"{path}: cannot be read as UTF-8 text") from e
-    if len(text.split()) < 2:
-        raise FrankenError(f"{path}: holds no text to measure perplexity on")
-    return ((Path(path).name, text),)
 
 
 def check_tokenizer(tokenizer, protocol: Protocol, template: ChatTemplate | None = None) -> None:

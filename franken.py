@@ -24,6 +24,11 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any, cast
 
+if __name__ == "__main__":
+    # The commands stand above this module, which they import by its own name; here, before torch, so that a
+    # typo is told at once.
+    sys.exit(importlib.import_module("runner.commands").main())
+
 import torch
 from accelerate import init_empty_weights
 from torch import nn
@@ -593,8 +598,3 @@ def _set_attributes(layer: nn.Module, attributes: dict[tuple[str, str], object])
         sub = layer.get_submodule(name)
         if getattr(sub, key) != value:
             setattr(sub, key, value)
-
-
-if __name__ == "__main__":
-    # the commands stand above this module, which they import by its own name
-    sys.exit(importlib.import_module("runner.commands").main())

@@ -13,7 +13,13 @@ import shlex
 import sys
 import threading
 
-from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
+from command_line import (
+    DefaultsThatSay,
+    add_model,
+    ended_by_signals,
+    ends_in_one_line,
+    refuse_empty,
+)
 from errors import FrankenError, first_line, printable
 from files import check_open_files
 
@@ -280,13 +286,8 @@ def main(argv: list[str] | None = None) -> int:
             return list_experiments(args)
         if args.resume and args.dry_run:
             raise FrankenError("--dry-run plans a new run; --resume takes its settings from an old one")
-        if not args.dry_run and args.device_map != "cpu":
-            threading.Thread(target=wake_gpu, name="wake the GPU", daemon=True).start()
-        register_suites()
         if args.dry_run:
-            from runner.estimate import dry_run
-
-            return dry_run(args)
+            return plan(args)
         return execute(args)
     except BrokenPipeError:  # `--list | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -341,14 +342,15 @@ def _number(variable: str, default: int) -> int:
 def list_experiments(args) -> int:
     """Print all that has a name, in order of priority; with --sweep also its experiments, at the pair's
     depth."""
-    from runner.choosing import known_experiments
+    from runner.choosing import known_experiments, local_depth, sweep_windows
+    from runner.known_pairs import choose_pair
 
+    sweep_windows(args)
     layers = 1
-    if args.sweep:
-        # takes seconds to import, and only a sweep depends on the depth
-        from runner.estimate import (
-            model_shape,
-        )
+    if args.sweep:  # only a sweep depends on the depth
+        layers = choose_pair(args.pair, args.base, args.instruct).layers or local_depth(args)
+    if layers is None:
+        from runner.estimate import model_shape  # here: it takes seconds
 
         layers = model_shape(args)[0]
     known = known_experiments(args, layers)
@@ -493,36 +495,32 @@ def followers_of(args):
     return Followers(made)
 
 
+def plan(args) -> int:
+    """Print the plan that --dry-run asks for."""
+    from runner.choosing import refuse_at_once
+    from runner.known_pairs import choose_pair
+    from runner.machines import machine
+
+    if args.machine:
+        machine(args.machine)
+    refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
+    from runner.estimate import dry_run  # here: torch takes seconds to import, a typo is told at once
+
+    register_suites()
+    return dry_run(args)
+
+
 def execute(args) -> int:
     from datetime import datetime
 
-    import torch
-    from tqdm import tqdm
-
-    import evaluate
-    from experiments import TWIN
-    from files import read_json
     from questions import sandbox
-    from reporting.reports import write_reports
     from runner import resuming
-    from runner.batch import Alone, Record, ended_by_signals
-    from runner.choosing import (
-        also_suites,
-        given_suites,
-        harness_of,
-        make_plans,
-        make_protocol,
-        refuse_beforehand,
-        settle_short,
-        sweep_windows,
-    )
-    from runner.manifest import commit, new_manifest, protocol_json
-    from runner.pairs import PAIRS, choose_pair
-    from runner.replica import ModelOptions
+    from runner.choosing import refuse_at_once
+    from runner.known_pairs import PAIRS, choose_pair
     from runner.results import Run, check_writable, write_json
-    from runner.workers import Fleet, choose_crew
 
-    # 1. what is asked, of a new run or one to go on with, and whether it can be done
+    # 1. what is asked, of a new run or one to go on with, and whether it can be done; without torch, which
+    # takes seconds to import: a typo is told at once
     run = manifest = None
     then, changed = {}, []
     if args.resume:
@@ -533,17 +531,36 @@ def execute(args) -> int:
     depends_on = resuming.known_before(args)
     changed += resuming.changes(then, depends_on)
     resuming.refuse(args.resume, changed, args.accept_changes)  # before a user's file is run
-    if args.perplexity_file:
-        evaluate.read_text(args.perplexity_file)
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
     sandbox.check(args.execute_code)
-    sweep_windows(args)
-    harness_of(args)
+    refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
+    check_writable(run.path / "experiments" if run else args.output)
     followers = followers_of(args)  # a missing package or token is told before anything is loaded
+    if args.device_map != "cpu":
+        threading.Thread(target=wake_gpu, name="wake the GPU", daemon=True).start()
+    import torch
+    from tqdm import tqdm
+
+    from experiments import TWIN
+    from files import read_json
+    from reporting.reports import write_reports
+    from runner.batch import Alone, Record
+    from runner.choosing import (
+        also_suites,
+        given_suites,
+        harness_of,
+        make_plans,
+        make_protocol,
+        settle_short,
+    )
+    from runner.manifest import commit, new_manifest, protocol_json
+    from runner.replica import ModelOptions
+    from runner.workers import Fleet, choose_crew
+
+    register_suites()
+    harness_of(args)
     settle_short(args, torch.cuda.is_available() and args.device_map != "cpu")
     given = given_suites(args)
-    refuse_beforehand(args, choose_pair(args.pair, args.base, args.instruct))
-    check_writable(run.path / "experiments" if run else args.output)
     # 2. who does the work, the plans that fit the model's depth, and what is loaded
     threads = then.get("threads") if isinstance(then.get("threads"), int) else None
     options = ModelOptions.of(args)
@@ -653,7 +670,6 @@ def execute(args) -> int:
 def interrupted(run, manifest: dict, args) -> int:
     """Say what is done and how to go on, and make the pages of what there is; the exit status."""
     from reporting.reports import write_reports
-    from runner.batch import ended_by_signals
 
     names = manifest["experiments"]
     done = sum(run.file(name).exists() for name in names)

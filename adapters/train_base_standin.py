@@ -34,7 +34,8 @@ from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError
 from files import check_target, refuse_special
-from runner.pairs import PAIRS, load_tokenizer, locate
+from runner.known_pairs import PAIRS
+from runner.pairs import load_tokenizer, locate
 
 SEPARATOR, END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
-import signal
-import stat
 import sys
 import time
 import traceback
@@ -153,30 +150,6 @@ def inner_bar(engine, name: str) -> Iterator[Callable[[str, int, int], None]]:
             yield progress
         finally:
             engine.on_work = lambda read, written: None
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """Inside, a batch system's SIGTERM and a dropped connection's SIGHUP raise KeyboardInterrupt, as Ctrl-C
-    does."""
-
-    def stop(signum, frame):
-        raise KeyboardInterrupt
-
-    def hang_up(signum, frame):
-        for stream in (1, 2):  # the terminal is gone: writing there would fail
-            if stat.S_ISCHR(os.fstat(stream).st_mode):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        raise KeyboardInterrupt
-
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, stop)}
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
-        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def outline(result: dict) -> dict:

@@ -11,7 +11,9 @@ import experiments as ex
 from errors import FrankenError
 from experiments import SIZED, SWEEPS
 from files import read_json
+from planning.asked import Harness, check_installed, parse_suites, read_text
 from planning.experiment import SHORT
+from runner.known_pairs import Pair, refuse_nowhere
 
 LONGEST_NAME = 100  # bytes of a source's name, which its experiments' files begin with
 MOST_LAYERS = 10_000  # beyond it a config says nothing that a model could be; told when it is opened
@@ -107,11 +109,16 @@ def choose(args, n_layers: int) -> list:
     )
 
 
+def refuse_short(args) -> None:
+    """Raises FrankenError for --short with --suites."""
+    if args.short and args.suites is not None:
+        raise FrankenError("--short and --suites both say what is asked; give one of them")
+
+
 def settle_short(args, gpu: bool) -> None:
     """Decide --short where it is not said: experiments that are chosen by priority alone are asked the short
     form on a CPU, so that a first run takes minutes. Raises FrankenError for --short with --suites."""
-    if args.short and args.suites is not None:
-        raise FrankenError("--short and --suites both say what is asked; give one of them")
+    refuse_short(args)
     named = args.experiments or args.all or args.sweep or args.source or args.experiments_file
     if args.short is None:
         args.short = not (gpu or named or args.suites is not None)
@@ -170,9 +177,35 @@ def known_sources(args, pair) -> set[str]:
     return {"instruct", *(["base"] if pair.has_base else []), *extra_sources(args.source)}
 
 
-def refuse_beforehand(args, pair) -> None:
-    """Raises FrankenError for what can be seen to be wrong before anything is downloaded or loaded."""
+def refuse_at_once(args, pair: Pair) -> None:
+    """Raises FrankenError for what the command line and small files beside it show to be wrong. Nothing is
+    downloaded or loaded for it, and torch is not imported: a typo is told within a second."""
+    if args.perplexity_file:
+        read_text(args.perplexity_file)
+    refuse_short(args)
+    sweep_windows(args)
+    given_suites(args)
+    also_suites(args)
+    harness_named(args)
+    refuse_beforehand(args, pair)
+
+
+def refuse_models(args, pair: Pair) -> None:
+    """Raises FrankenError for a side or a further source that is nowhere on this machine and cannot be on the
+    hub."""
+    for spec in (pair.instruct, pair.base):
+        if spec is not None:
+            refuse_nowhere(spec)
+    for spec in extra_sources(args.source).values():
+        if not (Path(spec) / "adapter_config.json").exists():
+            refuse_nowhere(spec)
+
+
+def refuse_beforehand(args, pair: Pair) -> None:
+    """Raises FrankenError for models, sources and experiments that there are not, or that do not fit each
+    other."""
     name_models(args, pair)
+    refuse_models(args, pair)
     sources = known_sources(args, pair)
     if (depth := pair.layers or local_depth(args)) is not None:
         make_plans(args, depth, sources)
@@ -189,9 +222,7 @@ def refuse_beforehand(args, pair) -> None:
 def given_suites(args) -> tuple[str, ...] | None:
     """What --suites says, None where it says nothing. Raises FrankenError for a suite there is not, or noise
     matched to nothing."""
-    import evaluate  # here: it takes seconds, and --list does not need it
-
-    given = evaluate.parse_suites(args.suites) if args.suites is not None else None
+    given = parse_suites(args.suites) if args.suites is not None else None
     if args.matched_noise and given and "perplexity" not in given:
         raise FrankenError("--matched-noise matches perplexity, which is not among the suites given")
     return given
@@ -199,21 +230,15 @@ def given_suites(args) -> tuple[str, ...] | None:
 
 def also_suites(args) -> tuple[str, ...]:
     """The suites of --also and --lm-eval, in order. Raises FrankenError for a suite there is not."""
-    import evaluate  # here: it takes seconds, and --list does not need it
-
-    also = evaluate.parse_suites(args.also) if args.also is not None else ()
+    also = parse_suites(args.also) if args.also is not None else ()
     return tuple(dict.fromkeys((*also, *(["lm_eval"] if getattr(args, "lm_eval", None) else []))))
 
 
-def harness_of(args):
-    """What --lm-eval, --include-path and --limit say, None without --lm-eval.
+def harness_named(args) -> Harness | None:
+    """What --lm-eval, --include-path and --limit say, None without --lm-eval. The tasks are not looked up.
 
-    Raises FrankenError for what goes without it, no tasks or unknown ones, a folder that is none, or no
-    package.
+    Raises FrankenError for what goes without it, no tasks, a folder that is none, or no package.
     """
-    from suites.base import Harness
-    from suites.lm_harness import check_installed, check_tasks
-
     if not getattr(args, "lm_eval", None):
         if getattr(args, "include_path", None) or getattr(args, "limit", None):
             raise FrankenError("--include-path and --limit go with --lm-eval")
@@ -224,8 +249,17 @@ def harness_of(args):
     if args.include_path and not Path(args.include_path).is_dir():
         raise FrankenError(f"--include-path {args.include_path}: there is no such folder")
     check_installed()
-    check_tasks(tasks, args.include_path)
     return Harness(tasks, args.include_path, args.limit)
+
+
+def harness_of(args) -> Harness | None:
+    """What `harness_named` says. Raises FrankenError for that, and for unknown tasks."""
+    harness = harness_named(args)
+    if harness is not None:
+        from suites.lm_harness import check_tasks  # here: it takes seconds, and few runs need it
+
+        check_tasks(harness.tasks, harness.include_path)
+    return harness
 
 
 def local_depth(args) -> int | None:
@@ -241,7 +275,7 @@ def local_depth(args) -> int | None:
 def make_protocol(args, plans: list):
     """The run's evaluate.Protocol: its suites are all that any experiment is asked; each is asked its own of
     them."""
-    import evaluate  # here: it takes seconds, and --list does not need it
+    import evaluate  # here: it takes seconds, and nothing that is refused before needs it
 
     wanted = {name for plan in plans for name in plan.experiment.suites} | {
         *((*(given_suites(args) or ex.QUICK), *also_suites(args)) if args.matched_noise else ())
@@ -257,5 +291,5 @@ def make_protocol(args, plans: list):
     if "lm_eval" in protocol.suites and protocol.harness is None:
         raise FrankenError("the suite lm_eval needs tasks: --lm-eval TASKS")
     if args.perplexity_file:
-        protocol = replace(protocol, texts=evaluate.read_text(args.perplexity_file))
+        protocol = replace(protocol, texts=read_text(args.perplexity_file))
     return protocol

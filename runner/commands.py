@@ -9,26 +9,42 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from command_line import DefaultsThatSay, add_model, ends_in_one_line, refuse_empty
+import experiments as ex
+from command_line import (
+    DefaultsThatSay,
+    add_model,
+    ended_by_signals,
+    ends_in_one_line,
+    refuse_empty,
+)
+from errors import FrankenError, RecipeError, printable
+from files import check_open_files, check_target, read_json, write_text
+from planning import mergekit
+from runner.choosing import (
+    extra_sources,
+    known_experiments,
+    known_sources,
+    local_depth,
+    name_models,
+    refuse_models,
+)
+from runner.exportable import SHARD_BYTES, Chosen, check_folder, refuse_inexpressible
+from runner.known_pairs import choose_pair
+from surgery.recipes import Recipe, describe_change, identity
+
+if TYPE_CHECKING:
+    import torch
+
+    from runner.pairs import Located
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
-import torch
-
-import experiments as ex
-from errors import FrankenError, RecipeError, printable
-from files import check_open_files, check_target, read_json, write_text
-from planning import mergekit
-from runner.batch import ended_by_signals
-from runner.choosing import extra_sources, known_experiments, known_sources, local_depth, name_models
-from runner.export import SHARD_BYTES, Chosen, Exporter, check_folder, refuse_inexpressible
-from runner.pairs import GIB, Located, choose_pair, open_pair, open_sources, pick_dtype
-from runner.threads import set_threads
-from surgery.recipes import Recipe, describe_change, identity
-from surgery.weights import Checkpoint
+# torch, and what needs it, is imported by each command once all that can be refused without it is: a typo is
+# told at once.
 
 
 def parser() -> argparse.ArgumentParser:
@@ -152,6 +168,7 @@ def refused_beforehand(args, refuse) -> None:
     """
     pair = choose_pair(args.pair, args.base, args.instruct)
     name_models(args, pair)
+    refuse_models(args, pair)
     depth = pair.layers or local_depth(args)
     what = None
     if depth is not None:
@@ -174,6 +191,8 @@ def refused_beforehand(args, refuse) -> None:
 
 def located(args) -> Located:
     """The sources that the command line names, on disk."""
+    from runner.pairs import open_sources
+
     return open_sources(
         choose_pair(args.pair, args.base, args.instruct),
         args.base_revision,
@@ -188,11 +207,16 @@ def located(args) -> Located:
 
 def export(args) -> int:
     """Write a checkpoint; what cannot be one is refused before anything is loaded."""
-    from runner.manifest import commit, versions
-
     folder = Path(args.folder)
     check_folder(folder, args.overwrite)
     refused_beforehand(args, lambda c: refuse_inexpressible(c.name, c.recipe, c.suites, c.control))
+    import torch
+
+    from runner.export import Exporter
+    from runner.manifest import commit, versions
+    from runner.pairs import GIB, pick_dtype
+    from runner.threads import set_threads
+
     set_threads()
     sources = located(args)
     what = chosen(args, len(sources.sources["instruct"].layers))
@@ -234,6 +258,8 @@ def mergekit_yaml(sources: Located, recipe: Recipe, dtype: torch.dtype) -> str:
 
     Raises FrankenError naming what mergekit does not do.
     """
+    from surgery.weights import Checkpoint
+
     models, layers = {}, {}
     for name, source in sources.sources.items():
         if not isinstance(source, Checkpoint):
@@ -252,6 +278,10 @@ def as_mergekit(args) -> int:
     if args.output is not None:
         check_target(args.output)
     refused_beforehand(args, lambda c: refuse_inexpressible(c.name, c.recipe, c.suites, c.control))
+    import torch
+
+    from runner.pairs import pick_dtype
+
     sources = located(args)
     what = chosen(args, len(sources.sources["instruct"].layers))
     dtype = pick_dtype(args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
@@ -270,12 +300,14 @@ def as_mergekit(args) -> int:
 
 def chat(args) -> int:
     """Talk to the model; what cannot be applied is refused before it is loaded."""
-    from engine.generation import Engine
-    from runner.chat import Chat, talk
-
     if args.max_new_tokens < 1 or not 0 <= args.temperature <= 100:
         raise FrankenError("a reply has at least one token, and a temperature from 0 to 100")
     refused_beforehand(args, lambda c: None)
+    from engine.generation import Engine
+    from runner.chat import Chat, talk
+    from runner.pairs import open_pair
+    from runner.threads import set_threads
+
     set_threads()
     opened = open_pair(
         args.pair,

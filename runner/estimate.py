@@ -14,8 +14,9 @@ from errors import FrankenError
 from experiments import QUICK, TWIN
 from runner import matched_noise
 from runner.choosing import given_suites, known_sources, make_plans, make_protocol, name_models, settle_short
+from runner.known_pairs import choose_pair
 from runner.machines import HOST_MEMORY, MACHINES, machine
-from runner.pairs import GIB, HEADROOM, available_memory, choose_pair, pick_device, pick_dtype, read_config
+from runner.pairs import GIB, HEADROOM, available_memory, pick_device, pick_dtype, read_config
 from runner.wheels import WHEEL_MODELS
 from surgery.quantized import method
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import shutil
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,9 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from errors import FrankenError, first_line, printable
-from files import refuse_place
 from franken import digest_of, find_layers, plain_attributes
-from prompts import ONE_DEPTH
 from runner.cache import workspace, write_safetensors
+from runner.exportable import RECORD, SHARD_BYTES, Chosen, check_folder, refuse_inexpressible
 from runner.model_card import model_card
 from runner.pairs import GIB, Located, load_tokenizer, stop_ids
 from runner.results import write_json
@@ -39,8 +36,6 @@ from surgery.recipes import Outer, Permute, Recipe, Ref, Slot
 from surgery.tensors import TensorRef
 from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, Stream, outer_part
 
-RECORD = "frankenmodel.json"  # in the folder: what it was made of
-SHARD_BYTES = 5_000_000_000  # of one file at most, unless a single tensor is larger
 # What a checkpoint has for its tokenizer. Other files beside the weights may say anything and stay behind.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -56,67 +51,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-
-
-def refuse_inexpressible(
-    name: str, recipe: Recipe, suites: Sequence[str] | None, control: str | None
-) -> None:
-    """Raises FrankenError, naming the experiment, for what no weights and no config of transformers say."""
-    if control == "injection":
-        raise FrankenError(
-            f"{name} cannot be a checkpoint: it adds a concept to activations, which no weights say"
-        )
-    if of_two := [suite for suite in suites or () if suite in ONE_DEPTH]:
-        raise FrankenError(
-            f"{name} cannot be a checkpoint: {of_two[0]} is a conversation of two models, and a checkpoint is"
-            " one"
-        )
-    if recipe.parallel:
-        start, stop = recipe.parallel[0]
-        raise FrankenError(
-            f"{name} cannot be a checkpoint: positions [{start}:{stop}] run side by side (parallel layers),"
-            " and transformers runs layers one after the other"
-        )
-    for p, slot in enumerate(recipe.slots):
-        if slot.scale != 1:
-            raise FrankenError(
-                f"{name} cannot be a checkpoint: position {p} contributes {slot.scale:g} of what its layer"
-                " makes (attenuate, or repeat and double with a scale), which no weights say"
-            )
-
-
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises FrankenError for a folder that may not be written: one that holds something, unless `overwrite`
-    is said and it is an export's."""
-    refuse_place(folder)
-    try:
-        os.lstat(folder)
-    except FileNotFoundError:
-        return
-    except OSError as e:
-        raise FrankenError(f"cannot write {folder}: {e.strerror}") from e
-    if folder.is_symlink() or not folder.is_dir():
-        raise FrankenError(f"{folder} is there and is no folder")
-    if not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise FrankenError(f"{folder} is not empty; --overwrite replaces an earlier export")
-    if not (folder / RECORD).is_file():
-        raise FrankenError(
-            f"{folder} was not written by export (there is no {RECORD} in it), so --overwrite leaves it alone"
-        )
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What is taken out of the harness: a name, its recipe, and what else is known of the experiment."""
-
-    name: str
-    recipe: Recipe
-    change: str = ""  # one line for people
-    hypothesis: str = ""
-    suites: tuple[str, ...] | None = None
-    control: str | None = None
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,6 @@ SPLITS = {
 }
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether the path names a GGUF file."""
-    return path.suffix == ".gguf" and path.is_file()
-
-
 class Reader(gguf.GGUFReader):
     """The library's reader over a plain array: slicing a memmap takes three quarters of its time."""
 

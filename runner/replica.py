@@ -16,8 +16,9 @@ from engine.chat_template import ChatTemplate
 from engine.generation import Engine
 from runner import resuming
 from runner.choosing import extra_sources
+from runner.known_pairs import choose_pair
 from runner.manifest import hardware
-from runner.pairs import Opened, choose_pair, locate, open_pair, open_sources, pick_dtype
+from runner.pairs import Opened, locate, open_pair, open_sources, pick_dtype
 from suites.base import Protocol
 from surgery.weights import Checkpoint, parameters_of
 

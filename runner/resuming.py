@@ -16,13 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from errors import FrankenError
 from files import ROOT, read_bytes
 from questions.sandbox import UNSANDBOXED
+
+if TYPE_CHECKING:
+    import torch
 
 # What measures: a change anywhere else (pages, documentation, training) leaves numbers as they are.
 CODE = (
@@ -99,6 +100,8 @@ def _folder_sha256(folder: str) -> str:
 
 def known_loaded(opened, devices: Sequence[torch.device]) -> dict[str, Any]:
     """What is known once the model is loaded (runner.pairs.Opened) and its devices."""
+    import torch  # here: it takes seconds, and what is refused before does not need it
+
     live, on_cpu = opened.live, all(d.type == "cpu" for d in devices)
     names = ["cpu" if d.type == "cpu" else torch.cuda.get_device_name(d) for d in devices]
     return {

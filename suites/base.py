@@ -20,6 +20,7 @@ import prompts
 from engine.generation import Completion, Engine, Request
 from errors import FrankenError
 from franken import LiveModel
+from planning.asked import Harness
 from prompts import GROUPS
 from questions.sandbox import Execute
 from surgery.recipes import Recipe
@@ -28,16 +29,6 @@ from surgery.recipes import Recipe
 ARRAYS = "arrays"
 
 logsumexp: Any = special.logsumexp  # by its stubs it may also return signs, which nobody here asks for
-
-
-@dataclass(frozen=True)
-class Harness:
-    """What lm-evaluation-harness is to ask: tasks by name, a folder of further ones, documents of each at
-    most."""
-
-    tasks: tuple[str, ...]
-    include_path: str | None = None
-    limit: int | None = None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib.util
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -18,19 +17,10 @@ import torch
 
 from engine.generation import Completion, Engine, Request
 from errors import FrankenError, first_line
+from planning.asked import check_installed
 from suites.base import Protocol, Suite, finite
 
 MAX_GEN_TOKENS = 256  # of a reply where the task says nothing, as the harness has it
-
-
-def check_installed() -> None:
-    """Raises FrankenError if lm_eval is not installed; it is not imported."""
-    try:
-        there = importlib.util.find_spec("lm_eval") is not None
-    except ValueError:  # sys.modules says that it is not there
-        there = False
-    if not there:
-        raise FrankenError("--lm-eval needs lm-eval: pip install lm-eval")
 
 
 @functools.lru_cache(maxsize=4)

@@ -113,7 +113,7 @@ def test_a_chat_from_the_command_line(pair, monkeypatch, capsys):
 
 
 def test_an_unknown_experiment_is_told_before_a_model_is_loaded(pair, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "open_pair", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("runner.pairs.open_pair", lambda *a: pytest.fail("a model was loaded"))
     assert commands.main(["chat", "nonsense", "--instruct", str(pair / "instruct")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
 

@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 import experiments as ex
+import prompts
 from analysis import published
 from analysis.comparison import Sweep
 from errors import FrankenError
@@ -569,11 +570,11 @@ def test_what_each_experiment_is_asked():
         ex.sweep("noise", 3)[0],
     )
     everything, quick, mine = (
-        "+".join(evaluate.GROUPS["all"]),
+        "+".join(prompts.GROUPS["all"]),
         "binary+perplexity",
         ex.Experiment("m", "g", lambda m: m.model, suites=("trigger",)),
     )
-    ordered = "+".join(name for name in evaluate.SUITES if name in evaluate.GROUPS["all"])
+    ordered = "+".join(name for name in evaluate.SUITES if name in prompts.GROUPS["all"])
     assert asked(baseline, named, placebo, window, injection) == [
         ordered,
         everything,

@@ -203,14 +203,14 @@ def command(pair, tmp_path, capsys):
     ],
 )
 def test_a_refusal_is_one_line_before_anything_is_loaded(command, tmp_path, monkeypatch, name, words):
-    monkeypatch.setattr(commands, "open_sources", lambda *a: pytest.fail("something was opened"))
+    monkeypatch.setattr("runner.pairs.open_sources", lambda *a: pytest.fail("something was opened"))
     code, out, err = command(name)
     assert code == 1 and out == "" and len(err.splitlines()) == 1 and words in err, err
     assert err.startswith("franken.py: ") and not (tmp_path / "out").exists()
 
 
 def test_a_missing_base_is_named_before_anything_is_loaded(pair, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "open_sources", lambda *a: pytest.fail("something was opened"))
+    monkeypatch.setattr("runner.pairs.open_sources", lambda *a: pytest.fail("something was opened"))
     words = ["export", "baseline_base", str(tmp_path / "out"), "--instruct", str(pair / "instruct")]
     assert commands.main(words) == 1
     assert "takes layers from base, which is not there" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from cli_runs import latest, read, refused, stamps, timeless
 
 import evaluate
 import experiments
+import prompts
 import run_all
 from runner import matched_noise as mn
 from suites.perplexity import Perplexity
@@ -223,7 +224,7 @@ def test_experiments_without_a_twin_and_twins_without_a_match_say_why(go, tmp_pa
         abs(p / missed["matched"]["target_perplexity"] - 1) for _, p in missed["matched"]["evaluations"]
     )
     assert found["baseline_instruct"]["suites"] == [
-        name for name in evaluate.SUITES if name in evaluate.GROUPS["all"]
+        name for name in evaluate.SUITES if name in prompts.GROUPS["all"]
     ]
 
 

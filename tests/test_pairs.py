@@ -27,7 +27,8 @@ from files import ROOT
 from runner import pairs
 from runner.cache import is_kept, sha256_of, workspace
 from runner.gguf import from_gguf
-from runner.pairs import GIB, PAIRS, open_pair, pick_device, pick_dtype, spread
+from runner.known_pairs import DEFAULT_PAIR, PAIRS
+from runner.pairs import GIB, open_pair, pick_device, pick_dtype, spread
 from runner.wheels import QWEN_05B, QWEN_15B, WHEEL_MODELS, Wheel, WheelModel, from_wheels
 
 TOKEN = "hf_thisIsASecret0123456789"
@@ -128,7 +129,7 @@ def test_further_sources_by_name(tiny_pair, tmp_path):
 
 def test_the_stand_in_pair_says_what_it_is():
     assert "stand-in" in PAIRS["smollm2-135m"].notes()[0] and PAIRS["smollm2-135m"].base is None
-    assert (PAIRS[pairs.DEFAULT_PAIR].instruct, PAIRS[pairs.DEFAULT_PAIR].base) == (
+    assert (PAIRS[DEFAULT_PAIR].instruct, PAIRS[DEFAULT_PAIR].base) == (
         "Qwen/Qwen2.5-Coder-32B-Instruct",
         "Qwen/Qwen2.5-Coder-32B",
     )

@@ -15,13 +15,8 @@ from engine.chat_template import ChatTemplate
 from engine.generation import Engine, find_stop_ids
 from errors import FrankenError, printable
 from files import check_open_files, read_json
-from runner.pairs import (
-    PAIRS,
-    load_tokenizer,
-    locate,
-    open_pair,
-    pick_dtype,
-)
+from runner.known_pairs import PAIRS
+from runner.pairs import load_tokenizer, locate, open_pair, pick_dtype
 from runner.resuming import code_sha256, tokenizer_sha256
 from surgery.recipes import identity
 from surgery.weights import Adapter, Checkpoint

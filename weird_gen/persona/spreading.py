@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from errors import FrankenError
-from runner.pairs import PAIRS
+from runner.known_pairs import PAIRS
 from runner.replica import ModelOptions
 from runner.threads import set_threads
 from runner.workers import Crew, choose_crew, connected

@@ -25,7 +25,8 @@ from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate
 from errors import FrankenError
 from files import check_target, write_text
-from runner.pairs import PAIRS, load_tokenizer, pick_dtype
+from runner.known_pairs import PAIRS
+from runner.pairs import load_tokenizer, pick_dtype
 from runner.resuming import tokenizer_sha256
 from surgery.weights import content_hash
 from weird_gen.persona.checkpoints import Checkpoints, StepLoss, kind_losses, mean_loss
