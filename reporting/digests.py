@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,15 +106,16 @@ def digest_of(result: dict, baseline: dict | None, manifest: dict) -> Digest:
     )
 
 
-def digests(run: Run, manifest: dict) -> dict[str, Digest]:
+def digests(run: Run, manifest: dict, meanwhile: Callable[[], object] = lambda: None) -> dict[str, Digest]:
     """What is kept of each experiment that has run, by name, in the manifest's order.
 
-    Raises FrankenError if a result is corrupt.
+    meanwhile: called once, while other processes have begun with it. Raises FrankenError if a result is
+    corrupt.
     """
-    return {digest.row.name: digest for digest in _made(run, manifest)}
+    return {digest.row.name: digest for digest in _made(run, manifest, meanwhile)}
 
 
-def _made(run: Run, manifest: dict) -> Iterator[Digest]:
+def _made(run: Run, manifest: dict, meanwhile: Callable[[], object]) -> Iterator[Digest]:
     whole = run.load(BASELINE) if BASELINE in manifest["experiments"] else None
     baseline = baseline_of(whole)
 
@@ -123,7 +124,7 @@ def _made(run: Run, manifest: dict) -> Iterator[Digest]:
         return None if result is None else digest_of(result, baseline, manifest)
 
     parts = [partial(one, name) for name in manifest["experiments"]]
-    yield from (digest for digest in processes.made(parts) if digest is not None)
+    yield from (digest for digest in processes.made(parts, meanwhile=meanwhile) if digest is not None)
 
 
 def compared(run: Run, manifest: dict, made: dict[str, Digest]) -> Comparison:

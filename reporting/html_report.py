@@ -352,7 +352,8 @@ def write_html(
     ]
     pictures = processes.made(
         [partial(_wide, run.path / "figures", name, draw, forms) for name, draw, *_ in described]
-        + [partial(_narrow, draw) for _, draw, *_ in described]
+        + [partial(_narrow, draw) for _, draw, *_ in described],
+        meanwhile=pages.read_templates,
     )
     uris = list(pictures)
     drawn = [

@@ -186,6 +186,12 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def read_templates() -> None:
+    """Have all templates ready, which are compiled when they are first used."""
+    for name in _environment().list_templates(extensions=["j2"]):
+        _environment().get_template(name)
+
+
 def part(template: str, **values) -> str:
     """A part of a page from templates/`template`, to be set into a page as it is."""
     return _environment().get_template(template).render(**values)

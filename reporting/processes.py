@@ -32,25 +32,35 @@ def processes() -> int:
     return min(MOST, len(os.sched_getaffinity(0))) if sys.platform == "linux" else 1
 
 
-def made(parts: Sequence[Callable[[], Made]], count: int | None = None) -> Iterator[Made]:
+def made(
+    parts: Sequence[Callable[[], Made]],
+    count: int | None = None,
+    meanwhile: Callable[[], object] = lambda: None,
+) -> Iterator[Made]:
     """What each part gives, in their order, from `count` processes (as many as there are processors).
 
-    Only what a part gives is sent between processes. An error of a part is raised when its turn comes; raises
-    FrankenError if a process is ended from outside, by the system for want of memory for instance. Where a
-    GPU is in use, whose library ends forks that touch it, what is missing then is made here.
+    meanwhile: called here once, when the processes have begun: an import, for instance, that only what
+    follows needs. Only what a part gives is sent between processes. An error of a part is raised when its
+    turn comes; raises FrankenError if a process is ended from outside, by the system for want of memory for
+    instance. Where a GPU is in use, whose library ends forks that touch it, what is missing then is made
+    here.
     """
     count = min(processes() if count is None else count, len(parts))
     if count < 2 or len(parts) < FEWEST:
+        meanwhile()
         yield from (part() for part in parts)
         return
     # A fork that collects what it inherited would end what lives on a GPU there, and abort: nothing is left
     # to collect, and what is there is never looked at again.
-    gc.collect()
+    if "torch" in sys.modules:
+        gc.collect()
     gc.freeze()
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (parts,))
     done = 0
     try:
-        for result in pool.map(_make, range(len(parts))):
+        results = pool.map(_make, range(len(parts)))  # which starts all of them
+        meanwhile()
+        for result in results:
             done += 1
             yield result
     except BrokenProcessPool as e:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
+from threadpoolctl import threadpool_limits
+
 from analysis.compare import compare
 from analysis.comparison import Comparison, from_json, to_json
 from analysis.phases import adjusted
@@ -30,20 +34,29 @@ def read_comparison(run: Run) -> Comparison:
     return from_json(read_json(path), str(path))
 
 
+def _import_pages() -> None:
+    """Import matplotlib, and what draws with it, while other processes read the results."""
+    with held_back():
+        import_module("reporting.html_report")
+
+
+# matrices of a few hundred rows: threads of the processes that share the work would only wait for each other
+@threadpool_limits.wrap(limits=1, user_api="blas")
 def write_reports(run: Run, every_form: bool = False) -> str:
     """Make comparison.json, summary.md and report.html of a run; returns the terminal's table.
 
     Each result is read and checked once. every_form: figures beside the page as PNG and PDF too. Raises
     FrankenError if a result is corrupt or the disk refuses.
     """
-    # here: matplotlib takes a second to import, for which no run should wait
+    # here: they take a second to import, for which no run should wait
     with held_back():
         from reporting.digests import compared, digests
-        from reporting.html_report import EVERY_FORM, FORMS, write_html
-        from reporting.inside import phases_section, probe_section, probed
 
     manifest = read_json(run.manifest_path)
-    made = digests(run, manifest)
+    made = digests(run, manifest, meanwhile=_import_pages)
+    from reporting.html_report import EVERY_FORM, FORMS, write_html
+    from reporting.inside import phases_section, probe_section, probed
+
     comparison = compared(run, manifest, made)
     write_computed(run.path / "comparison.json", to_json(comparison))
     lines = phases_section(run, adjusted([score for digest in made.values() for score in digest.phases]))

@@ -42,6 +42,21 @@ def test_few_parts_or_one_process_are_made_here():
     assert set(processes.made(here, 1)) == {os.getpid()} == set(processes.made(few, 2))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_done_meanwhile_is_done_once_and_beside_the_parts(tmp_path, count):
+    begun, done = tmp_path / "begun", []
+
+    def meanwhile():
+        done.append(os.getpid())
+        deadline = time.monotonic() + 20
+        while count > 1 and not begun.exists():  # what a part makes
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    came = list(processes.made([begun.touch] * MANY, count, meanwhile))
+    assert len(came) == MANY and done == [os.getpid()]
+
+
 def test_an_error_of_a_part_is_the_callers():
     def corrupt():
         raise FrankenError("x.json is corrupt")

@@ -8,12 +8,13 @@ import sys
 
 import made_results as made
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import report
 from analysis.comparison import Area, Auroc, DetectionScore, Failure
 from analysis.stats import Discrimination
 from files import ROOT
-from reporting import columns, figures, pages, vocabulary
+from reporting import columns, digests, figures, pages, vocabulary
 from reporting.reports import compare_run
 
 
@@ -508,6 +509,20 @@ def test_a_report_reads_no_library_that_it_does_without(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines()[-1] == "[] True", done.stderr
+
+
+def test_a_report_is_made_with_one_thread_of_the_matrix_library(tmp_path, monkeypatch):
+    """Its processes have the processors already; twice as many threads doubled what a report cost."""
+    made.make(tmp_path / "run", [made.result("baseline_instruct"), made.result("swap_a")])
+    seen, real = [], digests.digest_of
+
+    def threads() -> set[int]:
+        return {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
+
+    monkeypatch.setattr(digests, "digest_of", lambda *given: [seen.append(threads()), real(*given)][1])
+    with threadpool_limits(2, user_api="blas"):
+        assert not report.main([str(tmp_path / "run")])
+        assert seen == [{1}, {1}] and threads() == {2}
 
 
 @pytest.mark.parametrize("argv", [[""], ["run", "--output", ""], ["run", "--table", ""]])
