@@ -130,7 +130,6 @@ class LiveModel:
         self.first_surgery = self.last_surgery = self.apply(self.original)
         for name in resident:
             self.park(name)
-        self.hold_sources()
         self._guard_model()
 
     def _materialize_outer(self, places: dict, stack_name: str) -> None:
@@ -188,8 +187,12 @@ class LiveModel:
         return {*self.sources, *self.coming}
 
     def hold_sources(self) -> None:
-        """Let a GPU read the sources' files where they lie, as soon as their pages are registered."""
-        if self.device.type == "cuda":  # in the background, while the rest of a run is prepared
+        """Let a GPU read the sources' files where they lie, as soon as their pages are registered.
+
+        That goes on in the background, where it keeps first launches of kernels waiting: so at the end of all
+        that is done before a run (0.2 to 0.5 s each in the checks of a 32B pair).
+        """
+        if self.device.type == "cuda":
             self.stream.hold(ref for source in self.sources.values() for ref in tensor_refs(source))
 
     def layer_bytes(self) -> int:

@@ -252,8 +252,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def wake_gpu() -> None:
-    """Make the context that torch will use of the one GPU there is, which takes the driver seconds, while
-    libraries are imported. Where there are several, processes of their own may use them."""
+    """Make what torch needs of the one GPU there is while other libraries are imported, which takes seconds:
+    its context, and the first kernels of the products' library. Where there are several, processes of their
+    own may use them."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -262,6 +263,12 @@ def wake_gpu() -> None:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value != 1:
         return
     driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
+    with contextlib.suppress(Exception):  # whatever is wrong is told where the model is loaded
+        import torch
+
+        for dtype in (torch.bfloat16, torch.float32):
+            square = torch.ones(64, 64, dtype=dtype, device="cuda")
+            (square @ square).softmax(-1).sum().item()
 
 
 def register_suites() -> None:

@@ -9,8 +9,11 @@ again, another depth takes 60 to 180 ms. Numbers in comments: one H200, the 32B 
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -393,7 +396,11 @@ class Accelerator:
                 self._step(static)
             torch.cuda.synchronize(self.device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.memory, stream=self.side):
+            # other threads may go on with calls that a capture does not allow (pages are registered in one)
+            recording = torch.cuda.graph(
+                graph, pool=self.memory, stream=self.side, capture_error_mode="thread_local"
+            )
+            with _nothing_collected(), recording:
                 self._step(static)
         except RuntimeError as e:
             if isinstance(e, torch.OutOfMemoryError) or isinstance(e.__context__, torch.OutOfMemoryError):
@@ -404,6 +411,19 @@ class Accelerator:
         self.engine.timing.captures += 1
         self.engine.timing.capture_seconds += time.perf_counter() - begin
         return graph
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Within it no garbage is collected: to end another engine's graph, which a capture does not allow, would
+    break the capture off."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _length(request: Request) -> int:

@@ -464,6 +464,7 @@ def open_pair(
         late = (located.late, checked, described["base"], bool(keep))
         live.coming["base"] = partial(_take_in, live, "base", *late)
     described |= located.before_merging
+    live.hold_sources()
     return Opened(live, tokenizer, stops, notes, described, checked)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import torch
 
-PIECE = 256 << 20  # registered at a time, 14 ms: meanwhile the driver may keep other calls waiting
+PIECE = 256 << 20  # registered at a time, 14 ms: meanwhile the driver keeps other calls waiting
 READ_ONLY = 8  # cudaHostRegisterReadOnly: without it pages that cannot be written are refused
 KEPT_FREE = 12 << 30  # host memory that is never pinned
 
@@ -99,6 +99,7 @@ class Pages:
                 self.refused = f"cudaHostRegister gave error {int(error)}"
             else:
                 done.append(address)
+            self._stop.wait(0.015)  # as long again: other threads' calls of the driver get their turn
             if int(error) or self._stop.is_set():
                 _unpin(done)
                 return False

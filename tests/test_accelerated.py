@@ -1,6 +1,7 @@
 """The fast decode path agrees with the plain one: on a CPU without graphs, on a GPU with graphs and
 compilation."""
 
+import gc
 import random
 
 import pytest
@@ -288,6 +289,28 @@ def test_graphs_survive_surgery_that_keeps_the_depth(pairs):
     live.apply(r.delete(live.original, 1, 3))
     fast.complete(requests)
     assert fast.timing.captures > before
+
+
+@pytest.mark.gpu
+def test_a_capture_outlives_the_garbage_of_another_engine(pairs):
+    """To end a graph while another is captured breaks the capture off; here garbage is collected at once."""
+    live, thresholds = live_on(pairs("llama"), "cuda"), gc.get_threshold()
+    requests = some_requests(9)
+    _, other = both(live)
+    other.complete(requests)
+    accelerator = other._accelerator
+    assert accelerator is not None and accelerator.graphs
+    accelerator.itself = accelerator  # so that only a collection ends it
+    plain, fast = both(live)
+    gc.collect()
+    gc.disable()
+    del other, accelerator
+    gc.set_threshold(1, 1, 1)
+    gc.enable()
+    try:
+        assert_same(plain, fast, requests)
+    finally:
+        gc.set_threshold(*thresholds)
 
 
 @pytest.mark.gpu
