@@ -560,13 +560,16 @@ def execute(args) -> int:
         make_protocol,
         settle_short,
     )
+    from runner.estimate import short_hint
     from runner.manifest import commit, new_manifest, protocol_json
     from runner.replica import ModelOptions
     from runner.workers import Fleet, choose_crew
 
     register_suites()
     harness_of(args)
-    settle_short(args, torch.cuda.is_available() and args.device_map != "cpu")
+    on_gpu = torch.cuda.is_available() and args.device_map != "cpu"
+    unsaid = args.short is None and not on_gpu and not run
+    settle_short(args, on_gpu)
     given = given_suites(args)
     # 2. who does the work, the plans that fit the model's depth, and what is loaded
     threads = then.get("threads") if isinstance(then.get("threads"), int) else None
@@ -625,6 +628,8 @@ def execute(args) -> int:
             if "prompts_sha256" not in manifest:
                 notes.append("this run is older than the record of its prompts: they are not compared")
         args.begun = run.path
+        if unsaid and not args.short and (hint := short_hint(args, shape.layers, set(shape.sources))):
+            notes = [*notes, hint]  # not in the manifest, whose notes are about the results
         # 4. the batch, and the reports whichever way it ends
         for note in notes:
             print(printable(f"note: {note}"), file=sys.stderr)

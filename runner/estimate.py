@@ -4,6 +4,8 @@ weights."""
 from __future__ import annotations
 
 import time
+from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import torch
 
 import evaluate
 from errors import FrankenError
-from experiments import QUICK, TWIN
+from experiments import QUICK, TWIN, Plan
 from runner import matched_noise
 from runner.choosing import given_suites, known_sources, make_plans, make_protocol, name_models, settle_short
 from runner.known_pairs import choose_pair
@@ -83,6 +85,32 @@ def workload(protocol) -> tuple[int, int, int]:
     budgets = sorted((budget for one in work for budget in one.budgets), reverse=True)
     words = sum(len(t.split()) + 25 for t in texts)  # 25: the chat template with its system prompt
     return int(words * TOKENS_PER_WORD), sum(budgets), sum(budgets[::32])
+
+
+def replies(plans: Sequence[Plan], protocol) -> tuple[int, int]:
+    """(replies, tokens in them at most) that all experiments together are asked for."""
+    budgets = {name: evaluate.SUITES[name]().work(protocol).budgets for name in protocol.suites}
+    each = [budgets[name] for plan in plans for name in plan.experiment.suites or protocol.suites]
+    return sum(map(len, each)), sum(map(sum, each))
+
+
+def short_hint(args, layers: int, sources: set[str]) -> str | None:
+    """For a run on a CPU of which neither --short nor --no-short was said: what --short would leave out, in a
+    line; None where that is nothing or suites were chosen."""
+    if args.suites is not None:
+        return None
+    asked = []
+    for short in (False, True):
+        those = Namespace(**(vars(args) | {"short": short}))
+        plans, _ = make_plans(those, layers, sources)
+        asked.append(replies(plans, make_protocol(those, plans)))
+    (whole, most), (fewer, at_most) = asked
+    if fewer >= whole:
+        return None
+    return (
+        f"on a CPU the long form takes its time: {whole:,} replies, at most {most:,} tokens; --short asks for"
+        f" {fewer:,}, at most {at_most:,} tokens"
+    )
 
 
 @dataclass(frozen=True)
@@ -167,6 +195,7 @@ def dry_run(args) -> int:
     """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
     # 1. what is asked, of what, and where
     there = rates_for(args.machine) if args.machine else rates_here(args)
+    unsaid = args.short is None and not there.gpu
     settle_short(args, there.gpu)
     layers, parameters, inside = model_shape(args)
     pair = choose_pair(args.pair, args.base, args.instruct)
@@ -177,6 +206,8 @@ def dry_run(args) -> int:
     dtype = pick_dtype(args.dtype, "cuda" if there.gpu else "cpu")
     weights, layer = parameters * dtype.itemsize, inside * dtype.itemsize / layers
     print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(protocol.suites)}\n")
+    if unsaid and not args.short and (hint := short_hint(args, layers, sources)):
+        notes.append(hint)
     for note in notes:
         print(f"{note}\n")
     # 2. each experiment: its surgery, its questions and its noise twin
@@ -216,11 +247,12 @@ def dry_run(args) -> int:
                 f" measurements of perplexity; at most about {seconds:.0f} s"
             )
     # 3. memory, work and time of the whole
-    device = "GPU" if there.gpu else "CPU"
-    free = ", ".join(f"{size / GIB:.1f}" for size in there.free)
+    sizes = ", ".join(f"{size / GIB:.1f}" for size in there.free)
+    room = f"{sizes} GiB of {'GPU' if there.gpu else 'host'} memory"
+    room = f"{args.machine} has {room} in all" if args.machine else f"free here: {room}"
     print(
-        f"\nmemory: {weights / GIB:.1f} GiB of weights and about {min(HEADROOM, weights) / GIB:.1f} GiB"
-        f" beside them; {'' if args.machine else 'free '}on the {device}: {free} GiB"
+        f"\nmemory needed: {weights / GIB:.1f} GiB for weights and about"
+        f" {min(HEADROOM, weights) / GIB:.1f} GiB beside them; {room}"
     )
     if args.machine:
         fits = holds(sum(there.free), weights)

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+import evaluate
 import prompts
 import run_all
 from errors import FrankenError
@@ -73,7 +74,7 @@ def test_the_plan_is_printed_without_loading(nothing_loaded, capsys):
 def test_the_default_pair_can_be_planned_anywhere(nothing_loaded, monkeypatch, capsys):
     monkeypatch.setattr(pairs, "cpu_has_bf16", lambda: True)
     assert run_all.main(["--priority-limit", "6", "--dry-run"]) == 0
-    assert "61.0 GiB of weights" in capsys.readouterr().out or torch.cuda.is_available()
+    assert "61.0 GiB for weights" in capsys.readouterr().out or torch.cuda.is_available()
 
 
 def seconds(out: str) -> dict[str, float]:
@@ -192,7 +193,9 @@ def test_the_evening_on_another_machine_is_planned_from_this_one(nothing_loaded,
 
 def test_two_cards_hold_what_one_does_not(nothing_loaded, capsys):
     assert run_all.main(["--dry-run", "--for", "2x40gb"]) == 0
-    assert "on the GPU: 39.4, 39.4 GiB\non 2x40gb: it fits" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "2x40gb has 39.4, 39.4 GiB of GPU memory in all\non 2x40gb: it fits" in out
+    assert "memory needed: 61.0 GiB for weights and about 8.0 GiB beside them" in out
 
 
 def test_an_unknown_machine_is_named_with_those_there_are(nothing_loaded, capsys):
@@ -251,3 +254,43 @@ def test_a_quantized_checkpoint_is_planned_with_the_memory_that_it_takes(tmp_pat
     argv = ["--instruct", str(path), "--priority-limit", "1", "--dry-run", "--device-map", "cpu"]
     assert run_all.main(argv) == 0
     assert "quantized by bitsandbytes: they are dequantized on reading" in capsys.readouterr().out
+
+
+MINE = """
+from experiments import Experiment
+from franken import swap
+
+EXPERIMENTS = [Experiment("mine", "own", lambda m: swap(m.recipe, 1, 2), "Does my own swap show?")]
+"""
+
+
+def counted(suites) -> tuple[int, int]:
+    """(replies, tokens in them at most) of one experiment, from the questions themselves."""
+    protocol = Protocol(suites)
+    budgets = [b for name in suites for b in evaluate.SUITES[name]().work(protocol).budgets]
+    return len(budgets), sum(budgets)
+
+
+def test_a_long_run_on_a_cpu_says_what_the_short_form_would_save(
+    nothing_loaded, monkeypatch, capsys, tmp_path
+):
+    """Where nobody said which form: not once it was said, suites were chosen, nothing would be saved, or a
+    GPU does the work."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "mine.py").write_text(MINE)
+    mine = ["--pair", "smollm2-135m", "--dry-run", "--experiments-file", str(tmp_path / "mine.py")]
+
+    def told(*argv):
+        assert run_all.main([*mine, *argv]) == 0
+        return [line for line in capsys.readouterr().out.splitlines() if "--short" in line]
+
+    # the baseline is asked as well
+    (whole, most), (fewer, at_most) = counted(prompts.GROUPS["all"]), counted(prompts.GROUPS["short"])
+    assert told() == [
+        f"on a CPU the long form takes its time: {2 * whole:,} replies, at most {2 * most:,} tokens; --short"
+        f" asks for {2 * fewer:,}, at most {2 * at_most:,} tokens"
+    ]
+    for said in (["--no-short"], ["--short"], ["--suites", "all"], ["--for", "h100-80gb"]):
+        assert not told(*said), said
+    mine = ["--pair", "smollm2-135m", "--dry-run", "--sweep", "delete"]
+    assert not told()  # a sweep is asked for no reply

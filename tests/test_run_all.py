@@ -165,6 +165,19 @@ def test_the_table_and_what_the_terminal_is_told(go, tmp_path):
     assert "shuffle_all: perplexity" in err  # the bar says which experiment and which suite
 
 
+def test_a_long_run_on_a_cpu_hints_at_the_short_form(go, tmp_path):
+    """Before the first experiment, and not among the notes that the results keep."""
+    for said, hinted in ((), True), (("--no-short",), False):
+        code, _, err = go("--experiments", "swap_adjacent_30_35", "--no-baseline", *said)
+        hints = [line for line in err.splitlines() if "--short" in line]
+        assert code == 0 and len(hints) == hinted, err
+        if hinted:
+            assert hints[0].startswith("note: on a CPU the long form takes its time: ")
+            assert err.index(hints[0]) < err.index("swap_adjacent_30_35: informed")
+        kept = json.loads((latest(tmp_path / "out") / "manifest.json").read_text())["notes"]
+        assert not any("--short" in note for note in kept)
+
+
 def test_seeds_change_samples_shuffles_and_noise_and_nothing_else(go, tmp_path):
     found = []
     for seed in (0, 0, 1):
