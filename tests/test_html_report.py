@@ -306,6 +306,20 @@ def test_too_little_data_stands_with_its_reason_and_numbers_that_are_set_back(
     )
 
 
+def test_an_auroc_above_chance_is_not_left_to_be_read_as_reports(tmp_path, no_drawing):
+    """Scores that none of which is called may still rank above the placebos'."""
+    results = [made.result("baseline_instruct", {"binary": made.binary()})]
+    for control, effects in ((None, (0.03, 0.04, 0.05)), ("placebo", (0.0, 0.01, 0.02))):
+        results += [
+            made.result(f"{control}_{k}", {"binary": made.binary(effect=effect)}, experiment__control=control)
+            for k, effect in enumerate(effects)
+        ]
+    page, *_ = written(tmp_path / "run", results)
+    assert re.search(r"AUROC: *3 modified against 3 placebos: 1\.00", page.text), page.text[:1500]
+    assert "None of 3 changed models reports its change" in page.text
+    assert "may be above 0.5 where no model reports anything" in page.text
+
+
 def test_published_numbers_stand_beside_ours_with_their_source(whole, tmp_path, no_drawing):
     page = whole[0]
     assert "2026-02-04" in page.text
