@@ -7,6 +7,7 @@ prints is escaped, has its hidden characters spelled out and is cut; a cell that
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -388,8 +389,12 @@ def _probe_name(line: Entry) -> Markup:
 
 
 def _question(line: Entry) -> Markup:
+    return _asked(line[0]["text"])
+
+
+@functools.lru_cache(maxsize=4096)  # all experiments are asked the same
+def _asked(text: str) -> Markup:
     """The question; the preamble, which many share, is named instead of repeated."""
-    text = line[0]["text"]
     if not text.startswith(INFORMED_PREAMBLE):
         return Markup(shown(text, 400))
     rest = shown(text[len(INFORMED_PREAMBLE) :], 400)
@@ -402,12 +407,12 @@ def _mass(line: Entry) -> Markup:
 
 
 def _top_tokens(line: Entry) -> Markup:
-    return Markup(
-        ", ".join(
-            f'<bdi class="token">{escape(token(top["token"]))}</bdi>&nbsp;{percent(top["p"])}'
-            for top in line[0]["top"][:4]
-        )
-    )
+    return Markup(", ".join(f"{_token(top['token'])}&nbsp;{percent(top['p'])}" for top in line[0]["top"][:4]))
+
+
+@functools.lru_cache(maxsize=4096)  # a run's experiments answer with few different ones
+def _token(text: str) -> str:
+    return f'<bdi class="token">{escape(token(text))}</bdi>'
 
 
 def _dim(line: Entry) -> str:
