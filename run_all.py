@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import re
 import shlex
 import sys
-import threading
 
 from command_line import (
     DefaultsThatSay,
@@ -249,26 +247,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not 0 <= args.seed < 2**63:
         p.error("--seed must be at least 0 and below 2^63")
     return args
-
-
-def wake_gpu() -> None:
-    """Make what torch needs of the one GPU there is while other libraries are imported, which takes seconds:
-    its context, and the first kernels of the products' library. Where there are several, processes of their
-    own may use them."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or count.value != 1:
-        return
-    driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), 0)
-    with contextlib.suppress(Exception):  # whatever is wrong is told where the model is loaded
-        import torch
-
-        for dtype in (torch.bfloat16, torch.float32):
-            square = torch.ones(64, 64, dtype=dtype, device="cuda")
-            (square @ square).softmax(-1).sum().item()
 
 
 def register_suites() -> None:
@@ -543,8 +521,6 @@ def execute(args) -> int:
     refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
     check_writable(run.path / "experiments" if run else args.output)
     followers = followers_of(args)  # a missing package or token is told before anything is loaded
-    if args.device_map != "cpu":
-        threading.Thread(target=wake_gpu, name="wake the GPU", daemon=True).start()
     import torch
     from tqdm import tqdm
 
