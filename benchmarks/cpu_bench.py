@@ -300,6 +300,8 @@ def compare(engine: OurEngine, plans: list, protocol: Protocol) -> dict:
                 "ratio_per_token": b["seconds_per_token"] / a["seconds_per_token"],
             }
         )
+        times = f"ours {a['seconds']:.1f} s, plain {b['seconds']:.1f} s, {rows[-1]['ratio']:.2f} times"
+        print(f"{name}: {times}", file=sys.stderr, flush=True)
     n = len(live.original)
     times = []
     for _ in range(5):

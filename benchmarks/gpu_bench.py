@@ -308,7 +308,9 @@ class Bench:
     def _splices(self, direct: bool) -> None:
         live, whole = self.live, self.live.original
         pages = live.stream.pages
-        if direct and (pages is None or not pages.ready.wait(120) or not pages.bytes):
+        # while pages are registered, which the driver does in the background, neither way has its own rate
+        ready = pages is not None and pages.ready.wait(120)
+        if direct and (pages is None or not ready or not pages.bytes):
             why = f"{pages and pages.refused}"
             return self.row("splice from registered pages", "not measured", note=why)
         live.stream.direct = direct
