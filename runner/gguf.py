@@ -9,6 +9,7 @@ is dequantized by the `gguf` library and written out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 import sys
@@ -222,7 +223,8 @@ def place_tensors(reader: Reader, skeleton, tied: bool, path: Path) -> dict[str,
     """
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    names = get_gguf_hf_weights_map(skeleton, _processor(reader, skeleton))
+    with _read_once(reader):
+        names = get_gguf_hf_weights_map(skeleton, _processor(reader, skeleton))
     shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
     if tied:
         shapes.pop("lm_head.weight")
@@ -273,12 +275,15 @@ def end_of_reply(reader: Reader) -> list[int]:
 
 @contextlib.contextmanager
 def _read_once(reader: Reader) -> Iterator[None]:
-    """Hand transformers this reader, where it would parse the vocabulary again each of four times."""
-    plain, gguf.GGUFReader = gguf.GGUFReader, lambda path: reader
+    """Hand transformers this reader, where it would parse the vocabulary again each of four times, and one
+    map of names, which it would make anew for each of hundreds of modules (half of SmolLM2's conversion)."""
+    plain, names = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader = lambda path: reader
+    gguf.get_tensor_name_map = functools.cache(names)
     try:
         yield
     finally:
-        gguf.GGUFReader = plain
+        gguf.GGUFReader, gguf.get_tensor_name_map = plain, names
 
 
 def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> None:
