@@ -479,5 +479,7 @@ def select(names: Sequence[str], known: Sequence[Experiment]) -> list[Experiment
     for name in names:
         if name not in by_name:
             near = difflib.get_close_matches(name, by_name, 1, 0.0)
-            raise FrankenError(f"unknown experiment {name!r}; the nearest is {near[0]!r} (--list shows all)")
+            raise FrankenError(
+                f"unknown experiment {name!r}; the nearest is {near[0]!r} (run_all.py --list shows all)"
+            )
     return [by_name[name] for name in dict.fromkeys(names)]

@@ -5,6 +5,7 @@ Positions are those of the published 64-layer pair, scaled.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from traceback import walk_tb
@@ -101,9 +102,9 @@ USER_FILE = "user_experiments"  # what a user's file of experiments is called as
 
 def one_line(e: Exception) -> str:
     """An error's kind and the first line of its message, with the place in a user's file that led to it."""
-    places = ((frame.f_globals.get("__name__"), line) for frame, line in walk_tb(e.__traceback__))
-    lines = [line for name, line in places if name == USER_FILE]
-    place = f" (line {lines[-1]} of the file)" if lines else ""
+    frames = [(frame, line) for frame, line in walk_tb(e.__traceback__)]
+    own = [(f.f_code.co_filename, line) for f, line in frames if f.f_globals.get("__name__") == USER_FILE]
+    place = f" ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else ""
     return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}{place}"
 
 

@@ -49,6 +49,13 @@ from reporting.marks import ABOVE, BELOW, SIGN, Marks, Words
 # of P(Yes) on an axis by log-odds; what lies beyond the ceiling is drawn at it
 P_CEILING = 1 - 1e-6
 ODDS_TICKS = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+CLOSE_TICKS = tuple(k / 20 for k in range(1, 20))  # where not three of the others are within the axis
+
+
+def odds_ticks(values: Sequence[float]) -> Sequence[float]:
+    """Ticks of P(Yes) on an axis by log-odds that holds these values."""
+    within = [tick for tick in ODDS_TICKS if min(values) <= tick <= max(values)]
+    return ODDS_TICKS if len(within) > 2 else CLOSE_TICKS
 
 
 def percent(p: float) -> str:
@@ -268,7 +275,7 @@ def p_yes_perplexity(rows: Sequence[Row], narrow: bool = False) -> Figure | None
         log_axis(axes.xaxis, [x for x, *_ in every])
         # by log-odds, so that what lies near 100% is told apart as well as what lies near 0
         axes.set_yscale("logit", nonpositive="clip")
-        axes.yaxis.set_major_locator(FixedLocator(ODDS_TICKS))
+        axes.yaxis.set_major_locator(FixedLocator(odds_ticks([y for _, y, *_ in every])))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: percent(y)))
         axes.yaxis.set_minor_locator(NullLocator())
         # 2) a point each

@@ -659,7 +659,7 @@ BROKEN_FILES = {
     "EXPERIMENTS = [": "SyntaxError: .*line 1",
     "x = 1": "there is no EXPERIMENTS in it",
     "EXPERIMENTS = 3": "TypeError",
-    "raise ValueError('first\\nsecond')": r"ValueError: first \(line 1 of the file\)$",
+    "raise ValueError('first\\nsecond')": r"ValueError: first \(mine.py, line 1\)$",
     "import no_such_module": "No module named 'no_such_module'",
     HEAD + "EXPERIMENTS = [swap]": "an entry of type function, not an Experiment",
     HEAD + "EXPERIMENTS = [Experiment('a/b', 'g', identity)]": "plain name",

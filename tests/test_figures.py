@@ -502,3 +502,13 @@ def test_points_that_look_alike_are_drawn_at_once():
     # the name of every line and its points: what a line adds to the file
     sizes = [len(figures.save(figures.scores(rows[:n], None))["svg"]) for n in (50, 100)]
     assert (sizes[1] - sizes[0]) / 50 < 1500
+
+
+AXES = [(0.19, 0.4), (0.3, 0.36), (0.45, 0.55), (0.02, 0.4), (1e-5, 0.9), (0.6, 0.97)]
+
+
+@pytest.mark.parametrize("values", AXES)
+def test_an_axis_of_probabilities_has_numbers_near_its_points(values):
+    low, high = values
+    shown = [tick for tick in figures_experiments.odds_ticks(values) if low <= tick <= high]
+    assert 1 <= len(shown) <= 9

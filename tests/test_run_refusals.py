@@ -120,10 +120,10 @@ FILES = {
     ),
     "syntax error": ("EXPERIMENTS = [\n", "mine.py: cannot be used as an experiments file: SyntaxError"),
     "an exception": (own("m.no_such_thing"), "experiment mine: AttributeError"),
-    "the line of an exception": ("\n" + own("m.no_such_thing"), " (line 3 of the file)"),
+    "the line of an exception": ("\n" + own("m.no_such_thing"), " (mine.py, line 3)"),
     "a name that is not there": (
         "import math\n" + own("m.model") + "swop(1)\n",
-        "NameError: name 'swop' is not defined (line 4 of the file)",
+        "NameError: name 'swop' is not defined (mine.py, line 4)",
     ),
     "a taken name": (
         own("m.model").replace("mine", "shuffle_all"),
