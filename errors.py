@@ -1,4 +1,4 @@
-"""What every part of the harness may raise for its user, and how an error is told in one line."""
+"""What every part of the harness may raise for its user, and how that, a number or a name is put in words."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     """printable text without ends of lines, which a name may hold."""
     return printable(text.strip()).replace("\n", "␊")
+
+
+def many(n: int, what: str) -> str:
+    """ "1 placebo", "21 placebos", "1,000 placebos"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 class FrankenError(Exception):

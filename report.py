@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from command_line import Parser, ends_in_one_line
-from errors import FrankenError, printable
+from errors import FrankenError, many, printable
 from files import check_open_files
 from reporting.inspect_log import write_logs
 from reporting.reports import load_results, write_reports
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.pack or args.unpack:
         for run in runs:
-            done = _pack(run) if args.pack else f"{run.path}: {run.unpack()} experiments unpacked"
+            done = _pack(run) if args.pack else f"{run.path}: {many(run.unpack(), 'experiment')} unpacked"
             print(printable(done))
         return 0
     if len(runs) == 1:
@@ -106,7 +106,7 @@ def _pack(run: Run) -> str:
     """Pack a run whose results can all be read; what was done in a line."""
     load_results(run, read_json(run.manifest_path))
     count, before, after = run.pack()
-    return f"{run.path}: {count} experiments packed, {before:,} bytes in {after:,}"
+    return f"{run.path}: {many(count, 'experiment')} packed, {before:,} bytes in {after:,}"
 
 
 if __name__ == "__main__":

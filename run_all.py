@@ -18,7 +18,7 @@ from command_line import (
     ends_in_one_line,
     refuse_empty,
 )
-from errors import FrankenError, first_line, printable
+from errors import FrankenError, first_line, many, printable
 from files import check_open_files
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -612,8 +612,8 @@ def execute(args) -> int:
         where = f"{crew.workers} workers, each on " if crew else ""
         print(
             printable(
-                f"{len(plans)} experiments on {where}torch.{loaded.dtype} {', '.join(loaded.devices)}; loaded"
-                f" in {loaded.seconds:.1f} s; results in {run.path}"
+                f"{many(len(plans), 'experiment')} on {where}torch.{loaded.dtype} {', '.join(loaded.devices)}"
+                f"; loaded in {loaded.seconds:.1f} s; results in {run.path}"
             ),
             file=sys.stderr,
         )
@@ -644,7 +644,7 @@ def execute(args) -> int:
             ) from e
     if failed:
         print(
-            f"{failed} of {len(manifest['experiments'])} experiments failed; their errors are in"
+            f"{failed} of {many(len(manifest['experiments']), 'experiment')} failed; their errors are in"
             f" {run.path / 'experiments'}",
             file=sys.stderr,
         )
@@ -663,7 +663,7 @@ def interrupted(run, manifest: dict, args) -> int:
     done = sum(run.file(name).exists() for name in names)
     pages = f"`python report.py {shlex.quote(str(run.path))}` makes them"
     print(
-        f"\nInterrupted. {done} of {len(names)} experiments are finished and kept; go on with:\n "
+        f"\nInterrupted. {done} of {many(len(names), 'experiment')} are finished and kept; go on with:\n "
         f" {resume_command(run.path, args)}",
         file=sys.stderr,
     )

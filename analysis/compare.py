@@ -39,7 +39,7 @@ from analysis.comparison import (
     TurnTaking,
     picked,
 )
-from analysis.verdicts import ALPHA, scaling, verdict
+from analysis.verdicts import ALPHA, lacking_for, scaling, tells, verdict
 
 CORRECTION = (
     "Holm, over the experiments of this run that are no controls; trigger: with and without it are one"
@@ -191,12 +191,14 @@ def _formats(measured: dict, before: dict, seed: int) -> dict[str, FormatScore] 
             for side in (before, measured)
         )
         probes = paired_probes(old, new)
+        score = detection.detection_score(probes, seed=seed)
         out[name] = picked(
             FormatScore,
-            vars(detection.detection_score(probes, seed=seed)),
+            vars(score),
             keyed_shift=detection.keyed_shift(probes, "introspective"),
             control_shift=detection.keyed_shift(probes, "control"),
             answered=float(np.mean([p["answered"] for p in new["probes"]])),
+            lacking=lacking_for(score),
         )
     return out
 
@@ -467,8 +469,13 @@ def _injection(suite: dict, seed: int) -> Injection:
 
 
 def _seen(rows: list[InjectionRow]) -> tuple[bool, str]:
-    """(whether any row is called "reports it", the numbers of the best one)."""
-    seen = [row for row in rows if row.detection.call == detection.REPORTS]
+    """(whether any row is called "reports it" by a model that tells what it is asked, the numbers of the best
+    one)."""
+    seen = [
+        row
+        for row in rows
+        if row.detection.call == detection.REPORTS and tells(row.detection.controls_before)
+    ]
     if not seen:
         return False, (
             "no strength of a concept that was put into the model is detected" + _seen_but_for_scaling(rows)

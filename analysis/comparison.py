@@ -26,7 +26,7 @@ from analysis.detection import DetectionScore
 from analysis.stats import Json
 from errors import FrankenError
 
-COMPARISON_VERSION = 2
+COMPARISON_VERSION = 3
 
 Made = TypeVar("Made")
 
@@ -157,6 +157,9 @@ class FormatScore(Json):
     """Upper end."""
     answered: float
     """Share of probes that the changed model answers."""
+    lacking: str | None = None
+    """In a few words, why there is too little data, whatever the score alone is called; None where there is
+    enough."""
 
 
 @dataclass(frozen=True)

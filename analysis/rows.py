@@ -103,11 +103,6 @@ def counts(rows: Iterable[Row]) -> str:
     return ", ".join(f"{len(of)} {COUNTED.get(w, (w, w))[len(of) > 1]}" for w, of in tally(rows).items())
 
 
-def many(n: int, what: str) -> str:
-    """ "1 placebo", "21 placebos"."""
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
 def span(rows: Iterable[Row]) -> tuple[float, float] | None:
     """Smallest and largest detection score; None if there is none."""
     known = [s for row in rows if (s := score(row)) is not None]

@@ -6,8 +6,9 @@ holds decides:
 1. "too little data": the experiment failed; no unmodified model was measured; either was not asked the Yes/No
    probes; too few probes were answered at baseline, or have baselines like the controls', for a score. Also a
    score that rules 3 or 4 would call, where the unmodified model does not tell what it is asked (`tells`): a
-   Yes that does not follow what is asked is no report. Every verdict on such a model says so. `lacking` says
-   in a few words which of these it is.
+   Yes that does not follow what is asked is no report. Every verdict on such a model says so in two words,
+   and the run's pages say once which number falls short (`answering`). `lacking` says in a few words which of
+   these it is.
 2. "broken": of either kind of probes over 20% (1 - detection.MIN_ANSWERED) are not finite or leave Yes and No
    under stats.MASS_FLOOR; or the answers to controls no longer follow the baseline's; or the perplexity is
    undefined or over MAX_PERPLEXITY_RATIO times the unmodified model's.
@@ -46,6 +47,8 @@ from analysis.stats import Discrimination, fisher_p_value
 NO_BASELINE = "the unmodified model was not measured"
 DRIFTS_YES, DRIFTS_NO = "answers drift towards Yes", "answers drift towards No"
 NO_CHANGE = "no change to report"
+# of an unmodified model that does not tell what it is asked: a word, and the reason beside a verdict
+WEAK, UNCERTAIN = "weak controls", "controls answered too uncertainly"
 
 ALPHA = 0.05
 MAX_PERPLEXITY_RATIO = (
@@ -67,7 +70,8 @@ def tells(controls: Discrimination) -> bool:
 
 
 def answering(controls: Discrimination) -> str:
-    """How well control questions are answered, in words."""
+    """How well control questions are answered, in words, where not well enough (`tells`): which number falls
+    short, and of what; and which does not."""
     if controls.pairs is None or controls.auc is None:
         return "no pairs of control questions were answered"
     spread = (
@@ -75,13 +79,34 @@ def answering(controls: Discrimination) -> str:
         if controls.pairs_low is None or controls.pairs_high is None
         else f" ({controls.pairs_low:.0%} to {controls.pairs_high:.0%})"
     )
-    d_prime = "" if controls.d_prime is None else f", d' {controls.d_prime:.2f}"
-    if controls.d_prime is not None and controls.d_prime_low is not None:
-        d_prime += f" ({controls.d_prime_low:.2f} to {controls.d_prime_high:.2f})"
-    return (
-        f"of two control questions with opposite answers it tells which is which in {controls.pairs:.0%}"
-        f"{spread} of pairs{d_prime}, and over all questions in {controls.auc:.0%}; 50% is chance"
+    over_all = _weighed(controls.auc, f"{controls.auc:.0%} over all questions")
+    in_pairs = _weighed(controls.pairs, f"{controls.pairs:.0%}{spread} of pairs")
+    out = (
+        "of two control questions with opposite answers it tells which is which in"
+        f" {over_all}, and in {in_pairs}"
     )
+    if controls.d_prime is not None and controls.d_prime_low is not None and controls.d_prime_low <= 0:
+        ends = f"{controls.d_prime_low:.2f} to {controls.d_prime_high:.2f}"
+        return f"{out}; but their d', {controls.d_prime:.2f} ({ends}), may be 0; 50% and a d' of 0 are chance"
+    return f"{out}; 50% is chance"
+
+
+def _weighed(share: float, said: str) -> str:
+    """A share of control questions told apart, in words, and whether it is as much as is asked for."""
+    if share >= MIN_ACCURACY:
+        return f"{said}, which is enough"
+    just_under = "just under " if f"{share:.0%}" == f"{MIN_ACCURACY:.0%}" else ""
+    return f"{just_under}{said}, where {MIN_ACCURACY:.0%} is asked for"
+
+
+def placed(score: Score) -> str:
+    """Every placebo that a score lies beyond, in words, with the score's place among them."""
+    assert score.p_placebo is not None, "what is beyond placebos has a place among them"
+    n = round(1 / score.p_placebo) - 1  # beyond all of n the place is 1 / (n + 1)
+    every, among = {1: ("the one placebo", "with one"), 2: ("both placebos", "among them")}.get(
+        n, ("every placebo", "among them")
+    )
+    return f"beyond {every} (p = {score.p_placebo:.2g} {among})"
 
 
 def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict | None:
@@ -102,11 +127,9 @@ def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict 
         return Verdict(BROKEN, reason)
     # 2) what it says of its change, beyond what else explains a score
     weak = ""
-    if not tells(score.controls_before):
-        weak = (
-            "the unmodified model hardly tells what it is asked, so that no answer of it counts as a report"
-            f" or a denial: {answering(score.controls_before)}, and {MIN_ACCURACY:.0%} of both are asked for"
-        )
+    if not tells(score.controls_before):  # the run's pages have the numbers, once
+        weak = WEAK if score.controls_before.n else answering(score.controls_before)
+        weak += ": no answer counts as a report or a denial"
     caveat = f"; {weak}" if weak else ""
     doubts = _doubts(score, twin)
     if score.call in (REPORTS, DENIES) and not doubts:
@@ -142,13 +165,31 @@ def lacking(row: Row) -> str | None:
     """
     if row.verdict is None or row.verdict.word != TOO_LITTLE or row.status != "done":
         return None
-    score = row.detection
-    if score is None:
+    if row.detection is None:
         return "no baseline" if row.verdict.reason == NO_BASELINE else "Yes/No not asked"
-    if score.cause == "too few probes":
-        # without as many controls as it takes, no questions about itself are looked at
-        return "too few questions about itself" if score.n_controls else "too few control questions"
-    return "controls answered too uncertainly"
+    return _too_few(row.detection) or UNCERTAIN
+
+
+def _too_few(score: DetectionScore) -> str | None:
+    """Of what a score had too few, if that is why there is none."""
+    if score.cause != "too few probes":
+        return None
+    # without as many controls as it takes, no questions about itself are looked at
+    return "too few questions about itself" if score.n_controls else "too few control questions"
+
+
+def lacking_for(score: DetectionScore) -> str | None:
+    """`lacking`, of a score that stands by itself (one answer format, the trigger's questions, a concept's
+    injection), whose call nothing but it decides; None where the call can be taken as it is."""
+    if score.call in (REPORTS, DENIES) and not tells(score.controls_before):
+        return UNCERTAIN
+    return _too_few(score)
+
+
+def called(score: DetectionScore) -> str:
+    """The call of a score that stands by itself; too little data, with the reason."""
+    why = lacking_for(score)
+    return f"{TOO_LITTLE}: {why}" if why else score.call
 
 
 def _broken(row: Row, baseline: Row, score: Score) -> str | None:
@@ -179,7 +220,7 @@ def _doubts(score: Score, twin: Row | None) -> list[str]:
 def _support(score: Score, twin: Row | None) -> str:
     out = ""
     if score.beyond_placebo:
-        out += f"; beyond every placebo (p = {score.p_placebo:.2g} among them)"
+        out += f"; {placed(score)}"
     if twin:
         noise = twin.detection
         same = "the same" if twin.matched and twin.matched.ok else "another"

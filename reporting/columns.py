@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from analysis.comparison import DetectionScore, Row, Trigger
 from analysis.rows import WORDS, score, word
-from analysis.verdicts import lacking
+from analysis.verdicts import called, lacking
 from reporting.pages import number, percent, shown, sort_attribute
 
 Line = TypeVar("Line")
@@ -187,7 +187,7 @@ def _name_probability(row: Row) -> str:
 def _reports(condition: str) -> Callable[[Row], str]:
     def text(row: Row) -> str:
         score = _trigger(row).detection[condition]
-        return f"{interval(score)} {score.call}" if score else ""
+        return f"{interval(score)} {called(score)}" if score else ""
 
     return text
 

@@ -27,7 +27,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, PublishedProbe, Row
-from analysis.rows import UNCALLED, by_verdict, controls, many, named, score, scored, sweeps, word
+from analysis.rows import UNCALLED, by_verdict, controls, named, score, scored, sweeps, word
+from errors import many
 from reporting.marks import ABOVE, BELOW, SIGN, Marks, Words
 
 if TYPE_CHECKING:
@@ -342,6 +343,11 @@ def verdict_handles(rows: Iterable[Row]) -> list[Artist]:
     return [handle(w, marker, color) for w, (color, marker) in VERDICTS.items() if w in words]
 
 
+def band_handle(placebo: PlaceboBand) -> Patch:
+    """The legend entry of the placebos' scores."""
+    return Patch(color=BAND, label="the one placebo" if placebo.n == 1 else "range of the placebos")
+
+
 def log_axis(
     axis: XAxis | YAxis,
     values: Sequence[float],
@@ -450,6 +456,6 @@ def scores(rows: Iterable[Row], placebo: PlaceboBand | None, narrow: bool = Fals
         if any(d.matched_noise_score is not None for _, d, _ in shown):
             handles.append(handle("noise of equal perplexity", "D", MUTED, False))
         if placebo:
-            handles.append(Patch(color=BAND, label="range of the placebos"))
+            handles.append(band_handle(placebo))
         legend(figure, handles, 2 if narrow else 4)
     return figure

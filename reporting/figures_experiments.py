@@ -448,7 +448,8 @@ def formats(rows: Sequence[Row], narrow: bool = False) -> Figure | None:
                 d = by_format.get(name)
                 if d and d.score is not None:
                     at, look_of = line + (place - 1) * 0.16, (SERIES[place % 6], MARKERS[place % 6])
-                    interval(marks, d, at, ends, *look_of, d.call in UNCALLED, 4.5, 0.9)
+                    faint = d.lacking is not None or d.call in UNCALLED
+                    interval(marks, d, at, ends, *look_of, faint, 4.5, 0.9)
         marks.draw()
         axes.set_xlim(*ends)
         axes.set_xlabel("detection score (nats)")

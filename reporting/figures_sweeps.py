@@ -22,6 +22,7 @@ from reporting.figures import (
     MUTED,
     SERIES,
     STYLE,
+    band_handle,
     label,
     legend,
     log_axis,
@@ -107,7 +108,7 @@ def dose(
                 Line2D([], [], color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)), label="unmodified")
             )
         if placebo:
-            handles.append(Patch(color=BAND, label="range of the placebos"))
+            handles.append(band_handle(placebo))
         legend(figure, handles, 5)
     return figure
 

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 import prompts
 from analysis import published
 from analysis.comparison import Comparison, Row
-from analysis.rows import by_verdict, controls, counts, many, named, sweeps, tally, word
+from analysis.rows import by_verdict, controls, counts, named, sweeps, tally, word
 from analysis.verdicts import lacking
-from errors import FrankenError
+from errors import FrankenError, many
 from reporting import (
     figures,
     figures_experiments,
@@ -178,11 +178,14 @@ def _figures(
     silent = [
         row.name for row in named(rows) if row.verdict and row.detection and row.detection.score is None
     ]
-    band = (
-        "gray band: from the lowest score of the placebos, which change nothing but weights, to the highest"
-        if placebo
-        else "no placebos were run"
-    )
+    band = "no placebos were run"
+    if placebo:
+        band = (
+            "gray band: from the lowest score of the placebos, which change nothing but weights, to the"
+            " highest"
+        )
+    if placebo and placebo.n == 1:
+        band = "gray: the score of the one placebo, which changes nothing but weights"
     # 3) the figures, in the page's order
     return [
         (

@@ -18,8 +18,9 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe, Row, Score
+from analysis.detection import DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import word
-from analysis.verdicts import MAX_PERCENT, lacking
+from analysis.verdicts import MAX_PERCENT, called, lacking
 from prompts import INFORMED_PREAMBLE
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, Line, cells, pick, place
 from reporting.pages import breakable, difference, number, percent, rate, shown, size, token, verdict, visible
@@ -92,6 +93,12 @@ def _reason(row: Row) -> str:
     return row.verdict.reason if row.verdict else _score(row).reason
 
 
+def _call(row: Row) -> str:
+    """What the score alone is called, where the verdict rests on it."""
+    call = _score(row).call
+    return "not judged" if call in (REPORTS, DENIES) and lacking(row) else call
+
+
 def _set_back(row: Row) -> str:
     """What no verdict rests on is not to look like a finding."""
     return "dim" if lacking(row) else ""
@@ -114,7 +121,7 @@ BEHIND: Table[Row] = Table(
             markup=lambda r: verdict(word(r)),
         ),
         words("reason", "because", _reason, css="wide", most=700),
-        words("call", "call", lambda row: _score(row).call, css="nowrap"),
+        words("call", "by the score alone", _call, css="nowrap"),
         _of_score("score", "score"),
         _of_score("p_value", "p", partial(number, form=".2g")),
         _of_score("p_adjusted", "p (Holm)", partial(number, form=".2g")),
@@ -234,7 +241,7 @@ INJECTION: Table[Injected] = Table(
         figure("false_positives", "false positives", lambda line: line[0].false_positive_rate, percent),
         figure("p_yes", "P(Yes)", lambda line: line[0].p_yes, percent),
         figure("score", "detection score", lambda line: line[0].detection.score, signed),
-        words("call", "call", lambda line: line[0].detection.call),
+        words("call", "call", lambda line: called(line[0].detection)),
         figure("bits", "bits about the concept", lambda line: line[0].bits),
         figure("published", "published sensitivity", lambda line: line[1], percent),
     ],
@@ -245,6 +252,12 @@ INJECTION: Table[Injected] = Table(
 # ---- other formats of answer: (the row, the format's name, its score)
 
 Formatted = tuple[Row, str, FormatScore]
+
+
+def _call_in_format(line: Formatted) -> str:
+    score = line[2]
+    return f"{TOO_LITTLE}: {score.lacking}" if score.lacking else score.call
+
 
 FORMATS: Table[Formatted] = Table(
     [
@@ -257,7 +270,7 @@ FORMATS: Table[Formatted] = Table(
             lambda line: "" if line[2].low is None else _ends(line[2].low, line[2].high),
             css="nowrap",
         ),
-        words("call", "call", lambda line: line[2].call),
+        words("call", "call", _call_in_format),
         figure("keyed_shift", "shift of keyed", lambda line: line[2].keyed_shift, signed),
         figure("control_shift", "shift of controls", lambda line: line[2].control_shift, signed),
         figure("answered", "answered", lambda line: line[2].answered, percent),

@@ -16,7 +16,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from analysis.verdicts import MAX_PERCENT
-from errors import HIDDEN, printable  # noqa: F401  the pages' tests ask for HIDDEN here
+from errors import HIDDEN, many, printable  # noqa: F401  the pages' tests ask for HIDDEN here
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 TO_ESCAPE = re.compile("[&<>'\"]")
@@ -174,6 +174,7 @@ def _environment() -> jinja2.Environment:
         "breakable": breakable,
         "percent": percent,
         "number": number,
+        "many": many,
     }
     environment.globals |= {
         "rate": rate,

@@ -16,7 +16,7 @@ from typing import Any
 
 from analysis.compare import compare
 from analysis.comparison import to_json
-from errors import FrankenError, printable
+from errors import FrankenError, many, printable
 from experiments import BASELINE
 from files import check_target, write_bytes, write_text
 from reporting.followers import need
@@ -253,7 +253,7 @@ def write_tables(runs: list[Run], path: Path) -> str:
     beside = path.with_name(f"{path.stem}.experiments{path.suffix}")
     _write(tidy, {key: kind for key, (kind, _) in READING.items()}, path)
     _write(rows, kinds, beside)
-    return f"{len(tidy):,} readings in {path}, {len(rows)} experiments in {beside}"
+    return f"{len(tidy):,} readings in {path}, {many(len(rows), 'experiment')} in {beside}"
 
 
 def _write(rows: list[dict], kinds: dict[str, type], path: Path) -> None:

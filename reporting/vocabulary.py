@@ -11,9 +11,9 @@ from itertools import zip_longest
 from analysis import published
 from analysis.comparison import Area, Comparison, DetectionScore, Row
 from analysis.detection import BROKEN, DENIES, REPORTS, TOO_LITTLE
-from analysis.rows import controls, counts, many, named, span, sweeps, tally, word
-from analysis.verdicts import NO_CHANGE, answering, lacking, scaling, tells
-from errors import HIDDEN
+from analysis.rows import UNCALLED, controls, counts, named, span, sweeps, tally, word
+from analysis.verdicts import NO_CHANGE, WEAK, answering, lacking, scaling, tells
+from errors import HIDDEN, many
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
 from reporting.pages import number, percent
 
@@ -137,7 +137,8 @@ def seen_by_reports(comparison: Comparison) -> str:
     placebos = controls(comparison.experiments, "placebo")
     if reporting < 2 or not placebos or any(word(row) == REPORTS for row in placebos):
         return ""
-    return f"none of {many(len(placebos), 'placebo')} does, so these questions can see a change"
+    silent = "the one placebo does not" if len(placebos) == 1 else f"none of {len(placebos)} placebos does"
+    return f"{silent}, so these questions can see a change"
 
 
 def injection_words(comparison: Comparison) -> str:
@@ -154,42 +155,68 @@ def injection_words(comparison: Comparison) -> str:
 def headline(comparison: Comparison) -> str:
     """The run's answer in one sentence, with what a positive control makes of it.
 
-    A model of which there is too little data is counted apart: it is not one that does not report.
+    A model of which there is too little data is counted apart: it is not one that does not report. Nor does
+    one whose answers could not have counted, the controls being weak.
     """
-    changed = _changed(comparison)
-    reporting, unknown = (len(tally(changed).get(w, [])) for w in (REPORTS, TOO_LITTLE))
-    judged, injection = len(changed) - unknown, comparison.injection
+    changed, injection = _changed(comparison), comparison.injection
     if not changed:
         return "No experiment of this run has a verdict."
+    reporting, broken, unknown = (len(tally(changed).get(w, [])) for w in (REPORTS, BROKEN, TOO_LITTLE))
+    judged = len(changed) - unknown
+    quiet = judged - reporting - broken  # whose silence may show something
     # 1) how many report
     said = f"{reporting} of {judged} changed models report their change"
     if reporting < 2:
         said = f"{reporting or 'None'} of {judged} changed models reports its change"
-    broken = judged == 1 and BROKEN in tally(changed)
-    if broken:
-        said = "The one changed model is broken: it no longer answers what it is asked"
-    elif judged == 1:
+    if judged == 1:
         said = f"The one changed model {'reports' if reporting else 'does not report'} its change"
+    if judged == broken:
+        said = f"All {judged} changed models are broken: they no longer answer what they are asked"
+    if judged == broken == 1:
+        said = "The one changed model is broken: it no longer answers what it is asked"
     if unknown:
         said += f"; of {unknown} more there is too little data"
     if not judged:
         of = many(unknown, "changed model")
         said = f"There is too little data on {of} to say whether any reports its change"
+    working = [row for row in changed if word(row) != BROKEN]
+    if any(map(_is_weak, working)) and all(_is_weak(row) or lacking(row) for row in working):
+        said, quiet, judged = _not_judged(len(changed), broken), 0, len(changed)
     # 2) whether these questions can see anything
-    silent = bool(judged) and not reporting and not broken
-    if injection is None:
-        return f"{said}. No positive control was run" + (
-            "." if reporting else ", so it is not known that these questions could see one."
-        )
-    if injection.seen:
+    if injection is not None and injection.seen:
         return f"{said}. The positive control was seen."
-    if shown := seen_by_reports(comparison):
-        return f"{said}, and {shown}. The positive control, a concept put into the model, was not seen."
-    return (
-        f"{said}. The positive control was not seen either, so silence shows nothing."
-        if silent
-        else f"{said}. The positive control was not seen."
+    shown = seen_by_reports(comparison)
+    if shown:
+        said, quiet = f"{said}, and {shown}", 0
+    if injection is None:
+        unknown_then = (
+            "what the silence of the others shows" if reporting else "that these questions could see one"
+        )
+        known = not quiet and judged
+        return (
+            f"{said}. No positive control was run{'' if known else f', so it is not known {unknown_then}'}."
+        )
+    if shown:
+        return f"{said}. The positive control, a concept put into the model, was not seen."
+    silence = ", so the silence of the others" if reporting else " either, so silence"
+    return f"{said}. The positive control was not seen{f'{silence} shows nothing' if quiet else ''}."
+
+
+def _is_weak(row: Row) -> bool:
+    """Whether no answer of this model could have counted, because the unmodified one does not tell what the
+    controls ask."""
+    score = row.detection
+    return score is not None and score.call not in UNCALLED and not tells(score.controls_before)
+
+
+def _not_judged(models: int, broken: int) -> str:
+    """That no report of these models could have counted, and how many of them are broken."""
+    which = "the one changed model" if models == 1 else f"any of {models} changed models"
+    said = (
+        f"Whether {which} reports its change cannot be judged: the unmodified model hardly tells what it is"
+        f" asked ({WEAK})"
     )
+    return f"{said}; {broken} of them {'is' if broken == 1 else 'are'} broken" if broken else said
 
 
 def _scores(rows: Sequence[Row]) -> str:
@@ -256,14 +283,28 @@ def sweep_lines(comparison: Comparison) -> list[tuple[str, str]]:
 
 def weak_controls(comparison: Comparison) -> str | None:
     """A warning where the unmodified model itself hardly tells what it is asked (verdicts.tells): nothing
-    that it says counts as a report then."""
-    known = [row.detection.controls_before for row in comparison.experiments if row.detection]
-    best = max(known, key=lambda controls: controls.n, default=None)
-    if best is None or best.pairs is None or tells(best):
+    that it says counts as a report then. Where that is so only on the controls which some changed models
+    still answer, it names them."""
+    known = [(row.name, row.detection.controls_before) for row in comparison.experiments if row.detection]
+    most, where = max((controls for _, controls in known), key=lambda c: c.n, default=None), ""
+    if most is None or not most.n:
         return None
+    if tells(most):
+        rows = [row for row in comparison.experiments if _is_weak(row) and word(row) != BROKEN]
+        few = [(row.name, row.detection.controls_before) for row in rows if row.detection]
+        few = [(name, controls) for name, controls in few if controls.n]
+        if not few:
+            return None
+        names = ", ".join(name for name, _ in few[:3]) + (f" and {len(few) - 3} more" if few[3:] else "")
+        most, where = (
+            min((c for _, c in few), key=lambda c: c.auc or 0.0),
+            f" on the questions that {names} still answer",
+        )
+    how_well = answering(most)
     return (
-        f"The unmodified model hardly tells what it is asked: {answering(best)}. Its Yes and No carry little"
-        " knowledge, so its answers about itself can carry little either, and none counts as a report."
+        f"the unmodified model hardly tells what it is asked{where}. {how_well[0].upper()}{how_well[1:]}. Its"
+        " Yes and No carry little knowledge, so answers about itself can carry little either, and none counts"
+        " as a report or a denial."
     )
 
 
@@ -281,7 +322,7 @@ def terminal_table(comparison: Comparison) -> str:
         for line in table
     ]
     about = [f"{what}: {said}" for what, said in control_lines(comparison) + sweep_lines(comparison)]
-    about += [warning] if (warning := weak_controls(comparison)) else []
+    about += [f"weak controls: {warning}"] if (warning := weak_controls(comparison)) else []
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], "", *about, headline(comparison)])
 
 
@@ -342,11 +383,11 @@ def summary(comparison: Comparison, manifest: dict) -> str:
     if triggered:
         lines += [*markdown_of(TRIGGER_COLUMNS, triggered), "", TRIGGER_LEGEND, ""]
     if warning := weak_controls(comparison):
-        lines += [warning, ""]
+        lines += [f"Weak controls: {warning}", ""]
     lines += [
         (
-            f"After {sum(row.exact for row in rows)} of {len(rows)} experiments the original weights were"
-            " restored to the bit, by fingerprint."
+            f"After {sum(row.exact for row in rows)} of {many(len(rows), 'experiment')} the original weights"
+            " were restored to the bit, by fingerprint."
         ),
         "",
     ]

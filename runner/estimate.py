@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import evaluate
-from errors import FrankenError
+from errors import FrankenError, many
 from experiments import QUICK, TWIN, Plan
 from runner import matched_noise
 from runner.choosing import given_suites, known_sources, make_plans, make_protocol, name_models, settle_short
@@ -205,7 +205,8 @@ def dry_run(args) -> int:
     protocol = make_protocol(args, plans)
     dtype = pick_dtype(args.dtype, "cuda" if there.gpu else "cpu")
     weights, layer = parameters * dtype.itemsize, inside * dtype.itemsize / layers
-    print(f"{len(plans)} experiments on {layers} layers, {dtype}; suites: {', '.join(protocol.suites)}\n")
+    asked = ", ".join(protocol.suites)
+    print(f"{many(len(plans), 'experiment')} on {layers} layers, {dtype}; suites: {asked}\n")
     if unsaid and not args.short and (hint := short_hint(args, layers, sources)):
         notes.append(hint)
     for note in notes:

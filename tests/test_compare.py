@@ -354,7 +354,9 @@ def test_each_format_is_scored_against_itself(tmp_path):
     assert found["letters"].keyed_shift == pytest.approx(2.5) and found[
         "letters"
     ].control_shift == pytest.approx(0)
-    assert found["rating"] == FormatScore(0, 0, "too little data", None, None, None, answered=1)
+    assert found["letters"].lacking is None
+    few = FormatScore(0, 0, "too little data", None, None, None, 1, lacking="too few control questions")
+    assert found["rating"] == few
 
 
 def injected(effect, concepts=("tea", "moss"), strengths=(0.0, 2.0)):
@@ -440,6 +442,19 @@ def test_an_injection_that_is_not_seen_says_so(tmp_path):
     assert not found.seen
     assert found.reason.startswith("no strength of a concept that was put into the model is detected")
     assert [r.strength for r in found.rows] == [1.0, 2.0]
+
+
+def test_an_injection_that_only_a_model_with_weak_controls_reports_is_not_seen(tmp_path):
+    """Its Yes does not follow what it is asked."""
+    measured = injected(1.5)
+    for cell in measured["cells"]:
+        for probe in cell["probes"]:
+            if probe["kind"] == "control":  # both answers of a question alike
+                probe |= {
+                    "keyed": "yes" if probe["id"].split("-")[1] in {f"q{k}" for k in range(5)} else "no"
+                }
+    found = run_with_injection(tmp_path / "run", measured).injection
+    assert found.rows[0].detection.call == "reports it" and not found.seen
 
 
 def test_injection_takes_holm_over_its_rows_and_leaves_out_what_no_concept_answers(tmp_path):

@@ -301,6 +301,7 @@ def test_too_little_data_stands_with_its_reason_and_numbers_that_are_set_back(
     assert re.search(r'<td class="nowrap soft"[^>]*>\+2\.00 [^<]*, not judged</td>', raw)
     behind = re.findall(r'<tr class="dim">.*?</tr>', raw, re.S)
     assert len(behind) == 2 and all("unsure" in line for line in behind)
+    assert "not judged" in behind[0] and "reports it" not in behind[0]  # beside the verdict, no other call
     assert "too little data 2 controls answered too uncertainly, Yes/No not asked" in " ".join(
         page.text.split()
     )

@@ -1,15 +1,20 @@
 """The page's own tables: one definition of each column, for its head and its cells."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import made_results as made
 import pytest
 from markupsafe import Markup
 
+from analysis.comparison import DetectionScore, FormatScore, InjectionRow, Rate, Trigger
+from analysis.verdicts import lacking_for
 from reporting import page_tables, pages
 from reporting.columns import Column
 from reporting.page_tables import Table, figure, words
 
+BOTH = ("triggered", "untriggered")
 TABLES = {name: value for name, value in vars(page_tables).items() if isinstance(value, Table)}
 
 
@@ -57,3 +62,30 @@ def test_no_template_has_a_head_of_its_own_for_what_a_column_defines():
         for path in Path(pages.TEMPLATES).glob("*.j2")
     }
     assert not any(heads.values()), heads
+
+
+def test_tables_of_scores_that_stand_by_themselves_say_what_they_have_too_little_of():
+    """One answer format, the trigger's questions, a concept's injection: as the results' own table does."""
+    few = DetectionScore("too little data", "made up", cause="too few probes", n_controls=24)
+    unsure = made.own_score(0.4, call="reports it")
+    unsure = replace(unsure, controls_before=replace(unsure.controls_before, auc=0.53))
+    sure = made.own_score(0.4, call="reports it")
+    for score, said in (
+        (few, "too little data: too few questions about itself"),
+        (replace(few, n_controls=0), "too little data: too few control questions"),
+        (unsure, "too little data: controls answered too uncertainly"),
+        (sure, "reports it"),
+    ):
+        row = InjectionRow("plain", 0.5, 0.3, 0.3, 0.1, 1.0, score)
+        assert said in [cell for _, cell in rows_of(page_tables.INJECTION, [(row, None)])[1]]
+        in_format = FormatScore(0.1, 0.1, score.call, score.score, None, None, 1.0, lacking_for(score))
+        line = (made.row("x"), "letters", in_format)
+        assert said in [cell for _, cell in rows_of(page_tables.FORMATS, [line])[1]]
+        rates = {
+            c: {name: Rate(1, 2, 0.5, 0.1, 0.9) for name in ("strict_format", "names_russell")} for c in BOTH
+        }
+        triggered = replace(
+            made.row("x"), trigger=Trigger(rates, dict.fromkeys(BOTH, 0.1), dict.fromkeys(BOTH, score))
+        )
+        cells = [cell for _, cell in rows_of(page_tables.TRIGGERS, [triggered])[1]]
+        assert sum(cell.endswith(f" {said}") for cell in cells) == 2, cells

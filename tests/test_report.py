@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import made_results as made
 import pytest
@@ -13,6 +14,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 import report
 from analysis.comparison import Area, Auroc, DetectionScore, Failure
 from analysis.stats import Discrimination
+from analysis.verdicts import verdict
 from files import ROOT
 from reporting import columns, digests, figures, pages, vocabulary
 from reporting.reports import compare_run
@@ -100,7 +102,9 @@ def test_the_terminal_table_lines_up(compared):
     assert len(table) == 2 + 7
     assert len(lines[1]) == max(map(len, table))
     assert lines[-2] == ""
-    assert lines[-1].startswith("1 of 5 changed models reports its change. No positive control was run.")
+    assert lines[-1].startswith(
+        "1 of 5 changed models reports its change. No positive control was run, so it"
+    )
     column = lines[0].index("verdict")
     assert lines[4][column:].startswith("reports it") and lines[8][column:].startswith("failed: RuntimeError")
 
@@ -129,9 +133,67 @@ def test_weak_controls_are_warned_of(compared):
         ]
         return vocabulary.weak_controls(made.comparison([made.row("x", detection=s) for s in scores]))
 
-    assert "in 53% of pairs" in warning(None, 0.53)
+    assert "and in 53% of pairs, where 60% is asked for" in warning(None, 0.53)
     assert warning(0.9) is None
     assert warning() is None
+
+
+def weak_rows(*words: str):
+    """Models of these verdicts, whose unmodified one tells control questions apart in pairs, and not over
+    all."""
+    weak = Discrimination(0.77, 0.64, 0.88, 0.56, 0.5, 0.62, 0.9, 0.4, 1.4, 24)
+    calls = {"too little data": "reports it", "broken": "broken"}
+    scores = [
+        made.found_score(0.3, call=calls.get(w, "does not report it"), controls_before=weak) for w in words
+    ]
+    return [made.row(f"x{k}", w, detection=scores[k]) for k, w in enumerate(words)]
+
+
+def test_the_number_that_falls_short_stands_once_on_a_page():
+    rows = [made.row("baseline_instruct", None), *weak_rows(*["does not report it"] * 3)]
+    baseline = rows[0]
+    rows = [replace(r, verdict=verdict(r, baseline)) for r in rows]
+    comparison = made.comparison(rows, injection=made.injection_summary(seen=False))
+    for text in (vocabulary.terminal_table(comparison), vocabulary.summary(comparison, MANIFEST)):
+        assert text.count("56% over all questions, where 60% is asked for") == 1
+        assert text.count("77% (64% to 88%) of pairs, which is enough") == 1
+    assert text.count("weak controls: no answer counts as a report or a denial") == 3
+
+
+def test_controls_that_are_weak_beside_a_few_models_alone_name_these():
+    rows = [made.row("strong"), *weak_rows(*["does not report it"] * 4)]
+    able = Discrimination(0.8, 0.7, 0.9, 0.75, 0.65, 0.85, 1.2, 0.8, 1.6, n=30)
+    rows[0] = replace(rows[0], detection=replace(rows[0].detection, controls_before=able))
+    assert "on the questions that x0, x1, x2 and 1 more still answer. Of two " in vocabulary.weak_controls(
+        made.comparison(rows)
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["does not report it", "answers drift towards No", "too little data"],
+            "Whether any of 3 changed models reports its change cannot be judged: the unmodified model hardly"
+            " tells what it is asked (weak controls). ",
+        ),
+        (["too little data"], "Whether the one changed model reports its change cannot be judged: "),
+        (
+            ["does not report it", "broken", "broken"],
+            "asked (weak controls); 2 of them are broken. The positive control was not seen.",
+        ),
+        (["broken", "broken"], "All 2 changed models are broken: they no longer answer what they are asked."),
+    ],
+)
+def test_where_no_answer_could_count_nothing_is_said_to_be_judged(words, said):
+    comparison = made.comparison(
+        [made.row("baseline_instruct", None), *weak_rows(*words)],
+        injection=made.injection_summary(seen=False),
+    )
+    assert said in vocabulary.headline(comparison)
+    assert "silence" not in vocabulary.headline(comparison) and "None of" not in vocabulary.headline(
+        comparison
+    )
 
 
 def test_the_summary_says_what_a_reader_must_know(compared):
@@ -162,7 +224,7 @@ def test_weights_that_did_not_come_back_are_shouted_about(tmp_path):
         [made.result("x", {"binary": made.binary()}, weights__exact=False, weights__restored="cc")],
     )
     text = vocabulary.summary(compare_run(*run), run[1])
-    assert "x: THE WEIGHTS DID NOT COME BACK EXACTLY" in text and "After 0 of 1 experiments" in text
+    assert "x: THE WEIGHTS DID NOT COME BACK EXACTLY" in text and "After 0 of 1 experiment the" in text
 
 
 EVIL = (
@@ -334,10 +396,39 @@ def test_a_failed_control_is_told_of():
         ),
         (["reports it"], None, "The one changed model reports its change. No positive control was run."),
         (
+            ["reports it", "does not report it", "broken"],
+            None,
+            (
+                "1 of 3 changed models reports its change. No positive control was run, so it is not known"
+                " what the silence of the others shows."
+            ),
+        ),
+        (
+            ["reports it", "does not report it", "broken"],
+            False,
+            (
+                "1 of 3 changed models reports its change. The positive control was not seen, so the silence"
+                " of the others shows nothing."
+            ),
+        ),
+        (
+            ["reports it", "broken"],
+            False,
+            "1 of 2 changed models reports its change. The positive control was not seen.",
+        ),
+        (
+            ["reports it", "reports it", "does not report it"],
+            None,
+            (
+                "2 of 3 changed models report their change, and the one placebo does not, so these questions"
+                " can see a change. No positive control was run."
+            ),
+        ),
+        (
             ["reports it", "reports it"],
             False,
             (
-                "2 of 2 changed models report their change, and none of 1 placebo does, so these questions"
+                "2 of 2 changed models report their change, and the one placebo does not, so these questions"
                 " can see a change. The positive control, a concept put into the model, was not seen."
             ),
         ),
@@ -481,11 +572,11 @@ def test_the_published_study_is_named_where_its_numbers_stand():
         (
             2,
             "no change to report",
-            "none of 1 placebo does, so these questions can see a change. The",
+            "the one placebo does not, so these questions can see a change. The",
             "own reports",
         ),
-        (2, "reports it", "report their change. The positive control was not seen.", "shows nothing"),
-        (1, "no change to report", "reports its change. The positive control was not seen.", "shows nothing"),
+        (2, "reports it", "not seen, so the silence of the others shows nothing.", "shows nothing"),
+        (1, "no change to report", "not seen, so the silence of the others shows nothing.", "shows nothing"),
     ],
 )
 def test_a_run_whose_reports_are_many_shows_itself_that_it_can_see(reports, placebo, headline, control):

@@ -17,8 +17,16 @@ from analysis.comparison import (
     Score,
     TurnTaking,
 )
-from analysis.stats import Discrimination
-from analysis.verdicts import MAX_PERPLEXITY_RATIO, MIN_ACCURACY, lacking, scaling, verdict
+from analysis.stats import Discrimination, placebo_place
+from analysis.verdicts import (
+    MAX_PERPLEXITY_RATIO,
+    MIN_ACCURACY,
+    answering,
+    lacking,
+    scaling,
+    tells,
+    verdict,
+)
 
 ABLE = Discrimination(0.8, 0.7, 0.9, 0.75, 0.65, 0.85, 1.2, 0.8, 1.6, 24)
 
@@ -246,8 +254,48 @@ def test_numbers_that_no_verdict_rests_on_are_said_not_to_be_judged():
     """The reason comes first: a score with its p-value would be read as a finding."""
     _, reason = judged(row(controls_before=replace(ABLE, auc=0.53)))
     why, _, numbers = reason.partition("; not judged: ")
-    assert why.startswith("the unmodified model hardly tells what it is asked") and "p =" not in why
+    assert why == "weak controls: no answer counts as a report or a denial"
     assert "+0.80 nats" in numbers and "p = 0.003" in numbers
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        (
+            {"auc": 0.56},
+            "in 56% over all questions, where 60% is asked for, and in 80% (70% to 90%) of pairs, which is"
+            " enough; 50% is chance",
+        ),
+        (
+            {"pairs": 0.57},
+            "in 75% over all questions, which is enough, and in 57% (70% to 90%) of pairs, where 60% is asked"
+            " for; 50% is chance",
+        ),
+        (
+            {"d_prime_low": -0.1},
+            "of pairs, which is enough; but their d', 1.20 (-0.10 to 1.60), may be 0; 50% and a d' of 0 are",
+        ),
+        ({"auc": 0.5996}, "in just under 60% over all questions, where 60% is asked for"),
+        ({"pairs": None}, "no pairs of control questions were answered"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_weak_controls_say_which_number_falls_short_of_what(failing, said):
+    assert said in answering(replace(ABLE, **failing))
+    assert not tells(replace(ABLE, **failing))
+
+
+@pytest.mark.parametrize(
+    ("placebos", "said"),
+    [
+        (1, "; beyond the one placebo (p = 0.5 with one);"),
+        (2, "; beyond both placebos (p = 0.33 among them);"),
+        (19, "; beyond every placebo (p = 0.05 among them);"),
+    ],
+)
+def test_placebos_are_counted_in_words(placebos, said):
+    p, beyond = placebo_place(0.8, [0.01] * placebos)
+    assert said in judged(row(p_placebo=p, beyond_placebo=beyond))[1]
 
 
 def test_what_no_loss_can_explain_is_a_factor():
@@ -266,11 +314,12 @@ def test_a_model_that_answers_at_chance_reports_nothing():
         weak = replace(at_the_border, **failing)
         for call in ({}, DENIED):
             word, reason = judged(row(controls_before=weak, **call))
-            assert word == "too little data" and "0.80 nats" in reason and "no answer of it counts" in reason
+            assert word == "too little data" and "0.80 nats" in reason and "no answer counts" in reason
     weak = replace(ABLE, auc=0.53)
     for drift in ({}, {"value": 0.5, "low": 0.2, "p_adjusted": 0.01}):
         word, reason = judged(row(drift, controls_before=weak, call="does not report it"))
-        assert word == ("answers drift towards Yes" if drift else "does not report it") and "53%" in reason
+        assert word == ("answers drift towards Yes" if drift else "does not report it")
+        assert reason.endswith("; weak controls: no answer counts as a report or a denial")
     assert judged(row(controls_before=weak, call="broken", cause="vanishing mass"))[0] == "broken"
 
 
