@@ -18,7 +18,6 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
 from matplotlib.backend_bases import FigureCanvasBase
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -30,6 +29,7 @@ from analysis.comparison import DetectionScore, FormatScore, PlaceboBand, Publis
 from analysis.rows import UNCALLED, by_verdict, controls, named, score, scored, sweeps, word
 from errors import many
 from reporting.marks import ABOVE, BELOW, SIGN, Marks, Words
+from reporting.svg import Canvas
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -81,14 +81,15 @@ def save(figure: Figure, forms: Sequence[str] = ("svg",)) -> dict[str, bytes]:
     """{form: contents}: the same bytes for the same numbers."""
     out = {}
     with rc_context(STYLE):
-        FigureCanvasSVG(figure)
+        canvas = Canvas(figure)
         # laid out once and drawn once in each form: savefig draws twice, the first time to lay it out
         figure.set_dpi(72)
         if (engine := figure.get_layout_engine()) is not None:
             engine.execute(figure)
             figure.set_layout_engine("none")
+        if "svg" in forms:
+            out["svg"] = canvas.svg()
         for form, dpi, metadata in (
-            ("svg", 72, {"Date": None}),
             ("png", DPI, {"Software": None}),
             ("pdf", 72, {"CreationDate": None, "Creator": None, "Producer": None}),
         ):
@@ -101,16 +102,14 @@ def save(figure: Figure, forms: Sequence[str] = ("svg",)) -> dict[str, bytes]:
 
 
 def _canvas(form: str) -> type[FigureCanvasBase]:
-    """What draws a figure in this form. Those that a page does without are read where they are asked for."""
+    """What draws a figure in a form that a page does without, read where it is asked for."""
     if form == "png":
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
         return FigureCanvasAgg
-    if form == "pdf":
-        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
 
-        return FigureCanvasPdf
-    return FigureCanvasSVG
+    return FigureCanvasPdf
 
 
 def short(name: str) -> str:

@@ -19,6 +19,8 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path
 from matplotlib.transforms import Bbox, Transform
 
+from reporting import svg
+
 if TYPE_CHECKING:
     from matplotlib.typing import ColorType as Color
 
@@ -162,7 +164,6 @@ class Words(Artist):
         self.set_zorder(zorder)
         axes.add_artist(self)
         self.set_clip_on(False)
-        self._sizes: dict[tuple, tuple[float, float, float]] = {}
 
     def say(
         self,
@@ -179,19 +180,9 @@ class Words(Artist):
         if text:
             self.words.append(Word(text, place, within, offset, across, up, size, color))
 
-    def _measured(self, renderer, text: str, font: FontProperties) -> tuple[float, float, float]:
-        """(width, height, what hangs below the line) of a text; the heights are those of "lp", so that like
-        words stand alike."""
-        key = text, font.get_size_in_points(), renderer.points_to_pixels(1), type(renderer)
-        if key not in self._sizes:
-            size = renderer.get_text_width_height_descent(text, font, False)
-            if text != "lp":
-                size = size[0], *self._measured(renderer, "lp", font)[1:]
-            self._sizes[key] = size
-        return self._sizes[key]
-
     def _placed(self, renderer) -> list[tuple[Word, FontProperties, float, float, float, float, float]]:
-        """(word, its font, left end, base line, width, height, what hangs below the line), in pixels."""
+        """(word, its font, left end, base line, width, height, what hangs below the line), in pixels. The
+        heights are those of "lp", so that like words stand alike."""
         axes = self.axes
         assert axes is not None, "words stand in axes"
         transforms: dict[str, Transform] = {
@@ -200,11 +191,22 @@ class Words(Artist):
             "axes": axes.transAxes,
         }
         fonts = {word.size: FontProperties(size=word.size) for word in self.words}
+        heights = {
+            size: renderer.get_text_width_height_descent("lp", font, False)[1:]
+            for size, font in fonts.items()
+        }
+        # all of a kind at once
+        ends = {
+            within: iter(transform.transform([w.place for w in self.words if w.within == within]).tolist())
+            for within, transform in transforms.items()
+            if any(w.within == within for w in self.words)
+        }
         pixels, out = renderer.points_to_pixels(1), []
         for word in self.words:
             font = fonts[word.size]
-            width, height, below = self._measured(renderer, word.text, font)
-            x, y = transforms[word.within].transform(word.place)
+            width, *_ = renderer.get_text_width_height_descent(word.text, font, False)
+            height, below = heights[word.size]
+            x, y = next(ends[word.within])
             x += pixels * word.offset[0] - {"left": 0, "center": width / 2, "right": width}[word.across]
             y += pixels * word.offset[1]
             y += {"bottom": below, "center": below - height / 2, "middle": (below - height) / 2}[word.up]
@@ -231,6 +233,10 @@ class Words(Artist):
         gc = renderer.new_gc()
         for word, font, x, y, *_ in self._placed(renderer):
             gc.set_foreground(word.color)
-            renderer.draw_text(gc, x, canvas_height - y if renderer.flipy() else y, word.text, font, 0)
+            down = canvas_height - y if renderer.flipy() else y
+            if isinstance(renderer, svg.Renderer):
+                renderer.draw_word(gc, x, down, word.text, font)
+            else:
+                renderer.draw_text(gc, x, down, word.text, font, 0)
         gc.restore()
         self.stale = False

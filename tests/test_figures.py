@@ -10,12 +10,15 @@ import made_results as made
 import numpy as np
 import pytest
 from matplotlib import rc_context
+from matplotlib.backends.backend_svg import RendererSVG
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from analysis import published
 from analysis.comparison import FormatScore, Injection
-from reporting import figures, figures_experiments, figures_sweeps
+from reporting import figures, figures_experiments, figures_sweeps, svg
 from reporting.marks import ABOVE, BELOW, Words
 
 ROWS = made.study_rows()
@@ -463,16 +466,37 @@ def test_a_format_without_a_score_anywhere_has_no_legend():
 
 @pytest.mark.parametrize("form", ["svg", "png", "pdf"])
 def test_a_figure_is_saved_as_matplotlibs_savefig_does(form):
-    """Which lays out and draws a figure twice."""
+    """Which lays out and draws a figure twice. Ours is the second with its words, which are kept."""
     nothing = {"svg": {"Date": None}, "png": {"Software": None}}
     about = nothing.get(form, {"CreationDate": None, "Creator": None, "Producer": None})
-    ours = figures.save(figures.scores(ROWS[:6], PLACEBO), ("svg", form))[form]
+    _, ours = (figures.save(figures.scores(ROWS[:6], PLACEBO), ("svg", form))[form] for _ in range(2))
     with rc_context(figures.STYLE):
         figure, buffer = figures.scores(ROWS[:6], PLACEBO), io.BytesIO()
         figure.savefig(io.BytesIO(), format="svg", dpi=figures.DPI)
         figure.set_layout_engine("none")
         figure.savefig(buffer, format=form, dpi=figures.DPI, metadata=about)
     assert ours == buffer.getvalue()
+
+
+@pytest.mark.parametrize("word", ["blend_linear", "a<b>&-- $x$", "Ж ╳ 字", " ", "", "x" * 99])
+def test_a_word_is_drawn_again_as_matplotlib_draws_it(word):
+    def file(draw):
+        with rc_context(figures.STYLE):
+            renderer = svg.Renderer(Figure())
+            renderer.open_group("axes")
+            gc = renderer.new_gc()
+            for x, y, size, color in (
+                (3.25, 1e-7, 9, "#0072B2"),
+                (0, 0, 7.5, "white"),
+                (-9.5, 2, 100, "black"),
+            ):
+                gc.set_foreground(color)
+                draw(renderer, gc, x, y, word, FontProperties(size=size))
+            renderer.finalize()
+        return "".join(renderer.pieces)
+
+    ours = [file(svg.Renderer.draw_word) for _ in range(2)]
+    assert ours == [file(lambda *args: RendererSVG.draw_text(*args, 0))] * 2
 
 
 def test_names_are_not_read_as_mathematics():
