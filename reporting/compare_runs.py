@@ -8,14 +8,15 @@ makes runs incomparable is said first.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
 
 from analysis.comparison import Comparison, Row
-from analysis.rows import controls, named, span, sweeps
+from analysis.rows import UNCALLED, controls, named, span, sweeps, word
+from analysis.verdicts import lacking
 from errors import FrankenError
 from reporting import figures_experiments, pages, vocabulary
 from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, pick
@@ -134,6 +135,15 @@ class Together:
 def cell(row: Row | None, column: Column[Row]) -> str:
     """One run's cell for one experiment; empty where the run has not got it."""
     return cells(row, [column])[0] if row else ""
+
+
+def figure_leaves_out(run: Side, names: Sequence[str]) -> str:
+    """Which of these experiments have no marks of this run in the figure, and why, in words; empty where all
+    have."""
+    rows = [run.rows[name] for name in names if name in run.rows]
+    return vocabulary.counted_out(
+        (w, lacking(row)) for row in rows if (w := word(row)) in (*UNCALLED, "failed")
+    )
 
 
 def _of_run(column: Column[Row], k: int, letter: str) -> Column[Together]:
@@ -264,6 +274,11 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
             lines=together(loaded),
             against=DIFFERENCES,
             legend=vocabulary.LEGEND,
+            left_out="; ".join(
+                f"{letter} {out}"
+                for letter, run in zip(LETTERS, loaded.values(), strict=False)
+                if (out := figure_leaves_out(run, names))
+            ),
             figure=save(folder / "figures", "runs", figure, EVERY_FORM) if figure else None,
         ),
     )

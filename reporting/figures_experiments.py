@@ -67,16 +67,22 @@ def _share(p: float) -> str:
     return f"{100 * p:.0f}%" if p >= 0.1 else f"{100 * p:.2g}%"
 
 
+def stands_beside(row: Row) -> bool:
+    """Whether `side_by_side` has a place for it: what it says and what is left of that can both be judged."""
+    return word(row) not in UNCALLED and score(row) is not None and p_yes_of(row) is not None
+
+
 def side_by_side(rows: Sequence[Row], baseline: Row | None, narrow: bool = False) -> Figure | None:
     """P(Yes) on the published probe and the detection score (nats) of each changed model, on one line;
     narrow: the one above the other.
 
-    Broken models are left out; dashed: the unmodified model's P(Yes). None with fewer than two models.
+    Broken models and those with too little data are left out; dashed: the unmodified model's P(Yes). None
+    with fewer than two models.
     """
     points = [
         (p, row, d)
         for row, d, _ in scored(by_verdict(drawn(rows)))
-        if word(row) not in UNCALLED and (p := p_yes_of(row)) is not None
+        if stands_beside(row) and (p := p_yes_of(row)) is not None
     ]
     if len(points) < 2:
         return None

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import prompts
 from analysis import published
 from analysis.comparison import Comparison, Row
-from analysis.rows import by_verdict, controls, counts, named, sweeps, tally, word
+from analysis.rows import by_verdict, controls, counts, named, score, sweeps, tally, word
 from analysis.verdicts import lacking
 from errors import FrankenError, many
 from reporting import (
@@ -170,14 +170,16 @@ def _figures(
     theirs = {name: numbers[0] for name, numbers in published.EXPERIMENTS.items()}
     categories = {name: r.categories for name, r in results.items() if r.categories is not None}
     # 2) what captions say
+    lines = [*figures.drawn(rows), *(row for row in named(rows) if row.status != "done")]
     undefined = [
         row.name
         for row in named(rows)
         if row.capability and row.perplexity and row.perplexity.perplexity is None
     ]
-    silent = [
-        row.name for row in named(rows) if row.verdict and row.detection and row.detection.score is None
-    ]
+    formats = [(d.call, d.lacking) for row in lines for d in (row.formats or {}).values() if d.score is None]
+    ladders = [row for row in rows if row.sweep and row.sweep.dose is not None]
+    maps = [row for row in rows if row.sweep and row.sweep.start is not None]
+    unscored = "Without a detection score"
     band = "no placebos were run"
     if placebo:
         band = (
@@ -192,8 +194,9 @@ def _figures(
             "side_by_side",
             partial(figures_experiments.side_by_side, rows, baseline),
             "P(Yes) beside the detection score",
-            "Each changed model that is not broken: left what it says, right what remains once the control "
-            "questions' shifts are taken off. Dashed: the unmodified model.",
+            "Each changed model that could be judged: left what it says, right what remains once the control "
+            "questions' shifts are taken off. Dashed: the unmodified model."
+            + vocabulary.left_out(lines, figures_experiments.stands_beside),
         ),
         (
             "detection",
@@ -201,13 +204,14 @@ def _figures(
             "Detection score",
             f"Detection score with its 95% interval; {band}. Faint: broken or too little data. Double"
             " chevron: a score beyond the axis, its number, and as much of its interval as the axis reaches."
-            + (f" Without a score, being broken or too little data: {len(silent)}." if silent else ""),
+            + vocabulary.left_out(lines, lambda row: score(row) is not None, "Without a score"),
         ),
         (
             "dose",
             partial(figures_sweeps.dose, rows, placebo, baseline),
             "Dose and response",
-            "Detection score with its 95% interval, P(Yes) and perplexity against the dose.",
+            "Detection score with its 95% interval, P(Yes) and perplexity against the dose."
+            + vocabulary.left_out(ladders, lambda row: score(row) is not None, unscored),
         ),
         (
             "windows",
@@ -216,13 +220,23 @@ def _figures(
             (
                 "A cell for each window, at its first layer; hatched: broken. Colors of the first two are"
                 " symmetric about no change."
+                + vocabulary.left_out(
+                    [row for row in maps if row.sweep and row.sweep.kind == "window"],
+                    lambda row: score(row) is not None,
+                    unscored,
+                )
             ),
         ),
         (
             "layers",
             partial(figures_sweeps.single_layers, rows, layers),
             "Where: single layers",
-            "What each layer alone does when it is replaced, deleted or doubled; hatched: broken.",
+            "What each layer alone does when it is replaced, deleted or doubled; hatched: broken."
+            + vocabulary.left_out(
+                [row for row in maps if row.sweep and row.sweep.kind in ("replace", "delete", "double")],
+                lambda row: score(row) is not None,
+                unscored,
+            ),
         ),
         (
             "p_yes",
@@ -231,6 +245,7 @@ def _figures(
             (
                 f"The published question, on a logarithmic axis. Published numbers: {published.SOURCE}."
                 f" {vocabulary.other_pair(manifest)} Double chevron: beyond the axis."
+                + vocabulary.left_out(lines, lambda row: figures.p_yes(row) is not None)
             ),
         ),
         (
@@ -241,6 +256,10 @@ def _figures(
                 "Every experiment, controls and sweeps small; P(Yes) by its log-odds. Does it rise with"
                 " damage alone? Hollow crosses: under 1% mass, not an answer. Double chevron: beyond the"
                 " axis."
+                + vocabulary.left_out(
+                    lines,
+                    lambda row: figures.p_yes(row) is not None and figures.perplexity(row) is not None,
+                )
             ),
         ),
         (
@@ -249,13 +268,14 @@ def _figures(
             "Capability against perplexity",
             "Share of items right with its 95% Wilson interval; perplexity on a logarithmic axis. Double"
             " chevron: beyond it."
-            + (f" Not drawn, having no finite perplexity: {', '.join(undefined)}." if undefined else ""),
+            + (f" Not drawn, having no finite perplexity: {', '.join(undefined)}." if undefined else "")
+            + vocabulary.not_asked(lines, lambda row: row.capability and row.perplexity),
         ),
         (
             "kinds",
             partial(figures_experiments.kinds, rows, categories),
             "Capability by kind",
-            "Items right of those asked.",
+            "Items right of those asked." + vocabulary.not_asked(lines, lambda row: categories.get(row.name)),
         ),
         (
             "formats",
@@ -263,8 +283,10 @@ def _figures(
             "Does the format of the answer matter?",
             (
                 "The detection score as Yes or No, with No named first, as letters in both orders, and as a"
-                " rating. A finding that one format alone shows is about the format. Double chevron: beyond"
-                " the axis."
+                " rating. A finding that one format alone shows is about the format. Faint: broken or too"
+                " little data. Double chevron: beyond the axis."
+                + vocabulary.not_asked(lines, lambda row: row.formats)
+                + (f" Without a score in a format: {vocabulary.counted_out(formats)}." if formats else "")
             ),
         ),
         (
@@ -285,6 +307,7 @@ def _figures(
                 "Drift moves all four groups one way. Flattening moves each group toward the other answer,"
                 " controls too. Noticing moves the filled circles apart, blue to the right and orange to the"
                 " left, and leaves the squares behind. Double chevron: beyond the axis."
+                + vocabulary.left_out(lines, lambda row: groups.get(row.name))
             ),
         ),
     ]
@@ -344,13 +367,14 @@ def write_html(
         for title, of in vocabulary.folded(rows)
     ]
     # 2) figures, each for phones too
+    kept_probe = inside.on_disk(run)
     described = [
         *_figures(manifest, comparison, results),
         (
             "probe",
-            partial(inside.depth_figure, inside.on_disk(run)),
+            partial(inside.depth_figure, kept_probe),
             "What is there to be read",
-            inside.CAPTION,
+            inside.caption(kept_probe),
         ),
     ]
     pictures = processes.made(

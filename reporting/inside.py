@@ -238,3 +238,9 @@ CAPTION = (
     ", on kinds of surgery that it was not trained on. Gray band: up to the 95% quantile of the largest AUROC"
     " over a few fixed layers when activations are permuted among experiments."
 )
+
+
+def caption(data: dict | None) -> str:
+    """What stands under `depth_figure`."""
+    left_out = len((data or {}).get("left_out", ()))
+    return CAPTION + (f" Left out, broken or too little data: {left_out}." if left_out else "")

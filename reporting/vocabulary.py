@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
@@ -74,6 +75,39 @@ def sides(manifest: dict) -> str:
 def wanting(rows: Iterable[Row]) -> str:
     """Why there is too little data on these rows, each reason once; empty where there is enough."""
     return ", ".join(dict.fromkeys(filter(None, map(lacking, rows))))
+
+
+def counted_out(words: Iterable[tuple[str | None, str | None]]) -> str:
+    """What is not drawn, from (verdict's word, what it lacks) of each: "3 broken, 1 with too little data
+    (Yes/No not asked)"; empty for none."""
+    known = list(words)
+    counts = Counter(w if w in (BROKEN, TOO_LITTLE, "failed") else None for w, _ in known)
+    reasons = ", ".join(dict.fromkeys(why for _, why in known if why))
+    said = {
+        TOO_LITTLE: f"with too little data{f' ({reasons})' if reasons else ''}",
+        BROKEN: BROKEN,
+        "failed": "failed",
+        None: f"that {'was' if counts[None] == 1 else 'were'} not asked for it",
+    }
+    return ", ".join(f"{counts[w]} {text}" for w, text in said.items() if counts[w])
+
+
+def left_out(rows: Iterable[Row], has: Callable[[Row], object], said: str = "Left out") -> str:
+    """A caption's sentence on the experiments that have no place in a figure, how many and why; empty where
+    all have one. The unmodified model is none of them."""
+    out = counted_out(
+        (w, lacking(row))
+        for row in rows
+        if (w := word(row)) == "failed" or (w is not None and not has(row))  # what failed is in no figure
+    )
+    return f" {said}: {out}." if out else ""
+
+
+def not_asked(rows: Iterable[Row], has: Callable[[Row], object]) -> str:
+    """A caption's sentence on how many of these experiments were not asked for what it shows; empty for
+    none."""
+    n = sum(word(row) not in (None, "failed") and not has(row) for row in rows)
+    return f" Not asked: {n}." if n else ""
 
 
 class Severity(IntEnum):

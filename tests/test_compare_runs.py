@@ -140,6 +140,12 @@ def test_a_figure_holds_both_runs(two):
     assert [w.text for names in p_yes.artists for w in names.words] == ["y", "z"]
 
 
+def test_what_the_figure_leaves_out_of_each_run_is_said_under_it(two, tmp_path):
+    compare_runs.write_comparison(two, tmp_path / "out")
+    caption = re.search(r"<figcaption>(.*?)<span", (tmp_path / "out" / "comparison.html").read_text())[1]
+    assert caption == "With its 95% interval. Left out: A 1 broken. "
+
+
 def test_other_questions_are_flagged_before_anything_else(two, tmp_path):
     manifest = json.loads((tmp_path / "run_b" / "manifest.json").read_text())
     manifest["protocol"] |= {"prompts_sha256": "ff", "seed": 3}

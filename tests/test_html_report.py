@@ -4,15 +4,18 @@ file can write."""
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import made_results as made
 import pytest
 
+from analysis.comparison import Failure, FormatScore
 from errors import FrankenError
 from reporting import figures, html_report, pages
 from reporting.digests import digests, group_shifts
+from reporting.marks import Words
 from reporting.reports import compare_run
 
 VOID = {"meta", "br", "img", "link", "input", "hr", "source", "wbr"}
@@ -600,3 +603,87 @@ def test_a_large_runs_page_grows_by_little_with_each_experiment(tmp_path, monkey
         pages_of.append((run.path / "report.html").read_text())
         assert f"5 of {count} experiments have a line of their own in figures" in pages_of[-1]
     assert (len(pages_of[1]) - len(pages_of[0])) / 20 < 9000
+
+
+# ---- what figures leave out --------------------------------------------------------------------------------
+
+
+def captions_of(rows) -> dict[str, tuple]:
+    """{figure: (what draws it, its caption)} of a run of these rows."""
+    manifest = {"layers": 30, "pair": "smollm2-135m", "sources": {}}
+    described = html_report._figures(manifest, made.comparison(rows), {})
+    return {name: (draw, caption) for name, draw, _, caption in described}
+
+
+def test_a_figure_says_how_many_it_leaves_out_and_why():
+    """As many as have no line in it, the unmodified model and the controls aside."""
+    weak = made.found_score(0.4, call="reports it")
+    rows = [
+        made.row("baseline_instruct", None),
+        made.row("said", "does not report it", 0.1),
+        made.row("said_too", "answers drift towards Yes", 0.2),
+        made.row("unsure", "too little data", detection=weak),
+        made.row("unasked", "too little data", detection=None, p=None, published_probe=None),
+        made.row("broken_1", "broken", None),
+        made.row("broken_2", "broken", None, p=None, published_probe=None),
+        made.row("f", "broken", status="failed", error=Failure("E", "m")),
+        made.quick("placebo_mlp_1", control="placebo"),
+    ]
+    uncertain, unasked = "controls answered too uncertainly", "Yes/No not asked"
+    figures_of = captions_of(rows)
+    for name, drawn, said in (
+        (
+            "side_by_side",
+            ["said", "said_too"],
+            f" Left out: 2 with too little data ({uncertain}, {unasked}), 2 broken, 1 failed.",
+        ),
+        (
+            "detection",
+            ["said", "said_too", "unsure"],
+            f" Without a score: 1 with too little data ({unasked}), 2 broken, 1 failed.",
+        ),
+        (
+            "p_yes",
+            ["baseline_instruct", "said", "said_too", "unsure", "broken_1"],
+            f" Left out: 1 with too little data ({unasked}), 1 broken, 1 failed.",
+        ),
+    ):
+        draw, caption = figures_of[name]
+        (axes, *_) = draw().axes
+        artists = [word for artist in axes.artists if isinstance(artist, Words) for word in artist.words]
+        shown = [word.text for word in artists if word.within == "line" and word.place[0] == 0]
+        assert sorted(set(shown) - {"1 placebo"}) == sorted(drawn), name
+        assert caption.endswith(said), caption
+    assert "Not asked" not in figures_of["capability"][1]
+    whole = captions_of([row for row in rows if "said" in row.name])
+    assert not [
+        n for n in figures_of if n != "shifts" and re.search("Left out|Without a score:", whole[n][1])
+    ]
+    # without its digests, of which this figure is drawn
+    assert whole["shifts"][1].endswith(" Left out: 2 that were not asked for it.")
+
+
+def test_figures_of_sweeps_and_formats_say_what_has_no_score():
+    swept = [
+        made.swept("window", 0, 4, "broken", None, 0.5, 99.0),
+        made.swept("delete", 3, 4, "does not report it", 0.1, 0.5, 30.0),
+        made.swept("noise", None, None, "too little data", None, 0.5, 30.0, dose=0.2),
+    ]
+    few = FormatScore(0, 0, "too little data", None, None, None, 1, lacking="too few control questions")
+    rows = [
+        made.row("baseline_instruct", None),
+        made.row("asked", formats={"letters": few, "rating": replace(few, call="broken", lacking=None)}),
+        made.row("not_asked", capability=None),
+        *swept,
+    ]
+    captions = {name: caption for name, (_, caption) in captions_of(rows).items()}
+    assert captions["windows"].endswith(" Without a detection score: 1 broken.")
+    assert captions["dose"].endswith(
+        " Without a detection score: 1 with too little data (controls answered too uncertainly)."
+    )
+    assert captions["layers"].endswith("hatched: broken.")
+    assert captions["formats"].endswith(
+        " Not asked: 1. Without a score in a format: 1 with too little data (too few control questions), 1"
+        " broken."
+    )
+    assert captions["capability"].endswith(" Not asked: 1.")
