@@ -17,7 +17,7 @@ from experiments import QUICK, TWIN, Plan
 from runner import matched_noise
 from runner.choosing import given_suites, known_sources, make_plans, make_protocol, name_models, settle_short
 from runner.known_pairs import choose_pair
-from runner.machines import HOST_MEMORY, MACHINES, machine
+from runner.machines import HOST_MEMORY, MACHINES, WEIGHTS, machine
 from runner.pairs import GIB, HEADROOM, available_memory, pick_device, pick_dtype, read_config
 from runner.wheels import WHEEL_MODELS
 from surgery.quantized import method
@@ -123,6 +123,8 @@ class Rates:
     bandwidth: float
     to_device: float
     basis: str
+    start: float | None = None
+    """Seconds until the first experiment, at most; None where that was not measured."""
 
 
 def rates_here(args) -> Rates:
@@ -137,9 +139,8 @@ def rates_here(args) -> Rates:
 def rates_for(name: str) -> Rates:
     """Of a machine of runner.machines. Raises FrankenError for one that there is not."""
     there = machine(name)
-    return Rates(
-        True, [there.memory] * there.cards, there.flops, there.bandwidth, there.to_device, there.basis
-    )
+    rates = there.flops, there.bandwidth, there.to_device, there.basis, there.start
+    return Rates(True, [there.memory] * there.cards, *rates)
 
 
 def holds(memory: float, weights: float) -> bool:
@@ -233,7 +234,11 @@ def dry_run(args) -> int:
         print(f"  {plan.experiment.name:32} {plan.change[:100]}")
         moves = [
             f"{count} layers {how} ({count * layer / GIB:.2f} GiB)"
-            for count, how in ((copied, "copied in place"), (read, "read from disk"), (computed, "computed"))
+            for count, how in (
+                (copied, "copied in place"),
+                (read, "streamed from another source"),
+                (computed, "computed"),
+            )
             if count
         ]
         print(f"  {'':32} {'; '.join(moves) or 'nothing moves'}; at most about {seconds:.0f} s")
@@ -276,11 +281,28 @@ def dry_run(args) -> int:
             f"work per experiment with {', '.join(suites)}: {prompt_tokens} prompt tokens, at most"
             f" {new_tokens} generated"
         )
-    print(
-        f"time: at most about {total / 60:.1f} min ({total / 60 / max(1, len(plans)):.2f} an experiment),"
-        f" {there.basis}; replies that stop early take less"
-    )
+    print(how_long(there, total, len(plans), weights))
     return 0
+
+
+def how_long(there: Rates, total: float, experiments: int, weights: float) -> str:
+    """The time of a run in a line, and what is in it: `total` seconds for so many experiments, and the start
+    where it was measured with weights of at least so many bytes."""
+    each = f"{total / 60 / max(1, experiments):.2f} an experiment"
+    after = (
+        "; a side that is read from the disk, not from the page cache, takes as long as the disk" * there.gpu
+    )
+    if there.start is None or weights > 1.01 * WEIGHTS:  # which is rounded
+        return (
+            f"time: at most about {total / 60:.1f} min ({each}), {there.basis}; replies that stop early take"
+            " less. Not in it: the start (imports, loading the weights, a first check of them), which was not"
+            f" measured, and the report{after}"
+        )
+    return (
+        f"time: at most about {(total + there.start) / 60:.1f} min, {there.start:.0f} s of it for the start"
+        f" and {total / 60:.1f} min for the experiments ({each}), {there.basis}; replies that stop early take"
+        f" less. Not in it: the report{after}"
+    )
 
 
 def movements(recipe, layers: int) -> tuple[int, int, int]:

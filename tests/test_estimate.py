@@ -294,3 +294,26 @@ def test_a_long_run_on_a_cpu_says_what_the_short_form_would_save(
         assert not told(*said), said
     mine = ["--pair", "smollm2-135m", "--dry-run", "--sweep", "delete"]
     assert not told()  # a sweep is asked for no reply
+
+
+@pytest.mark.parametrize(
+    ("machine", "start"), [("h100-80gb", 25.5), ("h200-141gb", 27.1), ("a100-80gb", None), (None, None)]
+)
+def test_a_plan_says_whether_the_start_is_in_its_time(nothing_loaded, capsys, machine, start):
+    argv = ["--dry-run", "--experiments", "baseline_base"]
+    argv += ["--for", machine] if machine else ["--pair", "smollm2-135m", "--device-map", "cpu"]
+    assert run_all.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "64 layers streamed from another source" in out or machine is None
+    (line,) = [line for line in out.splitlines() if line.startswith("time: ")]
+    assert "Not in it: the " + ("start (imports" if start is None else "report") in line
+    if start is not None:
+        assert f"{start:.0f} s of it for the start" in line
+        minutes = float(line.split()[4])
+        assert minutes == pytest.approx((start + sum(seconds(out).values())) / 60, abs=0.07)
+
+
+def test_a_larger_model_than_was_measured_has_no_known_start():
+    there = estimate.rates_for("h100-80gb")
+    assert ": at most about 1.4 min, 26 s of it for the start" in estimate.how_long(there, 60.0, 3, 65.5e9)
+    assert "Not in it: the start" in estimate.how_long(there, 60.0, 3, 140e9)
