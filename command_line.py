@@ -15,9 +15,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
-from errors import FrankenError, one_line
+from errors import FrankenError, nearest, one_line
 
 Given = ParamSpec("Given")
 
@@ -40,11 +40,31 @@ def path_given(text: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser, and what it makes parsers of commands of, in which a Path is never empty."""
+    """A parser, and what it makes parsers of commands of, in which a Path is never empty. A mistyped option
+    is answered with the nearest."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register("type", Path, path_given)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse ends it, with the nearest option where one is mistyped."""
+        what, _, words = message.partition("unrecognized arguments: ")
+        wrong = next((word for word in words.split() if word.startswith("-")), None)
+        if not what and wrong:
+            message += nearest(wrong.partition("=")[0], _options(self))
+        super().error(message)
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """All options of a parser and of its commands'."""
+    of_commands = [
+        made
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for made in action.choices.values()
+    ]
+    return [*parser._option_string_actions, *(o for made in of_commands for o in _options(made))]
 
 
 def parser_of(doc: str | None) -> Parser:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 
 # Controls, directions and separators of text, zero-width characters, lone surrogates, tags, noncharacters.
 HIDDEN = re.compile(
@@ -30,6 +32,12 @@ def one_line(text: str) -> str:
 def many(n: int, what: str) -> str:
     """ "1 placebo", "21 placebos", "1,000 placebos"."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The way on for a mistyped name, to be added to an error's line; empty where none is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; the nearest is {near[0]!r}" if near else ""
 
 
 class FrankenError(Exception):

@@ -33,17 +33,19 @@ that there is not raises RecipeError. `from experiments import *` brings all of 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import prompts
 from errors import FrankenError, RecipeError  # noqa: F401  what users' files may raise
-from files import read_bytes
+from files import ROOT, read_bytes
 from planning import mergekit
 from planning.experiment import (
     CONTROLS,
@@ -57,6 +59,7 @@ from planning.experiment import (
     one_line,
 )
 from planning.sweeps import SIZED, SWEEP_FIELDS, SWEEPS, sweep, window_sweep  # noqa: F401  offered here too
+from surgery import recipes
 from surgery.recipes import *  # every operation, for this file and for users' files
 
 BASELINE = "baseline_instruct"
@@ -399,6 +402,40 @@ MOVED = {
 }
 
 
+class _Operations(ModuleType):
+    """`franken` for a user's file while it is run: the operations at once, whatever else franken.py offers
+    once it is asked for. That needs torch, which takes seconds to import, and a mistake in the file is told
+    before."""
+
+    def __init__(self):
+        super().__init__("franken")
+        self.__file__ = str(ROOT / "franken.py")
+        self.__dict__.update({name: getattr(recipes, name) for name in recipes.__all__})
+
+    def __getattr__(self, name: str):
+        if name == "__all__":  # `from franken import *`
+            return [name for name in vars(self._whole()) if not name.startswith("_")]
+        if name.startswith("__") or not re.search(rf"\b{name}\b", read_bytes(ROOT / "franken.py").decode()):
+            raise AttributeError(f"module 'franken' has no attribute {name!r}", name=name, obj=self)
+        return getattr(self._whole(), name)
+
+    def _whole(self) -> ModuleType:
+        if sys.modules.get("franken") is self:
+            del sys.modules["franken"]
+        return import_module("franken")
+
+
+@contextlib.contextmanager
+def _light_franken() -> Iterator[None]:
+    """Inside, `franken` is _Operations where it has not been imported."""
+    light = sys.modules.setdefault("franken", _Operations())
+    try:
+        yield
+    finally:
+        if isinstance(light, _Operations) and sys.modules.get("franken") is light:
+            del sys.modules["franken"]
+
+
 def load_file(path: str) -> list[Experiment]:
     """The EXPERIMENTS of a user's Python file, which is run, or the one of mergekit's YAML, which is read.
     Raises FrankenError with the reason if that fails."""
@@ -410,7 +447,9 @@ def load_file(path: str) -> list[Experiment]:
         # as an import would: dataclasses in the file look themselves up there
         sys.modules[module.__name__] = module
         # the file itself and no bytecode that lies beside it: a run's manifest has this file's hash
-        exec(compile(read_bytes(path), module.__file__, "exec", dont_inherit=True), module.__dict__)
+        code = compile(read_bytes(path), module.__file__, "exec", dont_inherit=True)
+        with _light_franken():
+            exec(code, module.__dict__)
         if not hasattr(module, "EXPERIMENTS"):
             raise FrankenError(f"{path}: there is no EXPERIMENTS in it")
         experiments = list(module.EXPERIMENTS)

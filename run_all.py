@@ -13,6 +13,7 @@ import sys
 
 from command_line import (
     DefaultsThatSay,
+    Parser,
     add_model,
     ended_by_signals,
     ends_in_one_line,
@@ -227,7 +228,7 @@ COUNTS = ("samples", "max_new_tokens", "priority_limit", "batch_size", "limit", 
 
 
 def make_parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=DefaultsThatSay)
+    p = Parser(description=DESCRIPTION, formatter_class=DefaultsThatSay)
     add_model(p.add_argument_group("model"))
     what = p.add_argument_group("what to run")
     _add_choice(what)

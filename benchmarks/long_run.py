@@ -10,7 +10,6 @@ tenth longer at the end, or memory grows by over 50 kB for each.
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ if str(Path(__file__).resolve().parent.parent) not in sys.path:
 import torch
 
 from benchmarks import gpu_checkpoint
-from command_line import ends_in_one_line
+from command_line import Parser, ends_in_one_line
 from errors import FrankenError
 from files import ROOT
 from runner.results import Run
@@ -44,7 +43,7 @@ EXPERIMENTS = [
 
 @ends_in_one_line("interrupted")
 def main() -> int:
-    p = argparse.ArgumentParser(description="Seconds and memory an experiment, over a run of a thousand.")
+    p = Parser(description="Seconds and memory an experiment, over a run of a thousand.")
     p.add_argument("--experiments", type=int, default=1000, metavar="N", help="at least 20")
     p.add_argument("--suites", default="quick", help="what each is asked")
     args = p.parse_args()

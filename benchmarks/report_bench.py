@@ -10,7 +10,6 @@ that help it; bytes of the page and of what lies beside it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 if str(Path(__file__).resolve().parent.parent) not in sys.path:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from command_line import ends_in_one_line
+from command_line import Parser, ends_in_one_line
 from errors import FrankenError
 from experiments import BASELINE
 from files import ROOT, read_json
@@ -92,7 +91,7 @@ finally:
 
 @ends_in_one_line("interrupted")
 def main() -> int:
-    p = argparse.ArgumentParser(description="Time report.py on runs of any size, made from a committed one.")
+    p = Parser(description="Time report.py on runs of any size, made from a committed one.")
     p.add_argument("run", type=Path, help="a results/reference/... folder")
     p.add_argument("--experiments", type=int, nargs="+", default=[68, 1001], metavar="N")
     p.add_argument("--times", type=int, default=1, help="how often each size is timed; the fastest counts")

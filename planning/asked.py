@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from errors import FrankenError
+from errors import FrankenError, nearest
 from files import read_bytes
 from prompts import GROUPS, SUITES
 
@@ -28,7 +28,8 @@ def parse_suites(text: str) -> tuple[str, ...]:
     names: list[str] = []
     for name in filter(None, (part.strip() for part in text.split(","))):
         if name not in GROUPS and name not in SUITES:
-            raise FrankenError(f"unknown suite {name!r}; there are {', '.join([*SUITES, *GROUPS])}")
+            known = [*SUITES, *GROUPS]
+            raise FrankenError(f"unknown suite {name!r}; there are {', '.join(known)}{nearest(name, known)}")
         names += GROUPS.get(name, (name,))
     if not names:
         raise FrankenError("no suite is named")

@@ -6,12 +6,15 @@ Positions are those of the published 64-layer pair, scaled.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from traceback import walk_tb
+from types import FrameType, ModuleType
 
 import prompts
-from errors import FrankenError, RecipeError
+from errors import FrankenError, RecipeError, nearest
+from surgery import recipes
 from surgery.recipes import Recipe, describe_change, identity
 
 PUBLISHED_DEPTH = 64
@@ -105,7 +108,18 @@ def one_line(e: Exception) -> str:
     frames = [(frame, line) for frame, line in walk_tb(e.__traceback__)]
     own = [(f.f_code.co_filename, line) for f, line in frames if f.f_globals.get("__name__") == USER_FILE]
     place = f" ({os.path.basename(own[-1][0])}, line {own[-1][1]})" if own else ""
-    return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}{place}"
+    return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}{place}{_meant(e, frames)}"
+
+
+def _meant(e: Exception, frames: Sequence[tuple[FrameType, int]]) -> str:
+    """The nearest name, where a user's file asks for one that there is not."""
+    if isinstance(e, ImportError) and (wanted := re.match(r"cannot import name '(\w+)'", str(e))):
+        return nearest(wanted[1], [*recipes.__all__, "Experiment"])
+    if isinstance(e, NameError) and frames and e.name:
+        return nearest(e.name, {**frames[-1][0].f_globals, **frames[-1][0].f_locals})
+    if isinstance(e, AttributeError) and isinstance(e.obj, Model | ModuleType) and e.name:
+        return nearest(e.name, dir(e.obj))
+    return ""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import experiments as ex
-from errors import FrankenError
+from errors import FrankenError, nearest
 from experiments import SIZED, SWEEPS
 from files import read_json
 from planning.asked import Harness, check_installed, parse_suites, read_text
@@ -41,7 +41,7 @@ def sweep_windows(args) -> tuple[list[int] | None, int | None]:
     not, or sizes or a step that are no numbers."""
     for kind in args.sweep:
         if kind not in SWEEPS:
-            raise FrankenError(f"--sweep {kind}: expected one of {', '.join(SWEEPS)}")
+            raise FrankenError(f"--sweep {kind}: expected one of {', '.join(SWEEPS)}{nearest(kind, SWEEPS)}")
     for flag in ("size", "step"):
         text = getattr(args, flag)
         if text is not None and not set(SIZED) & set(args.sweep):

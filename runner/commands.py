@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import experiments as ex
 from command_line import (
     DefaultsThatSay,
+    Parser,
     add_model,
     ended_by_signals,
     ends_in_one_line,
@@ -48,7 +49,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="franken.py",
         description="Take one modified model out of the harness.",
         formatter_class=DefaultsThatSay,

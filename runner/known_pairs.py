@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from errors import FrankenError
+from errors import FrankenError, nearest
 from files import ROOT
 
 
@@ -115,7 +115,8 @@ def choose_pair(pair: str | None, base: str | None, instruct: str | None) -> Pai
     if instruct:
         return Pair(instruct, base)
     if pair not in PAIRS:
-        raise FrankenError(f"unknown pair {pair!r}; there are {', '.join(PAIRS)}")
+        known = ", ".join(PAIRS)
+        raise FrankenError(f"unknown pair {pair!r}; there are {known}{nearest(pair or '', PAIRS)}")
     return PAIRS[pair]
 
 
@@ -131,6 +132,7 @@ def refuse_nowhere(spec: str) -> None:
     if spec.startswith("wheel:") or path.is_dir() or is_gguf(path):
         return
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
+        near = nearest(spec, PAIRS).replace("nearest", "nearest pair")
         raise FrankenError(
-            f"{spec}: no such directory or .gguf file, and not a hub id of the form owner/name"
+            f"{spec}: no such directory or .gguf file, and not a hub id of the form owner/name{near}"
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from errors import FrankenError
+from errors import FrankenError, nearest
 
 GIB = 1 << 30
 # Of the 32B shape: parameters in layers, bytes of all weights; counted: prompt tokens of the quick and the
@@ -111,5 +111,5 @@ MACHINES = {
 def machine(name: str) -> Machine:
     """The machine of that name. Raises FrankenError with the names there are."""
     if name not in MACHINES:
-        raise FrankenError(f"--for {name}: expected one of {', '.join(MACHINES)}")
+        raise FrankenError(f"--for {name}: expected one of {', '.join(MACHINES)}{nearest(name, MACHINES)}")
     return MACHINES[name]

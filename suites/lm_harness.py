@@ -7,7 +7,6 @@ the suite is asked; a task of one's own is YAML that may call Python, and is run
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Sequence
 from importlib import import_module
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from engine.generation import Completion, Engine, Request
-from errors import FrankenError, first_line
+from errors import FrankenError, first_line, nearest
 from planning.asked import check_installed
 from suites.base import Protocol, Suite, finite
 
@@ -45,9 +44,8 @@ def check_tasks(tasks: Sequence[str], include_path: str | None) -> None:
     manager = task_manager(tasks, include_path)
     for task in tasks:
         if not manager.match_tasks([task]):
-            near = difflib.get_close_matches(task, manager.all_tasks, 1)
-            hint = f"the nearest is {near[0]!r}" if near else "a folder of others is given by --include-path"
-            raise FrankenError(f"--lm-eval: lm-eval has no task {task!r}; {hint}")
+            hint = nearest(task, manager.all_tasks) or "; a folder of others is given by --include-path"
+            raise FrankenError(f"--lm-eval: lm-eval has no task {task!r}{hint}")
 
 
 class LmEval(Suite):

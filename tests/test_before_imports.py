@@ -8,21 +8,30 @@ import pytest
 from files import ROOT
 
 PAIR = ["--pair", "smollm2-135m"]
-WRONG = {
+RUN = {
     "an experiment": ([*PAIR, "--experiments", "swap_adjcent_30_35"], "unknown experiment"),
-    "a pair": (["--pair", "nonsense"], "unknown pair"),
-    "suites": (["--suites", "nonsense"], "unknown suite"),
+    "a pair": (["--pair", "smolm2-135m"], "smollm2-135m-hub; the nearest is 'smollm2-135m'"),
+    "a pair that is like none": (["--pair", "nonsense"], "unknown pair 'nonsense'; there are"),
+    "suites": (
+        ["--suites", "binary,perplexty"],
+        "short, all; the nearest is 'perplexity'",
+    ),
     "further suites": (["--also", "nonsense"], "unknown suite"),
-    "a sweep": (["--sweep", "nonsense"], "--sweep nonsense"),
+    "a sweep": (["--sweep", "windows"], "noise, blend; the nearest is 'window'"),
     "an experiments file": (["--experiments-file", "/no/such.py"], "/no/such.py"),
     "a text": (["--perplexity-file", "/no/such.txt"], "/no/such.txt"),
     "a run": (["--resume", "/no/such/run"], "/no/such/run"),
     "a model": (["--instruct", "nonsense"], "no such directory"),
+    "a pair as a model": (["--instruct", "smolm2-135m"], "owner/name; the nearest pair is 'smollm2-135m'"),
     "a source": ([*PAIR, "--source", "x=/no/such"], "no such directory"),
     "a folder of tasks": (["--lm-eval", "x", "--include-path", "/no/such"], "no such folder"),
     "a place for results": ([*PAIR, "--output", "/proc/none"], "cannot write results"),
     "a plan's pair": (["--dry-run", "--pair", "nonsense"], "unknown pair"),
-    "a plan's machine": (["--dry-run", "--for", "nonsense"], "--for nonsense"),
+    "a plan's machine": (
+        ["--dry-run", "--for", "h100-80g"],
+        "--for h100-80g: expected one of h200-141gb, h100-80gb, a100-80gb, a100-40gb, a10-24gb, 2x40gb,"
+        " 2xh100-80gb, 2xa100-80gb; the nearest is 'h100-80gb'",
+    ),
     "a list's sweep": (["--list", "--sweep", "nonsense"], "--sweep nonsense"),
 }
 FRANKEN = {
@@ -31,6 +40,33 @@ FRANKEN = {
     "a model to talk to": (["chat", "shuffle_all", "--instruct", "nonsense"], "no such directory"),
     "what is no checkpoint": (["export", "injection_layers", "DIR", *PAIR], "cannot be a checkpoint"),
     "mergekit's experiment": (["mergekit", "nonsense", *PAIR], "unknown experiment"),
+}
+WRONG = [("run_all.py", what, *case) for what, case in RUN.items()]
+WRONG += [("franken.py", what, *case) for what, case in FRANKEN.items()]
+MINE = "from experiments import Experiment\nfrom franken import swap\n"
+FILES = {
+    "a missing bracket": ("EXPERIMENTS = [\n", "SyntaxError: '[' was never closed (mine.py, line 1)"),
+    "an operation to import": (
+        "from franken import swop\n",
+        "ImportError: cannot import name 'swop' from 'franken'",
+    ),
+    "an operation": (
+        MINE + "EXPERIMENTS = [Experiment('x', 'mine', swaps)]\n",
+        "NameError: name 'swaps' is not defined (mine.py, line 3); the nearest is 'swap'",
+    ),
+    "what a model has": (
+        MINE + "EXPERIMENTS = [Experiment('x', 'mine', lambda m: swap(m.recip, 1, 2))]\n",
+        "'Model' object has no attribute 'recip' (mine.py, line 3); the nearest is 'recipe'",
+    ),
+    "a layer": (
+        MINE + "EXPERIMENTS = [Experiment('x', 'mine', lambda m: swap(m.recipe, 1, 99))]\n",
+        "experiment x: layer 99 is out of range: the model has layers 0 to 29",
+    ),
+}
+OPTIONS = {
+    "run_all.py": (["--experimnts", "shuffle_all"], "--experiments"),
+    "franken.py": (["chat", "shuffle_all", "--temprature", "0.5"], "--temperature"),
+    "report.py": (["results/run_x", "--tabel=x.csv"], "--table"),
 }
 RIGHT = {
     "run_all.py --help": ["run_all.py", "--help"],
@@ -42,7 +78,7 @@ RIGHT = {
 
 def ran(argv: list[str], folder) -> tuple[int, str, set[str]]:
     """(exit status, the last word on stderr, the modules imported) of a command."""
-    argv = [str(folder / word) if word == "DIR" else word for word in argv]
+    argv = [word.replace("DIR", str(folder)) for word in argv]
     command = [sys.executable, "-X", "importtime", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     lines = done.stderr.splitlines()
@@ -56,20 +92,42 @@ def assert_light(imported: set[str]) -> None:
     assert not imported & {"torch", "transformers", "accelerate", "scipy", "matplotlib"}
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_a_run_that_cannot_be_is_refused_before_torch_is_imported(tmp_path, what):
-    argv, words = WRONG[what]
-    code, said, imported = ran(["run_all.py", *argv], tmp_path)
+@pytest.mark.parametrize(
+    ("program", "argv", "words"), [(p, *case) for p, _, *case in WRONG], ids=[what for _, what, *_ in WRONG]
+)
+def test_what_cannot_be_is_refused_before_torch_is_imported(tmp_path, program, argv, words):
+    code, said, imported = ran([program, *argv], tmp_path)
+    assert code == 1 and said.startswith(f"{program}: ") and words in said
+    assert_light(imported)
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_a_mistake_in_an_experiments_file_is_told_before_torch_is_imported(tmp_path, what):
+    text, words = FILES[what]
+    (tmp_path / "mine.py").write_text(text)
+    code, said, imported = ran(["run_all.py", *PAIR, "--experiments-file", "DIR/mine.py"], tmp_path)
     assert code == 1 and said.startswith("run_all.py: ") and words in said
     assert_light(imported)
 
 
-@pytest.mark.parametrize("what", FRANKEN)
-def test_a_model_that_cannot_be_is_refused_before_torch_is_imported(tmp_path, what):
-    argv, words = FRANKEN[what]
-    code, said, imported = ran(["franken.py", *argv], tmp_path)
-    assert code == 1 and said.startswith("franken.py: ") and words in said
+def test_an_experiments_file_has_all_of_franken_and_torch_only_for_what_needs_it(tmp_path):
+    (tmp_path / "light.py").write_text(MINE + "EXPERIMENTS = [Experiment('x', 'mine', lambda m: m.recipe)]\n")
+    (tmp_path / "whole.py").write_text(
+        "from franken import *\nimport franken\nfrom franken import find_layers\n"
+        "assert LiveModel is franken.LiveModel and torch and swap\nEXPERIMENTS = []\n"
+    )
+    code, said, imported = ran(["run_all.py", "--list", "--experiments-file", "DIR/light.py"], tmp_path)
+    assert code == 0, said
     assert_light(imported)
+    code, said, imported = ran(["run_all.py", "--list", "--experiments-file", "DIR/whole.py"], tmp_path)
+    assert code == 0 and "torch" in imported, said
+
+
+@pytest.mark.parametrize("program", OPTIONS)
+def test_a_mistyped_option_is_answered_with_the_nearest(tmp_path, program):
+    argv, meant = OPTIONS[program]
+    code, said, _ = ran([program, *argv], tmp_path)
+    assert code == 2 and said.endswith(f"; the nearest is '{meant}'")
 
 
 @pytest.mark.parametrize("what", RIGHT)

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, replace
 
 from engine.generation import Engine
-from errors import FrankenError, RecipeError, printable
+from errors import FrankenError, RecipeError, nearest, printable
 from evaluate import evaluate as measure
 from suites.base import Protocol
 from surgery.recipes import (
@@ -126,7 +126,7 @@ def chosen_changes(n: int, seed: int, names: list[str] | None) -> list[Change]:
     odd = next((name for name in names if name not in known), None)
     if odd is not None:
         listed = ", ".join([*GROUPS, *(c.name for c in every)])
-        raise FrankenError(f"--changes {odd!r}: there are {listed}")
+        raise FrankenError(f"--changes {odd!r}: there are {listed}{nearest(odd, known)}")
     return [c for c in every if c.name in names or c.group in names]
 
 
