@@ -28,7 +28,7 @@ from typing import Any
 import jsonschema
 import jsonschema_rs
 
-from errors import FrankenError
+from errors import FrankenError, nearest
 from files import ROOT, parse_json, read_bytes, read_json, write_text
 from runner import packing, tables
 
@@ -41,6 +41,7 @@ VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 # the same in a hundredth of the time (1 ms a result), but without the words in which an error is told
 QUICK = jsonschema_rs.validator_for(SCHEMA)
 MANIFEST = jsonschema.Draft202012Validator(json.loads((ROOT / "schema" / "manifest.json").read_text()))
+MOST_SHOWN = 5  # runs, where another folder is named than one of a run
 LONGEST_NAME = 200  # bytes; file systems take 255, and something is put around it
 NAME = re.compile(r"[\w+-][\w.+-]*")  # of an experiment, as it stands in file names, tables and pages
 
@@ -68,6 +69,14 @@ def _rounded(value):
     if isinstance(value, list | tuple):
         return [_rounded(part) for part in value]
     return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The runs that lie directly in a folder, the one last begun or resumed first."""
+    with contextlib.suppress(OSError):
+        known = [(file.stat().st_mtime, file.parent) for file in folder.glob("*/manifest.json")]
+        return [run for _, run in sorted(known, reverse=True)]
+    return []
 
 
 def check_writable(folder: str | Path) -> None:
@@ -108,6 +117,7 @@ class Run:
         """An existing run and its manifest. Raises FrankenError if it is not one of this version, or not
         whole."""
         run = Run(Path(path))
+        run.refuse_no_run()
         manifest = read_json(run.manifest_path)
         if not isinstance(manifest, dict) or manifest.get("schema_version") not in READABLE:
             raise FrankenError(f"{run.manifest_path} is not a manifest of version 1 to {SCHEMA_VERSION}")
@@ -125,6 +135,20 @@ class Run:
                 raise FrankenError(f"{run.manifest_path} is corrupt ({str(name)[:80]!r} names no experiment)")
         run.refuse_ways_out()
         return run, manifest
+
+    def refuse_no_run(self) -> None:
+        """Raises FrankenError for a folder of runs, and for a run's folder that is not there where another's
+        name is near: with the runs that are meant."""
+        if self.manifest_path.exists():
+            return
+        if runs := runs_in(self.path):
+            more = f" and {len(runs) - MOST_SHOWN:,} more" if len(runs) > MOST_SHOWN else ""
+            raise FrankenError(
+                f"{self.path} is no run, but a folder of runs; newest first:"
+                f" {', '.join(map(str, runs[:MOST_SHOWN]))}{more}"
+            )
+        if not self.path.exists() and (near := nearest(str(self.path), map(str, runs_in(self.path.parent)))):
+            raise FrankenError(f"cannot read {self.manifest_path}: there is no such folder{near}")
 
     def refuse_ways_out(self) -> None:
         """Raises FrankenError for a link that leads out of the run's folder, which may come from anywhere:

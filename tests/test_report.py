@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -523,6 +524,21 @@ def test_bad_folders_are_one_line_and_write_nothing(tmp_path, no_drawing, capsys
     assert said.err.startswith("report.py: ")
     assert not said.out
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_runs_is_answered_with_its_runs(tmp_path, no_drawing, capsys):
+    """The newest first; and so is a name that is nearly that of a run."""
+    runs = [tmp_path / "results" / f"run_2026010{k}_120000" for k in range(1, 8)]
+    for k, run in enumerate(runs):
+        made.make(run, [made.result("baseline_instruct", {"binary": made.binary()})])
+        os.utime(run / "manifest.json", (k, k))
+    os.utime(runs[0] / "manifest.json", (99, 99))  # resumed since
+    first = ", ".join(map(str, [runs[0], *runs[:2:-1]]))
+    said = f"{tmp_path / 'results'} is no run, but a folder of runs; newest first: {first} and 2 more"
+    assert report.main([str(tmp_path / "results")]) == 1
+    assert capsys.readouterr().err == f"report.py: {said}\n"
+    assert report.main([str(runs[3])[:-1]]) == 1
+    assert capsys.readouterr().err.endswith(f"there is no such folder; the nearest is {str(runs[3])!r}\n")
 
 
 def test_an_area_below_chance_says_what_it_means():
