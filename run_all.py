@@ -657,16 +657,26 @@ def execute(args) -> int:
 
 
 def interrupted(run, manifest: dict, args) -> int:
-    """Say what is done and how to go on, and make the pages of what there is; the exit status."""
+    """Say what is done and how to go on, and make the pages of what there is; the exit status.
+
+    The pages take seconds, which is what an interrupted run still waits for: not where nothing stands beside
+    the unmodified model yet.
+    """
+    from experiments import BASELINE
     from reporting.reports import write_reports
 
     names = manifest["experiments"]
-    done = sum(run.file(name).exists() for name in names)
+    finished = [name for name in names if run.file(name).exists()]
     pages = f"`python report.py {shlex.quote(str(run.path))}` makes them"
     print(
-        f"\nInterrupted. {done} of {many(len(names), 'experiment')} are finished and kept; go on with:\n "
-        f" {resume_command(run.path, args)}",
+        f"\nInterrupted. {len(finished)} of {many(len(names), 'experiment')} are finished and kept; go on"
+        f" with:\n  {resume_command(run.path, args)}",
         file=sys.stderr,
+    )
+    if not set(finished) - {BASELINE}:
+        return 130
+    print(
+        "Making the pages of these, which takes some seconds; Ctrl-C again leaves them out.", file=sys.stderr
     )
     try:
         with ended_by_signals():

@@ -428,7 +428,7 @@ def test_interrupted_runs_finish_cleanly(pair, four, tmp_path, capfd, number):
     run = latest(tmp_path / "out with space")
     said = log.read_text()
     assert child.exitcode == 130 and "Traceback" not in said, said
-    assert said.rstrip().endswith(f"python run_all.py --resume '{run}'")
+    assert f"\n  python run_all.py --resume '{run}'\nMaking the pages of these" in said
     assert "Interrupted. 2 of 4 experiments are finished and kept; go on with:" in said
     assert set(read(run)) == {"baseline_instruct", "swap_adjacent_30_35"}
     comparison = json.loads((run / "comparison.json").read_text())

@@ -18,6 +18,7 @@ from command_line import held_back
 from errors import FrankenError
 from files import write_text
 from reporting import reports
+from runner import batch
 
 
 @pytest.fixture(autouse=True)
@@ -310,8 +311,29 @@ def test_ctrl_c_during_the_report_says_what_is_done_and_makes_it_again(go, tmp_p
     assert err.endswith(
         f"\nInterrupted. 4 of 4 experiments are finished and kept; go on with:\n"
         f"  python run_all.py --resume {run}\n"
+        "Making the pages of these, which takes some seconds; Ctrl-C again leaves them out.\n"
     )
     assert (run / "summary.md").exists()
+
+
+def test_ctrl_c_where_only_the_unmodified_model_is_measured_waits_for_no_pages(go, tmp_path, monkeypatch):
+    """They would compare it with nothing, and take seconds."""
+    measured = []
+
+    def second(engine, plan, *rest):
+        measured.append(plan.experiment.name)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return real(engine, plan, *rest)
+
+    real = batch.run_experiment
+    monkeypatch.setattr(batch, "run_experiment", second)
+    code, out, err = go(*FOUR)
+    run = latest(tmp_path / "out")
+    assert (code, out) == (130, "") and "Interrupted. 1 of 4 experiments are finished" in err
+    assert "pages" not in err and not (run / "summary.md").exists()
+    monkeypatch.setattr(batch, "run_experiment", real)
+    assert run_all.main(["--resume", str(run)]) == 0 and (run / "summary.md").exists()
 
 
 def test_ctrl_c_twice_says_how_the_pages_are_made(go, tmp_path, monkeypatch):
