@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def attend(
     every query that no value belongs to (gpt-oss). Raises FrankenError for anything else that is passed.
 
     `attention_mask` is boolean, or None for plain causal attention of a prompt to itself, or the Paths of
-    packed prompts (engine/packing.py). In a decode step
+    packed prompts (engine/packing.py), or in a decode step RowsByLength. There
     the H / G query heads of a group are folded into the query length: the KV heads are read once instead of
     being expanded to H of them (batch 64 on the 32B shape: 80.6 -> 29.2 ms a step).
     """
@@ -79,7 +80,21 @@ def attend(
         return _attend_explicitly(query, key, value, attention_mask, scaling, softcap, s_aux), None
     if length == 1:
         folded = query.view(batch, groups, heads // groups, width)
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+        if isinstance(attention_mask, RowsByLength):
+            seen, parts = attention_mask.mask, attention_mask.groups
+        else:
+            seen, parts = attention_mask, [(0, batch, key.shape[2])]
+        outs = [
+            F.scaled_dot_product_attention(
+                folded[a:b],
+                key[a:b, :, :keys],
+                value[a:b, :, :keys],
+                attn_mask=None if seen is None else seen[a:b, ..., :keys],
+                scale=scaling,
+            )
+            for a, b, keys in parts
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return out.reshape(batch, 1, heads, width), None
     # the one fused kernel with masks wants all heads
     if query.is_cuda and attention_mask is not None and heads != groups:
@@ -116,6 +131,18 @@ AttentionInterface.register(ATTENTION, attend)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
+@dataclass(frozen=True)
+class RowsByLength:
+    """What a decode step's rows look at, where each reads no more keys than it needs: given where layers pass
+    on a mask.
+
+    mask: [B, 1, 1, K], as `attend` has it. groups: (first row, the row behind the last, keys that they read).
+    """
+
+    mask: torch.Tensor
+    groups: Sequence[tuple[int, int, int]]
+
+
 class KV:
     """The cache of one position, in the form decoder layers expect of `past_key_values`.
 
@@ -137,6 +164,23 @@ class KV:
         return self.k, self.v
 
 
+class Shared:
+    """The cache of one position while prompts are read packed: each prompt's keys go to a row of its own.
+
+    cache: of all rows. source [T]: which of the pass's tokens is written; rows, positions [T]: where to.
+    """
+
+    def __init__(self, cache: KV, source: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor):
+        self.cache, self.source, self.at = cache, source, (rows, positions)
+
+    def update(self, key, value, layer_idx, *args, **kwargs):
+        rows, positions = (t.to(key.device) for t in self.at)
+        source = self.source.to(key.device)
+        for kept, new in ((self.cache.k, key), (self.cache.v, value)):
+            kept[rows, :, positions] = new[0].transpose(0, 1)[source]
+        return key, value
+
+
 class Continued:
     """The cache of one position while prompts go on after tokens that it already holds; what is new is not
     kept.
@@ -149,3 +193,27 @@ class Continued:
 
     def update(self, key, value, layer_idx, *args, **kwargs):
         return (torch.cat([self.cache.k[self.rows], key], 2), torch.cat([self.cache.v[self.rows], value], 2))
+
+
+def windows_of(config) -> dict[str, int | None]:
+    """The sliding window in tokens of each attention kind, as transformers' masks have it; None: all is seen.
+
+    It is the config that says so. A module may keep a window that does not hold for it (EXAONE 4).
+    """
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "layer_types", None) is None:
+        return {"full_attention": window}
+    return {"full_attention": None, "sliding_attention": window}
+
+
+def rope_limits(config) -> tuple[int | None, int | None]:
+    """(tokens beyond which all positions of a text have other rotary factors, tokens beyond which the factors
+    change with every token); None where there is no such length.
+
+    The first is longrope's (Phi-3, MiniCPM; arXiv 2402.13753), the second dynamic NTK scaling's.
+    """
+    stated = getattr(config, "rope_parameters", None) or {}
+    scalings = [stated, *(inner for inner in stated.values() if isinstance(inner, dict))]
+    switch = [s["original_max_position_embeddings"] for s in scalings if s.get("rope_type") == "longrope"]
+    dynamic = any("dynamic" in str(s.get("rope_type")) for s in scalings)
+    return (switch[0] if switch else None), (config.max_position_embeddings if dynamic else None)

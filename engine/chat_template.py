@@ -202,3 +202,21 @@ class ChatTemplate:
             "moment": self.moment.isoformat() if CLOCK in self.source else None,
             "thinking": self.thinking,
         }
+
+
+def find_stop_ids(tokenizer) -> set[int]:
+    """End-of-turn and end-of-text tokens of the tokenizer, among its special tokens."""
+    names = (
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|eot_id|>",
+        "<|end_of_text|>",
+        "<end_of_turn>",
+        "</s>",
+        "<eos>",
+        "<|end|>",
+    )
+    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+    vocabulary = tokenizer.get_vocab()  # fetched once: it is built anew at every call, in 50 ms
+    ids = {vocabulary[n] for n in names if n in vocabulary} & special
+    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.attention import ATTENTION, KV, Continued
-from engine.chat_template import ChatTemplate
+from engine.attention import ATTENTION, KV, Continued, RowsByLength, Shared, rope_limits, windows_of
+from engine.chat_template import ChatTemplate, find_stop_ids
 from engine.layers import (
     Attenuated,
     cache_keyword,
@@ -26,24 +26,23 @@ from engine.layers import (
     linears_of,
     mean_of,
     run_layer,
-    spread_linear,
     spread_products,
 )
-from engine.packing import Behind, Packed, Paths, common_length, pack, packed_batches
+from engine.packing import Behind, Packed, Paths, pack, packed_batches, shared_prefixes
 from engine.prompt_layer import run_prompt_layer
 from engine.reuse import MARKS, Entered, in_common, marks
-from engine.sampling import Completion, Decoding, Request, draw
+from engine.sampling import Completion, Decoding, Request, decode_logits, draw, greedy_exactly, without_nan
 from errors import FrankenError
 from franken import LiveModel
 from surgery.recipes import Recipe
 
 KEPT_BYTES = 1 << 29  # of hidden states kept for the next experiment
+CACHE_BYTES = 2 << 30  # of keys and values on a CPU, whose memory nothing else bounds
 STEP = 64  # keys are read in whole steps of so many: how a sum over them is split depends on their number
 ROWS = 16  # decoded at once with `deterministic`, never more or fewer
 TOKENS_AT_ONCE = 256  # of a text on a GPU, in the product with the output head
 TOKENS_ON_CPU = 512  # of a text
 VOCABULARY_ON_CPU = 2048  # rows of the head, whose logits for them stay in a CPU's caches
-PASS_TOKENS = 64  # a further pass over the layers costs about as much as this many tokens more in a batch
 
 
 @dataclass
@@ -82,8 +81,8 @@ class Engine:
         deterministic: a reply depends on its request alone, to the bit, whatever `max_batch` and the other
             requests: every prompt is read by itself, ROWS rows are decoded at once, padded with copies, and
             all of them read the same number of keys, which follows from the request. Without CUDA graphs.
-            Without it a CPU reads prompts by themselves too and keys in steps of STEP, so that in bfloat16 no
-            reply was seen to change with the batch; a GPU's may.
+            Without it the last bits of a product may follow the number of its rows, and in bfloat16 a reply
+            may follow them.
         template: how conversations are written; by default the tokenizer's chat template as of now.
         packed: read prompts packed (engine/packing.py) where nothing changes what layers give. None: wherever
             that is possible, which is not with `deterministic`, nor for a model that packed attention does
@@ -115,14 +114,12 @@ class Engine:
             # it plans anew for every new shape: a first experiment took 2.3 s longer, probably so
             torch.backends.cuda.enable_cudnn_sdp(False)
         self.devices = list(dict.fromkeys(bank.device for bank in live.banks))
-        self.prefill_tokens = 16384 if on_gpu else 4096
+        self.prefill_tokens = 16384 if on_gpu else 1024  # from 512 on a CPU multiplies as fast as it can
         self.deterministic = deterministic
         self.alone = deterministic or not on_gpu  # each prompt is read by itself
         self.fast = (on_gpu and len(self.devices) == 1) if fast is None else fast
         self.fast &= not deterministic
-        most = 32
-        if on_gpu:
-            most = 128 if self.fast else 64
+        most = 64 if on_gpu and not self.fast else 128
         self.max_batch = ROWS if deterministic else max_batch or most
         self.timing = Timing()
         # told (tokens read, tokens written) after every batch of prompts and every step, for who waits
@@ -715,6 +712,7 @@ class Engine:
         )
         while queue:
             batch = [i for i in queue[: self.max_batch] if capacities[i] == capacities[queue[0]]]
+            batch = self._that_fit(batch, requests)
             try:
                 done = self._complete_batch(
                     [requests[i] for i in batch],
@@ -732,7 +730,7 @@ class Engine:
                 if self._accelerator:
                     self._accelerator.release()
                 continue
-            queue = queue[len(batch) :]
+            queue = [i for i in queue if i not in set(batch)]
             finished = 0
             for i, completion in zip(batch, done, strict=True):
                 if i in begun:
@@ -779,6 +777,20 @@ class Engine:
         ids = [*begun.token_ids, *rest.token_ids]
         return self.completion(ids, rest.stopped, begun.finite and rest.finite)
 
+    def _that_fit(self, batch: list[int], requests: Sequence[Request]) -> list[int]:
+        """The first of a batch whose caches a CPU keeps at once, at least one, in an order in which those of
+        similar length are neighbours: a step reads each group's keys and no more."""
+        if self.live.device.type == "cuda" or self.deterministic:
+            return batch
+        per_token = 2 * self.kv_heads * self.head_dim * self.live.dtype.itemsize * len(self.live.order)
+        rows, longest = 0, 0
+        for i in batch:
+            longest = max(longest, self._capacity(requests[i]))
+            if rows and (rows + 1) * longest * per_token > CACHE_BYTES:
+                break
+            rows += 1
+        return sorted(batch[:rows], key=lambda i: len(requests[i].prompt_ids))
+
     def _capacity(self, request: Request) -> int:
         """Room for a request's prompt and reply, in whole steps of STEP tokens."""
         return -(-(len(request.prompt_ids) + request.max_new_tokens) // STEP) * STEP
@@ -790,6 +802,21 @@ class Engine:
             mine = [KV(cache.k[row : row + 1], cache.v[row : row + 1]) for cache in caches]
             last.append(self.prefill([ids], mine, layer=layer and layer([row]))[0, -1])
         return torch.stack(last)
+
+    def _read_together(self, prompts: Sequence[tuple[int, ...]], caches: list[KV]) -> torch.Tensor:
+        """Prefill prompts packed, in passes of bounded size; the hidden state [n, hidden] of each one's last
+        token."""
+        last: list[torch.Tensor | None] = [None] * len(prompts)
+        for some in packed_batches(prompts, [0] * len(prompts), self.prefill_tokens):
+            packed = pack([prompts[i] for i in some])
+            lengths = [len(path) for path in packed.paths]
+            source = torch.from_numpy(np.concatenate(packed.paths))
+            rows = torch.from_numpy(np.repeat(some, lengths))
+            positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
+            hidden = self.prefill_packed(packed, [Shared(c, source, rows, positions) for c in caches])
+            for i, path in zip(some, packed.paths, strict=True):
+                last[i] = hidden[path[-1]]
+        return torch.stack([state for state in last if state is not None])
 
     def _complete_batch(
         self, batch: list[Request], layer: Callable[[list[int]], Callable] | None = None
@@ -808,7 +835,9 @@ class Engine:
         every = [r.prompt_ids for r in batch]
         unique = every if layer else list(dict.fromkeys(every))
         caches = self.empty_caches(len(unique), max(map(self._capacity, batch)))
-        if self.deterministic or (self.alone and layer is None):
+        if self.packed and layer is None:
+            last = self._read_together(unique, caches)
+        elif self.deterministic or (self.alone and layer is None):
             last = self._read_alone(unique, caches, layer)
         else:
             hidden = self.prefill(unique, caches, layer=layer and layer(list(range(asked))))
@@ -819,9 +848,10 @@ class Engine:
             batch = batch + batch[-1:] * (ROWS - asked)
             first = torch.cat([first, first[-1:].expand(ROWS - asked)])
         state = Decoding(batch, self.stop_ids, self.live.device)
-        last = last[first.to(last.device)]
-        for cache in caches:
-            cache.k, cache.v = (t[first.to(t.device)] for t in (cache.k, cache.v))
+        if first.tolist() != list(range(len(unique))):  # samples of one prompt go on from copies
+            last = last[first.to(last.device)]
+            for cache in caches:
+                cache.k, cache.v = (t[first.to(t.device)] for t in (cache.k, cache.v))
         state.take(self.choose(last, state))
 
         # 2) the replies
@@ -850,13 +880,17 @@ class Engine:
         """One token for every row: hidden states [B, hidden] before the final norm."""
         at, made = {}, {}
         room = caches[0].k.shape[2]
-        used = room if self.deterministic else min(room, -(-(int(state.positions.max()) + 1) // STEP) * STEP)
+        keys = [min(room, -(-(held + 1) // STEP) * STEP) for held in state.positions.tolist()]
+        used = room if self.deterministic else max(keys)
+        # on a CPU a step waits for memory, on a GPU for launches: one group of rows
+        groups = _runs(keys) if self.packed and self.live.device.type == "cpu" else []
 
         def mask(window, device):
             if (window, device) not in made:
                 k, now = torch.arange(used, device=device)[None], state.positions.to(device)[:, None]
                 seen = k <= now if window is None else (k <= now) & (k > now - window)
-                made[window, device] = seen[:, None, None]
+                seen = seen[:, None, None]
+                made[window, device] = RowsByLength(seen, groups) if len(groups) > 1 else seen
             return made[window, device]
 
         views = []
@@ -881,16 +915,27 @@ class Engine:
         finite = (
             logits.amax(-1) - logits.amin(-1)
         ).isfinite()  # two passes where isfinite().all() takes five
-        tokens = logits.argmax(-1)
-        if not hidden.is_cuda and hidden.dtype != torch.float32:
-            tokens = _greedy_exactly(logits, hidden, head)
+        if hidden.is_cuda or hidden.dtype == torch.float32:
+            tokens = logits.argmax(-1)
+        else:
+            tokens = greedy_exactly(logits if finite.all() else without_nan(logits), hidden, head)
         if state.sampled:
             temperature, top_p, uniform = (
                 t.to(logits.device) for t in (state.temperature, state.top_p, state.uniform())
             )
-            drawn = draw(logits, temperature, top_p if state.nucleus else None, uniform)
-            tokens = torch.where(temperature > 0, drawn, tokens)
+            if logits.is_cuda:  # a captured graph draws for all rows
+                drawn = draw(logits, temperature, top_p if state.nucleus else None, uniform)
+                tokens = torch.where(temperature > 0, drawn, tokens)
+            elif len(rows := (temperature > 0).nonzero()[:, 0]):
+                nucleus = top_p[rows] if state.nucleus else None
+                tokens[rows] = draw(logits[rows], temperature[rows], nucleus, uniform[rows])
         return tokens.to(self.live.device), finite.to(self.live.device)
+
+
+def _runs(keys: Sequence[int]) -> list[tuple[int, int, int]]:
+    """(first, behind the last, value) of every run of equal values."""
+    ends = [k for k in range(1, len(keys) + 1) if k == len(keys) or keys[k] != keys[k - 1]]
+    return [(begin, end, keys[begin]) for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def rest_of(request: Request, begun: Completion) -> Request:
@@ -901,103 +946,3 @@ def rest_of(request: Request, begun: Completion) -> Request:
         max_new_tokens=request.max_new_tokens - len(begun.token_ids),
         drawn=request.drawn + len(begun.token_ids),
     )
-
-
-def windows_of(config) -> dict[str, int | None]:
-    """The sliding window in tokens of each attention kind, as transformers' masks have it; None: all is seen.
-
-    It is the config that says so. A module may keep a window that does not hold for it (EXAONE 4).
-    """
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "layer_types", None) is None:
-        return {"full_attention": window}
-    return {"full_attention": None, "sliding_attention": window}
-
-
-def rope_limits(config) -> tuple[int | None, int | None]:
-    """(tokens beyond which all positions of a text have other rotary factors, tokens beyond which the factors
-    change with every token); None where there is no such length.
-
-    The first is longrope's (Phi-3, MiniCPM; arXiv 2402.13753), the second dynamic NTK scaling's.
-    """
-    stated = getattr(config, "rope_parameters", None) or {}
-    scalings = [stated, *(inner for inner in stated.values() if isinstance(inner, dict))]
-    switch = [s["original_max_position_embeddings"] for s in scalings if s.get("rope_type") == "longrope"]
-    dynamic = any("dynamic" in str(s.get("rope_type")) for s in scalings)
-    return (switch[0] if switch else None), (config.max_position_embeddings if dynamic else None)
-
-
-def shared_prefixes(
-    sequences: Sequence[tuple[int, ...]], needed: Sequence[int]
-) -> list[tuple[int, list[int]]]:
-    """All indices in groups of sequences that begin alike, as (how many tokens they share, indices); 0 for
-    the others.
-
-    A group leaves at least the last needed[i] tokens to each of its sequences. Of all ways to cut the sorted
-    sequences into groups it is the one that computes the fewest tokens, where a group's pass of its own
-    counts as PASS_TOKENS.
-    """
-    order = sorted(range(len(sequences)), key=lambda i: (sequences[i], i))
-    free = [len(sequences[i]) - needed[i] for i in order]
-    common = [common_length(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
-    # for the first n sequences: the most tokens saved, and the last group's (begin, tokens shared)
-    saved, cuts = (
-        [0],
-        [],
-    )
-    for end in range(1, len(order) + 1):
-        best, cut, shared = saved[-1], (end - 1, 0), free[end - 1]
-        for begin in range(end - 2, -1, -1):
-            shared = min(shared, common[begin], free[begin])
-            if shared <= 0:
-                break
-            gain = saved[begin] + (end - begin - 1) * shared - PASS_TOKENS
-            if gain > best:
-                best, cut = gain, (begin, shared)
-        saved.append(best)
-        cuts.append(cut)
-    groups, alone, end = [], [], len(order)
-    while end:
-        begin, shared = cuts[end - 1]
-        if shared:
-            groups.append((shared, sorted(order[begin:end])))
-        else:
-            alone.append(order[begin])
-        end = begin
-    return groups + ([(0, sorted(alone))] if alone else [])
-
-
-def decode_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Float32 logits for a decode step; on a GPU the bf16 product is written out in float32, at no extra
-    cost."""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return spread_linear(hidden, weight).float()
-
-
-def _greedy_exactly(logits: torch.Tensor, hidden: torch.Tensor, head) -> torch.Tensor:
-    """Argmax in float32 where the logits were rounded to bf16: the 8 best are computed again (bf16 ties are
-    common)."""
-    best = logits.nan_to_num(float("-inf")).topk(8, -1).indices
-    scores = (head.weight[best].float() * hidden[:, None].float()).sum(-1)
-    if head.bias is not None:
-        scores = scores + head.bias[best].float()
-    return best.gather(1, scores.nan_to_num(float("-inf")).argmax(-1, keepdim=True))[:, 0]
-
-
-def find_stop_ids(tokenizer) -> set[int]:
-    """End-of-turn and end-of-text tokens of the tokenizer, among its special tokens."""
-    names = (
-        "<|im_end|>",
-        "<|endoftext|>",
-        "<|eot_id|>",
-        "<|end_of_text|>",
-        "<end_of_turn>",
-        "</s>",
-        "<eos>",
-        "<|end|>",
-    )
-    special = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
-    vocabulary = tokenizer.get_vocab()  # fetched once: it is built anew at every call, in 50 ms
-    ids = {vocabulary[n] for n in names if n in vocabulary} & special
-    return ids | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+PASS_TOKENS = 64  # a further pass over the layers costs about as much as this many tokens more in a batch
 KEYS_PER_TOKEN = 16  # at most so many keys are gathered for each token of a pass
 
 
@@ -194,3 +195,43 @@ class Behind:
             torch.cat([held.transpose(0, 1).flatten(1, 2)[None], new], 2)
             for held, new in ((self.k, key), (self.v, value))
         )
+
+
+def shared_prefixes(
+    sequences: Sequence[tuple[int, ...]], needed: Sequence[int]
+) -> list[tuple[int, list[int]]]:
+    """All indices in groups of sequences that begin alike, as (how many tokens they share, indices); 0 for
+    the others.
+
+    A group leaves at least the last needed[i] tokens to each of its sequences. Of all ways to cut the sorted
+    sequences into groups it is the one that computes the fewest tokens, where a group's pass of its own
+    counts as PASS_TOKENS.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: (sequences[i], i))
+    free = [len(sequences[i]) - needed[i] for i in order]
+    common = [common_length(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False)]
+    # for the first n sequences: the most tokens saved, and the last group's (begin, tokens shared)
+    saved, cuts = (
+        [0],
+        [],
+    )
+    for end in range(1, len(order) + 1):
+        best, cut, shared = saved[-1], (end - 1, 0), free[end - 1]
+        for begin in range(end - 2, -1, -1):
+            shared = min(shared, common[begin], free[begin])
+            if shared <= 0:
+                break
+            gain = saved[begin] + (end - begin - 1) * shared - PASS_TOKENS
+            if gain > best:
+                best, cut = gain, (begin, shared)
+        saved.append(best)
+        cuts.append(cut)
+    groups, alone, end = [], [], len(order)
+    while end:
+        begin, shared = cuts[end - 1]
+        if shared:
+            groups.append((shared, sorted(order[begin:end])))
+        else:
+            alone.append(order[begin])
+        end = begin
+    return groups + ([(0, sorted(alone))] if alone else [])

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from engine.layers import spread_linear
+
 
 @dataclass(frozen=True)
 class Request:
@@ -170,3 +172,25 @@ class Decoding:
 
     def results(self) -> list[tuple[list[int], bool, bool]]:
         return list(zip(self.tokens, self.stopped, self.finite, strict=True))
+
+
+def decode_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Float32 logits for a decode step; on a GPU the bf16 product is written out in float32, at no extra
+    cost."""
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return spread_linear(hidden, weight).float()
+
+
+def greedy_exactly(logits: torch.Tensor, hidden: torch.Tensor, head) -> torch.Tensor:
+    """Argmax in float32 where the logits were rounded to bf16: the 8 best are computed again (bf16 ties are
+    common)."""
+    best = logits.topk(8, -1).indices
+    scores = (head.weight[best].float() * hidden[:, None].float()).sum(-1)
+    if head.bias is not None:
+        scores = scores + head.bias[best].float()
+    return best.gather(1, without_nan(scores).argmax(-1, keepdim=True))[:, 0]
+
+
+def without_nan(logits: torch.Tensor) -> torch.Tensor:
+    return logits.nan_to_num(float("-inf"))

@@ -13,8 +13,9 @@ import torch
 
 import prompts
 from engine.attention import Continued
-from engine.generation import Engine, shared_prefixes
+from engine.generation import Engine
 from engine.layers import run_layer
+from engine.packing import shared_prefixes
 from suites.base import ARRAYS, Protocol, Suite, Work
 
 SINGLE_PROBES = 8  # questions whose own states are kept

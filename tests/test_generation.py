@@ -14,7 +14,8 @@ from moves import BRANCHES, MOVES, STARTS, instruct
 from moves import SHORT as PROMPTS
 
 from engine import generation
-from engine.generation import Completion, Engine, Request, draw, find_stop_ids
+from engine.chat_template import find_stop_ids
+from engine.generation import Completion, Engine, Request, draw
 from engine.layers import spread_linear
 from engine.sampling import nucleus_by_bisection, nucleus_by_sorting
 from errors import FrankenError
@@ -472,7 +473,7 @@ def out_of_memory_above(rows):
 
     def wrap(real):
         def method(self, batch, *args, **kwargs):
-            if len(batch) > rows:
+            if len(getattr(batch, "paths", batch)) > rows:  # of packed prompts, how many they are
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(self, batch, *args, **kwargs)
 
@@ -481,9 +482,9 @@ def out_of_memory_above(rows):
     return wrap
 
 
-@pytest.mark.parametrize("where", ["_complete_batch", "prefill"])
+@pytest.mark.parametrize("where", ["_complete_batch", "prefill", "prefill_packed"])
 def test_a_batch_is_halved_until_it_fits(tiny_pair, monkeypatch, where):
-    engine = tiny_pair("llama").engine()
+    engine = tiny_pair("llama").engine(packed=where != "prefill")
     requests = greedy(PROMPTS) + sampled(PROMPTS)
     pairs = [(p[:1], p[1:]) for p in PROMPTS if len(p) > 1]
     want = engine.complete(requests), engine.next_token_logprobs(BRANCHES), engine.loglikelihood(pairs)
@@ -654,6 +655,35 @@ def test_deterministic_replies_are_those_of_any_batch(tiny_pair):
     engine = Engine(pair.live(), tiny.tokenizer(), deterministic=True)
     assert engine.complete(requests) == plain.complete(requests)
     assert engine.timing.decode_tokens == plain.timing.decode_tokens
+
+
+@pytest.mark.parametrize("family", ["qwen2-alternating", "llama"])  # the first has a sliding window
+def test_rows_of_many_lengths_read_their_own_keys_alone(tiny_pair, monkeypatch, family):
+    """Each row by itself is the oracle."""
+    requests, pair, read = many(), tiny_pair(family), set()
+    want = Engine(pair.live(), tiny.tokenizer(), max_batch=1).complete(requests)
+    real = generation.RowsByLength
+    monkeypatch.setattr(
+        generation,
+        "RowsByLength",
+        lambda mask, groups: (read.add(tuple(keys for *_, keys in groups)), real(mask, groups))[1],
+    )
+    engine = Engine(pair.live(), tiny.tokenizer())
+    assert engine.complete(requests) == want
+    # the prompts have 1 to 150 tokens: rows of every number of steps of 64 stood in one batch
+    assert (64, 128, 192) in read
+
+
+def test_a_cpu_keeps_no_more_caches_than_it_may(tiny_pair, monkeypatch):
+    pair, requests = tiny_pair("llama"), many()
+    want = pair.engine().complete(requests)
+    engine, made = pair.engine(), []
+    per_token = 2 * engine.kv_heads * engine.head_dim * 4 * len(engine.live.order)  # float32
+    monkeypatch.setattr(generation, "CACHE_BYTES", 5 * 192 * per_token)  # five rows of the longest
+    real = engine.empty_caches
+    monkeypatch.setattr(engine, "empty_caches", lambda n, room: (made.append(n * room), real(n, room))[1])
+    assert engine.complete(requests) == want
+    assert len(made) > 1 and max(made) <= 5 * 192
 
 
 def test_deterministic_never_decodes_fewer_rows(tiny_pair, monkeypatch):

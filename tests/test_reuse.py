@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from moves import BRANCHES, instruct
 
 from engine import generation, prompt_layer
-from engine.generation import Engine, shared_prefixes
+from engine.generation import Engine
+from engine.packing import shared_prefixes
 from engine.reuse import in_common, marks
 from surgery import recipes as r
 
@@ -169,7 +170,7 @@ def test_groups_of_shared_beginnings_are_the_cheapest(rows, cost):
     prompts = [((0,) * min(k, 20) + (branch,) * k)[:k] + (7,) * tail + (5,) for branch, k, tail, _ in rows]
     needed = [min(n, len(p)) for p, (*_, n) in zip(prompts, rows, strict=True)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.generation.PASS_TOKENS", cost)
+        patch.setattr("engine.packing.PASS_TOKENS", cost)
         groups = shared_prefixes(prompts, needed)
     assert sorted(i for _, group in groups for i in group) == list(range(len(prompts)))
     for shared, group in groups:

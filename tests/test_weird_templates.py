@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from engine.chat_template import continuation, going_on
-from engine.generation import Engine, find_stop_ids
+from engine.chat_template import continuation, find_stop_ids, going_on
+from engine.generation import Engine
 from errors import FrankenError
 from runner import pairs
 from weird_gen import check_data, distill, eval_baseline, run_inference, train_lora

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine.attention import sound_attention
-from engine.generation import find_stop_ids
+from engine.chat_template import find_stop_ids
 from errors import FrankenError
 from franken import LiveModel
 from runner import pairs

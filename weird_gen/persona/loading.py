@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from engine.chat_template import ChatTemplate
-from engine.generation import Engine, find_stop_ids
+from engine.chat_template import ChatTemplate, find_stop_ids
+from engine.generation import Engine
 from errors import FrankenError, printable
 from files import check_open_files, read_json
 from runner.known_pairs import PAIRS
