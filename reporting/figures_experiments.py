@@ -49,13 +49,20 @@ from reporting.marks import ABOVE, BELOW, SIGN, Marks, Words
 # of P(Yes) on an axis by log-odds; what lies beyond the ceiling is drawn at it
 P_CEILING = 1 - 1e-6
 ODDS_TICKS = (1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
-CLOSE_TICKS = tuple(k / 20 for k in range(1, 20))  # where not three of the others are within the axis
+# where not three of the others are within the axis; and where more of these would be than it has room for
+CLOSE_TICKS, ROOM = tuple(k / 20 for k in range(1, 20)), 9
+FEW_TICKS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.95)
 
 
 def odds_ticks(values: Sequence[float]) -> Sequence[float]:
     """Ticks of P(Yes) on an axis by log-odds that holds these values."""
-    within = [tick for tick in ODDS_TICKS if min(values) <= tick <= max(values)]
-    return ODDS_TICKS if len(within) > 2 else CLOSE_TICKS
+
+    def within(ticks: Sequence[float]) -> int:
+        return sum(min(values) <= tick <= max(values) for tick in ticks)
+
+    if within(ODDS_TICKS) > 2:
+        return ODDS_TICKS
+    return CLOSE_TICKS if within(CLOSE_TICKS) <= ROOM else FEW_TICKS
 
 
 def percent(p: float) -> str:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps, rc_context
+from matplotlib.axis import YAxis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.comparison import PlaceboBand, Row
 from analysis.rows import score, word
@@ -34,6 +36,7 @@ from reporting.figures import (
 )
 from reporting.figures_experiments import percent
 from reporting.marks import Marks
+from reporting.pages import number
 
 HATCH = "//////"  # of what is broken
 DOSES = {"noise": "noise (share of each tensor's standard deviation)", "blend": "share of the other source"}
@@ -208,7 +211,7 @@ def _maps(
             bar = figure.colorbar(colors, ax=axes, pad=0.01, aspect=8 if len(strips) < 3 else 12)
             bar.outline.set_visible(False)
             if kind == "log":
-                log_axis(bar.ax.yaxis, colors.get_clim())
+                _ends(bar.ax.yaxis, *colors.get_clim())
         # 3) what the panels share
         stack[-1].set_xlim(0, layers)
         stack[-1].set_xlabel(along)
@@ -219,6 +222,13 @@ def _maps(
                 1,
             )
     return figure
+
+
+def _ends(axis: YAxis, low: float, high: float) -> None:
+    """Two ticks of a bar, which has no room for more: its ends."""
+    axis.set_major_locator(FixedLocator([low, high]))
+    axis.set_major_formatter(FuncFormatter(lambda x, _: number(x)))
+    axis.set_minor_locator(NullLocator())
 
 
 def _colors(every: Sequence[Row], read: Callable[[Row], float | None], kind: str) -> ScalarMappable:

@@ -10,6 +10,7 @@ import made_results as made
 import numpy as np
 import pytest
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import RendererSVG
 from matplotlib.collections import LineCollection
 from matplotlib.colors import to_rgb
@@ -536,3 +537,35 @@ def test_an_axis_of_probabilities_has_numbers_near_its_points(values):
     low, high = values
     shown = [tick for tick in figures_experiments.odds_ticks(values) if low <= tick <= high]
     assert 1 <= len(shown) <= 9
+
+
+def overlapping(figure) -> list[tuple[str, str]]:
+    """The numbers at a figure's ticks that lie on each other."""
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    out = []
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        texts = [text for tick in ticks for text in (tick.label1, tick.label2) if text.get_visible()]
+        boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+        out += [(a, b) for (a, x), (b, y) in itertools.combinations(boxes, 2) if x.overlaps(y)]
+    return out
+
+
+@pytest.mark.parametrize("draw, given", narrow_pairs(), ids=lambda x: getattr(x, "__name__", ""))
+def test_no_ticks_of_a_figure_lie_on_each_other(draw, given):
+    for narrow in (False, True):
+        assert not overlapping(draw(*given, narrow=narrow))
+
+
+@pytest.mark.parametrize("top", [21.5, 60.0, 1e7])
+@pytest.mark.parametrize("strips", [1, 3])
+def test_the_bar_of_perplexity_has_room_for_its_ticks(strips, top):
+    rows = [
+        made.swept(kind, k, k + 1, "does not report it", 0.1, 0.5, 20.0 * (top / 20) ** (k / 11))
+        for kind in ("delete", "double", "replace")[:strips]
+        for k in range(12)
+    ]
+    for narrow in (False, True):
+        assert not overlapping(figures_sweeps.single_layers(rows, 12, narrow))
