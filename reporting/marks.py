@@ -19,8 +19,6 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path
 from matplotlib.transforms import Bbox, Transform
 
-from reporting import svg
-
 if TYPE_CHECKING:
     from matplotlib.typing import ColorType as Color
 
@@ -234,7 +232,7 @@ class Words(Artist):
         for word, font, x, y, *_ in self._placed(renderer):
             gc.set_foreground(word.color)
             down = canvas_height - y if renderer.flipy() else y
-            if isinstance(renderer, svg.Renderer):
+            if hasattr(renderer, "draw_word"):  # reporting/svg.py
                 renderer.draw_word(gc, x, down, word.text, font)
             else:
                 renderer.draw_text(gc, x, down, word.text, font, 0)

@@ -10,6 +10,7 @@ import re
 from typing import NamedTuple
 
 from matplotlib.backend_bases import GraphicsContextBase
+from matplotlib.backends.backend_mixed import MixedModeRenderer
 from matplotlib.backends.backend_svg import FigureCanvasSVG, RendererSVG
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -91,7 +92,9 @@ class Canvas(FigureCanvasSVG):
 
     def svg(self) -> bytes:
         """The figure as an SVG file, as print_svg writes it."""
-        renderer = self.get_renderer()
+        ours, (width, height) = self.get_renderer(), self.figure.get_size_inches()
+        # which draws as pixels what asks for it: the colors of a colorbar
+        renderer = MixedModeRenderer(self.figure, width, height, 72, ours)
         self.figure.draw(renderer)
         renderer.finalize()
-        return "".join(renderer.pieces).encode()
+        return "".join(ours.pieces).encode()
