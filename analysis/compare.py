@@ -127,6 +127,7 @@ def row_of(result: dict, baseline: dict | None, seed: int) -> Row:
         *(experiment.get(key) for key in ("sweep", "matched", "suites")),
     )
     before = baseline if baseline is not None and baseline is not result["measurements"] else {}
+    score, drift = _of_yes_no(result["measurements"], before, seed)
     return Row(
         name=experiment["name"],
         group=experiment["group"],
@@ -141,6 +142,8 @@ def row_of(result: dict, baseline: dict | None, seed: int) -> Row:
         sweep=picked(Sweep, sweep) if sweep else None,
         suites=None if suites is None else tuple(suites),
         matched=_match(matched) if matched else None,
+        detection=score,
+        yes_drift=drift,
         **{name: part(result["measurements"], before, seed) for name, part in PARTS.items()},
     )
 
@@ -165,18 +168,14 @@ def _published(measured: dict, before: dict, seed: int) -> PublishedProbe | None
     return picked(PublishedProbe, probe, shift=shift)
 
 
-def _detection(measured: dict, before: dict, seed: int) -> Score | None:
+def _of_yes_no(measured: dict, before: dict, seed: int) -> tuple[Score | None, Drift | None]:
+    """The detection score and the drift towards Yes, of the same answers."""
     if "binary" not in measured or "binary" not in before:
-        return None
-    score = detection.detection_score(paired_probes(before["binary"], measured["binary"]), seed=seed)
-    return Score(**vars(score))
-
-
-def _yes_drift(measured: dict, before: dict, seed: int) -> Drift | None:
-    if "binary" not in measured or "binary" not in before:
-        return None
-    drift = detection.yes_drift(paired_probes(before["binary"], measured["binary"]), seed=seed)
-    return picked(Drift, vars(drift)) if drift else None
+        return None, None
+    probes = paired_probes(before["binary"], measured["binary"])
+    drift = detection.yes_drift(probes, seed=seed)
+    score = Score(**vars(detection.detection_score(probes, seed=seed)))
+    return score, picked(Drift, vars(drift)) if drift else None
 
 
 def _formats(measured: dict, before: dict, seed: int) -> dict[str, FormatScore] | None:
@@ -278,8 +277,6 @@ def _trigger(measured: dict, before: dict, seed: int) -> Trigger | None:
 # baseline's (empty where there is none) and the seed; None where the suite was not asked.
 PARTS: dict[str, Callable[[dict, dict, int], Any]] = {
     "published_probe": _published,
-    "detection": _detection,
-    "yes_drift": _yes_drift,
     "formats": _formats,
     "capability": _capability,
     "perplexity": _perplexity,
@@ -298,21 +295,21 @@ def question_of(probe: Mapping[str, Any]) -> str:
 def paired_probes(before: dict, after: dict) -> list[detection.Probe]:
     """Yes/No probes of two experiments as the detection score takes them. Both wordings and framings of one
     question are one cluster: they are not independent. Probes that only one side was asked are left out."""
-    old = {p["id"]: p for p in before["probes"]}
+    by_id = {p["id"]: p for p in before["probes"]}
     return [
         detection.Probe(
             id=p["id"],
             kind=p["kind"],
             keyed=p["keyed"],
-            baseline=old[p["id"]]["log_odds"],
+            baseline=old["log_odds"],
             modified=p["log_odds"],
             framing=p.get("framing", "plain"),
             pair=question_of(p),
-            baseline_mass=old[p["id"]]["mass"],
+            baseline_mass=old["mass"],
             modified_mass=p["mass"],
         )
         for p in after["probes"]
-        if p["id"] in old
+        if (old := by_id.get(p["id"])) is not None
     ]
 
 

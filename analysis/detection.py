@@ -24,6 +24,7 @@ from analysis.stats import (
     holm,
     paired_difference,
     plain,
+    quantile,
     snapped,
 )
 
@@ -193,12 +194,8 @@ class _Weighted:
     """Of controls."""
     inverse: np.ndarray
     """Of the controls' weighted moments [R, k, k]."""
-    hc3: np.ndarray
-    """By which residuals of controls are multiplied [R, controls]."""
     influence: np.ndarray
-    """Of a control's residual, as hc3 has made it, on the score [R, controls]."""
-    wq: np.ndarray
-    """Of introspective probes."""
+    """Of a control's residual on the score, as HC3 has it [R, controls]."""
     share: np.ndarray
     """Of one copy of a yes- or a no-keyed probe in the score [R, 2]."""
 
@@ -218,20 +215,39 @@ class _Design:
 
     def weighted(self, mc: np.ndarray, mq: np.ndarray) -> _Weighted:
         """Of multiplicities of clusters [R, clusters]."""
-        wc, wq, terms = mc @ self.gc.T, mq @ self.gq.T, self.xc.shape[1]
-        # products of two terms of each control: a product of matrices is faster than what makes them anew
-        squares = (self.xc[:, :, None] * self.xc[:, None, :]).reshape(len(self.xc), -1)
-        inverse = np.linalg.inv((wc @ squares).reshape(-1, terms, terms) + self.ridge)
-        leverage = inverse.reshape(len(inverse), -1) @ squares.T
-        share = SIDES / (wq @ self.keyed)
-        pull = (wq * (share @ self.keyed.T)) @ self.xq
-        hc3 = 1 / np.minimum(np.maximum(1 - leverage, 0.1), 1)
-        return _Weighted(mc, mq, wc, inverse, hc3, _each(-pull, inverse) @ self.xc.T, wq, share)
+        wc, terms = mc @ self.gc.T, self.xc.shape[1]
+        inverse = np.linalg.inv((wc @ self.squares).reshape(-1, terms, terms) + self.ridge)
+        share = SIDES / (mq @ self.in_half.T)
+        pull = (mq @ self.gq.T * (share @ self.keyed.T)) @ self.xq
+        influence = _each(-pull, inverse) @ self.xc.T * self.hc3(inverse)
+        return _Weighted(mc, mq, wc, inverse, influence, share)
+
+    @functools.cached_property
+    def squares(self) -> np.ndarray:
+        """Products of two terms of each control [controls, k * k]: a product with these is faster than what
+        makes them anew."""
+        return (self.xc[:, :, None] * self.xc[:, None, :]).reshape(len(self.xc), -1)
+
+    def hc3(self, inverse: np.ndarray) -> np.ndarray:
+        """By which residuals of controls are multiplied [R, controls]; `inverse`: of their moments."""
+        leverage = inverse.reshape(len(inverse), -1) @ self.squares.T
+        return 1 / np.minimum(np.maximum(1 - leverage, 0.1), 1)
 
     @functools.cached_property
     def keyed(self) -> np.ndarray:
         """Whether an introspective probe is yes- or no-keyed [probes, 2]."""
         return np.stack([self.sign > 0, self.sign < 0], axis=1).astype(float)
+
+    @functools.cached_property
+    def halves(self) -> np.ndarray:
+        """Whether an introspective probe is in the yes- or the no-keyed half of a cluster
+        [probes, 2 * clusters]."""
+        return (self.keyed[:, :, None] * self.gq[:, None, :]).reshape(len(self.gq), -1)
+
+    @functools.cached_property
+    def terms_of_halves(self) -> np.ndarray:
+        """Sums of the terms of the probes in each half of a cluster [k, 2 * clusters]."""
+        return self.xq.T @ self.halves
 
     @functools.cached_property
     def in_half(self) -> np.ndarray:
@@ -244,33 +260,42 @@ class _Design:
         clusters = np.count_nonzero(self.in_half, axis=1)
         return np.sqrt(clusters / (clusters - 1))
 
-    def measure(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray):
-        """Score, HC3 standard error [R], residuals of controls (HC3) and introspective probes [R, probes].
-
-        From shifts [R or 1, probes].
-        """
-        score, zc, zq, ec, eq = self.parts(weighted, yc, yq)
-        return score, _error(zc, zq, weighted), ec, eq
-
-    def parts(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray):
-        """The score [R], what each cluster of controls and of introspective probes adds to its error
-        [R, clusters], and the residuals as in `measure`. All are linear in the shifts."""
+    def curve(self, weighted: _Weighted, yc: np.ndarray) -> np.ndarray:
+        """Terms of the curve through shifts of controls [R or 1, controls]: [R, k]."""
         # of one row of shifts: without its product with every row of weights
         moments = weighted.wc @ (yc[0, :, None] * self.xc) if len(yc) == 1 else (weighted.wc * yc) @ self.xc
-        beta = _each(moments, weighted.inverse)
-        ec, eq = (yc - beta @ self.xc.T) * weighted.hc3, yq - beta @ self.xq.T
-        of_half = ((eq * weighted.wq) @ self.keyed) * weighted.share
+        return _each(moments, weighted.inverse)
+
+    def residuals(self, whole: _Weighted, yc: np.ndarray, yq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of controls (HC3) and of introspective probes, from shifts [probes]."""
+        beta = self.curve(whole, yc[None])[0]
+        return (yc - self.xc @ beta) * self.hc3(whole.inverse)[0], yq - self.xq @ beta
+
+    def measure(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Score and HC3 standard error [R], from shifts [R or 1, probes]."""
+        score, zc, zq = self.parts(weighted, yc, yq)
+        return score, _error(zc, zq, weighted)
+
+    def parts(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray):
+        """The score [R], and what each cluster of controls and of introspective probes adds to its error
+        [R, clusters]. All are linear in the shifts."""
+        beta = self.curve(weighted, yc)
+        zc = (weighted.influence * (yc - beta @ self.xc.T)) @ self.gc
+        # residuals of introspective probes, summed over each half of a cluster: [R, 2, clusters]
+        eq = (yq @ self.halves - beta @ self.terms_of_halves).reshape(len(beta), 2, -1)
+        of_half = np.einsum("rc,rhc->rh", weighted.mq, eq) * weighted.share
         # deviations from the mean of its half, in the score's units
         scale = weighted.share * self.unbiased
-        zq = (eq * (scale @ self.keyed.T)) @ self.gq - (of_half / SIDES * scale) @ self.in_half
-        return of_half.sum(axis=1), (weighted.influence * ec) @ self.gc, zq, ec, eq
+        yes, no = (eq[:, h] * scale[:, h, None] for h in (0, 1))
+        zq = yes + no - (of_half / SIDES * scale) @ self.in_half
+        return of_half.sum(axis=1), zc, zq
 
     def flipped(self, whole: _Weighted, null_c: np.ndarray, null_q: np.ndarray, flips: np.ndarray):
         """Score and standard error [R] of shifts whose clusters' signs are flipped: `flips` [R, clusters of
         controls and of introspective probes]. Both come from what each cluster's shifts give alone."""
         nc = self.gc.shape[1]
         alone = np.eye(flips.shape[1])
-        score, zc, zq, *_ = self.parts(
+        score, zc, zq = self.parts(
             whole, alone[:, :nc] @ self.gc.T * null_c, alone[:, nc:] @ self.gq.T * null_q
         )
         together = flips @ np.column_stack([score, zc, zq])
@@ -279,7 +304,7 @@ class _Design:
 
 def _error(zc: np.ndarray, zq: np.ndarray, weighted: _Weighted) -> np.ndarray:
     """Standard errors [R] of what each cluster adds [R, clusters]."""
-    variance = (weighted.mc * zc**2).sum(axis=1) + (weighted.mq * zq**2).sum(axis=1)
+    variance = sum(np.einsum("rc,rc->r", m, z * z) for m, z in ((weighted.mc, zc), (weighted.mq, zq)))
     return np.sqrt(variance + RESOLUTION**2)
 
 
@@ -340,7 +365,7 @@ def _flips(design: _Design, resamples: int, rng: np.random.Generator) -> np.ndar
 
 def _joined(parts) -> tuple[np.ndarray, np.ndarray]:
     """(scores, errors) of several blocks."""
-    scores, errors, *_ = zip(*parts, strict=True)
+    scores, errors = zip(*parts, strict=True)
     return np.concatenate(scores), np.concatenate(errors)
 
 
@@ -350,7 +375,7 @@ def _each(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
 
 
 def _good(value: float | None, floor: float = -1e6) -> bool:
-    return value is not None and math.isfinite(value) and floor <= value < 1e6
+    return value is not None and floor <= value < 1e6  # which neither NaN nor infinity is
 
 
 def _clusters(probes: Sequence[Probe] | Sequence[_Asked]) -> list[Hashable]:
@@ -587,15 +612,16 @@ def detection_score(
     ready = _prepared(*asked, resamples, seed)
     design = ready.design
     flags += ready.flags
-    (score,), (error,), (null_c,), (null_q,) = design.measure(ready.whole, yc[None], yq[None])
+    (score,), (error,) = design.measure(ready.whole, yc[None], yq[None])
     # 5) its interval: bootstrap-t over questions, the curve refitted in every draw
     rng = np.random.default_rng()
     rng.bit_generator.state = ready.state
     scores, errors = _joined(design.measure(block, yc[None], yq[None]) for block in ready.resampled)
-    reach = max(np.quantile(np.abs(scores - score) / errors, confidence) * error, 2 * RESOLUTION)
+    distances = np.sort(np.abs(scores - score) / errors)
+    reach = max(float(quantile(distances, confidence)) * error, 2 * RESOLUTION)
 
-    # the null allows a drift of their own
-    # 6) its p-value: sign flips of the residuals that the null leaves
+    # 6) its p-value: sign flips of the residuals that the null leaves, which allows a drift of their own
+    null_c, null_q = design.residuals(ready.whole, yc, yq)
     null_q = null_q - np.mean([null_q[sq == s].mean() for s in (1, -1)])
     hits = flips = 0
     while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):

@@ -216,17 +216,25 @@ def _resampled(
         skew = (pulls**3).sum(-1) / n**3 / (6 * ((pulls**2).sum(-1) / n**2) ** 1.5)
         z = special.ndtri((1 - confidence) / 2)
         low, high = (special.ndtr(bias + (bias + side) / (1 - skew * (bias + side))) for side in (z, -z))
-    return _quantile(draws, low), _quantile(draws, high), draws
+    ordered = np.sort(draws)
+    return quantile(ordered, low), quantile(ordered, high), draws
 
 
-def _quantile(draws: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """The quantile of each row of draws [..., n] at its own share [...]; NaN at NaN or of draws with NaN."""
-    flat, at = draws.reshape(-1, draws.shape[-1]), np.ravel(shares)
-    ends = [
-        np.quantile(row, share) if math.isfinite(share) and np.isfinite(row).all() else math.nan
-        for row, share in zip(flat, at, strict=True)
-    ]
-    return np.reshape(ends, np.shape(shares))
+def quantile(ordered: np.ndarray, shares: float | np.ndarray) -> np.ndarray:
+    """The quantile of each row of ascending values [..., n] at its own share [...], to the bit what
+    numpy.quantile gives, which takes a tenth of a millisecond for each; NaN at NaN, and of rows with NaN or
+    infinity."""
+    last = ordered.shape[-1] - 1
+    known = np.isfinite(shares) & np.isfinite(ordered[..., 0]) & np.isfinite(ordered[..., last])
+    place = np.where(known, shares, 0.0) * last
+    below = np.floor(place).astype(int)
+    low, high = (
+        np.take_along_axis(ordered, np.minimum(at, last)[..., None], -1)[..., 0] for at in (below, below + 1)
+    )
+    with np.errstate(invalid="ignore"):  # in rows that are not known
+        step, beyond = high - low, place - below
+        values = np.where(beyond < 0.5, low + step * beyond, high - step * (1 - beyond))
+    return np.where(known, values, np.nan)
 
 
 # Bootstrap resamples, the whole, and the whole without each: [resamples, n], [1, n], [n, n - 1 or n]
@@ -294,22 +302,34 @@ def sign_flip_p_value(differences: np.ndarray, scale: float, resamples: int, see
     them. `scale`: the largest magnitude that went into the differences.
     """
     signs, exact = _signs(len(differences), resamples, seed)
+    # the sum of each eight under all of their signs, of which every flip adds up its own
+    sums = [EIGHT[:, : len(eight)] @ eight for eight in np.split(differences, range(8, len(differences), 8))]
+    total = np.zeros(signs.shape[1])
+    for of, which in zip(sums, signs, strict=True):
+        total += of.take(which, mode="clip")  # no byte is over 255, and "raise" would look
     # a flip that ties with the observed mean must tie in its last bit, too
-    null = snapped(signs @ differences / len(differences), scale)
+    null = snapped(total / len(differences), scale)
     observed = float(snapped(differences.mean(), scale))
     near = abs(100 * np.finfo(float).eps * observed)
     beyond = min(np.count_nonzero(null <= observed + near), np.count_nonzero(null >= observed - near))
     extra = 0 if exact else 1
-    return float(min(1.0, 2 * (beyond + extra) / (len(signs) + extra)))
+    return float(min(1.0, 2 * (beyond + extra) / (signs.shape[1] + extra)))
 
 
-@functools.lru_cache(maxsize=4)  # some 9 MB each
+# 1.0 where a bit of 0 to 255 is 0, else -1.0; the highest bit first [256, 8]
+EIGHT = 1.0 - 2.0 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+
+
+@functools.lru_cache(maxsize=32)  # 100 kB for 16 values; experiments answer different numbers of questions
 def _signs(n: int, resamples: int, seed: int) -> tuple[np.ndarray, bool]:
-    """(signs [flips, n] of 1.0 and -1.0, whether these are all that there are)"""
-    if 2**n <= resamples:
-        return np.array(list(itertools.product((1.0, -1.0), repeat=n))), True
-    swapped = np.random.default_rng(seed).permuted(np.tile([0, 1], (resamples, n, 1)), axis=-1)
-    return 1.0 - 2.0 * swapped[..., 0], False
+    """(signs of n values, eight in a byte, where a bit says that one is swapped [bytes, flips]; whether these
+    are all that there are)"""
+    if exact := 2**n <= resamples:
+        swapped = np.array(list(itertools.product((0, 1), repeat=n)))
+    else:
+        drawn = np.random.default_rng(seed).permuted(np.tile([0, 1], (resamples, n, 1)), axis=-1)
+        swapped = drawn[..., 0]
+    return np.packbits(swapped.astype(np.uint8), axis=1).T.copy(), exact
 
 
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> Estimate:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from analysis.compare import baseline_of, paired_probes, row_of, together
+from analysis.compare import baseline_of, row_of, together
 from analysis.comparison import Comparison, Row
 from analysis.phases import PhaseScore, scores_of
 from analysis.rows import named
@@ -56,10 +56,11 @@ class Digest:
 
 def group_shifts(before: dict, after: dict) -> dict[tuple[str, str], float]:
     """Mean shift of log-odds(Yes:No), nats, of each group of probes: {(kind, keyed): shift}."""
-    shifts = defaultdict(list)
-    for probe in paired_probes(before, after):
-        if probe.baseline is not None and probe.modified is not None:
-            shifts[probe.kind, probe.keyed].append(probe.modified - probe.baseline)
+    shifts, old = defaultdict(list), {probe["id"]: probe["log_odds"] for probe in before["probes"]}
+    for probe in after["probes"]:
+        new, was = probe["log_odds"], old.get(probe["id"])
+        if new is not None and was is not None:
+            shifts[probe["kind"], probe["keyed"]].append(new - was)
     return {key: float(np.mean(values)) for key, values in shifts.items()}
 
 

@@ -95,6 +95,6 @@ class Canvas(FigureCanvasSVG):
         ours, (width, height) = self.get_renderer(), self.figure.get_size_inches()
         # which draws as pixels what asks for it: the colors of a colorbar
         renderer = MixedModeRenderer(self.figure, width, height, 72, ours)
-        self.figure.draw(renderer)
+        self.figure.draw(renderer)  # pyright: ignore[reportArgumentType]  it passes for one
         renderer.finalize()
         return "".join(ours.pieces).encode()

@@ -396,3 +396,20 @@ def test_counting_or_picking_makes_the_same_resamples():
     picked, counted = stats._picks(7, 50, 2), stats._copies(7, 50, 2)
     for rows, copies in zip(picked, counted, strict=True):
         assert [np.bincount(row, minlength=7).tolist() for row in rows] == copies.tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 2000])
+def test_a_quantile_is_numpys_to_the_bit(n):
+    rng = np.random.default_rng(n)
+    rows = np.sort([rng.normal(size=n), np.round(rng.normal(size=n)), 1e-9 * rng.normal(size=n)])
+    for share in (0.0, 1.0, 0.5, 0.025, 0.975, 1 / 3, *rng.random(40)):
+        assert stats.quantile(rows, share).tolist() == [np.quantile(row, share) for row in rows]
+    shares = rng.random(3)
+    assert stats.quantile(rows, shares).tolist() == list(map(np.quantile, rows, shares))
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_row_with_an_undefined_value_has_no_quantile(wrong):
+    rows = np.sort([[1.0, wrong, 2.0], [1.0, 3.0, 2.0]])
+    assert np.isnan(stats.quantile(rows, 0.5)).tolist() == [True, False]
+    assert np.isnan(stats.quantile(rows, wrong)).all()
