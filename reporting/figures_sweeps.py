@@ -3,6 +3,7 @@ depth."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from typing import NamedTuple
@@ -98,7 +99,8 @@ def dose(
             shown = sorted(set(doses))
             grid[-1, column].set_xticks(shown, [f"{dose:g}" for dose in shown], rotation=90 if narrow else 45)
             grid[-1, column].minorticks_off()
-            grid[-1, column].set_xlabel(DOSES.get(kind, kind))
+            of = DOSES.get(kind, kind)
+            grid[-1, column].set_xlabel(textwrap.fill(of, 24) if narrow else of)
         # 3) what the columns share
         handles = verdict_handles(every)
         if len({s for of in ladders.values() for s in of} - {""}) > 1:
@@ -207,7 +209,7 @@ def _maps(
             axes.tick_params(axis="y", length=0)
             axes.set_ylabel(across)
             axes.set_facecolor("#f5f7f9")
-            axes.set_title(title.replace("\n", " "), fontsize=9, loc="left")
+            axes.set_title(title if narrow else title.replace("\n", " "), fontsize=9, loc="left")
             bar = figure.colorbar(colors, ax=axes, pad=0.01, aspect=8 if len(strips) < 3 else 12)
             bar.outline.set_visible(False)
             if kind == "log":

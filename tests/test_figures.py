@@ -558,9 +558,14 @@ def overlapping(figure) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("draw, given", narrow_pairs(), ids=lambda x: getattr(x, "__name__", ""))
-def test_no_ticks_of_a_figure_lie_on_each_other(draw, given):
+def test_no_ticks_of_a_figure_lie_on_each_other_and_no_words_are_cut_off(draw, given):
     for narrow in (False, True):
-        assert not overlapping(draw(*given, narrow=narrow))
+        figure = draw(*given, narrow=narrow)
+        assert not overlapping(figure)
+        for axes in figure.axes:  # and no title or label is cut off
+            for text in (axes._left_title, axes.title, axes.xaxis.label, axes.yaxis.label):
+                box = text.get_window_extent()
+                assert not text.get_text() or (box.x0 >= 0 and box.x1 <= figure.bbox.x1), text.get_text()
 
 
 @pytest.mark.parametrize("top", [21.5, 60.0, 1e7])
