@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
-from markupsafe import Markup
-
 from analysis.comparison import DetectionScore, Row, Trigger
 from analysis.rows import WORDS, score, word
 from analysis.verdicts import called, lacking
@@ -29,8 +27,8 @@ class Column(Generic[Line]):
     for numbers. `of_failed`: whether it has something to say of an experiment that failed.
 
     For HTML: `css`, the cell's class beside its alignment; `most`, the characters shown before text is cut;
-    `untrusted`, text of a model or a question, whose direction the browser is to find; `markup`, the cell
-    where it is more than its text."""
+    `untrusted`, text of a model or a question, whose direction the browser is to find; `show`, what prints
+    the key where the text is that; `markup`, the cell as escaped HTML where it is more than its text."""
 
     name: str
     title: str
@@ -41,17 +39,27 @@ class Column(Generic[Line]):
     css: Literal["", "wide", "nowrap"] = ""
     most: int = 80
     untrusted: bool = False
-    markup: Callable[[Line], Markup] | None = None
+    show: Callable[[float | None], str] | None = None
+    markup: Callable[[Line], str] | None = None
 
     @functools.cached_property
     def _opened(self) -> str:
         css = " ".join(filter(None, ["n" if self.align == "right" else "", self.css]))
         return "<td" + (f' class="{css}"' if css else "") + (' dir="auto"' if self.untrusted else "")
 
-    def html(self, line: Line) -> str:
-        """The line's cell: its class, direction and sort key, and what stands in it, escaped and cut."""
-        inside = self.markup(line) if self.markup else shown(self.text(line), self.most)
-        return f"{self._opened}{sort_attribute(self.key(line)) if self.key else ''}>{inside}</td>"
+    def html(self, lines: Sequence[Line]) -> list[str]:
+        """The lines' cells: class, direction and sort key of each, and what stands in it, escaped and cut."""
+        opened, most = self._opened, self.most
+        keys = [self.key(line) for line in lines] if self.key else None
+        if self.markup:
+            inside = map(self.markup, lines)
+        elif self.show and keys is not None:
+            inside = map(self.show, keys)  # in a number nothing is to be escaped
+        else:
+            inside = [shown(text, most) for text in map(self.text, lines)]
+        if keys is None:
+            return [f"{opened}>{cell}</td>" for cell in inside]
+        return [f"{opened}{sort_attribute(key)}>{cell}</td>" for key, cell in zip(keys, inside, strict=True)]
 
 
 def failed(row: Row) -> bool:
