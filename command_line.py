@@ -4,9 +4,11 @@ interrupted."""
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import os
 import queue
 import signal
@@ -239,6 +241,10 @@ def ends_in_one_line(
 
         @functools.wraps(main)
         def guarded(*args: Given.args, **flags: Given.kwargs) -> int:
+            # Python looks through all objects as it ends, which with torch and transformers takes a second;
+            # what is frozen it leaves to the system
+            atexit.unregister(gc.freeze)
+            atexit.register(gc.freeze)
             try:
                 with interruptible():
                     return main(*args, **flags)

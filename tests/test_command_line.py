@@ -4,6 +4,8 @@ import argparse
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -135,3 +137,15 @@ def test_other_errors_of_finalizers_are_told_as_before(monkeypatch):
     with interruptible():
         Broken()
     assert told == [ValueError]
+
+
+def test_a_commands_end_does_not_look_through_all_that_it_imported():
+    """Which took a second and more after torch, also after a Ctrl-C."""
+    code = (
+        "import atexit, gc, sys\n"
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 1000))\n"
+        "import report\n"
+        "sys.exit(report.main(['/no/such/run']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and done.stdout == "frozen True\n", done.stderr
