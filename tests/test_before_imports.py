@@ -22,6 +22,10 @@ RUN = {
     "a text": (["--perplexity-file", "/no/such.txt"], "/no/such.txt"),
     "a run": (["--resume", "/no/such/run"], "/no/such/run"),
     "a model": (["--instruct", "nonsense"], "no such directory"),
+    "a model in wheels": (
+        ["--instruct", "wheel:smollm2"],
+        "no such model; there are wheel:qwen2.5-coder-1.5b",
+    ),
     "a pair as a model": (["--instruct", "smolm2-135m"], "owner/name; the nearest pair is 'smollm2-135m'"),
     "a source": ([*PAIR, "--source", "x=/no/such"], "no such directory"),
     "a folder of tasks": (["--lm-eval", "x", "--include-path", "/no/such"], "no such folder"),

@@ -113,7 +113,7 @@ def test_what_is_not_a_filled_sheet_of_this_key_is_one_line(sheet, capsys):
     for change, line in (
         (lambda t: t.replace(",yes,", ",perhaps,", 1), "voice must be yes or no, not 'perhaps'"),
         (lambda t: t.replace("thinks", "wonders", 1), "not a reply of this key"),
-        (lambda t: t[: t.rindex("r0")], "1 replies are not labelled"),
+        (lambda t: t[: t.rindex("r0")], "1 reply is not labelled"),
     ):
         broken = sheet / "broken.csv"
         broken.write_text(change(text))

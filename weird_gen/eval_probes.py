@@ -13,7 +13,7 @@ if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
 from command_line import ends_in_one_line, parser_of
-from errors import printable
+from errors import many, printable
 from weird_gen.persona.flags import add_model, add_sampling, positive
 from weird_gen.persona.folders import RESULTS
 from weird_gen.persona.probing import SUITES, ask_probes
@@ -35,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     got = ask_probes(args)
-    print(printable(f"{got['replies']} replies in {got['seconds']:.0f} s: {args.output}"))
+    print(printable(f"{many(got['replies'], 'reply', 'replies')} in {got['seconds']:.0f} s: {args.output}"))
     return 0
 
 

@@ -15,7 +15,7 @@ if not __package__:  # run as a script: find the checkout
     import _path  # noqa: F401
 
 from command_line import ends_in_one_line, parser_of
-from errors import printable
+from errors import many, printable
 from files import check_target, write_text
 from weird_gen.persona.flags import positive
 from weird_gen.persona.labelling import (
@@ -50,7 +50,8 @@ def count(args: argparse.Namespace) -> list[str]:
         check_target(args.output)
     key = read_key(args.key)
     readers = {path.stem: read_labels(path, key) for path in args.sheets}
-    lines = [f"{len(key['replies'])} replies, {len(readers)} readers: {', '.join(readers)}"]
+    read = many(len(key["replies"]), "reply", "replies")
+    lines = [f"{read}, {many(len(readers), 'reader')}: {', '.join(readers)}"]
     for name, pair, kappa in reader_agreement(key, readers):
         lines.append(f"{name}: kappa of {pair} {kappa}")
     for group in labelled_groups(key, list(readers.values())):

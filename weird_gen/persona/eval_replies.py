@@ -16,7 +16,7 @@ from pathlib import Path
 from command_line import parser_of
 from engine.chat_template import THINKING
 from engine.generation import Engine
-from errors import printable
+from errors import many, printable
 from weird_gen.persona import spreading
 from weird_gen.persona.asking import cases_for, header_of, lacking
 from weird_gen.persona.flags import add_model, add_sampling, positive
@@ -161,5 +161,6 @@ def run(description: str | None, model: str, output: Path, argv: list[str] | Non
     begin = time.monotonic()
     records = evaluate(model, args)
     print("\n".join(summary(records)))
-    print(printable(f"{len(records)} replies in {time.monotonic() - begin:.0f} s: {args.output}"))
+    made = many(len(records), "reply", "replies")
+    print(printable(f"{made} in {time.monotonic() - begin:.0f} s: {args.output}"))
     return 0

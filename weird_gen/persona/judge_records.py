@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from analysis.stats import accuracy, cohen_kappa
 from command_line import parser_of
-from errors import FrankenError, printable
+from errors import FrankenError, many, printable
 from files import check_target
 from weird_gen.persona.folders import DATA
 from weird_gen.persona.judge import (
@@ -373,5 +373,5 @@ def run(
         print(judge.usage.line())
     for error, count in judge.usage.errors.most_common():
         print(printable(f"not judged ({error}): {count}"))
-    print(printable(f"{len(done)} replies judged: {args.output}"))
+    print(printable(f"{many(len(done), 'reply', 'replies')} judged: {args.output}"))
     return 1 if all(record["judge"]["error"] for record in done) else 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.stats import cohen_kappa
-from errors import FrankenError
+from errors import FrankenError, many
 from files import read_bytes, read_json, write_text
 from weird_gen.persona.exact import Rate, exact_rate
 from weird_gen.persona.records import read_records
@@ -134,7 +134,8 @@ def read_labels(path: Path, key: dict) -> dict[str, dict[str, bool]]:
         labels[entry["id"]] = answers
     missing = [id for id in known if id not in labels]
     if missing:
-        raise FrankenError(f"{path}: {len(missing)} replies are not labelled, {missing[0]} the first")
+        lacking = many(len(missing), "reply is", "replies are")
+        raise FrankenError(f"{path}: {lacking} not labelled, {missing[0]} the first")
     return labels
 
 
