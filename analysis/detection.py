@@ -46,8 +46,6 @@ MIN_FLATTENING, MIN_SHARPENING = 0.5, 2.0
 MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
 SIDES = np.array([0.5, -0.5])  # what the yes- and the no-keyed half weigh in the score
-# resamples at a time: their arrays [BLOCK, probes] stay in the processor's cache
-BLOCK = 250
 # studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the
 # processor's
 TIE = 1e-9
@@ -280,14 +278,16 @@ class _Design:
         """The score [R], and what each cluster of controls and of introspective probes adds to its error
         [R, clusters]. All are linear in the shifts."""
         beta = self.curve(weighted, yc)
-        zc = (weighted.influence * (yc - beta @ self.xc.T)) @ self.gc
+        ec = yc - beta @ self.xc.T
+        ec *= weighted.influence
+        zc = ec @ self.gc
         # residuals of introspective probes, summed over each half of a cluster: [R, 2, clusters]
         eq = (yq @ self.halves - beta @ self.terms_of_halves).reshape(len(beta), 2, -1)
         of_half = np.einsum("rc,rhc->rh", weighted.mq, eq) * weighted.share
         # deviations from the mean of its half, in the score's units
         scale = weighted.share * self.unbiased
-        yes, no = (eq[:, h] * scale[:, h, None] for h in (0, 1))
-        zq = yes + no - (of_half / SIDES * scale) @ self.in_half
+        eq *= scale[:, :, None]
+        zq = eq[:, 0] + eq[:, 1] - (of_half / SIDES * scale) @ self.in_half
         return of_half.sum(axis=1), zc, zq
 
     def flipped(self, whole: _Weighted, null_c: np.ndarray, null_q: np.ndarray, flips: np.ndarray):
@@ -316,8 +316,8 @@ class _Prepared:
     flags: tuple[str, ...]
     whole: _Weighted
     """Every cluster once."""
-    resampled: tuple[_Weighted, ...]
-    """The bootstrap's draws, BLOCK at a time."""
+    resampled: _Weighted
+    """The bootstrap's draws."""
     flips: np.ndarray
     """Signs of the clusters of controls and of introspective probes [resamples, clusters], drawn next."""
     state: dict
@@ -349,10 +349,7 @@ def _prepared(
         design=design,
         flags=tuple(flags),
         whole=design.weighted(np.ones((1, design.gc.shape[1])), np.ones((1, design.gq.shape[1]))),
-        resampled=tuple(
-            design.weighted(drawn_c[k : k + BLOCK], drawn_q[k : k + BLOCK])
-            for k in range(0, resamples, BLOCK)
-        ),
+        resampled=design.weighted(drawn_c, drawn_q),
         flips=_flips(design, resamples, rng),
         state=dict(rng.bit_generator.state),
     )
@@ -361,12 +358,6 @@ def _prepared(
 def _flips(design: _Design, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Signs for every cluster of controls, then of introspective probes [resamples, clusters]."""
     return np.hstack([rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) for g in (design.gc, design.gq)])
-
-
-def _joined(parts) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, errors) of several blocks."""
-    scores, errors = zip(*parts, strict=True)
-    return np.concatenate(scores), np.concatenate(errors)
 
 
 def _each(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
@@ -494,7 +485,8 @@ def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
 
 def _rank_p_value(x: np.ndarray, y: np.ndarray) -> float:
     """One-sided p-value of a Spearman correlation above 0, by Student's t, as in scipy.stats.spearmanr."""
-    r, rest = np.corrcoef(_ranks(snapped(x)), _ranks(snapped(y)))[0, 1], len(x) - 2
+    a, b = (_ranks(snapped(side)) - (len(x) + 1) / 2 for side in (x, y))
+    r, rest = float(a @ b / math.sqrt((a @ a) * (b @ b))), len(x) - 2
     return float(special.stdtr(rest, -r * math.sqrt(rest / max((1 + r) * (1 - r), 1e-300))))
 
 
@@ -616,7 +608,7 @@ def detection_score(
     # 5) its interval: bootstrap-t over questions, the curve refitted in every draw
     rng = np.random.default_rng()
     rng.bit_generator.state = ready.state
-    scores, errors = _joined(design.measure(block, yc[None], yq[None]) for block in ready.resampled)
+    scores, errors = design.measure(ready.resampled, yc[None], yq[None])
     distances = np.sort(np.abs(scores - score) / errors)
     reach = max(float(quantile(distances, confidence)) * error, 2 * RESOLUTION)
 

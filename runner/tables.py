@@ -69,7 +69,7 @@ def derive(log_odds: float, mass: float) -> dict:
     rest = math.exp(-abs(log_odds))
     more, less = 1 / (1 + rest), rest / (1 + rest)
     yes, no = (more, less) if log_odds >= 0 else (less, more)
-    return dict(zip(DERIVED, (mass * yes, mass * no, yes), strict=True))
+    return {"p_yes": mass * yes, "p_no": mass * no, "p_yes_normalized": yes}
 
 
 def pack(value, texts: dict):
@@ -104,7 +104,11 @@ def unpack(value, texts: dict):
     columns, rows, same = value["columns"], value.get("rows"), value.get("same", {})
     if not isinstance(columns, list) or not isinstance(rows, list) or not isinstance(same, dict):
         raise Corrupt("a table without columns and rows")
-    objects = [_whole(same | entry, value) for entry in _objects(columns, rows, texts)]
+    objects = _objects(columns, rows, texts)
+    if same:
+        objects = [same | entry for entry in objects]
+    if "derived" in value:
+        objects = [_whole(entry, value) for entry in objects]
     if "from_texts" not in value:
         return objects
     questions = unpack(_shared(texts, value["from_texts"]), {})
@@ -115,8 +119,6 @@ def unpack(value, texts: dict):
 
 def _whole(entry: dict, table: dict) -> dict:
     """An object with what its table leaves to be derived."""
-    if "derived" not in table:
-        return entry
     log_odds, mass = entry.get(LOG_ODDS), entry.get("mass")
     if table["derived"] != list(DERIVED) or not (_is_number(log_odds) and _is_number(mass)):
         raise Corrupt("readings are to be derived, and what they follow from is not there")
@@ -250,7 +252,7 @@ def _objects(columns: list, rows: list, texts: dict) -> list[dict]:
         values.append(made)
     if not columns:
         return [{} for _ in rows]
-    return [dict(zip(names, of, strict=True)) for of in zip(*values, strict=True)]
+    return list(map(dict, map(zip, itertools.repeat(names), zip(*values, strict=True))))
 
 
 def _column(column, cells: Sequence, texts: dict) -> tuple[str, Sequence]:
