@@ -48,11 +48,8 @@ from surgery.recipes import Recipe, swap
 from surgery.weights import Adapter, Source
 
 DEFAULT = ("baseline_instruct", "swap_distant_10_55", "franken_instruct_first_32")
-# at least so many times faster; apply of a swap at most this share of a reload
-TARGET, RELOAD_TARGET = (
-    3.0,
-    0.05,
-)
+TARGET = 8.0  # at least so many times faster, in every experiment
+RELOAD_TARGET = 0.05  # apply of a swap takes at most this share of a reload
 QUICK = 4  # --quick asks every 4th question
 BATTERIES = ("INFORMED_PROBES", "BLIND_PROBES", "BINARY_PROBES", "FORMAT_PROBES", "CAPABILITY", "CHAT_PROBES")
 
