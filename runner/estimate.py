@@ -289,9 +289,8 @@ def how_long(there: Rates, total: float, experiments: int, weights: float) -> st
     """The time of a run in a line, and what is in it: `total` seconds for so many experiments, and the start
     where it was measured with weights of at least so many bytes."""
     each = f"{total / 60 / max(1, experiments):.2f} an experiment"
-    after = (
-        "; a side that is read from the disk, not from the page cache, takes as long as the disk" * there.gpu
-    )
+    from_disk = "; a side that is read from the disk, not from the page cache, takes as long as the disk"
+    after = from_disk if there.gpu else ""
     if there.start is None or weights > 1.01 * WEIGHTS:  # which is rounded
         return (
             f"time: at most about {total / 60:.1f} min ({each}), {there.basis}; replies that stop early take"
@@ -301,7 +300,8 @@ def how_long(there: Rates, total: float, experiments: int, weights: float) -> st
     return (
         f"time: at most about {(total + there.start) / 60:.1f} min, {there.start:.0f} s of it for the start"
         f" and {total / 60:.1f} min for the experiments ({each}), {there.basis}; replies that stop early take"
-        f" less. Not in it: the report{after}"
+        " less. Not in it: compiling kernels in a machine's first run (9 to 15 s on an H200 and an H100), and"
+        f" the report{after}"
     )
 
 

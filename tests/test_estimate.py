@@ -306,7 +306,7 @@ def test_a_plan_says_whether_the_start_is_in_its_time(nothing_loaded, capsys, ma
     out = capsys.readouterr().out
     assert "64 layers streamed from another source" in out or machine is None
     (line,) = [line for line in out.splitlines() if line.startswith("time: ")]
-    assert "Not in it: the " + ("start (imports" if start is None else "report") in line
+    assert "Not in it: " + ("the start (imports" if start is None else "compiling kernels") in line
     if start is not None:
         assert f"{start:.0f} s of it for the start" in line
         minutes = float(line.split()[4])
