@@ -348,6 +348,7 @@ def kinds(
         above = 0.45 + 0.068 * max(map(len, categories)) if narrow else 1.0
         figure, axes = lines([row.name for row in shown], above, narrow, ruled=False)
         marks, words = Marks(axes), Words(axes)
+        colors = colormaps["cividis"]  # a copy each time that it is asked for
         for line, row in enumerate(shown):
             for place, category in enumerate(categories):
                 counted = by_category[row.name].get(category)
@@ -355,7 +356,7 @@ def kinds(
                     continue
                 share = counted["correct"] / counted["n"]
                 # on a narrow figure the name stands above the line, within its row
-                marks.bar(place + 0.02, line, 0.96, 0.4 if narrow else 0.9, colormaps["cividis"](share))
+                marks.bar(place + 0.02, line, 0.96, 0.4 if narrow else 0.9, colors(share))
                 words.say(
                     f"{counted['correct']}/{counted['n']}",
                     (place + 0.5, line),
