@@ -281,6 +281,9 @@ class Bench:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated() if self.on_gpu else 0
+        # while pages are registered, in the background, launches wait for the driver: nothing has its own rate
+        if live.stream.pages is not None:
+            live.stream.pages.ready.wait(120)
         # 1) a swap and back
         both = []
         for _ in range(6):
@@ -321,9 +324,7 @@ class Bench:
     def _splices(self, direct: bool) -> None:
         live, whole = self.live, self.live.original
         pages = live.stream.pages
-        # while pages are registered, which the driver does in the background, neither way has its own rate
-        ready = pages is not None and pages.ready.wait(120)
-        if direct and (pages is None or not ready or not pages.bytes):
+        if direct and (pages is None or not pages.ready.is_set() or not pages.bytes):
             why = f"{pages and pages.refused}"
             return self.row("splice from registered pages", "not measured", note=why)
         live.stream.direct = direct
