@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic
+from types import MappingProxyType
+from typing import Any, Generic
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -378,6 +379,24 @@ COSTS: Table[Cost] = Table(
 
 
 # ---- one experiment's suites: (an entry of its JSON, the baseline's of the same id or None)
+
+
+def reply(answer: dict, judged: Mapping[str, Any] = MappingProxyType({})) -> Markup:
+    """A reply after what is known of it, such as what `judged` says. Made here as tables are: a run has
+    thousands."""
+    claim = judged.get("claims_change")
+    said = [
+        f"{escape(answer['tokens'])} tokens",
+        "ended by itself" if answer["stopped"] else "cut at the budget",
+        "" if answer.get("finite", True) else "<b>NaN or infinity occurred</b>",
+        "<b>looks degenerate</b>" if judged.get("looks_degenerate") else "",
+        {"yes": "claims a change", "no": "denies a change"}.get(claim, "") if isinstance(claim, str) else "",
+        "echoes the question" if judged.get("question_echo") else "",
+        "continues as text" if judged.get("continues_as_text") else "",
+    ]
+    about = ", ".join(filter(None, said))
+    return Markup(f'<div class="meta">{about}</div>\n<pre dir="auto">{shown(answer["text"])}</pre>\n')
+
 
 Entry = tuple[dict, dict | None]
 
