@@ -281,7 +281,7 @@ class Bench:
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         allocated = torch.cuda.memory_allocated() if self.on_gpu else 0
-        # while pages are registered, in the background, launches wait for the driver: nothing has its own rate
+        # while pages are registered in the background, launches wait for the driver: nothing has its own rate
         if live.stream.pages is not None:
             live.stream.pages.ready.wait(120)
         # 1) a swap and back
