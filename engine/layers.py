@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-FEW_ROWS = 32  # from about 64 on MKL gives every thread its part
+FEW_ROWS = 96  # with more MKL gives every thread its part
 _CACHE_KEYWORDS: dict[type, str] = {}  # filled outside of any compiled code
 
 

@@ -229,11 +229,12 @@ class Words(Artist):
             return
         canvas_height = renderer.get_canvas_width_height()[1]
         gc = renderer.new_gc()
+        draw_word = getattr(renderer, "draw_word", None)  # reporting/svg.py has it
         for word, font, x, y, *_ in self._placed(renderer):
             gc.set_foreground(word.color)
             down = canvas_height - y if renderer.flipy() else y
-            if hasattr(renderer, "draw_word"):  # reporting/svg.py
-                renderer.draw_word(gc, x, down, word.text, font)
+            if draw_word is not None:
+                draw_word(gc, x, down, word.text, font)
             else:
                 renderer.draw_text(gc, x, down, word.text, font, 0)
         gc.restore()

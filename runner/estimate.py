@@ -300,7 +300,7 @@ def how_long(there: Rates, total: float, experiments: int, weights: float) -> st
     return (
         f"time: at most about {(total + there.start) / 60:.1f} min, {there.start:.0f} s of it for the start"
         f" and {total / 60:.1f} min for the experiments ({each}), {there.basis}; replies that stop early take"
-        " less. Not in it: compiling kernels in a machine's first run (9 to 15 s on an H200 and an H100), and"
+        " less. Not in it: compiling kernels in a machine's first run (8 to 18 s on an H200 and an H100), and"
         f" the report{after}"
     )
 
