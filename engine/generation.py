@@ -730,7 +730,8 @@ class Engine:
                 if self._accelerator:
                     self._accelerator.release()
                 continue
-            queue = [i for i in queue if i not in set(batch)]
+            taken = set(batch)
+            queue = [i for i in queue if i not in taken]
             finished = 0
             for i, completion in zip(batch, done, strict=True):
                 if i in begun:
