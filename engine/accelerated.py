@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from transformers import AttentionInterface
 
-from engine.attention import ATTENTION, refuse_unknown
+from engine.attention import ATTENTION, Placed, refuse_unknown
 from engine.decode_attention import decode_attention
 from engine.decode_linear import compile_layer
 from engine.layers import compiled_for_modules, run_layer
@@ -57,20 +57,6 @@ class Slots:
 
     def update(self, key, value, layer_idx, *args, **kwargs):
         return (key, self.k), (value, self.v)
-
-
-class PromptSlots(Slots):
-    """The same in prefill: tokens `source` of the flattened prompts go to the slots `target`, once for every
-    sample."""
-
-    def __init__(self, k, v, source: torch.Tensor, target: torch.Tensor):
-        super().__init__(k, v)
-        self.source, self.target = source, target
-
-    def update(self, key, value, layer_idx, *args, **kwargs):
-        for pool, new in ((self.k, key), (self.v, value)):
-            pool[self.target] = new.transpose(1, 2).flatten(0, 1)[self.source]
-        return key, value
 
 
 class Static:
@@ -306,7 +292,7 @@ class Accelerator:
                     source.append(path)
                     target.append(tokens + starts[row])
             source, target = torch.cat(source).to(self.device), torch.cat(target).to(self.device)
-            caches = [PromptSlots(*pair, source, target) for pair in self.pools[: len(self.live.order)]]
+            caches = [Placed(*pair, source, (target,)) for pair in self.pools[: len(self.live.order)]]
             if packed is None:
                 states = self.engine.prefill(some, caches).flatten(0, 1)
             else:

@@ -175,20 +175,22 @@ class KV:
         return self.k, self.v
 
 
-class Shared:
-    """The cache of one position while prompts are read packed: each prompt's keys go to a row of its own.
+class Placed:
+    """The cache of one position while prompts are read: tokens of the pass go to places of their own.
 
-    cache: of all rows. source [T]: which of the pass's tokens is written; rows, positions [T]: where to.
+    k, v: what is kept, in whose shape `places` index: rows and positions of caches, [rows, G, K, D] by (rows
+    [T], all, positions [T]), or slots of a pool, [slots, G, D] by (slots [T],). source [T]: which of the
+    pass's tokens goes to each, counted over all rows of the pass; a token may go to several.
     """
 
-    def __init__(self, cache: KV, source: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor):
-        self.cache, self.source, self.at = cache, source, (rows, positions)
+    def __init__(
+        self, k: torch.Tensor, v: torch.Tensor, source: torch.Tensor, places: tuple[torch.Tensor | slice, ...]
+    ):
+        self.k, self.v, self.source, self.places = k, v, source, places
 
     def update(self, key, value, layer_idx, *args, **kwargs):
-        rows, positions = (t.to(key.device) for t in self.at)
-        source = self.source.to(key.device)
-        for kept, new in ((self.cache.k, key), (self.cache.v, value)):
-            kept[rows, :, positions] = new[0].transpose(0, 1)[source]
+        for kept, new in ((self.k, key), (self.v, value)):
+            kept[self.places] = new.transpose(1, 2).flatten(0, 1)[self.source]
         return key, value
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.attention import ATTENTION, KV, Continued, RowsByLength, Shared, rope_limits, windows_of
+from engine.attention import ATTENTION, KV, Continued, Placed, RowsByLength, rope_limits, windows_of
 from engine.chat_template import ChatTemplate, find_stop_ids
 from engine.layers import (
     Attenuated,
@@ -814,7 +814,10 @@ class Engine:
             source = torch.from_numpy(np.concatenate(packed.paths))
             rows = torch.from_numpy(np.repeat(some, lengths))
             positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))
-            hidden = self.prefill_packed(packed, [Shared(c, source, rows, positions) for c in caches])
+            at = {}  # once for each device
+            for device in {cache.k.device for cache in caches}:
+                at[device] = source.to(device), (rows.to(device), slice(None), positions.to(device))
+            hidden = self.prefill_packed(packed, [Placed(c.k, c.v, *at[c.k.device]) for c in caches])
             for i, path in zip(some, packed.paths, strict=True):
                 last[i] = hidden[path[-1]]
         return torch.stack([state for state in last if state is not None])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moves import BRANCHES
 
 from engine import generation, prompt_layer
+from engine.attention import Placed
 from engine.generation import Engine, Request
 from engine.packing import pack, packed_batches
 from errors import FrankenError
@@ -156,6 +157,26 @@ def test_batches_hold_every_prompt_and_no_more_tokens_than_allowed(prompts, most
     for batch in batches:
         computed = len(pack([sequences[i] for i in batch], [rows[i] for i in batch]).ids)
         assert computed <= max(most, max(len(sequences[i]) for i in batch))
+
+
+@pytest.mark.parametrize("rows_of_the_pass", [1, 2])
+def test_tokens_go_to_their_places_in_caches_and_in_a_pool(rows_of_the_pass):
+    torch.manual_seed(0)
+    key, value = torch.randn(2, rows_of_the_pass, 2, 6, 4).unbind()  # [rows, G, tokens, D]
+    source, rows, positions = (torch.tensor(where) for where in ([5, 0, 2, 5], [1, 1, 0, 2], [3, 0, 1, 3]))
+    if rows_of_the_pass > 1:
+        source = source + torch.tensor([6, 0, 6, 0])
+    caches, pool = torch.zeros(2, 3, 2, 5, 4), torch.zeros(2, 15, 2, 4)
+    in_rows = Placed(*caches, source, (rows, slice(None), positions))
+    in_slots = Placed(*pool, source, (5 * rows + positions,))
+    for placed in (in_rows, in_slots):
+        assert placed.update(key, value, 0) == (key, value)
+    want = torch.zeros(2, 3, 2, 5, 4)
+    for token, row, position in zip(source.tolist(), rows.tolist(), positions.tolist(), strict=True):
+        for kept, new in ((want[0], key), (want[1], value)):
+            kept[row, :, position] = new[token // 6, :, token % 6]
+    assert torch.equal(caches, want)
+    assert torch.equal(pool.view(2, 3, 5, 2, 4).transpose(2, 3), want)
 
 
 @pytest.mark.real
