@@ -5,6 +5,10 @@ apart: one model begins a conversation, filling the cache of keys and values, an
 cache. Either may be the changed or the intact one. Both are the same live model under two recipes of equal
 depth, so this takes no second model in memory.
 
+A cache holds its heads in the order of the model that filled it. Where a recipe permutes attention heads, the
+cache is put into the order of the model that goes on with it: without that a placebo would misread every
+cache but its own, and differ by how it is stored where it computes the same function.
+
 There are two occasions. "after reading": one model reads the first turn, the other the questions that follow.
 "in mid-reply": one model reads a request and chooses the first SWITCH_AFTER tokens of its reply, the other
 goes on with the reply and is then asked. All readings stand beside those of the intact model reading and
@@ -19,8 +23,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -30,11 +35,14 @@ from engine.chat_template import going_on
 from engine.generation import Engine, Request
 from engine.sampling import Decoding
 from errors import FrankenError
+from franken import LiveModel
 from prompts import answer_token_ids
 from questions.grading import describe_reply
 from questions.probes import ASK, FEW_CONTROLS, controls, keyed_pairs
 from suites.base import Protocol, Suite, Work, borrowed, finite
 from suites.reading import log_odds
+from surgery.permuting import inverse, key_value_order
+from surgery.recipes import Recipe
 
 AFTER_READING, IN_MID_REPLY = "after reading", "in mid-reply"
 SWITCH_AFTER, REPLY_TOKENS = 12, 32  # tokens of a reply: by the model that begins it, and in all, at most
@@ -225,8 +233,9 @@ class Writing:
     hidden: torch.Tensor  # [rows, hidden] from which the first token is chosen
 
     @torch.inference_mode()
-    def fork(self) -> Writing:
-        caches = [KV(cache.k.clone(), cache.v.clone()) for cache in self.caches]
+    def fork(self, moves: Sequence[torch.Tensor]) -> Writing:
+        """A copy to go on with, its caches' heads in another order; see `handed_over`."""
+        caches = handed_over(self.caches, moves)
         return Writing(self.requests, self.conversations, copy.deepcopy(self.state), caches, self.hidden)
 
     def ids(self, row: int) -> tuple[int, ...]:
@@ -279,6 +288,23 @@ def go_on(engine: Engine, writing: Writing, until: int) -> None:
         state.take(engine.choose(engine._decode_step(state, writing.caches), state))
 
 
+def head_orders(live: LiveModel) -> list[torch.Tensor]:
+    """At every position, in which order the model in place has its key-value heads (`key_value_order`)."""
+    slots = cast(Recipe, live.recipe).slots
+    return [
+        key_value_order(bank.tensors, slot.edits, live.config)
+        for bank, slot in zip(live.layers, slots, strict=True)
+    ]
+
+
+def handed_over(caches: list[KV], moves: Sequence[torch.Tensor]) -> list[KV]:
+    """Copies of caches, their heads in another order: head i of position p is what was head moves[p][i]."""
+    return [
+        KV(*(part.index_select(1, move.to(part.device)) for part in (cache.k, cache.v)))
+        for cache, move in zip(caches, moves, strict=True)
+    ]
+
+
 def row_of(caches: list[KV], row: int, length: int) -> list[KV]:
     """The first `length` tokens of one row of caches."""
     return [KV(c.k[row : row + 1, :, :length], c.v[row : row + 1, :, :length]) for c in caches]
@@ -316,19 +342,20 @@ class Phases(Suite):
             raise FrankenError(
                 f"a cache of {len(recipes['intact'])} layers cannot be read by {len(recipes['changed'])}"
             )
-        reading, writing, cells, written, prints = {}, {}, {}, [], {}
+        reading, writing, cells, written, prints, orders = {}, {}, {}, [], {}, {}
         # Each model is put in place twice: to begin, and to answer what the other has begun.
         with borrowed(live) as become:
             for who in ("changed", "intact", "changed", "intact"):
-                prints[who] = become(recipes[who])
+                prints[who], orders[who] = become(recipes[who]), head_orders(live)
                 if who not in reading:
                     reading[who] = list(self._read(engine))
                     writing[who] = begin_replies(engine, protocol)
                 for begins in reading:
                     if (begins, who) in cells:
                         continue
-                    answered = list(self._after_reading(engine, reading[begins], begins, who))
-                    reply = writing[begins].fork()
+                    moves = [inverse(a)[b] for a, b in zip(orders[begins], orders[who], strict=True)]
+                    answered = list(self._after_reading(engine, reading[begins], begins, who, moves))
+                    reply = writing[begins].fork(moves)
                     go_on(engine, reply, REPLY_TOKENS)
                     written += self._replies(engine, reply, writing[begins], begins, who)
                     answered += self._in_mid_reply(engine, reply, writing[begins], begins, who)
@@ -358,7 +385,9 @@ class Phases(Suite):
             turns = [cut(engine, opening, q.text) for q in questions()]
             yield read(engine, framing, turns[0][0], [rest for _, rest in turns])
 
-    def _after_reading(self, engine, read: list[Reading], begins: str, who: str) -> Iterator[Asked]:
+    def _after_reading(
+        self, engine: Engine, read: list[Reading], begins: str, who: str, moves: list[torch.Tensor]
+    ) -> Iterator[Asked]:
         if begins == who == "intact":  # the baseline of the others, asked as such
             return
         for held in read:
@@ -366,11 +395,10 @@ class Phases(Suite):
                 {"model": begins, "does": "reads", "tokens": len(held.ids)},
                 {"model": who, "does": "answers", "tokens": None},
             ]
+            caches = handed_over(held.caches, moves)
             readings = self._readings(
                 engine,
-                engine.next_token_logprobs(
-                    held.follows, held.caches, [0] * len(held.follows), on_device=True
-                ),
+                engine.next_token_logprobs(held.follows, caches, [0] * len(held.follows), on_device=True),
             )
             yield Asked(
                 AFTER_READING,

@@ -7,18 +7,52 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 
 from errors import FrankenError
-from surgery.recipes import Permute
+from surgery.recipes import Noise, Permute
 from surgery.weights import Layer
 
 _HEADS = tuple(f"self_attn.{p}_proj.weight" for p in "qkvo")
 _UNITS = tuple(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))
 _NUMBERED = re.compile(r"\.norms\.(\d+)\.")
 _QUERY_OR_KEY = re.compile(r"^self_attn\.(q|k)(_norm|_layernorm|_ln)\.")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The orders that one edit draws: place i is taken by what place order[i] had."""
+
+    units: torch.Tensor  # of the MLP
+    groups: torch.Tensor  # key-value heads
+    heads: torch.Tensor  # query heads, group by group in the groups' new order
+
+
+def _draw(layer: Layer, edit: Permute, config) -> Drawn:
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    digest = hashlib.sha256(f"permute:{edit.seed}:{edit.key}".encode()).digest()
+    rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    down = layer.get("mlp.down_proj.weight")
+    # both are drawn where both are there, so that each is the same alone
+    units = torch.randperm(0 if down is None else down.shape[1], generator=rng)
+    order = torch.randperm(groups, generator=rng)
+    per_group = heads // groups
+    within = [g * per_group + torch.randperm(per_group, generator=rng) for g in order]
+    return Drawn(units, order, torch.cat(within))
+
+
+def key_value_order(layer: Layer, edits: Iterable[Noise | Permute], config) -> torch.Tensor:
+    """In which order a layer with these edits has its key-value heads, and its cache holds them: head i is
+    the one that the layer had as head order[i] before any edit; int64 [key-value heads], on the CPU."""
+    order = torch.arange(config.num_key_value_heads)
+    for edit in edits:
+        if isinstance(edit, Permute) and edit.what != "mlp":
+            order = order[_draw(layer, edit, config).groups]
+    return order
 
 
 def permute_units_in_place(layer: Layer, edit: Permute, config, back: bool = False) -> None:
@@ -38,21 +72,14 @@ def permute_units_in_place(layer: Layer, edit: Permute, config, back: bool = Fal
             f" {next(name for name in needed if name not in layer)}"
         )
     heads, groups = config.num_attention_heads, config.num_key_value_heads
-    digest = hashlib.sha256(f"permute:{edit.seed}:{edit.key}".encode()).digest()
-    rng = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    down, query = layer.get("mlp.down_proj.weight"), layer.get("self_attn.q_proj.weight")
-    # both are drawn where both are there, so that each is the same alone
-    units = torch.randperm(0 if down is None else down.shape[1], generator=rng)
-    width = 0 if query is None else query.shape[0] // heads
-    group_order = torch.randperm(groups, generator=rng)
-    per_group = heads // groups
-    head_order = torch.cat([g * per_group + torch.randperm(per_group, generator=rng) for g in group_order])
+    drawn, query = _draw(layer, edit, config), layer.get("self_attn.q_proj.weight")
+    units, width = drawn.units, 0 if query is None else query.shape[0] // heads
     rows = torch.arange(heads * width).view(heads, width)
     by_head = {
-        "q": rows[head_order].flatten(),
-        "k": rows[:groups][group_order].flatten(),
-        "head": head_order,
-        "group": group_order,
+        "q": rows[drawn.heads].flatten(),
+        "k": rows[:groups][drawn.groups].flatten(),
+        "head": drawn.heads,
+        "group": drawn.groups,
     }
     # 2. every tensor's new order, found before the first is written
     orders: dict[str, tuple[int, torch.Tensor]] = {}
@@ -63,7 +90,7 @@ def permute_units_in_place(layer: Layer, edit: Permute, config, back: bool = Fal
             orders |= _head_order(name, tensor, by_head, width)
     # 3. in place
     if back:
-        orders = {name: (dim, _inverse(index)) for name, (dim, index) in orders.items()}
+        orders = {name: (dim, inverse(index)) for name, (dim, index) in orders.items()}
     before = {name: layer[name].clone() for name in orders if _NUMBERED.search(name)}
     for name, (dim, index) in orders.items():
         if name in before:  # one module a head: head i's place is taken by what head index[i] had
@@ -74,7 +101,7 @@ def permute_units_in_place(layer: Layer, edit: Permute, config, back: bool = Fal
             layer[name].copy_(layer[name].index_select(dim, index.to(layer[name].device)))
 
 
-def _inverse(order: torch.Tensor) -> torch.Tensor:
+def inverse(order: torch.Tensor) -> torch.Tensor:
     """The permutation that undoes one. Sorted for, it made the way back three times as long as the way
     there."""
     inverse = torch.empty_like(order)

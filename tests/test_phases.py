@@ -234,6 +234,41 @@ def test_a_reply_that_ends_before_the_switch_is_never_handed_over(tmp_path):
     ]
 
 
+CHANGES = {
+    "nothing": lambda m: m,
+    "noise and a splice": lambda m: r.splice(r.perturb(m, 0.3, 1), "base", 3, 5),
+}
+
+
+@pytest.mark.parametrize("what", ["heads", "both", "mlp"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_caches_go_from_hand_to_hand_whatever_order_heads_are_in(tmp_path, change, what):
+    """A model whose heads are permuted computes what it computed, so it answers the same on every cache."""
+    _, engine = tiny_engine(tmp_path, "qwen2")
+    same = CHANGES[change](engine.live.original)
+    engine.live.apply(same)
+    expected = measure(engine)
+    # twice, and then layers change places with their edits and come back
+    permuted = r.permute_units(r.permute_units(same, 3, what), 4, what)
+    engine.live.apply(r.swap(r.swap(permuted, 0, 4), 0, 4))
+    found = measure(engine)
+    assert found["fingerprints"]["changed"] != expected["fingerprints"]["changed"]
+    for cell, before in zip(found["cells"], expected["cells"], strict=True):
+        assert (cell["begins"], cell["answers"]) == (before["begins"], before["answers"])
+        close(cell["log_odds"], before["log_odds"])
+    assert [w["text"] for w in found["replies"]] == [w["text"] for w in expected["replies"]]
+
+
+def test_layers_keep_the_order_of_their_heads_where_they_are_moved(tmp_path):
+    _, engine = tiny_engine(tmp_path, "llama")
+    original = engine.live.original
+    engine.live.apply(r.swap(original, 1, 4))
+    expected = measure(engine)
+    engine.live.apply(r.swap(r.permute_units(original, 5, "heads"), 1, 4))
+    for cell, before in zip(measure(engine)["cells"], expected["cells"], strict=True):
+        close(cell["log_odds"], before["log_odds"])
+
+
 # ---- the model is left as it was found
 
 
@@ -462,7 +497,7 @@ def test_real_models_answer_on_each_others_caches(monkeypatch):
     engine = Engine(opened.live, opened.tokenizer, opened.stop_ids)
     moved = {}
     for name, recipe in (
-        ("placebo", r.permute_units(opened.live.original, 3)),
+        ("placebo", r.permute_units(opened.live.original, 3)),  # heads too, in which caches are ordered
         ("noise", r.perturb(opened.live.original, 0.1, 1)),
     ):
         opened.live.apply(recipe)
