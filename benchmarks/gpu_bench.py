@@ -39,7 +39,9 @@ from torch import profiler
 import experiments
 import prompts
 from command_line import ends_in_one_line, parser_of
-from engine.generation import ATTENTION, Engine, Request, Timing
+from engine.attention import ATTENTION
+from engine.forward import Timing
+from engine.generation import Engine, Request
 from evaluate import SUITES, evaluate
 from runner.pairs import open_pair
 from suites.base import Protocol

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import evaluate
-from engine.generation import Timing
+from engine.forward import Timing
 from errors import FrankenError, printable
 from experiments import BASELINE, TWIN, Plan
 from franken import Surgery

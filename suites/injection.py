@@ -24,8 +24,9 @@ from scipy import special
 
 from analysis.stats import plain, readings_to_json
 from engine.chat_template import continuation
-from engine.generation import CommonStates, Engine
+from engine.generation import Engine
 from engine.layers import run_layer
+from engine.reading import CommonStates
 from prompts import answer_token_ids
 from questions.probes import ASK, FEW_CONTROLS, BinaryProbe, controls, keyed_pairs
 from suites.base import Protocol, Suite, Work, logsumexp

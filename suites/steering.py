@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from engine.generation import CommonStates, Engine
+from engine.generation import Engine
 from engine.layers import run_layer
+from engine.reading import CommonStates
 
 ASKED_AT_ONCE = 8  # rows whose questions are read together: 8 x 45 x 152k float32 numbers are 220 MB
 FOREVER = 2**31 - 1  # a token position beyond every sequence

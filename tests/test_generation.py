@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moves import BRANCHES, MOVES, STARTS, instruct
 from moves import SHORT as PROMPTS
 
-from engine import generation
+from engine import generation, reading
 from engine.chat_template import find_stop_ids
 from engine.generation import Completion, Engine, Request, draw
 from engine.layers import spread_linear
@@ -290,8 +290,8 @@ def test_likelihoods_from_parts_of_the_vocabulary(tiny_pair, monkeypatch, family
         .gather(1, torch.tensor([b]).T)
         for a, b in pairs
     ]
-    monkeypatch.setattr(generation, "VOCABULARY_ON_CPU", 7)
-    monkeypatch.setattr(generation, "TOKENS_ON_CPU", 5)
+    monkeypatch.setattr(reading, "VOCABULARY_ON_CPU", 7)
+    monkeypatch.setattr(reading, "TOKENS_ON_CPU", 5)
     for got, want in zip(engine.loglikelihood(pairs), whole, strict=True):
         np.testing.assert_allclose(got, want[:, 0], atol=1e-5)
 

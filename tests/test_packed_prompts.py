@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moves import BRANCHES
 
-from engine import generation, prompt_layer
+from engine import prompt_layer, reading
 from engine.attention import Placed
 from engine.generation import Engine, Request
 from engine.packing import pack, packed_batches
@@ -107,7 +107,7 @@ def test_what_rows_have_in_common_is_computed_for_one_of_them(tiny_pair, monkeyp
     monkeypatch.setattr(injection, "answers_after", lambda *args: answers_after(*args[:5], changed, args[6]))
     want, runs, real = ask(plain), [], prompt_layer.run_layer
     monkeypatch.setattr(prompt_layer, "run_layer", lambda *a: (runs.append(a[1].shape[1]), real(*a))[1])
-    common = generation.CommonStates(3)
+    common = reading.CommonStates(3)
     for got, row in zip(ask(packed, common), want, strict=True):
         np.testing.assert_allclose(got, row, atol=5e-5)
     depth, tokens = len(live.order), sum(map(len, follows))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moves import BRANCHES, instruct
 
-from engine import generation, prompt_layer
+from engine import forward, prompt_layer
 from engine.generation import Engine
 from engine.packing import shared_prefixes
-from engine.reuse import in_common, marks
+from engine.reuse import Entered, in_common, marks
 from surgery import recipes as r
 
 SHARED = tiny.random_prompt(1, 90)
@@ -31,13 +31,13 @@ def same(a, b):
 @pytest.fixture
 def runs(monkeypatch):
     """How many layers have run so far."""
-    count, run = [0], generation.run_layer
+    count, run = [0], forward.run_layer
 
     def counted(*args):
         count[0] += 1
         return run(*args)
 
-    monkeypatch.setattr(generation, "run_layer", counted)
+    monkeypatch.setattr(forward, "run_layer", counted)
     monkeypatch.setattr(prompt_layer, "run_layer", counted)
     return count
 
@@ -101,7 +101,7 @@ def test_an_injected_beginning_is_never_reused(tiny_pair):
 
 
 def test_little_memory_keeps_little(tiny_pair, monkeypatch):
-    monkeypatch.setattr(generation, "KEPT_BYTES", 0)
+    monkeypatch.setattr(forward, "KEPT_BYTES", 0)
     pair = tiny_pair("llama")
     live = pair.live()
     engine = pair.engine(live)
@@ -230,7 +230,7 @@ def test_hidden_states_are_kept_where_they_save_most():
 
 @pytest.mark.parametrize("most, kept", [(4 * 10, 1), (8 * 10, 2), (3 * 10, 0)])
 def test_what_is_kept_fits_its_bytes_and_the_latest_stays(most, kept):
-    store, recipe = generation.Entered(), r.identity(6)
+    store, recipe = Entered(), r.identity(6)
     for at in (1, 2, 3):
         store.keep(("q",), recipe, at, torch.full((10,), float(at)), 5, most)
     assert store.best(("q",), recipe)[0] == (3 if kept else 0)

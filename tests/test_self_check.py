@@ -81,7 +81,7 @@ def without_sinks(monkeypatch):
 
 def window_off_by_one(monkeypatch):
     monkeypatch.setattr(
-        "engine.generation.windows_of",
+        "engine.forward.windows_of",
         lambda config: {"full_attention": config.sliding_window and config.sliding_window + 1},
     )
 
