@@ -36,9 +36,11 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
+import symtable
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -415,9 +417,18 @@ class _Operations(ModuleType):
     def __getattr__(self, name: str):
         if name == "__all__":  # `from franken import *`
             return [name for name in vars(self._whole()) if not name.startswith("_")]
-        if name.startswith("__") or not re.search(rf"\b{name}\b", read_bytes(ROOT / "franken.py").decode()):
+        if name.startswith("__") or name not in self._bound():
             raise AttributeError(f"module 'franken' has no attribute {name!r}", name=name, obj=self)
         return getattr(self._whole(), name)
+
+    @staticmethod
+    @cache
+    def _bound() -> frozenset[str]:
+        """The names that franken.py's own statements bind, by its text; __init__ has those of its one star
+        import."""
+        text = read_bytes(ROOT / "franken.py").decode()
+        symbols = symtable.symtable(text, "franken.py", "exec").get_symbols()
+        return frozenset(s.get_name() for s in symbols if s.is_imported() or s.is_assigned())
 
     def _whole(self) -> ModuleType:
         if sys.modules.get("franken") is self:

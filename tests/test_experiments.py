@@ -12,6 +12,7 @@ import torch
 
 import evaluate
 import experiments as ex
+import franken
 import prompts
 from analysis import published
 from analysis.comparison import Sweep
@@ -734,3 +735,12 @@ def test_tiny_models_hold_every_named_experiment(tiny_pair):
         live.fingerprint() == before
         and tiny.engine_logits(tiny_pair("qwen2").engine(live), (5, 6, 7)).isfinite().all()
     )
+
+
+def test_what_a_users_file_finds_in_franken_is_known_without_importing_it(monkeypatch):
+    light = ex._Operations()
+    offered = {name for name in {*vars(light), *light._bound()} if not name.startswith("__")}
+    assert offered == {name for name in vars(franken) if not name.startswith("__")}
+    monkeypatch.setattr(light, "_whole", lambda: pytest.fail("imported for a word of its text"))
+    for word in ("permutations", "tensors", "apply"):  # none of them a name that the module binds
+        assert not hasattr(light, word)
