@@ -489,11 +489,11 @@ def plan(args) -> int:
 
     if args.machine:
         machine(args.machine)
-    refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
+    suites = refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
     from runner.estimate import dry_run  # here: torch takes seconds to import, a typo is told at once
 
     register_suites()
-    return dry_run(args)
+    return dry_run(args, suites)
 
 
 def execute(args) -> int:
@@ -519,7 +519,7 @@ def execute(args) -> int:
     resuming.refuse(args.resume, changed, args.accept_changes)  # before a user's file is run
     pair = PAIRS.get(args.pair) if not (args.base or args.instruct) else None
     sandbox.check(args.execute_code)
-    refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
+    suites = refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
     check_writable(run.path / "experiments" if run else args.output)
     followers = followers_of(args)  # a missing package or token is told before anything is loaded
     import torch
@@ -529,33 +529,25 @@ def execute(args) -> int:
     from files import read_json
     from reporting.reports import write_reports
     from runner.batch import Alone, Record
-    from runner.choosing import (
-        also_suites,
-        given_suites,
-        harness_of,
-        make_plans,
-        make_protocol,
-        settle_short,
-    )
+    from runner.choosing import look_up_tasks, make_plans, make_protocol, settle_short
     from runner.estimate import short_hint
     from runner.manifest import commit, new_manifest, protocol_json
     from runner.replica import ModelOptions
     from runner.workers import Fleet, choose_crew
 
     register_suites()
-    harness_of(args)
+    look_up_tasks(suites)
     on_gpu = torch.cuda.is_available() and args.device_map != "cpu"
     unsaid = args.short is None and not on_gpu and not run
     settle_short(args, on_gpu)
-    given = given_suites(args)
     # 2. who does the work, the plans that fit the model's depth, and what is loaded
     threads = then.get("threads") if isinstance(then.get("threads"), int) else None
     options = ModelOptions.of(args)
     crew = choose_crew(args.workers, options, threads)
     with Fleet(crew, options, register_suites) if crew else Alone(options, threads) as workers:
         shape = workers.open()
-        plans, left_out = make_plans(args, shape.layers, set(shape.sources))
-        protocol = make_protocol(args, plans)
+        plans, left_out = make_plans(args, shape.layers, set(shape.sources), suites)
+        protocol = make_protocol(args, plans, suites)
         loaded = workers.prepare(protocol, started(manifest) or datetime.now())
         notes = [*loaded.notes, *left_out]
         if args.short:
@@ -605,7 +597,8 @@ def execute(args) -> int:
             if "prompts_sha256" not in manifest:
                 notes.append("this run is older than the record of its prompts: they are not compared")
         args.begun = run.path
-        if unsaid and not args.short and (hint := short_hint(args, shape.layers, set(shape.sources))):
+        hint = short_hint(args, shape.layers, plans, protocol, suites) if unsaid else None
+        if hint:
             notes = [*notes, hint]  # not in the manifest, whose notes are about the results
         # 4. the batch, and the reports whichever way it ends
         for note in notes:
@@ -627,7 +620,7 @@ def execute(args) -> int:
                         entry = resuming.entry(changed, commit())
                         manifest["resumed"] = [*manifest.get("resumed", []), entry]
                         write_json(run.manifest_path, manifest)
-                    twins = workers.twins(protocol, given, also_suites(args)) if args.matched_noise else None
+                    twins = workers.twins(protocol, suites.given, suites.also) if args.matched_noise else None
                     record = Record(run, manifest, plans, loaded.fingerprint, twins, changed)
                     followers.say = tqdm.write
                     record.on_kept = lambda result: followers.tell(lambda who: who.experiment(result))

@@ -4,7 +4,7 @@ asked."""
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import experiments as ex
@@ -82,7 +82,7 @@ def known_experiments(args, n_layers: int) -> tuple[list, list, list, list]:
     return [*ex.EXPERIMENTS, *ex.GRIDS], sourced, list(swept.values()), own
 
 
-def choose(args, n_layers: int) -> list:
+def choose(args, n_layers: int, suites: ChosenSuites) -> list:
     """The experiments asked for, with what each is asked, the baseline first. Raises FrankenError for unknown
     names."""
     named, sourced, swept, own = known_experiments(args, n_layers)
@@ -102,9 +102,9 @@ def choose(args, n_layers: int) -> list:
         chosen = [baseline, *chosen]
     return ex.with_suites(
         list({e.name: e for e in chosen}.values()),
-        given_suites(args),
+        suites.given,
         args.matched_noise,
-        also_suites(args),
+        suites.also,
         SHORT if args.short else ex.EVERYTHING,
     )
 
@@ -140,14 +140,16 @@ def name_models(args, pair) -> None:
     args.models = names
 
 
-def make_plans(args, n_layers: int, sources: set[str]) -> tuple[list[ex.Plan], list[str]]:
+def make_plans(
+    args, n_layers: int, sources: set[str], suites: ChosenSuites
+) -> tuple[list[ex.Plan], list[str]]:
     """(plans of what is asked for and these sources can make, notes on what is left out).
 
     Which sources an experiment takes layers from, its recipe says. Raises FrankenError for one that is asked
     for by name and takes them from a source there is not, and if none is left.
     """
     plans, left_out = [], []
-    for e in choose(args, n_layers):
+    for e in choose(args, n_layers, suites):
         plan = e.plan(n_layers, args.seed, getattr(args, "models", None))
         if not (lacking := plan.recipe.sources - sources):
             plans.append(plan)
@@ -177,17 +179,17 @@ def known_sources(args, pair) -> set[str]:
     return {"instruct", *(["base"] if pair.has_base else []), *extra_sources(args.source)}
 
 
-def refuse_at_once(args, pair: Pair) -> None:
-    """Raises FrankenError for what the command line and small files beside it show to be wrong. Nothing is
-    downloaded or loaded for it, and torch is not imported: a typo is told within a second."""
+def refuse_at_once(args, pair: Pair) -> ChosenSuites:
+    """What is asked. Raises FrankenError for what the command line and small files beside it show to be
+    wrong. Nothing is downloaded or loaded for it, and torch is not imported: a typo is told within a
+    second."""
     if args.perplexity_file:
         read_text(args.perplexity_file)
     refuse_short(args)
     sweep_windows(args)
-    given_suites(args)
-    also_suites(args)
-    harness_named(args)
-    refuse_beforehand(args, pair)
+    suites = chosen_suites(args)
+    refuse_beforehand(args, pair, suites)
+    return suites
 
 
 def refuse_models(args, pair: Pair) -> None:
@@ -201,16 +203,16 @@ def refuse_models(args, pair: Pair) -> None:
             refuse_nowhere(spec)
 
 
-def refuse_beforehand(args, pair: Pair) -> None:
+def refuse_beforehand(args, pair: Pair, suites: ChosenSuites) -> None:
     """Raises FrankenError for models, sources and experiments that there are not, or that do not fit each
     other."""
     name_models(args, pair)
     refuse_models(args, pair)
     sources = known_sources(args, pair)
     if (depth := pair.layers or local_depth(args)) is not None:
-        make_plans(args, depth, sources)
+        make_plans(args, depth, sources, suites)
     elif not args.sweep:  # only the names of a sweep depend on the depth
-        for e in choose(args, 1):
+        for e in choose(args, 1, suites):
             lacking = set()
             with contextlib.suppress(FrankenError):  # a recipe may not fit another depth than the model's
                 plan = e.plan(ex.PUBLISHED_DEPTH, args.seed, args.models)
@@ -219,28 +221,35 @@ def refuse_beforehand(args, pair: Pair) -> None:
                 raise FrankenError(_lacks(e.name, lacking))
 
 
-def given_suites(args) -> tuple[str, ...] | None:
-    """What --suites says, None where it says nothing. Raises FrankenError for a suite there is not, or noise
-    matched to nothing."""
+@dataclass(frozen=True)
+class ChosenSuites:
+    """What the command line says of the questions, read once.
+
+    given: of --suites, None where it says nothing. also: of --also and --lm-eval, in order. harness: of
+    --lm-eval, --include-path and --limit; its tasks are not looked up yet.
+    """
+
+    given: tuple[str, ...] | None = None
+    also: tuple[str, ...] = ()
+    harness: Harness | None = None
+
+
+def chosen_suites(args) -> ChosenSuites:
+    """Raises FrankenError for a suite there is not, noise matched to nothing, and what goes without --lm-eval
+    or cannot go with it: no tasks, a folder that is none, or no package."""
     given = parse_suites(args.suites) if args.suites is not None else None
     if args.matched_noise and given and "perplexity" not in given:
         raise FrankenError("--matched-noise matches perplexity, which is not among the suites given")
-    return given
-
-
-def also_suites(args) -> tuple[str, ...]:
-    """The suites of --also and --lm-eval, in order. Raises FrankenError for a suite there is not."""
     also = parse_suites(args.also) if args.also is not None else ()
-    return tuple(dict.fromkeys((*also, *(["lm_eval"] if getattr(args, "lm_eval", None) else []))))
+    harness = _harness(args)
+    if harness is not None:
+        also = tuple(dict.fromkeys((*also, "lm_eval")))
+    return ChosenSuites(given, also, harness)
 
 
-def harness_named(args) -> Harness | None:
-    """What --lm-eval, --include-path and --limit say, None without --lm-eval. The tasks are not looked up.
-
-    Raises FrankenError for what goes without it, no tasks, a folder that is none, or no package.
-    """
-    if not getattr(args, "lm_eval", None):
-        if getattr(args, "include_path", None) or getattr(args, "limit", None):
+def _harness(args) -> Harness | None:
+    if not args.lm_eval:
+        if args.include_path or args.limit:
             raise FrankenError("--include-path and --limit go with --lm-eval")
         return None
     tasks = tuple(filter(None, (part.strip() for part in args.lm_eval.split(","))))
@@ -252,14 +261,12 @@ def harness_named(args) -> Harness | None:
     return Harness(tasks, args.include_path, args.limit)
 
 
-def harness_of(args) -> Harness | None:
-    """What `harness_named` says. Raises FrankenError for that, and for unknown tasks."""
-    harness = harness_named(args)
-    if harness is not None:
+def look_up_tasks(chosen: ChosenSuites) -> None:
+    """Raises FrankenError for tasks of --lm-eval that there are not."""
+    if chosen.harness is not None:
         from suites.lm_harness import check_tasks  # here: it takes seconds, and few runs need it
 
-        check_tasks(harness.tasks, harness.include_path)
-    return harness
+        check_tasks(chosen.harness.tasks, chosen.harness.include_path)
 
 
 def local_depth(args) -> int | None:
@@ -272,13 +279,13 @@ def local_depth(args) -> int | None:
     return layers if isinstance(layers, int) and 0 < layers <= MOST_LAYERS else None
 
 
-def make_protocol(args, plans: list):
+def make_protocol(args, plans: list, suites: ChosenSuites):
     """The run's evaluate.Protocol: its suites are all that any experiment is asked; each is asked its own of
     them."""
     import evaluate  # here: it takes seconds, and nothing that is refused before needs it
 
     wanted = {name for plan in plans for name in plan.experiment.suites} | {
-        *((*(given_suites(args) or ex.QUICK), *also_suites(args)) if args.matched_noise else ())
+        *((*(suites.given or ex.QUICK), *suites.also) if args.matched_noise else ())
     }
     protocol = evaluate.Protocol(
         tuple(name for name in evaluate.SUITES if name in wanted),
@@ -286,7 +293,7 @@ def make_protocol(args, plans: list):
         args.max_new_tokens,
         seed=args.seed,
         execute_code=args.execute_code,
-        harness=harness_of(args),
+        harness=suites.harness,
     )
     if "lm_eval" in protocol.suites and protocol.harness is None:
         raise FrankenError("the suite lm_eval needs tasks: --lm-eval TASKS")

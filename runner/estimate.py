@@ -15,7 +15,16 @@ import evaluate
 from errors import FrankenError, many
 from experiments import QUICK, TWIN, Plan
 from runner import matched_noise
-from runner.choosing import given_suites, known_sources, make_plans, make_protocol, name_models, settle_short
+from runner.choosing import (
+    ChosenSuites,
+    choose,
+    known_sources,
+    look_up_tasks,
+    make_plans,
+    make_protocol,
+    name_models,
+    settle_short,
+)
 from runner.known_pairs import choose_pair
 from runner.machines import HOST_MEMORY, MACHINES, WEIGHTS, machine
 from runner.pairs import GIB, HEADROOM, available_memory, pick_device, pick_dtype, read_config
@@ -94,17 +103,16 @@ def replies(plans: Sequence[Plan], protocol) -> tuple[int, int]:
     return sum(map(len, each)), sum(map(sum, each))
 
 
-def short_hint(args, layers: int, sources: set[str]) -> str | None:
-    """For a run on a CPU of which neither --short nor --no-short was said: what --short would leave out, in a
-    line; None where that is nothing or suites were chosen."""
-    if args.suites is not None:
+def short_hint(args, layers: int, plans: Sequence[Plan], protocol, chosen: ChosenSuites) -> str | None:
+    """For a run on a CPU of which neither --short nor --no-short was said: what --short would leave out of
+    these plans, in a line; None where that is nothing, they are short already, or suites were chosen."""
+    if args.short or chosen.given is not None:
         return None
-    asked = []
-    for short in (False, True):
-        those = Namespace(**(vars(args) | {"short": short}))
-        plans, _ = make_plans(those, layers, sources)
-        asked.append(replies(plans, make_protocol(those, plans)))
-    (whole, most), (fewer, at_most) = asked
+    short = Namespace(**(vars(args) | {"short": True}))
+    by_name = {e.name: e for e in choose(short, layers, chosen)}
+    shorter = [replace(plan, experiment=by_name[plan.experiment.name]) for plan in plans]
+    whole, most = replies(plans, protocol)
+    fewer, at_most = replies(shorter, make_protocol(short, shorter, chosen))
     if fewer >= whole:
         return None
     return (
@@ -192,7 +200,7 @@ def fetched(args, weights: float) -> str:
     )
 
 
-def dry_run(args) -> int:
+def dry_run(args, chosen: ChosenSuites) -> int:
     """Print the plan of a run. Raises FrankenError for whatever the run itself would refuse at once."""
     # 1. what is asked, of what, and where
     there = rates_for(args.machine) if args.machine else rates_here(args)
@@ -202,13 +210,15 @@ def dry_run(args) -> int:
     pair = choose_pair(args.pair, args.base, args.instruct)
     name_models(args, pair)
     sources = known_sources(args, pair)
-    plans, notes = make_plans(args, layers, sources)
-    protocol = make_protocol(args, plans)
+    plans, notes = make_plans(args, layers, sources, chosen)
+    look_up_tasks(chosen)
+    protocol = make_protocol(args, plans, chosen)
     dtype = pick_dtype(args.dtype, "cuda" if there.gpu else "cpu")
     weights, layer = parameters * dtype.itemsize, inside * dtype.itemsize / layers
     asked = ", ".join(protocol.suites)
     print(f"{many(len(plans), 'experiment')} on {layers} layers, {dtype}; suites: {asked}\n")
-    if unsaid and not args.short and (hint := short_hint(args, layers, sources)):
+    hint = short_hint(args, layers, plans, protocol, chosen) if unsaid else None
+    if hint:
         notes.append(hint)
     for note in notes:
         print(f"{note}\n")
@@ -245,7 +255,7 @@ def dry_run(args) -> int:
         for note in plan.notes:
             print(f"  {'':32} {note}")
         if args.matched_noise and matched_noise.wants(plan.experiment):
-            seconds = matched_noise.EVALUATIONS * ask(("perplexity",)) + ask(given_suites(args) or QUICK)
+            seconds = matched_noise.EVALUATIONS * ask(("perplexity",)) + ask(chosen.given or QUICK)
             seconds += (matched_noise.EVALUATIONS + 1) * layers * layer / there.to_device if there.gpu else 0
             total += seconds
             print(

@@ -13,7 +13,7 @@ from errors import FrankenError
 from experiments import EXPERIMENTS, select
 from files import ROOT
 from runner import estimate, machines, pairs
-from runner.choosing import make_plans, settle_short
+from runner.choosing import chosen_suites, make_plans, settle_short
 from suites.base import Protocol
 
 SIDES = {"instruct", "base"}
@@ -214,7 +214,8 @@ def test_a_first_run_on_a_cpu_is_asked_the_short_form(nothing_loaded, monkeypatc
     def asked(*argv):
         args = run_all.parse_arguments(["--pair", "smollm2-135m", *argv])
         settle_short(args, gpu=False)
-        return {plan.experiment.name: plan.experiment.suites for plan in make_plans(args, 30, SIDES)[0]}
+        plans, _ = make_plans(args, 30, SIDES, chosen_suites(args))
+        return {plan.experiment.name: plan.experiment.suites for plan in plans}
 
     first = asked("--priority-limit", "6")
     assert list(first) == [e.name for e in EXPERIMENTS[:6]] and asked() == first

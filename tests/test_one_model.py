@@ -13,7 +13,7 @@ from engine.generation import Engine
 from errors import FrankenError
 from franken import identity
 from runner.cache import cache_dir
-from runner.choosing import make_plans
+from runner.choosing import chosen_suites, make_plans
 from runner.pairs import open_pair
 from surgery.recipes import splice
 
@@ -79,16 +79,20 @@ def test_a_sweep_of_base_layers_leaves_nothing_to_run(pair, tmp_path, capfd):
     assert "nothing is left to run: replace_0 takes layers from base" in capfd.readouterr().err
 
 
+def planned(argv, sources):
+    args = run_all.parse_arguments(argv)
+    return make_plans(args, 24, sources, chosen_suites(args))
+
+
 def test_which_experiments_need_a_base_is_read_off_their_recipes():
-    args = run_all.parse_arguments(["--all"])
-    plans, notes = make_plans(args, 24, {"instruct"})
-    every, _ = make_plans(args, 24, {"instruct", "base"})
+    plans, notes = planned(["--all"], {"instruct"})
+    every, _ = planned(["--all"], {"instruct", "base"})
     assert all(plan.recipe.sources == {"instruct"} for plan in plans)
     left = {p.experiment.name for p in every} - {p.experiment.name for p in plans}
     assert {"baseline_base", "blend_linear", "franken_base_first_16"} <= left
     assert all(name in notes[0] for name in left)
     with pytest.raises(FrankenError, match="no_such"):
-        make_plans(run_all.parse_arguments(["--experiments", "no_such"]), 24, {"instruct"})
+        planned(["--experiments", "no_such"], {"instruct"})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -136,9 +140,7 @@ def test_an_adapter_that_does_not_fit_is_refused(pair, adapter):
 
 def test_a_source_that_no_experiment_uses_is_named_with_its_own_experiments():
     given = ["--source", "russell=x", "--experiments", "placebo_mlp_1"]
-    notes = make_plans(run_all.parse_arguments(given), 24, {"instruct", "base", "russell"})[1]
+    notes = planned(given, {"instruct", "base", "russell"})[1]
     assert len(notes) == 1 and "no" in notes[0] and "russell_whole, russell_early_half" in notes[0]
-    _, none = make_plans(
-        run_all.parse_arguments([*given, "russell_whole"]), 24, {"instruct", "base", "russell"}
-    )
+    _, none = planned([*given, "russell_whole"], {"instruct", "base", "russell"})
     assert none == []

@@ -8,7 +8,7 @@ import small_battery
 
 import run_all
 from runner.batch import run_experiment
-from runner.choosing import make_plans, make_protocol
+from runner.choosing import chosen_suites, make_plans, make_protocol
 from runner.replica import ModelOptions, Replica
 
 NAMES = (
@@ -34,8 +34,9 @@ def measure(pair, tmp_path_factory):
     def run(names):
         args = run_all.parse_arguments(small_battery.arguments(pair, out, "--experiments", *NAMES))
         replica = Replica(ModelOptions.of(args))
-        plans, _ = make_plans(args, replica.shape.layers, set(replica.shape.sources))
-        protocol = make_protocol(args, plans)
+        suites = chosen_suites(args)
+        plans, _ = make_plans(args, replica.shape.layers, set(replica.shape.sources), suites)
+        protocol = make_protocol(args, plans, suites)
         loaded = replica.ready(protocol, None)
         by_name = {plan.experiment.name: plan for plan in plans}
         done = {}

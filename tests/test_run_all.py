@@ -21,7 +21,7 @@ import experiments
 import prompts
 import run_all
 from runner import replica, results
-from runner.choosing import choose
+from runner.choosing import choose, chosen_suites
 
 HERE = Path(run_all.__file__).parent
 # of six layers one lies between 24 and 40 of 64, and one between 36 and 52
@@ -204,7 +204,8 @@ def test_seeds_change_samples_shuffles_and_noise_and_nothing_else(go, tmp_path):
 
 
 def chosen(*argv, layers=6):
-    return [e.name for e in choose(run_all.parse_arguments([*map(str, argv)]), layers)]
+    args = run_all.parse_arguments([*map(str, argv)])
+    return [e.name for e in choose(args, layers, chosen_suites(args))]
 
 
 def test_what_is_chosen(tmp_path):
