@@ -194,6 +194,8 @@ class _Weighted:
     """Of the controls' weighted moments [R, k, k]."""
     influence: np.ndarray
     """Of a control's residual on the score, as HC3 has it [R, controls]."""
+    influence_of_terms: np.ndarray
+    """Of each term of the curve on the score, by way of each cluster's controls [R, k, clusters]."""
     share: np.ndarray
     """Of one copy of a yes- or a no-keyed probe in the score [R, 2]."""
 
@@ -218,7 +220,8 @@ class _Design:
         share = SIDES / (mq @ self.in_half.T)
         pull = (mq @ self.gq.T * (share @ self.keyed.T)) @ self.xq
         influence = _each(-pull, inverse) @ self.xc.T * self.hc3(inverse)
-        return _Weighted(mc, mq, wc, inverse, influence, share)
+        of_terms = np.stack([influence @ (self.gc * term[:, None]) for term in self.xc.T], axis=1)
+        return _Weighted(mc, mq, wc, inverse, influence, of_terms, share)
 
     @functools.cached_property
     def squares(self) -> np.ndarray:
@@ -278,9 +281,14 @@ class _Design:
         """The score [R], and what each cluster of controls and of introspective probes adds to its error
         [R, clusters]. All are linear in the shifts."""
         beta = self.curve(weighted, yc)
-        ec = yc - beta @ self.xc.T
-        ec *= weighted.influence
-        zc = ec @ self.gc
+        # influence times residuals of controls, summed over clusters, without the residuals [R, controls]
+        # of every draw: arrays of that size took longer than the products
+        zc = (
+            weighted.influence @ (yc[0, :, None] * self.gc)
+            if len(yc) == 1
+            else weighted.influence * yc @ self.gc
+        )
+        zc -= (beta[:, None] @ weighted.influence_of_terms)[:, 0]
         # residuals of introspective probes, summed over each half of a cluster: [R, 2, clusters]
         eq = (yq @ self.halves - beta @ self.terms_of_halves).reshape(len(beta), 2, -1)
         of_half = np.einsum("rc,rhc->rh", weighted.mq, eq) * weighted.share

@@ -50,6 +50,7 @@ LOG_ODDS = "log_odds"  # every statistic comes from them
 DECIMALS = 6
 DERIVED = ("p_yes", "p_no", "p_yes_normalized")
 PLAIN = {str, int, float, bool, type(None)}  # what JSON holds that holds nothing else
+Named = tuple[str, Sequence]  # a column: the key, and its value in each object
 PARTS = {"from_texts", "same", "columns", "rows", "derived"}
 
 
@@ -101,28 +102,36 @@ def unpack(value, texts: dict):
         return _shared(texts, value["from_texts"])
     if "columns" not in value or not value.keys() <= PARTS:
         return {key: unpack(part, texts) for key, part in value.items()}
-    columns, rows, same = value["columns"], value.get("rows"), value.get("same", {})
-    if not isinstance(columns, list) or not isinstance(rows, list) or not isinstance(same, dict):
-        raise Corrupt("a table without columns and rows")
-    objects = _objects(columns, rows, texts)
-    if same:
-        objects = [same | entry for entry in objects]
+    made, same = _columns(value["columns"], value.get("rows"), texts), value.get("same", {})
+    if not isinstance(same, dict):
+        raise Corrupt("what all of a table's rows have in common is no object")
+    # of a name that stands twice the last counts, in the place of the first, as where objects are joined
+    count = len(value["rows"])
+    made = [(name, [cell] * count) for name, cell in same.items()] + made
+    if "from_texts" in value:
+        made = _questions(_shared(texts, value["from_texts"]), count) + made
     if "derived" in value:
-        objects = [_whole(entry, value) for entry in objects]
-    if "from_texts" not in value:
-        return objects
-    questions = unpack(_shared(texts, value["from_texts"]), {})
-    if not isinstance(questions, list) or len(questions) != len(objects):
-        raise Corrupt(f"a table of {len(objects)} rows for other questions")
-    return [question | entry for question, entry in zip(questions, objects, strict=True)]
+        made += _derived(dict(made), value["derived"])
+    return _objects(made, count)
 
 
-def _whole(entry: dict, table: dict) -> dict:
-    """An object with what its table leaves to be derived."""
-    log_odds, mass = entry.get(LOG_ODDS), entry.get("mass")
-    if table["derived"] != list(DERIVED) or not (_is_number(log_odds) and _is_number(mass)):
+def _questions(asked, count: int) -> list[Named]:
+    """What the run's texts hold of a table's `count` questions."""
+    if not isinstance(asked, dict) or asked.keys() != {"columns", "rows"}:
+        raise Corrupt("its questions are no table")
+    named = _columns(asked["columns"], asked["rows"], {})
+    if len(asked["rows"]) != count:
+        raise Corrupt(f"a table of {count} rows for other questions")
+    return named
+
+
+def _derived(named: dict[str, Sequence], derived) -> list[Named]:
+    """What a table leaves to be derived."""
+    log_odds, mass = named.get(LOG_ODDS, ()), named.get("mass", ())
+    if derived != list(DERIVED) or not (log_odds and mass and all(map(_is_number, (*log_odds, *mass)))):
         raise Corrupt("readings are to be derived, and what they follow from is not there")
-    return entry | derive(log_odds, mass)
+    readings = [derive(*pair) for pair in zip(log_odds, mass, strict=True)]
+    return [(name, [reading[name] for reading in readings]) for name in DERIVED]
 
 
 def _is_number(value) -> TypeGuard[float]:
@@ -237,25 +246,27 @@ def _cell(name: str, value, texts: dict):
 # ---- reading
 
 
-def _objects(columns: list, rows: list, texts: dict) -> list[dict]:
-    """The objects whose cells are in `rows`."""
+def _columns(columns, rows, texts: dict) -> list[Named]:
+    """The columns of the cells in `rows`: most hold nothing but numbers and texts, as they stand, so
+    that a whole column is looked at."""
+    if not isinstance(columns, list) or not isinstance(rows, list):
+        raise Corrupt("a table without columns and rows")
     for row in rows:
         if not isinstance(row, list) or len(row) != len(columns):
             raise Corrupt(f"a row that is not one value for each of {len(columns)} columns")
-    if not rows:
-        return []
-    # a column at a time: most hold nothing but numbers, texts and the like, which are as they stand
-    names, values = [], []
-    for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
-        name, made = _column(column, cells, texts)
-        names.append(name)
-        values.append(made)
-    if not columns:
-        return [{} for _ in rows]
+    cells = zip(*rows, strict=True) if rows else [()] * len(columns)
+    return [_column(column, of, texts) for column, of in zip(columns, cells, strict=True)]
+
+
+def _objects(named: list[Named], count: int) -> list[dict]:
+    """The `count` objects whose values stand in columns."""
+    if not named:
+        return [{} for _ in range(count)]
+    names, values = zip(*named, strict=True)
     return list(map(dict, map(zip, itertools.repeat(names), zip(*values, strict=True))))
 
 
-def _column(column, cells: Sequence, texts: dict) -> tuple[str, Sequence]:
+def _column(column, cells: Sequence, texts: dict) -> Named:
     """(name, values) of a column's cells."""
     if isinstance(column, str):
         if PLAIN.issuperset(map(type, cells)):
@@ -267,9 +278,10 @@ def _column(column, cells: Sequence, texts: dict) -> tuple[str, Sequence]:
     if not isinstance(inner, list) or not all(isinstance(cell, list) for cell in cells):
         raise Corrupt(f"the column {column['name'][:40]!r} or one of its cells is no list")
     if "object" in column:
-        return column["name"], _objects(inner, list(cells), texts)
+        return column["name"], _objects(_columns(inner, list(cells), texts), len(cells))
     # of all lists at once, which are then parted again
-    every = iter(_objects(inner, [row for cell in cells for row in cell], texts))
+    rows = [row for cell in cells for row in cell]
+    every = iter(_objects(_columns(inner, rows, texts), len(rows)))
     return column["name"], [list(itertools.islice(every, len(cell))) for cell in cells]
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import hashlib
 import itertools
 import json
 import math
@@ -295,6 +296,35 @@ def test_a_digit_that_changed_on_disk_is_noticed(run):
     assert run.load("baseline_instruct")["status"] == "done"
 
 
+def test_no_byte_of_a_result_changes_unnoticed(run):
+    """Every 97th byte, turned into another: a digit into a digit, so that it is JSON still."""
+    file = run.file("baseline_instruct")
+    content = file.read_bytes()
+    for at in range(0, len(content), 97):
+        other = b"7" if content[at : at + 1] != b"7" else b"1"
+        file.write_bytes(content[:at] + other + content[at + 1 :])
+        with pytest.raises(FrankenError, match="is corrupt"):
+            run.load("baseline_instruct")
+    file.write_bytes(content)
+    assert run.load("baseline_instruct")["status"] == "done"
+
+
+@pytest.mark.parametrize("text", ["lone \ud800", '"sha256": "' + "0" * 64 + '"', "1e400", "\x00"])
+def test_whatever_a_model_writes_is_sealed_and_read_again(run, text):
+    result = run.load("baseline_instruct")
+    result["experiment"]["notes"] = [text]
+    run.save(result)
+    assert run.load("baseline_instruct") == result
+
+
+def test_the_seal_of_before_2026_11_27_is_by_the_data_however_they_are_laid_out(run):
+    written = json.loads(run.file("baseline_instruct").read_text())
+    del written["sha256"]
+    digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+    run.file("baseline_instruct").write_text(json.dumps({"sha256": digest} | written, indent=1))
+    assert run.load("baseline_instruct")["status"] == "done"
+
+
 @pytest.mark.parametrize("how", ["gone", "changed", "no JSON", "of another kind"])
 def test_texts_that_are_not_those_of_the_run_are_named(run, how):
     text = run.texts_path.read_text()
@@ -485,7 +515,6 @@ def test_the_manifest_says_what_ran_on_what(finished):
         manifest["dtype"],
         manifest["devices"],
     ) == (2, "float32", ["cpu"])
-    import hashlib
 
     for source, entry in manifest["sources"].items():
         digest = hashlib.sha256((finished.parents[1] / source / "model.safetensors").read_bytes()).hexdigest()
