@@ -618,7 +618,7 @@ def detection_score(
     rng.bit_generator.state = ready.state
     scores, errors = design.measure(ready.resampled, yc[None], yq[None])
     distances = np.sort(np.abs(scores - score) / errors)
-    reach = max(float(quantile(distances, confidence)) * error, 2 * RESOLUTION)
+    reach = max(quantile(distances, confidence) * error, 2 * RESOLUTION)
 
     # 6) its p-value: sign flips of the residuals that the null leaves, which allows a drift of their own
     null_c, null_q = design.residuals(ready.whole, yc, yq)
