@@ -183,7 +183,7 @@ class Bench:
 
     def host(self) -> None:
         """The most host memory that this process had of its own so far."""
-        ring = self.live.stream.workers * 2 * self.live.stream.CHUNK if self.on_gpu else 0
+        ring = self.live.stream.pinned_bytes if self.on_gpu else 0
         peak = self.watch.host + ring
         self.row(
             "host memory beyond the page cache",

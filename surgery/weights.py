@@ -19,9 +19,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from itertools import cycle
+from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -354,14 +354,12 @@ def parameters_of(source: Source) -> int:
     return sum(math.prod(ref.shape) for part in parts for ref in part.values())
 
 
-class _Piece(NamedTuple):
-    """Numbers [start, start + length) of a tensor on their way."""
+class _Converted(NamedTuple):
+    """A tensor that torch fills, in pieces of `step` numbers."""
 
     ref: TensorRef
-    place: int  # where they begin in the file; of packed weights, the first one's number
-    flat: torch.Tensor  # the whole tensor that is filled
-    start: int
-    length: int
+    flat: torch.Tensor
+    step: int
     mapped: int | None  # where its file begins in memory, if it is mapped
 
 
@@ -373,14 +371,41 @@ class _Slot(NamedTuple):
     address: int
     event: torch.cuda.Event
     handle: int
-    stream: int
 
     @classmethod
     def made(cls, nbytes: int, stream: torch.cuda.Stream) -> _Slot:
         buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         event = torch.cuda.Event(blocking=True)  # waits without spinning
         event.record(stream)  # from now on it has a handle
-        return cls(buffer, buffer.numpy(), buffer.data_ptr(), event, event.cuda_event, stream.cuda_stream)
+        return cls(buffer, buffer.numpy(), buffer.data_ptr(), event, event.cuda_event)
+
+
+class _Ring:
+    """The pinned buffers of one GPU, in the order in which their copies were sent off, all in one stream.
+
+    Whoever takes the first of `free` has the buffer that is done with soonest, and puts it back as the last.
+    """
+
+    def __init__(self, device: torch.device, count: int, nbytes: int):
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream(device)
+            # A process that forks ends what its other threads alone held, and to end an event there aborts
+            self.slots = [_Slot.made(nbytes, self.stream) for _ in range(count)]
+        self.handle, self.free = self.stream.cuda_stream, deque(self.slots)
+
+
+class _Staged(NamedTuple):
+    """Bytes on their way to a GPU as they are."""
+
+    ring: _Ring
+    target: int  # where they go on the card
+    nbytes: int
+    source: int  # where they are in memory if their file is mapped, else in the file
+    path: str | None  # of a file that is not mapped
+
+
+Pieces = deque[tuple[_Converted, int]]  # of a tensor, and the number of it that they begin with
+StagedPieces = deque[tuple[_Staged, int]]  # and the byte of it
 
 
 class _Driver(NamedTuple):
@@ -410,30 +435,37 @@ class Stream:
 
     On a CPU the reads go straight into the parameters. On a GPU, files whose pages are registered (`hold`)
     are copied from where they lie in the page cache, at the rate of pinned memory. For all others `workers`
-    threads each own two pinned buffers: one is being filled while the other is on its way to the card. The
-    threads take pieces from one queue, and between two pieces the interpreter's lock is the limit. Every call
-    of torch gives the lock up and waits for it again, so pieces go to the card by the driver's own calls,
-    which keep it (16 cores of an H100's host: 52 GB/s where calls of torch reach 47; benchmarks/README.md).
+    threads share a ring of pinned buffers: some are being filled while others are on their way to the card.
     Buffers are filled by positioned reads, and from a file that is mapped by a copy of its mapped bytes,
     which spends no time in the kernel (14 threads: 36 -> 42 GB/s).
+
+    The interpreter's lock is the limit: a thread that waits for it has to be woken, which costs a virtual
+    machine more than what it waits for. So a piece needs it for a few microseconds (`_stage`), threads are no
+    more than fill the buffers at the card's rate, and whoever waits for a buffer waits for the one that is
+    done with first (benchmarks/README.md has what each brings).
 
     Attributes: bytes_read, counted over the stream's life; pages, what is held, or None.
     """
 
-    # one read and one copy; 12 workers x 2 x 4 MiB bound the host memory at 0.1 GiB (2 MiB: 39 GB/s, 8: 48)
-    CHUNK = 4 << 20
+    CHUNK = 5 << 20  # bytes of one read and one copy
+    WORKERS = 10
+    ON_THE_WAY = 6  # buffers beside those that are being filled; 16 x 5 MiB bound the host memory at 0.1 GiB
     HOLD_ABOVE = 1 << 30  # bytes: to read less takes no time
 
     def __init__(self, workers: int | None = None):
-        self.workers = workers or min(12, len(os.sched_getaffinity(0)))
+        self.workers = workers or min(self.WORKERS, len(os.sched_getaffinity(0)))
         self.bytes_read = 0
         self.pages: Pages | None = None
         self.direct = True  # whether registered pages are read by the card; a benchmark does without
         self._local, self._lock = threading.local(), threading.Lock()
-        # A process that forks ends what its other threads alone held, and to end an event there aborts
-        self._kept: list[list] = []
+        self._rings: dict[torch.device, _Ring] = {}
         self._direct: dict[torch.device, torch.cuda.Stream] = {}
         self._pool = ThreadPoolExecutor(self.workers, thread_name_prefix="stream")
+
+    @property
+    def pinned_bytes(self) -> int:
+        """How much host memory the buffers of one GPU take."""
+        return (self.workers + self.ON_THE_WAY) * self.CHUNK
 
     def hold(self, refs: Iterable[TensorRef]) -> None:
         """Map the files of these tensors and register their pages with the GPU, in the background. Wherever
@@ -456,8 +488,10 @@ class Stream:
         undefined.
         """
         # 1. what the card reads by itself, and the pieces of what is brought to it
-        pieces: deque[_Piece] = deque()
+        pieces: Pieces = deque()
+        staged: StagedPieces = deque()
         direct: list[tuple[TensorRef, torch.Tensor]] = []
+        filled: list[torch.Tensor] = []
         for ref, into in jobs:
             if tuple(into.shape) != ref.shape:
                 raise FrankenError(
@@ -465,33 +499,33 @@ class Stream:
                 )
             self.bytes_read += ref.nbytes
             flat, begun = into.detach().view(-1), 0
+            filled.append(flat)
             for part in ref.parts or (ref,):
                 own = flat[begun : begun + math.prod(part.shape)]
                 begun += len(own)
                 if self._is_registered(part, own):
                     direct.append((part, own))
+                elif own.is_cuda and own.dtype == part.dtype and part.packed is None and driver() is not None:
+                    staged.extend(self._cut_bytes(part, own))
                 else:
-                    self._cut(part, own, pieces)
+                    pieces.extend(self._cut(part, own))
         # 2. what the default stream still does with these parameters comes first
-        whole = {id(p.flat): p.flat for p in pieces}.values()
-        devices = {into.device for into in (*whole, *(flat for _, flat in direct)) if into.is_cuda}
+        devices = {flat.device for flat in filled if flat.is_cuda}
         for device in devices:
             torch.cuda.synchronize(device)
         # 3. both at once
         try:
             for ref, flat in direct:
                 self._copy_registered(ref, flat)
-        except BaseException:
-            for device in devices:  # no late copy may land in what is loaded next
+            with self._threads(bool(devices)) as pool:
+                threads = min(self.workers, len(pieces) + len(staged))
+                futures = [pool.submit(self._drain, pieces, staged) for _ in range(threads)]
+                wait(futures)  # all of them, even after a failure
+            for future in futures:
+                future.result()
+        finally:
+            for device in devices:  # no late read or copy may land in what is loaded next
                 torch.cuda.synchronize(device)
-            raise
-        with self._threads(bool(devices)) as pool:
-            futures = [pool.submit(self._drain, pieces) for _ in range(min(self.workers, len(pieces)))]
-            wait(futures)  # all of them, even after a failure: no late read may land in what is loaded next
-        for future in futures:
-            future.result()
-        for device in devices:
-            torch.cuda.synchronize(device)
 
     def _threads(self, on_gpu: bool) -> contextlib.AbstractContextManager[ThreadPoolExecutor]:
         """Threads that keep their pinned buffers; on a CPU new ones, which end: each that lives on keeps a
@@ -501,17 +535,21 @@ class Stream:
             return contextlib.nullcontext(self._pool)
         return ThreadPoolExecutor(self.workers, thread_name_prefix="stream")
 
-    def _cut(self, ref: TensorRef, flat: torch.Tensor, pieces: deque) -> None:
-        """Add the pieces of one tensor."""
-        item, mapped = ref.dtype.itemsize, None
-        step = self.CHUNK // item
-        if ref.packed is not None:
-            step = max(step // ref.packed.unit(), 1) * ref.packed.unit()
-        elif flat.is_cuda and self.pages is not None:
-            mapped = self.pages.address(ref.path, ref.offset + ref.nbytes)
-        for start in range(0, flat.numel(), step):
-            place = start if ref.packed is not None else ref.offset + start * item
-            pieces.append(_Piece(ref, place, flat, start, min(step, flat.numel() - start), mapped))
+    def _cut(self, ref: TensorRef, flat: torch.Tensor) -> Iterable[tuple[_Converted, int]]:
+        step, packed = self.CHUNK // ref.dtype.itemsize, ref.packed
+        if packed is not None:
+            step = max(step // packed.unit(), 1) * packed.unit()
+        mapped = self._mapped(ref) if flat.is_cuda and packed is None else None
+        return zip(repeat(_Converted(ref, flat, step, mapped)), range(0, flat.numel(), step))
+
+    def _cut_bytes(self, ref: TensorRef, flat: torch.Tensor) -> Iterable[tuple[_Staged, int]]:
+        mapped = self._mapped(ref)
+        source, path = (ref.offset, ref.path) if mapped is None else (mapped + ref.offset, None)
+        staged = _Staged(self._ring(flat.device), flat.data_ptr(), ref.nbytes, source, path)
+        return zip(repeat(staged), range(0, ref.nbytes, self.CHUNK))
+
+    def _mapped(self, ref: TensorRef) -> int | None:
+        return None if self.pages is None else self.pages.address(ref.path, ref.offset + ref.nbytes)
 
     def _is_registered(self, ref: TensorRef, flat: torch.Tensor) -> bool:
         if not (flat.is_cuda and flat.dtype == ref.dtype and self.direct) or self.pages is None:
@@ -534,60 +572,80 @@ class Stream:
                 target[begin : begin + nbytes].copy_(source, non_blocking=True)
 
     @torch.inference_mode()  # a thread of its own does not inherit it, and weights may have been made in it
-    def _drain(self, pieces: deque) -> None:
+    def _drain(self, pieces: Pieces, staged: StagedPieces) -> None:
+        """Bring pieces until none is left or one fails."""
+        try:
+            self._stage(staged)
+            while pieces:
+                try:
+                    tensor, start = pieces.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                self._bring(tensor, start)
+        except BaseException:
+            staged.clear()
+            pieces.clear()
+            raise
+
+    def _stage(self, pieces: StagedPieces) -> None:
+        """Bring pieces to their GPUs until none is left. Raises RuntimeError with the driver's number.
+
+        Every call of torch gives the interpreter's lock up and waits for it again; the driver's own calls
+        keep it. It is given up while a buffer is filled, and while one is waited for. To call a function of
+        this module for every piece cost a quarter of the rate (12 threads, 16 cores: 40 -> 30 GB/s).
+        """
+        calls, step, memmove, entered = driver(), self.CHUNK, ctypes.memmove, None
+        if calls is None:  # then none is staged
+            return
+        copy, record, is_done = calls
         while pieces:
             try:
-                piece = pieces.popleft()
+                (ring, target, size, source, path), start = pieces.popleft()
             except IndexError:  # another thread took the last one
                 return
+            if ring is not entered:
+                entered = self._enter(ring)
+            nbytes = min(step, size - start)
+            slot = ring.free.popleft()
             try:
-                self._bring(piece)
-            except BaseException:
-                pieces.clear()
-                raise
+                if is_done(slot.handle):
+                    slot.event.synchronize()
+                if path is None:
+                    memmove(slot.address, source + start, nbytes)
+                else:
+                    read_exactly(self._descriptor(path), slot.array[:nbytes], source + start, path)
+                error = copy(target + start, slot.address, nbytes, ring.handle)
+                error = error or record(slot.handle, ring.handle)
+            finally:
+                ring.free.append(slot)
+            if error:
+                raise RuntimeError(f"copying to the GPU gave CUDA error {error}")
 
-    def _bring(self, piece: _Piece) -> None:
-        ref, offset, flat, start, length, mapped = piece
-        nbytes, on_gpu = length * ref.dtype.itemsize, flat.is_cuda
-        if on_gpu and ref.packed is None and flat.dtype == ref.dtype and driver() is not None:
-            return self._stage(piece, nbytes)
-        into = flat[start : start + length]
+    def _bring(self, tensor: _Converted, start: int) -> None:
+        """A piece that is converted, or goes to a CPU."""
+        ref, flat, step, mapped = tensor
+        into, place = flat[start : start + step], ref.offset + start * ref.dtype.itemsize
         if ref.packed is not None:
-            into.copy_(ref.packed.values(offset, offset + length, into.device))
-            return None
-        fd = self._descriptor(ref.path)
-        if not on_gpu:
-            if into.dtype == ref.dtype:
-                return read_exactly(fd, as_bytes(into), offset, ref.path)
-            raw = torch.empty(length, dtype=ref.dtype)
-            read_exactly(fd, as_bytes(raw), offset, ref.path)
-            into.copy_(raw)
-            return None
-        slot = self._pinned(into.device)
-        slot.event.synchronize()  # the copy out of this buffer, two pieces ago
-        self._fill(slot, ref, offset, nbytes, mapped)
-        into.copy_(slot.buffer[:nbytes].view(ref.dtype), non_blocking=True)
-        slot.event.record()
-        return None
-
-    def _fill(self, slot: _Slot, ref: TensorRef, offset: int, nbytes: int, mapped: int | None) -> None:
-        if mapped is None:
-            read_exactly(self._descriptor(ref.path), slot.array[:nbytes], offset, ref.path)
+            into.copy_(ref.packed.values(start, start + len(into), into.device))
+        elif into.is_cuda:
+            ring, nbytes = self._enter(self._ring(into.device)), len(into) * ref.dtype.itemsize
+            slot = ring.free.popleft()
+            try:
+                slot.event.synchronize()
+                if mapped is None:
+                    read_exactly(self._descriptor(ref.path), slot.array[:nbytes], place, ref.path)
+                else:
+                    ctypes.memmove(slot.address, mapped + place, nbytes)
+                into.copy_(slot.buffer[:nbytes].view(ref.dtype), non_blocking=True)
+                slot.event.record()
+            finally:
+                ring.free.append(slot)
+        elif into.dtype == ref.dtype:
+            read_exactly(self._descriptor(ref.path), as_bytes(into), place, ref.path)
         else:
-            ctypes.memmove(slot.address, mapped + offset, nbytes)
-
-    def _stage(self, piece: _Piece, nbytes: int) -> None:
-        """A piece without conversion to the card. Raises RuntimeError with the driver's number."""
-        ref, offset, flat, start, _, mapped = piece
-        calls, slot = cast(_Driver, driver()), self._pinned(flat.device)
-        # the copy out of this buffer, two pieces ago; to ask keeps the lock, to wait gives it up
-        if calls.is_done(slot.handle):
-            slot.event.synchronize()
-        self._fill(slot, ref, offset, nbytes, mapped)
-        target = flat.data_ptr() + start * ref.dtype.itemsize
-        error = calls.copy(target, slot.address, nbytes, slot.stream)
-        if error := error or calls.record(slot.handle, slot.stream):
-            raise RuntimeError(f"copying to the GPU gave CUDA error {error}")
+            raw = torch.empty(len(into), dtype=ref.dtype)
+            read_exactly(self._descriptor(ref.path), as_bytes(raw), place, ref.path)
+            into.copy_(raw)
 
     def _descriptor(self, path: str) -> int:
         files = self._local.__dict__.setdefault("files", {})
@@ -598,17 +656,15 @@ class Stream:
                 raise FrankenError(f"{path}: cannot read the weights: {e.strerror}") from e
         return files[path].fileno()
 
-    def _pinned(self, device: torch.device) -> _Slot:
-        """This thread's next buffer for the device, whose stream becomes the thread's current one."""
-        rings = self._local.__dict__.setdefault("rings", {})
-        if device not in rings:
-            with self._lock, torch.cuda.device(device):
-                stream = torch.cuda.Stream(device)
-                ring = [_Slot.made(self.CHUNK, stream) for _ in (0, 1)]
-                rings[device] = cycle(ring), stream
-                self._kept.append([ring, rings[device]])
-        ring, stream = rings[device]
-        if self._local.__dict__.get("device") != device:
-            torch.cuda.set_stream(stream)
-            self._local.device = device
-        return next(ring)
+    def _ring(self, device: torch.device) -> _Ring:
+        with self._lock:
+            if device not in self._rings:
+                self._rings[device] = _Ring(device, self.workers + self.ON_THE_WAY, self.CHUNK)
+            return self._rings[device]
+
+    def _enter(self, ring: _Ring) -> _Ring:
+        """Make the ring's stream this thread's current one, and with it the GPU."""
+        if self._local.__dict__.get("ring") is not ring:
+            torch.cuda.set_stream(ring.stream)
+            self._local.ring = ring
+        return ring

@@ -107,15 +107,18 @@ def test_what_threads_hold_on_a_gpu_is_held_by_the_stream_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Event())
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     monkeypatch.setattr(torch, "empty", partial(_unpinned, torch.empty))
     stream = Stream(workers=1)
     monkeypatch.setattr(stream, "CHUNK", 8)
-    other = threading.Thread(target=stream._pinned, args=(torch.device("cuda", 0),))
+
+    def take():  # a buffer that is being filled
+        stream._ring(torch.device("cuda", 0)).free.popleft()
+
+    other = threading.Thread(target=take)
     other.start()
     other.join()  # its variables are gone now, as in a fork
     gc.collect()
-    assert len(made) == 3 and all(alive() is not None for alive in made)
+    assert len(made) == 1 + 1 + stream.ON_THE_WAY and all(alive() is not None for alive in made)
 
 
 def _unpinned(empty, *size, pin_memory=False, **how):

@@ -1,10 +1,16 @@
 """Checkpoints on disk: headers, shards, streaming and hashing, against safetensors' own reader."""
 
+import ctypes
 import hashlib
 import json
 import shutil
 import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import FrankenError
 from surgery import weights
+from surgery.pages import Pages
 from surgery.tensors import read_header, read_tensor
 from surgery.weights import Adapter, Checkpoint, Stream
 
@@ -104,6 +111,93 @@ def test_nothing_may_land_late_after_a_failed_read(tmp_path, monkeypatch):
     with pytest.raises(FrankenError, match="bad sector"):
         Stream(workers=2).read([(refs["bad"], torch.empty(4)), (refs["slow"], torch.empty(4))])
     assert finished.is_set()
+
+
+class LateDriver:
+    """A driver that copies as late as it may: when a buffer's event is waited for, or at the end.
+
+    A buffer that is filled again before that loses what was on its way.
+    """
+
+    def __init__(self, fails_at: int | None = None):
+        self.on_the_way: dict[int, tuple[int, int]] = {}  # buffer -> to, bytes
+        self.events: set[int] = (
+            set()
+        )  # those of buffers on their way; an event's handle is its buffer's address
+        self.fails_at, self.copies = fails_at, 0
+
+    def calls(self):
+        return weights._Driver(self.copy, self.record, lambda handle: int(handle in self.events))
+
+    def copy(self, to, buffer, nbytes, stream):
+        self.copies += 1
+        self.on_the_way[buffer] = to, nbytes
+        return 700 if self.copies == self.fails_at else 0
+
+    def record(self, event, stream):
+        self.events.add(event)
+        return 0
+
+    def finish(self, buffer):
+        to, nbytes = self.on_the_way.pop(buffer)
+        ctypes.memmove(to, buffer, nbytes)
+        self.events.discard(buffer)
+
+    def ring(self, count: int, nbytes: int):
+        slots = []
+        for _ in range(count):
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            address = buffer.data_ptr()
+            event = SimpleNamespace(synchronize=partial(self.finish, address))
+            slots.append(
+                weights._Slot(buffer, buffer.numpy(), address, cast(torch.cuda.Event, event), address)
+            )
+        return SimpleNamespace(handle=0, free=deque(slots), slots=slots)
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+    """staged(driver, mapped) -> a stream of three threads with five buffers of 64 bytes, its ring, the pieces
+    of two tensors, and the tensors themselves: as on disk and to be filled."""
+
+    def get(driver: LateDriver, mapped: bool):
+        on_disk = {"a": torch.randn(1000), "b": torch.randn(7, 45)}
+        save_file(on_disk, tmp_path / "x.safetensors")
+        refs = read_header(tmp_path / "x.safetensors")
+        stream, ring = Stream(workers=3), driver.ring(5, 64)
+        monkeypatch.setattr(stream, "CHUNK", 64)
+        monkeypatch.setattr(stream, "_ring", lambda device: ring)
+        monkeypatch.setattr(stream, "_enter", lambda ring: ring)
+        monkeypatch.setattr(weights, "driver", driver.calls)
+        if mapped:
+            stream.pages = Pages([refs["a"].path])
+        into = {name: torch.full_like(value, 7.0) for name, value in on_disk.items()}
+        pieces = deque(p for name in refs for p in stream._cut_bytes(refs[name], into[name].view(-1)))
+        return stream, ring, pieces, on_disk, into
+
+    return get
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_staged_pieces_arrive_to_the_bit_however_late_they_are_copied(staged, mapped):
+    driver = LateDriver()
+    stream, ring, pieces, on_disk, into = staged(driver, mapped)
+    assert len(pieces) == 63 + 20  # 4,000 and 1,260 bytes
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(stream._drain, deque(), pieces) for _ in range(3)]:
+            future.result()
+    for buffer in list(driver.on_the_way):
+        driver.finish(buffer)
+    assert all(torch.equal(into[name], on_disk[name]) for name in on_disk)
+    assert sorted(slot.address for slot in ring.free) == sorted(slot.address for slot in ring.slots)
+
+
+def test_an_error_of_the_driver_ends_staging_and_gives_the_buffers_back(staged):
+    stream, ring, pieces, *_ = staged(LateDriver(fails_at=9), True)
+    others = deque([("never brought", 0)])
+    with pytest.raises(RuntimeError, match="CUDA error 700"):
+        stream._drain(others, pieces)
+    assert not pieces and not others and len(ring.free) == 5
 
 
 def test_a_shape_that_does_not_fit_is_refused(tmp_path):
