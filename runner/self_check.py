@@ -36,6 +36,7 @@ from typing import Any, cast
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers import (
@@ -295,7 +296,12 @@ def shrunk(config, narrow: bool = True):
             setattr(small, key, min(width, WIDEST))
     small.vocab_size = VOCABULARY  # which the prompts are drawn from, however few a tiny model has
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(small, key, None)
+        try:
+            setattr(small, key, None)
+        except (
+            StrictDataclassFieldValidationError
+        ):  # a family that must have one: none of the prompts' tokens
+            setattr(small, key, 1)
     # 3. limits
     if isinstance(getattr(small, "sliding_window", None), int):
         small.sliding_window = WINDOW

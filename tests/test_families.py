@@ -70,6 +70,8 @@ FURTHER = {
     "starcoder2": dict(sliding_window=tiny.WINDOW),
     "vaultgemma": dict(head_dim=8, sliding_window=tiny.WINDOW, layer_types=PAIRWISE, query_pre_attn_scalar=8),
     "hyperclovax": dict(head_dim=8),
+    # its config takes no None where others name no token that begins a text
+    "cwm": dict(head_dim=8, sliding_window=tiny.WINDOW, layer_types=KINDS),
     "solar_open": dict(head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
 }
 FAMILIES |= FURTHER

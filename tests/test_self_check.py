@@ -23,7 +23,7 @@ from errors import FrankenError
 from franken import LiveModel, permute_units
 from runner import self_check
 from runner.pairs import open_pair
-from runner.self_check import TOLERANCE, check_code, check_weights, shrunk
+from runner.self_check import TOLERANCE, VOCABULARY, check_code, check_weights, shrunk
 from surgery import permuting
 from surgery.weights import Checkpoint
 
@@ -379,6 +379,18 @@ def test_the_real_model_passes_in_seconds(smollm2, capfd):
     assert outcome["layers"] == 30 and outcome["difference"] < TOLERANCE / 10
     assert time.process_time() - begin < 30
     assert live.recipe == live.original and capfd.readouterr().err == ""
+
+
+def test_a_config_that_must_have_its_special_tokens_is_shrunk_all_the_same():
+    """Cwm's takes no None for the token that begins a text, and names one that the small vocabulary lacks."""
+    sizes = SIZES | dict(vocab_size=128256, max_position_embeddings=131072)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    config = AutoConfig.for_model("cwm", **sizes, **heads)
+    assert config.bos_token_id == 128000
+    outcome = check_code(config, CPU)
+    assert max(outcome["differences"].values()) < TOLERANCE / 10
+    assert outcome["placebos"] == {"mlp": None, "heads": None, "both": None}
+    assert shrunk(config).bos_token_id < VOCABULARY == shrunk(config).vocab_size
 
 
 def test_a_copy_of_the_config_is_what_is_shrunk():
