@@ -12,7 +12,9 @@ import templates
 import tiny
 import torch
 from small_battery import tokenizer
+from transformers import AutoModelForCausalLM
 
+from analysis.stats import MASS_FLOOR
 from engine.generation import Engine
 from evaluate import SUITES, evaluate, parse_suites
 from prompts import answer_token_ids
@@ -475,8 +477,8 @@ def test_the_suite_fits_the_schema(tmp_path, few):
 
 
 @pytest.mark.real
-@pytest.mark.timeout(170)
-def test_real_injection_tells_of_the_concept_and_leaves_the_model_alone(monkeypatch):
+@pytest.mark.timeout(300)
+def test_real_injection_tells_of_the_concept_and_leaves_the_model_alone(monkeypatch, smollm2):
     from runner.pairs import open_pair
 
     for name, value in {
@@ -485,15 +487,32 @@ def test_real_injection_tells_of_the_concept_and_leaves_the_model_alone(monkeypa
         "CONTROLS": injection.CONTROLS[:1],
     }.items():
         monkeypatch.setattr(injection, name, value)
-    opened = open_pair("smollm2-135m")
+    # one dtype on every machine: it decides which of the answers below drown
+    opened = open_pair("smollm2-135m", dtype="float32")
     engine, before = Engine(opened.live, opened.tokenizer, opened.stop_ids), opened.live.fingerprint()
     found = measure(engine)
     bits = {(e["framing"], e["strength"]): e["bits"] for e in found["bits"]}
     assert all(
         bits[f, 0.0] == 0 and 0.05 < bits[f, 0.3] < math.log2(9) for f in injection.FRAMINGS
     ) and found["layers"] == [10, 20]
-    assert all(p["answered"] for c in found["cells"] for p in c["probes"])
+    for strength, most in ((0.0, 0), (0.3, 4)):
+        probes = [p for c in found["cells"] if c["strength"] == strength for p in c["probes"]]
+        assert sum(not p["answered"] for p in probes) <= most
     assert opened.live.fingerprint() == before
+    # the strongest of the concepts, under which the controls' Yes and No drown, as transformers has it
+    monkeypatch.setattr(injection, "CONCEPTS", ("war",))
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+    directions, (yes, no) = (
+        slow_directions(model, engine.tokenizer, 30),
+        answer_token_ids(engine.tokenizer),
+    )
+    (cell,) = [c for c in found["cells"] if (c["framing"], c["concept"]) == ("informed", "war")]
+    for probe, question in zip(cell["probes"], questions("informed"), strict=True):
+        (logp,) = slow_answers(model, engine.tokenizer, directions, "war", 0.3, "informed", question.text)
+        close(probe["log_odds"], logp[0, list(yes)].logsumexp(0) - logp[0, list(no)].logsumexp(0))
+        close(probe["mass"], logp[0, [*yes, *no]].exp().sum())
+        assert probe["answered"] == (logp[0, [*yes, *no]].exp().sum() >= MASS_FLOOR)
+    assert [p["answered"] for p in cell["probes"]] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
