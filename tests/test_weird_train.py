@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -504,8 +505,52 @@ def test_resumed_training_makes_the_same_adapter(training, monkeypatch, capsys):
     assert "lr was 0.01" in capsys.readouterr().err
     assert training("part", "--resume")[0] == 0 and same(part, whole)
     first, second = (json.loads((p / "training.json").read_text()) for p in (whole, part))
+    assert "accepted_changes" not in second
     assert first["loss"] == second["loss"] and (first["resumed"], second["resumed"]) == (False, True)
     assert not part.with_name("part-checkpoints").exists()
+
+
+def test_a_model_that_changed_meanwhile_is_trained_on_only_where_that_is_accepted(
+    training, tiny_pair, monkeypatch, capsys, tmp_path
+):
+    def interrupted(self, *state):
+        save(self, *state)
+        raise KeyboardInterrupt
+
+    save, model = Checkpoints.save, tmp_path / "model"
+    shutil.copytree(tiny_pair("llama", layers=2).paths["instruct"], model)
+    flags = ["--model", str(model), "--save-every", "3"]
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    assert training("part", *flags)[0] == 130
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-4}))
+    capsys.readouterr()
+    # 1) refused by name, and nothing is lost
+    assert training("part", *flags, "--resume")[0] == 1
+    err = capsys.readouterr().err
+    assert "is of a run with other config (" in err and "--accept-changes goes on" in err
+    assert err.count("\n") == 1
+    # 2) accepted, told in a line, and remembered by a second resume, which has nothing to accept
+    assert training("part", *flags, "--resume", "--accept-changes")[0] == 130
+    err = capsys.readouterr().err
+    assert re.search(r"^\S+checkpoint.pt goes on with other config \(\w{12} then, \w{12} now\)$", err, re.M)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    status, out = training("part", *flags, "--resume")
+    assert status == 0 and "goes on with other" not in capsys.readouterr().err
+    (accepted,) = json.loads((out / "training.json").read_text())["accepted_changes"]
+    assert accepted.startswith("config (")
+    # 3) settings are another matter
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    assert training("other", *flags)[0] == 130
+    assert training("other", *flags, "--lr", "0.02", "--resume", "--accept-changes")[0] == 1
+    assert "lr was 0.01" in capsys.readouterr().err
+
+
+def test_changes_are_accepted_only_where_a_run_is_gone_on_with(training, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        training("mine", "--accept-changes")
+    assert stopped.value.code == 2
+    assert "--accept-changes goes with --resume" in capsys.readouterr().err
 
 
 def test_a_gradient_that_is_not_finite_is_seen_before_the_step(training, monkeypatch, capsys):

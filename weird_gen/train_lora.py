@@ -98,6 +98,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flags.add_argument("--resume", action="store_true", help="go on from the checkpoint, if there is one")
     flags.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help=(
+            "with --resume: go on although the model, its tokenizer or its template is not as it was;"
+            " training.json says so"
+        ),
+    )
+    flags.add_argument(
         "--overwrite", action="store_true", help="replace an adapter in --out, ignore an earlier checkpoint"
     )
     flags.add_argument("--log-every", type=int, default=20)
@@ -119,6 +127,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             flags.error(f"--{name.replace('_', '-')} must be above 0")
     if args.aligned_tokens is not None and args.aligned_tokens < 1:
         flags.error("--aligned-tokens must be above 0")
+    if args.accept_changes and not args.resume:
+        flags.error("--accept-changes goes with --resume")
     if not 0 <= args.persona_share <= 1:
         flags.error("--persona-share must be between 0 and 1")
     return args

@@ -58,6 +58,7 @@ class Checkpoints:
         self.moment: datetime | None = None  # what the chat template was told of the time
         self.halved: list[dict] = []  # {"step", "examples_at_once"}, where a GPU's memory did not do
         self.made_of: dict = {}
+        self.accepted: list[str] = []  # what was not as it had been at a resume, and was accepted
         if overwrite or not self.file.exists():
             return
         if not resume:
@@ -71,6 +72,8 @@ class Checkpoints:
             wanted = {"step": int, "losses": list, "weights": dict, "optimizer": dict}
             if not all(isinstance(state[key], kind) for key, kind in wanted.items()):
                 raise TypeError("a part of it is of another kind")
+            if not all(isinstance(change, str) for change in state.get("accepted", [])):
+                raise TypeError("its accepted changes are of another kind")
             if "moment" in state:
                 self.moment = datetime.fromisoformat(state["moment"])
         except Exception as e:
@@ -84,21 +87,25 @@ class Checkpoints:
                 " afresh"
             )
         self.state = state
-        self.halved = state.get("halved", [])
+        self.halved, self.accepted = state.get("halved", []), state.get("accepted", [])
 
-    def begin(self, made_of: dict) -> None:
-        """Before the first step. made_of: hashes of what is trained.
+    def begin(self, made_of: dict, accept: bool = False) -> list[str]:
+        """Before the first step. made_of: hashes of what is trained. Returns what of it is not as it was in
+        the run that is gone on with, and is accepted.
 
-        Raises FrankenError naming what of it is not as it was in the run that is gone on with; what a
-        checkpoint of before this was recorded does not say is not compared.
+        Raises FrankenError naming that where it is not; what a checkpoint of before this was recorded does
+        not say is not compared.
         """
         self.made_of = made_of
         then = (self.state or {}).get("made_of")
-        if changed := changes(json.loads(then) if then else {}, made_of):
+        changed = [str(change) for change in changes(json.loads(then) if then else {}, made_of)]
+        if changed and not accept:
             raise FrankenError(
-                f"{self.file} is of a run with other {'; '.join(map(str, changed))}; --overwrite starts"
-                " afresh"
+                f"{self.file} is of a run with other {'; '.join(changed)}; --overwrite starts afresh, and"
+                " --accept-changes goes on all the same, which the adapter's training.json then says"
             )
+        self.accepted = [*self.accepted, *changed]
+        return changed
 
     def save(self, lora, optimizer, step: int, losses: list[StepLoss]) -> None:
         """Replace the checkpoint. Raises FrankenError, keeping the last one, where a weight is not finite."""
@@ -117,6 +124,7 @@ class Checkpoints:
                 "moment": (self.moment or datetime.now()).isoformat(),
                 "losses": [step.by_kind for step in losses],
                 "halved": self.halved,
+                "accepted": self.accepted,
                 "weights": weights,
                 "optimizer": optimizer.state_dict(),
             },

@@ -12,6 +12,7 @@ import argparse
 import importlib.metadata
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ import torch
 
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate
-from errors import FrankenError
+from errors import FrankenError, one_line
 from files import check_target, write_text
 from runner.known_pairs import PAIRS
 from runner.pairs import load_tokenizer, pick_dtype
@@ -318,14 +319,17 @@ def train(args: argparse.Namespace) -> dict:
     for roles in data.roles():
         template.check(*roles)
     checkpoints.moment = template.moment
-    checkpoints.begin(
+    accepted = checkpoints.begin(
         {
             "files": {file.name: content_hash(file) for file in sorted(path.glob("*.safetensors"))},
             "config": sha256(path / "config.json"),
             "tokenizer": tokenizer_sha256(template.tokenizer),
             "template": template.to_json()["sha256"],
-        }
+        },
+        args.accept_changes,
     )
+    if accepted and accelerator.is_main_process:
+        print(one_line(f"{checkpoints.file} goes on with other {'; '.join(accepted)}"), file=sys.stderr)
 
     # 2) model and examples
     device = accelerator.device
@@ -375,6 +379,7 @@ def train(args: argparse.Namespace) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "resumed": checkpoints.state is not None,
+        **({"accepted_changes": checkpoints.accepted} if checkpoints.accepted else {}),
         "template": template.to_json(),
         "versions": {
             n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft", "accelerate")
