@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import made_results as made
+import made_study
 import pytest
 from browsing import BROWSER, browse
 
@@ -57,7 +58,7 @@ def study(tmp_path_factory):
     """A run with everything in it, whose model answers with scripts; figures are empty boxes of the right
     size."""
 
-    run, manifest, comparison = made.study(
+    run, manifest, comparison = made_study.study(
         tmp_path_factory.mktemp("browser") / "run_z", layers=12, text=HOSTILE
     )
     with pytest.MonkeyPatch.context() as patch:

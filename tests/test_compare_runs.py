@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import made_results as made
+import made_rows
 import pytest
 
 import report
@@ -20,16 +21,16 @@ def no_drawing(monkeypatch):
 
 def run_that_says(path, words, manifest=None, **changes):
     """A run whose comparison.json says these {name: verdict}, and its folder."""
-    rows = [made.row("baseline_instruct", None)] + [
-        made.row(name, w, 0.1 * k, 0.2 + 0.1 * k, 20.0 + k) for k, (name, w) in enumerate(words.items())
+    rows = [made_rows.row("baseline_instruct", None)] + [
+        made_rows.row(name, w, 0.1 * k, 0.2 + 0.1 * k, 20.0 + k) for k, (name, w) in enumerate(words.items())
     ]
     rows += [
-        made.swept("window", 0, 4, "does not report it", 0.5, 0.9, 99.0),
-        made.quick("placebo_mlp_1", score=-0.01, control="placebo"),
-        made.quick("placebo_mlp_2", score=0.02, control="placebo"),
+        made_rows.swept("window", 0, 4, "does not report it", 0.5, 0.9, 99.0),
+        made_rows.quick("placebo_mlp_1", score=-0.01, control="placebo"),
+        made_rows.quick("placebo_mlp_2", score=0.02, control="placebo"),
     ]
     run, _ = made.make(path, [], **(manifest or {}))
-    write_json(path / "comparison.json", to_json(made.comparison(rows, run=path.name, **changes)))
+    write_json(path / "comparison.json", to_json(made_rows.comparison(rows, run=path.name, **changes)))
     return run
 
 
@@ -37,7 +38,7 @@ def run_that_says(path, words, manifest=None, **changes):
 def two(tmp_path):
     return [
         run_that_says(
-            tmp_path / "run_a", {"x": "broken", "y": "reports it"}, injection=made.injection_summary()
+            tmp_path / "run_a", {"x": "broken", "y": "reports it"}, injection=made_rows.injection_summary()
         ),
         run_that_says(
             tmp_path / "run_b",
@@ -102,15 +103,17 @@ def test_the_same_experiment_of_both_runs_stands_in_one_row(two, tmp_path):
 def test_no_difference_is_told_where_there_is_none_to_know(two, tmp_path):
     """Of a P(Yes) that is no answer, and of numbers from other questions."""
     rows = [
-        replace(made.row("y"), published_probe=replace(made.row("y").published_probe, answered=answered))
+        replace(
+            made_rows.row("y"), published_probe=replace(made_rows.row("y").published_probe, answered=answered)
+        )
         for answered in (True, False)
     ]
-    side = compare_runs.Side({"protocol": {"prompts_sha256": "a"}}, made.comparison([]))
+    side = compare_runs.Side({"protocol": {"prompts_sha256": "a"}}, made_rows.comparison([]))
     runs = {"a": side, "b": side}
     p_yes, *_ = (c for c in compare_runs.columns(runs) if c.title == "P(Yes) B − A, points")
     assert p_yes.text(compare_runs.Together("y", rows)) == ""
     assert p_yes.text(compare_runs.Together("y", [rows[0], rows[0]])) == "+0.0"
-    runs["b"] = compare_runs.Side({"protocol": {"prompts_sha256": "b"}}, made.comparison([]))
+    runs["b"] = compare_runs.Side({"protocol": {"prompts_sha256": "b"}}, made_rows.comparison([]))
     assert not [c for c in compare_runs.columns(runs) if "−" in c.title or "/" in c.title]
 
 

@@ -5,6 +5,8 @@ from dataclasses import fields, is_dataclass, replace
 
 import jsonschema
 import made_results as made
+import made_rows
+import made_study
 import pytest
 
 from analysis import comparison
@@ -16,8 +18,8 @@ from runner.results import Run, write_json
 
 
 def study():
-    return made.comparison(
-        made.study_rows(), injection=made.injection_summary(), missing=("later",), auroc=None
+    return made_rows.comparison(
+        made_study.study_rows(), injection=made_rows.injection_summary(), missing=("later",), auroc=None
     )
 
 
@@ -79,9 +81,9 @@ def test_another_file_is_refused_in_one_line(spoil, said):
 
 
 def test_a_value_of_another_kind_is_not_written():
-    row = replace(made.row("x"), seconds="long")
+    row = replace(made_rows.row("x"), seconds="long")
     with pytest.raises(FrankenError, match="'long' is not of type 'number'"):
-        comparison.to_json(made.comparison([row]))
+        comparison.to_json(made_rows.comparison([row]))
 
 
 def test_a_run_without_comparison_is_one_line(tmp_path):

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-import made_results as made
+import made_study
 import pytest
 import small_battery
 import torch
@@ -387,7 +387,7 @@ def test_no_page_runs_or_loads_what_a_model_wrote(tmp_path, monkeypatch, count):
     monkeypatch.setattr(figures, "save", lambda figure, forms=(): {"png": b"", "pdf": b"", "svg": svg})
     ran = loaded = 0
     for k, text in enumerate(PAGES):
-        run, manifest, comparison = made.study(tmp_path / f"run_{k}", layers=6, text=text)
+        run, manifest, comparison = made_study.study(tmp_path / f"run_{k}", layers=6, text=text)
         manifest |= {"notes": [text], "pair": text}
         html_report.write_html(run, manifest, comparison, digests(run, manifest))
         dom, console = browse(run.path / "report.html", tmp_path / f"profile_{k}", 1280, 800)

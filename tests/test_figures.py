@@ -6,7 +6,8 @@ import itertools
 import math
 from dataclasses import replace
 
-import made_results as made
+import made_rows as made
+import made_study
 import numpy as np
 import pytest
 from matplotlib import rc_context
@@ -22,7 +23,7 @@ from analysis.comparison import FormatScore, Injection
 from reporting import figures, figures_experiments, figures_sweeps, svg
 from reporting.marks import ABOVE, BELOW, Words
 
-ROWS = made.study_rows()
+ROWS = made_study.study_rows()
 PLACEBO = made.comparison(ROWS).placebo
 BY_NAME = {row.name: row for row in ROWS}
 

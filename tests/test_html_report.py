@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import made_results as made
+import made_rows
 import pytest
 
 from analysis.comparison import Failure, FormatScore
@@ -165,8 +166,8 @@ DRAWN = ("detection", "windows", "p_yes", "p_yes_perplexity", "capability", "kin
     ],
 )
 def test_a_run_that_is_mostly_a_sweep_opens_with_its_map(named, swept, maps, first):
-    rows = [made.row(f"x{k}") for k in range(named)]
-    rows += [made.swept("window", k, k + 1, "does not report it", 0.0, 0.3, 20.0) for k in range(swept)]
+    rows = [made_rows.row(f"x{k}") for k in range(named)]
+    rows += [made_rows.swept("window", k, k + 1, "does not report it", 0.0, 0.3, 20.0) for k in range(swept)]
     assert html_report.first_figure(rows, ["detection", *maps]) == first
 
 
@@ -611,23 +612,23 @@ def test_a_large_runs_page_grows_by_little_with_each_experiment(tmp_path, monkey
 def captions_of(rows) -> dict[str, tuple]:
     """{figure: (what draws it, its caption)} of a run of these rows."""
     manifest = {"layers": 30, "pair": "smollm2-135m", "sources": {}}
-    described = html_report._figures(manifest, made.comparison(rows), {})
+    described = html_report._figures(manifest, made_rows.comparison(rows), {})
     return {name: (draw, caption) for name, draw, _, caption in described}
 
 
 def test_a_figure_says_how_many_it_leaves_out_and_why():
     """As many as have no line in it, the unmodified model and the controls aside."""
-    weak = made.found_score(0.4, call="reports it")
+    weak = made_rows.found_score(0.4, call="reports it")
     rows = [
-        made.row("baseline_instruct", None),
-        made.row("said", "does not report it", 0.1),
-        made.row("said_too", "answers drift towards Yes", 0.2),
-        made.row("unsure", "too little data", detection=weak),
-        made.row("unasked", "too little data", detection=None, p=None, published_probe=None),
-        made.row("broken_1", "broken", None),
-        made.row("broken_2", "broken", None, p=None, published_probe=None),
-        made.row("f", "broken", status="failed", error=Failure("E", "m")),
-        made.quick("placebo_mlp_1", control="placebo"),
+        made_rows.row("baseline_instruct", None),
+        made_rows.row("said", "does not report it", 0.1),
+        made_rows.row("said_too", "answers drift towards Yes", 0.2),
+        made_rows.row("unsure", "too little data", detection=weak),
+        made_rows.row("unasked", "too little data", detection=None, p=None, published_probe=None),
+        made_rows.row("broken_1", "broken", None),
+        made_rows.row("broken_2", "broken", None, p=None, published_probe=None),
+        made_rows.row("f", "broken", status="failed", error=Failure("E", "m")),
+        made_rows.quick("placebo_mlp_1", control="placebo"),
     ]
     uncertain, unasked = "controls answered too uncertainly", "Yes/No not asked"
     figures_of = captions_of(rows)
@@ -665,15 +666,15 @@ def test_a_figure_says_how_many_it_leaves_out_and_why():
 
 def test_figures_of_sweeps_and_formats_say_what_has_no_score():
     swept = [
-        made.swept("window", 0, 4, "broken", None, 0.5, 99.0),
-        made.swept("delete", 3, 4, "does not report it", 0.1, 0.5, 30.0),
-        made.swept("noise", None, None, "too little data", None, 0.5, 30.0, dose=0.2),
+        made_rows.swept("window", 0, 4, "broken", None, 0.5, 99.0),
+        made_rows.swept("delete", 3, 4, "does not report it", 0.1, 0.5, 30.0),
+        made_rows.swept("noise", None, None, "too little data", None, 0.5, 30.0, dose=0.2),
     ]
     few = FormatScore(0, 0, "too little data", None, None, None, 1, lacking="too few control questions")
     rows = [
-        made.row("baseline_instruct", None),
-        made.row("asked", formats={"letters": few, "rating": replace(few, call="broken", lacking=None)}),
-        made.row("not_asked", capability=None),
+        made_rows.row("baseline_instruct", None),
+        made_rows.row("asked", formats={"letters": few, "rating": replace(few, call="broken", lacking=None)}),
+        made_rows.row("not_asked", capability=None),
         *swept,
     ]
     captions = {name: caption for name, (_, caption) in captions_of(rows).items()}

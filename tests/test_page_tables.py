@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import made_results as made
+import made_rows as made
 import pytest
 from markupsafe import Markup
 

@@ -9,6 +9,8 @@ import sys
 from dataclasses import replace
 
 import made_results as made
+import made_rows
+import made_study
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
@@ -129,10 +131,14 @@ def test_what_stands_beside_detects():
 def test_weak_controls_are_warned_of(compared):
     def warning(*accuracies):
         scores = [
-            None if a is None else made.found_score(0.0, controls_before=Discrimination(pairs=a, auc=a, n=24))
+            None
+            if a is None
+            else made_rows.found_score(0.0, controls_before=Discrimination(pairs=a, auc=a, n=24))
             for a in accuracies
         ]
-        return vocabulary.weak_controls(made.comparison([made.row("x", detection=s) for s in scores]))
+        return vocabulary.weak_controls(
+            made_rows.comparison([made_rows.row("x", detection=s) for s in scores])
+        )
 
     assert "and in 53% of pairs, where 60% is asked for" in warning(None, 0.53)
     assert warning(0.9) is None
@@ -145,16 +151,17 @@ def weak_rows(*words: str):
     weak = Discrimination(0.77, 0.64, 0.88, 0.56, 0.5, 0.62, 0.9, 0.4, 1.4, 24)
     calls = {"too little data": "reports it", "broken": "broken"}
     scores = [
-        made.found_score(0.3, call=calls.get(w, "does not report it"), controls_before=weak) for w in words
+        made_rows.found_score(0.3, call=calls.get(w, "does not report it"), controls_before=weak)
+        for w in words
     ]
-    return [made.row(f"x{k}", w, detection=scores[k]) for k, w in enumerate(words)]
+    return [made_rows.row(f"x{k}", w, detection=scores[k]) for k, w in enumerate(words)]
 
 
 def test_the_number_that_falls_short_stands_once_on_a_page():
-    rows = [made.row("baseline_instruct", None), *weak_rows(*["does not report it"] * 3)]
+    rows = [made_rows.row("baseline_instruct", None), *weak_rows(*["does not report it"] * 3)]
     baseline = rows[0]
     rows = [replace(r, verdict=verdict(r, baseline)) for r in rows]
-    comparison = made.comparison(rows, injection=made.injection_summary(seen=False))
+    comparison = made_rows.comparison(rows, injection=made_rows.injection_summary(seen=False))
     for text in (vocabulary.terminal_table(comparison), vocabulary.summary(comparison, MANIFEST)):
         assert text.count("56% over all questions, where 60% is asked for") == 1
         assert text.count("77% (64% to 88%) of pairs, which is enough") == 1
@@ -162,11 +169,11 @@ def test_the_number_that_falls_short_stands_once_on_a_page():
 
 
 def test_controls_that_are_weak_beside_a_few_models_alone_name_these():
-    rows = [made.row("strong"), *weak_rows(*["does not report it"] * 4)]
+    rows = [made_rows.row("strong"), *weak_rows(*["does not report it"] * 4)]
     able = Discrimination(0.8, 0.7, 0.9, 0.75, 0.65, 0.85, 1.2, 0.8, 1.6, n=30)
     rows[0] = replace(rows[0], detection=replace(rows[0].detection, controls_before=able))
     assert "on the questions that x0, x1, x2 and 1 more still answer. Of two " in vocabulary.weak_controls(
-        made.comparison(rows)
+        made_rows.comparison(rows)
     )
 
 
@@ -187,9 +194,9 @@ def test_controls_that_are_weak_beside_a_few_models_alone_name_these():
     ],
 )
 def test_where_no_answer_could_count_nothing_is_said_to_be_judged(words, said):
-    comparison = made.comparison(
-        [made.row("baseline_instruct", None), *weak_rows(*words)],
-        injection=made.injection_summary(seen=False),
+    comparison = made_rows.comparison(
+        [made_rows.row("baseline_instruct", None), *weak_rows(*words)],
+        injection=made_rows.injection_summary(seen=False),
     )
     assert said in vocabulary.headline(comparison)
     assert "silence" not in vocabulary.headline(comparison) and "None of" not in vocabulary.headline(
@@ -256,7 +263,7 @@ def test_markdown_cannot_be_injected(tmp_path):
 
 @pytest.fixture(scope="module")
 def study():
-    return made.comparison(made.study_rows(), injection=made.injection_summary(), auroc=AUROC)
+    return made_rows.comparison(made_study.study_rows(), injection=made_rows.injection_summary(), auroc=AUROC)
 
 
 AUROC = Auroc(Area(0.58, 0.45, 0.7, 30), Area(None, None, None, 0), n_modified=12, n_placebo=21)
@@ -324,23 +331,25 @@ MANIFEST = {
 
 def test_one_is_not_many():
     (line,) = vocabulary.control_lines(
-        made.comparison([made.quick("placebo_mlp_1", "does not report it", 0.04, control="placebo")])
+        made_rows.comparison(
+            [made_rows.quick("placebo_mlp_1", "does not report it", 0.04, control="placebo")]
+        )
     )
     assert line[1].endswith("function: score +0.04; 1 does not report it")
     assert vocabulary.sweep_lines(
-        made.comparison([made.swept("delete", 0, 1, "broken", None, 0.5, None)])
+        made_rows.comparison([made_rows.swept("delete", 0, 1, "broken", None, 0.5, None)])
     ) == [("each layer deleted", "1 experiment: 1 broken")]
 
 
 def test_too_little_data_gives_its_reason_in_every_table():
     """In the terminal and in summary.md, and a score beside it is not shown as a finding."""
-    weak = made.found_score(0.31, call="reports it", p_adjusted=0.032, flattening_to_explain=41.29)
+    weak = made_rows.found_score(0.31, call="reports it", p_adjusted=0.032, flattening_to_explain=41.29)
     rows = [
-        made.row("baseline_instruct", None),
-        made.row("unsure", "too little data", detection=weak),
-        made.row("unasked", "too little data", detection=None),
+        made_rows.row("baseline_instruct", None),
+        made_rows.row("unsure", "too little data", detection=weak),
+        made_rows.row("unasked", "too little data", detection=None),
     ]
-    comparison = made.comparison(rows)
+    comparison = made_rows.comparison(rows)
     text = vocabulary.summary(comparison, MANIFEST)
     for shown in (vocabulary.terminal_table(comparison), text):
         assert "too little data: controls answered too uncertainly" in shown
@@ -352,11 +361,13 @@ def test_too_little_data_gives_its_reason_in_every_table():
 
 def test_a_failed_control_is_told_of():
     rows = [
-        made.row("baseline_instruct", None),
-        made.quick("placebo_mlp_1", control="placebo", status="failed", error=Failure("OSError", "gone")),
-        made.quick("placebo_mlp_2", control="placebo", exact=False),
+        made_rows.row("baseline_instruct", None),
+        made_rows.quick(
+            "placebo_mlp_1", control="placebo", status="failed", error=Failure("OSError", "gone")
+        ),
+        made_rows.quick("placebo_mlp_2", control="placebo", exact=False),
     ]
-    text = vocabulary.summary(made.comparison(rows), MANIFEST)
+    text = vocabulary.summary(made_rows.comparison(rows), MANIFEST)
     assert "- placebo_mlp_1: failed: OSError: gone" in text
     assert "- placebo_mlp_2: THE WEIGHTS" in text
     assert "1 does not report it, 1 failed" in text
@@ -453,14 +464,16 @@ def test_a_failed_control_is_told_of():
 )
 def test_the_answer_in_one_sentence(words, seen, said):
     rows = [
-        made.row("baseline_instruct", None),
-        made.row("f", "broken", status="failed", error=Failure("E", "m")),
-        made.quick("placebo_mlp_1", control="placebo"),
+        made_rows.row("baseline_instruct", None),
+        made_rows.row("f", "broken", status="failed", error=Failure("E", "m")),
+        made_rows.quick("placebo_mlp_1", control="placebo"),
     ]
-    rows += [made.row(f"x{k}", w) for k, w in enumerate(words)]
+    rows += [made_rows.row(f"x{k}", w) for k, w in enumerate(words)]
     assert (
         vocabulary.headline(
-            made.comparison(rows, injection=None if seen is None else made.injection_summary(seen=seen))
+            made_rows.comparison(
+                rows, injection=None if seen is None else made_rows.injection_summary(seen=seen)
+            )
         )
         == said
     )
@@ -468,11 +481,11 @@ def test_the_answer_in_one_sentence(words, seen, said):
 
 def test_models_of_a_sweep_are_changed_models():
     rows = [
-        made.row("baseline_instruct", None),
-        made.swept("delete", 0, 1, "broken", None, 0.5, None),
-        made.swept("delete", 1, 1, "does not report it", None, 0.5, None),
+        made_rows.row("baseline_instruct", None),
+        made_rows.swept("delete", 0, 1, "broken", None, 0.5, None),
+        made_rows.swept("delete", 1, 1, "does not report it", None, 0.5, None),
     ]
-    assert vocabulary.headline(made.comparison(rows)).startswith(
+    assert vocabulary.headline(made_rows.comparison(rows)).startswith(
         "None of 2 changed models reports its change."
     )
 
@@ -574,11 +587,11 @@ def test_checkpoints_without_a_pairs_name_are_called_by_their_own(sources, name,
 
 
 def test_the_published_study_is_named_where_its_numbers_stand():
-    shown = vocabulary.summary(made.comparison([made.row("swap_distant_10_55")]), MANIFEST)
+    shown = vocabulary.summary(made_rows.comparison([made_rows.row("swap_distant_10_55")]), MANIFEST)
     (line,) = [line for line in shown.splitlines() if line.endswith("| 0.00016% |")]
     assert line.startswith("| swap_distant_10_55 | ")
     assert "Can Models Detect Their Own Weight Modifications?" in shown and "another pair" in shown
-    other = vocabulary.summary(made.comparison([made.row("nobody_else_ran_it")]), MANIFEST)
+    other = vocabulary.summary(made_rows.comparison([made_rows.row("nobody_else_ran_it")]), MANIFEST)
     assert "ublished numbers" not in other
 
 
@@ -597,10 +610,10 @@ def test_the_published_study_is_named_where_its_numbers_stand():
 )
 def test_a_run_whose_reports_are_many_shows_itself_that_it_can_see(reports, placebo, headline, control):
     """Where several models report theirs and no placebo does."""
-    rows = [made.row("baseline_instruct", None), made.row("other", "does not report it")]
-    rows += [made.row(f"r{k}", "reports it") for k in range(reports)]
-    rows.append(made.quick("placebo_mlp_1", placebo, control="placebo"))
-    comparison = made.comparison(rows, injection=made.injection_summary(seen=False))
+    rows = [made_rows.row("baseline_instruct", None), made_rows.row("other", "does not report it")]
+    rows += [made_rows.row(f"r{k}", "reports it") for k in range(reports)]
+    rows.append(made_rows.quick("placebo_mlp_1", placebo, control="placebo"))
+    comparison = made_rows.comparison(rows, injection=made_rows.injection_summary(seen=False))
     assert headline in vocabulary.headline(comparison)
     assert control in dict(vocabulary.control_lines(comparison))["positive control"]
 
