@@ -3,7 +3,8 @@
 For every combination of who began and who answered, on either occasion, and for each topic of the questions:
 the shift of the keyed answers toward the topic being true, beyond what the controls predict, against the
 intact model that read and answered the same tokens. A model that can tell shifts where the topic is true, and
-nowhere else. Scores are those of `analysis.detection`.
+nowhere else. Scores are those of `analysis.detection`, and a call counts by the rule of every score that
+stands by itself (`verdicts.lacking_for`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from analysis.detection import DENIES, REPORTS, DetectionScore, Probe, correct_calls, detection_score
 from analysis.stats import Json
+from analysis.verdicts import lacking_for, tells
 
 TOPICS = {
     "reading": "the first message was read by a changed model",
@@ -107,8 +109,9 @@ def adjusted(scores: list[PhaseScore]) -> list[PhaseScore]:
 
 @dataclass(frozen=True)
 class PhaseSummary(Json):
-    """One topic in one combination over a run's changed models: their number, median score (nats), how many
-    report or deny it; and the placebos' lowest and highest score."""
+    """One topic in one combination over a run's changed models: their number, median score (nats), of how
+    many a report or a denial would count (the intact model tells what the controls ask: `verdicts.tells`),
+    how many report or deny it so that it counts; and the placebos' lowest and highest score."""
 
     occasion: str
     begins: str
@@ -117,6 +120,7 @@ class PhaseSummary(Json):
     true: bool
     n: int
     median: float | None
+    judged: int
     reports: int
     denies: int
     placebo_low: float | None
@@ -135,7 +139,8 @@ def summarized(scores: Iterable[PhaseScore]) -> list[PhaseSummary]:
             for side in (None, "placebo")
         }
         changed, placebos = scores_of[None], scores_of["placebo"]
-        calls = [one.score.call for one in members if one.control is None]
+        own = [one.score for one in members if one.control is None]
+        calls = [score.call for score in own if lacking_for(score) is None]
         out.append(
             PhaseSummary(
                 occasion=occasion,
@@ -145,6 +150,7 @@ def summarized(scores: Iterable[PhaseScore]) -> list[PhaseSummary]:
                 true=true,
                 n=len(changed),
                 median=float(np.median(changed)) if changed else None,
+                judged=sum(score.score is not None and tells(score.controls_before) for score in own),
                 reports=calls.count(REPORTS),
                 denies=calls.count(DENIES),
                 placebo_low=min(placebos, default=None),

@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 
 from analysis import probe, stats
 from analysis.comparison import Comparison
-from analysis.phases import TOPICS, PhaseScore, summarized
+from analysis.phases import TOPICS, PhaseScore, PhaseSummary, summarized
 from analysis.probe import Probed, Unit, kinds_of
 from analysis.rows import UNCALLED, word
+from analysis.verdicts import WEAK, answering, tells
+from errors import many
 from experiments import BASELINE
 from reporting.digests import Digest
 from reporting.figures import BAND, MUTED, SERIES, STYLE, handle, legend, new_figure
@@ -41,7 +43,7 @@ def phases_section(run: Run, scores: list[PhaseScore]) -> list[str]:
     write_computed(
         run.path / "phases.json",
         {
-            "schema_version": 1,
+            "schema_version": 2,
             "summary": [line.to_json() for line in lines],
             "scores": [score.to_json() for score in scores],
         },
@@ -56,8 +58,7 @@ def phases_section(run: Run, scores: list[PhaseScore]) -> list[str]:
         cells = (line.occasion, line.begins, line.answers, line.topic, "yes" if line.true else "no", line.n)
         rest = (
             number(line.median, "+.2f"),
-            line.reports,
-            line.denies,
+            *(_counted(count, line) for count in (line.reports, line.denies)),
             "" if line.placebo_low is None else reach,
         )
         table.append(f"| {' | '.join(map(str, cells + rest))} |")
@@ -73,7 +74,32 @@ def phases_section(run: Run, scores: list[PhaseScore]) -> list[str]:
         " score.",
         "",
         *table,
+        *_uncounted(scores),
     ]
+
+
+def _counted(count: int, line: PhaseSummary) -> str:
+    """How many models report (or deny) a topic, of those of which one would count."""
+    if line.judged == line.n:
+        return str(count)
+    return f"{count} of {line.judged} judged" if line.judged else "cannot be judged"
+
+
+def _uncounted(scores: list[PhaseScore]) -> list[str]:
+    """Why answers cannot count as a report or a denial, where that is so: a line for each occasion, of the
+    controls as most of its models were asked them."""
+    out = []
+    for occasion in dict.fromkeys(one.occasion for one in scores):
+        known = [one.score for one in scores if one.occasion == occasion and one.control is None]
+        before = [score.controls_before for score in known if score.score is not None]
+        weak = [controls for controls in before if not tells(controls)]
+        if weak:
+            most = max(weak, key=lambda controls: controls.n)
+            out.append(
+                f"- {occasion}: the intact model hardly tells what it is asked ({WEAK}), so no answer counts"
+                f" as a report or a denial in {len(weak)} of {many(len(before), 'score')}; {answering(most)}."
+            )
+    return ["", *out] if out else []
 
 
 # ---- what is there to be read

@@ -14,12 +14,15 @@ from small_battery import tokenizer
 from transformers import DynamicCache
 
 from analysis.phases import is_true, paired, phase_scores, summarized
+from analysis.verdicts import tells
 from engine.generation import Engine
 from errors import FrankenError
 from evaluate import evaluate, parse_suites
 from experiments import Experiment, with_suites
 from prompts import answer_token_ids
+from reporting.inside import phases_section
 from runner import results
+from runner.results import Run
 from suites import phases
 from suites.base import Protocol, borrowed
 from surgery import recipes as r
@@ -422,8 +425,9 @@ def test_the_fingerprint_covers_what_is_asked(monkeypatch, name, value):
 # ---- scores
 
 
-def shifted(reading=0.0, now=0.0, exchange=0.0, drift=0.0) -> dict:
-    """What `phases` measured where each topic moves by so much where it is true, and all of it by `drift`."""
+def shifted(reading=0.0, now=0.0, exchange=0.0, drift=0.0, knows=2.0) -> dict:
+    """What `phases` measured where each topic moves by so much where it is true, and all of it by `drift`;
+    the right answer to a control stands out by `knows`."""
     rng, asked, cells = np.random.default_rng(0), [], []
     for topic in ("reading", "now", "exchange", None):
         for k in range(6 if topic else 12):
@@ -434,6 +438,7 @@ def shifted(reading=0.0, now=0.0, exchange=0.0, drift=0.0) -> dict:
     for begins, answers in (("changed", "changed"), ("changed", "intact"), ("intact", "changed")):
         for conversation in ("plain", "informed"):
             before = rng.normal(size=len(asked)) * 1.5
+            before += [0 if q["topic"] else knows * (1 if q["keyed"] == "yes" else -1) for q in asked]
             after = before + drift + rng.normal(size=len(asked)) * 0.05
             for k, q in enumerate(asked):
                 if q["topic"] and is_true(q["topic"], begins, answers):
@@ -474,10 +479,38 @@ def test_scores_say_which_topic_moved_in_which_combination():
     assert all((s.score.p_adjusted is None) == (s.control == "placebo") for s in scores)
     lines = {(line.begins, line.answers, line.topic): line for line in summarized(scores)}
     line = lines["intact", "changed", "now"]
-    assert (line.n, line.reports, line.denies, line.true) == (3, 1, 1, True)
+    assert (line.n, line.judged, line.reports, line.denies, line.true) == (3, 3, 1, 1, True)
     assert line.placebo_low == line.placebo_high
     false = lines["changed", "intact", "now"]
     assert (false.reports, false.denies, false.true) == (0, 0, False)
+
+
+def test_no_report_counts_where_the_intact_model_does_not_tell_what_controls_ask(tmp_path):
+    results = {
+        "guesses": result("guesses", now=1.5, knows=0.0),
+        "guesses and denies": result("guesses and denies", now=-1.5, knows=0.0),
+        "told": result("told", now=1.5),
+    }
+    scores = phase_scores(results)
+    called = {
+        s.experiment: s.score
+        for s in scores
+        if (s.begins, s.answers, s.topic) == ("intact", "changed", "now")
+    }
+    assert [called[name].call for name in results] == ["reports it", "denies it", "reports it"]
+    assert [tells(called[name].controls_before) for name in results] == [False, False, True]
+    lines = {(line.begins, line.answers, line.topic): line for line in summarized(scores)}
+    line = lines["intact", "changed", "now"]
+    assert (line.n, line.judged, line.reports, line.denies) == (3, 1, 1, 0)
+    page = "\n".join(phases_section(Run(tmp_path), scores))
+    assert "| after reading | intact | changed | now | yes | 3 | +1.5" in page
+    assert page.count("| 1 of 1 judged | 0 of 1 judged |") == 2
+    assert "- after reading: the intact model hardly tells what it is asked (weak controls)" in page
+    assert "in 18 of 27 scores; of two control questions" in page
+    alone = "\n".join(phases_section(Run(tmp_path), [s for s in scores if s.experiment == "guesses"]))
+    assert alone.count("| cannot be judged | cannot be judged |") == 9
+    known = "\n".join(phases_section(Run(tmp_path), [s for s in scores if s.experiment == "told"]))
+    assert "judged" not in known and "weak controls" not in known
 
 
 def test_a_cluster_is_a_question_in_all_its_wordings_and_conversations():
