@@ -474,16 +474,6 @@ def auroc(
     return Estimate(value, float(low), float(high), n, "percentile")
 
 
-def _adjusted(
-    pvalues: Sequence[float | None], on_sorted: Callable[[np.ndarray], np.ndarray]
-) -> list[float | None]:
-    out = plain(list(pvalues))
-    order = sorted((i for i, p in enumerate(out) if p is not None), key=out.__getitem__)
-    for i, p in zip(order, on_sorted(np.array([out[i] for i in order])) if order else (), strict=True):
-        out[i] = float(p)
-    return out
-
-
 @dataclass(frozen=True)
 class Discrimination(Json):
     """How well answers tell what is asked, whatever their leaning to Yes or No; None where undefined."""
@@ -578,13 +568,9 @@ def discrimination(
 
 def holm(pvalues: Sequence[float | None]) -> list[float | None]:
     """Holm (1979) step-down adjusted p-values (family-wise error); None stays None and does not count."""
-    return _adjusted(pvalues, lambda p: np.minimum(1, np.maximum.accumulate(p * np.arange(len(p), 0, -1))))
-
-
-def benjamini_hochberg(pvalues: Sequence[float | None]) -> list[float | None]:
-    """Benjamini-Hochberg (1995) adjusted p-values (false discovery rate); None stays None and does not
-    count."""
-    return _adjusted(
-        pvalues,
-        lambda p: np.minimum(1, np.minimum.accumulate((p * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]),
-    )
+    out = plain(list(pvalues))
+    order = sorted((i for i, p in enumerate(out) if p is not None), key=out.__getitem__)
+    rising = np.array([out[i] for i in order]) * np.arange(len(order), 0, -1)
+    for i, p in zip(order, np.minimum(1, np.maximum.accumulate(rising)), strict=True):
+        out[i] = float(p)
+    return out

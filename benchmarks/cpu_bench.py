@@ -41,6 +41,7 @@ from errors import FrankenError
 from evaluate import evaluate
 from experiments import EXPERIMENTS, select
 from franken import LiveModel
+from runner.manifest import processor
 from runner.pairs import open_pair
 from runner.threads import set_threads
 from suites.base import Protocol
@@ -325,14 +326,6 @@ def compare(engine: OurEngine, plans: list, protocol: Protocol) -> dict:
 # ---- telling -----------------------------------------------------------------------------------------------
 
 
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def markdown(result: dict) -> str:
     about, moved = result["about"], result["swap"]
     # 1) where and how
@@ -450,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
         "pair": args.pair if not args.instruct else "two checkpoints",
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "cpu": cpu_name(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -18,6 +18,7 @@ import transformers
 from gpu_targets import TARGETS
 
 from engine.generation import Engine
+from runner.manifest import processor
 from runner.pairs import open_pair
 
 GIB = 1 << 30
@@ -27,15 +28,6 @@ def processor_time() -> tuple[float, float]:
     """Seconds of this process in the program and in the kernel, all threads."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     return used.ru_utime, used.ru_stime
-
-
-def processor() -> str:
-    """The processor's name, as the kernel has it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "processor unknown"
-    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), "unknown")
 
 
 @dataclass

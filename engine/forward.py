@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from engine.attention import ATTENTION, KV, Continued, rope_limits, windows_of
 from engine.layers import Attenuated, cache_keyword, compiled_for_modules, mean_of, run_layer
-from engine.packing import Behind, Packed, Paths
+from engine.packing import Behind, Packed, Paths, sees
 from engine.prompt_layer import run_prompt_layer
 from engine.reuse import MARKS, Entered, in_common, marks
 from errors import FrankenError
@@ -218,9 +218,8 @@ class Forward:
             if not start and (window is None or window >= length):
                 return None
             if (window, device) not in made:
-                k = torch.arange(start + length, device=device)
-                q = k[start:, None]
-                made[window, device] = (k <= q) if window is None else (k <= q) & (k > q - window)
+                at = torch.arange(start + length, device=device)
+                made[window, device] = sees(at[start:, None], at, window)
             return made[window, device]
 
         return mask
@@ -326,7 +325,10 @@ class Forward:
     def in_batches(self, lengths: list[int], run: Callable[[list[int]], None]) -> None:
         """Calls `run` with indices of rows of these lengths, in batches of bounded size, halved where memory
         is full."""
-        todo = self.prefill_batches(lengths)
+        self._halving(self.prefill_batches(lengths), run)
+
+    def _halving(self, todo: list[list[int]], run: Callable[[list[int]], None]) -> None:
+        """Calls `run` with every batch, or with its halves where memory is full."""
         while todo:
             batch = todo.pop(0)
             try:

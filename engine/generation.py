@@ -16,7 +16,7 @@ import torch
 from engine.attention import KV, Placed, RowsByLength
 from engine.chat_template import ChatTemplate, find_stop_ids
 from engine.layers import linears_of, spread_products
-from engine.packing import pack, packed_batches
+from engine.packing import pack, packed_batches, sees
 from engine.reading import Reader
 from engine.sampling import Completion, Decoding, Request, decode_logits, draw, greedy_exactly, without_nan
 from errors import FrankenError
@@ -320,9 +320,8 @@ class Engine(Reader):
 
         def mask(window, device):
             if (window, device) not in made:
-                k, now = torch.arange(used, device=device)[None], state.positions.to(device)[:, None]
-                seen = k <= now if window is None else (k <= now) & (k > now - window)
-                seen = seen[:, None, None]
+                now = state.positions.to(device)[:, None]
+                seen = sees(now, torch.arange(used, device=device), window)[:, None, None]
                 made[window, device] = RowsByLength(seen, groups) if len(groups) > 1 else seen
             return made[window, device]
 

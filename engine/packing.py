@@ -129,7 +129,11 @@ def _causal(queries: int, keys: int, window: int | None, device: torch.device) -
     if queries == keys and (window is None or window >= keys):
         return None
     at = torch.arange(keys, device=device)
-    now = at[keys - queries :, None]
+    return sees(at[keys - queries :, None], at, window)
+
+
+def sees(now: torch.Tensor, at: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Whether a token at position `now` attends to one at position `at`: boolean, broadcast of the two."""
     return (at <= now) if window is None else (at <= now) & (at > now - window)
 
 

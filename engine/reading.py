@@ -210,21 +210,16 @@ class Reader(Forward):
             raise FrankenError("a prompt needs at least one token")
         results: list = [None] * len(sequences)
         start, behind = caches[0].k.shape[2] if caches else 0, rows if caches else [0] * len(sequences)
-        todo = packed_batches(sequences, behind, self.prefill_tokens, start)
-        while todo:
-            batch = todo.pop(0)
+
+        def run(batch: list[int]) -> None:
             packed = pack([sequences[i] for i in batch], [behind[i] for i in batch], start)
             asked = () if prefix is None else (prefix, *(sequences[i] for i in batch))
-            try:
-                below = None if common is None else self._common(packed, caches, common)
-                hidden = self.prefill_packed(packed, caches, asked, below)
-                for i, path in zip(batch, packed.paths, strict=True):
-                    results[i] = read(i, hidden[torch.from_numpy(path[-needed[i] :]).to(hidden.device)])
-            except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise
-                self._halve("prefill_tokens")
-                todo = [batch[: len(batch) // 2], batch[len(batch) // 2 :], *todo]
+            below = None if common is None else self._common(packed, caches, common)
+            hidden = self.prefill_packed(packed, caches, asked, below)
+            for i, path in zip(batch, packed.paths, strict=True):
+                results[i] = read(i, hidden[torch.from_numpy(path[-needed[i] :]).to(hidden.device)])
+
+        self._halving(packed_batches(sequences, behind, self.prefill_tokens, start), run)
         return results
 
     def _common(

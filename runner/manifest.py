@@ -66,7 +66,7 @@ def hardware() -> dict:
             gpus.append({"name": gpu.name, "memory_bytes": gpu.total_memory})
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
@@ -75,12 +75,13 @@ def hardware() -> dict:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name, as the kernel has it, or what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        return platform.processor()
+        return platform.processor() or platform.machine()
 
 
 def versions() -> dict:
