@@ -530,10 +530,11 @@ def execute(args) -> int:
     from reporting.reports import write_reports
     from runner.batch import Alone, Record
     from runner.choosing import look_up_tasks, make_plans, make_protocol, settle_short
+    from runner.crews import choose_crew
     from runner.estimate import short_hint
     from runner.manifest import commit, new_manifest, protocol_json
     from runner.replica import ModelOptions
-    from runner.workers import Fleet, choose_crew
+    from runner.workers import Fleet
 
     register_suites()
     look_up_tasks(suites)

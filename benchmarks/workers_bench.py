@@ -25,10 +25,11 @@ from errors import FrankenError
 from experiments import EXPERIMENTS, Plan, with_suites
 from files import write_text
 from runner.batch import Record
+from runner.crews import choose_crew
 from runner.manifest import hardware, protocol_json, versions
 from runner.replica import ModelOptions
 from runner.results import Run
-from runner.workers import Fleet, choose_crew
+from runner.workers import Fleet
 from suites.base import Protocol
 
 

@@ -623,9 +623,9 @@ def test_replies_that_two_workers_give_are_those_of_one_process(evaluating, monk
 
 
 def test_workers_of_the_evaluation_need_ray(evaluating, monkeypatch, capsys):
-    from runner import workers
+    from runner import crews
 
-    monkeypatch.setattr(workers, "has_ray", lambda: False)
+    monkeypatch.setattr(crews, "has_ray", lambda: False)
     assert evaluating("replies.jsonl", "--workers", "2")[0] == 1
     assert capsys.readouterr().err.startswith(
         "eval_baseline.py: --workers 2 needs Ray, which is not installed: pip install"

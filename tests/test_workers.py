@@ -21,8 +21,8 @@ from cli_runs import FOUR, latest, refused, resumed, stamps, timeless
 import run_all
 from errors import FrankenError
 from experiments import BASELINE, EXPERIMENTS, TWIN, select
+from runner import crews, replica, schedule, workers
 from runner import matched_noise as mn
-from runner import replica, schedule, workers
 from runner.pairs import GIB
 from runner.results import Run
 
@@ -230,7 +230,7 @@ def test_what_loses_three_workers_is_given_up():
     [(3, [80, 80], 1), (61, [79, 79], 1), (61, [40, 40, 40, 40], 2), (130, [79] * 8, 2), (400, [79, 79], 2)],
 )
 def test_a_model_takes_as_many_cards_as_hold_it(needed, free, cards):
-    assert workers.cards_each(needed * GIB, [f * GIB for f in free]) == cards
+    assert crews.cards_each(needed * GIB, [f * GIB for f in free]) == cards
 
 
 class Model(replica.ModelOptions):
@@ -254,11 +254,11 @@ def cards(monkeypatch):
 
     def have(count, free):
         monkeypatch.delenv("RAY_ADDRESS", raising=False)
-        monkeypatch.setattr(workers.torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(workers.torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(workers, "card_memory", lambda: [free * GIB] * count)
-        monkeypatch.setattr(workers, "has_ray", lambda: True)
-        monkeypatch.setattr(workers, "_free_memory", lambda: 64 * GIB)
+        monkeypatch.setattr(crews.torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(crews.torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(crews, "card_memory", lambda: [free * GIB] * count)
+        monkeypatch.setattr(crews, "has_ray", lambda: True)
+        monkeypatch.setattr(crews, "available_memory", lambda device: [64 * GIB])
 
     return have
 
@@ -280,36 +280,36 @@ def test_by_default_there_is_a_worker_for_every_group_of_cards_that_holds_the_mo
     cards, count, free, wanted, expected
 ):
     cards(count, free)
-    crew = workers.choose_crew(wanted, options())
+    crew = crews.choose_crew(wanted, options())
     assert (crew and (crew.workers, crew.cards)) == expected
 
 
 def test_more_workers_than_cards_or_memory_are_refused(cards):
     cards(2, 79)
     with pytest.raises(FrankenError, match="--workers 3: there are 2 GPUs, which is enough for 2"):
-        workers.choose_crew(3, options())
+        crews.choose_crew(3, options())
     cards(4, 16)
     with pytest.raises(FrankenError, match="there are 4 GPUs and one model takes 2 of them, .* enough for 2"):
-        workers.choose_crew(3, options())
+        crews.choose_crew(3, options())
     cards(0, 0)
     with pytest.raises(
         FrankenError, match="that many models need 77.0 GiB of memory and this machine has 64"
     ):
-        workers.choose_crew(5, options())
+        crews.choose_crew(5, options())
 
 
 def test_threads_are_shared_out_and_kept_by_a_run_that_goes_on(cards, monkeypatch):
     cards(0, 0)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(workers, "allowed_threads", lambda: 8)
-    assert workers.choose_crew(4, options()).threads == 2
-    assert workers.choose_crew(4, options(), threads=5).threads == 5
+    monkeypatch.setattr(crews, "allowed_threads", lambda: 8)
+    assert crews.choose_crew(4, options()).threads == 2
+    assert crews.choose_crew(4, options(), threads=5).threads == 5
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    assert workers.choose_crew(4, options()).threads == 8
+    assert crews.choose_crew(4, options()).threads == 8
 
 
 def test_without_ray_workers_are_refused_in_a_line_that_says_what_to_install(go, monkeypatch):
-    monkeypatch.setattr(workers, "has_ray", lambda: False)
+    monkeypatch.setattr(crews, "has_ray", lambda: False)
     refused(
         go("--workers", "2"), "--workers 2 needs Ray, which is not installed: pip install -r requirements-"
     )
@@ -331,8 +331,8 @@ def test_a_ray_that_is_not_there_is_said_at_once(go, monkeypatch, form):
 
 def test_without_ray_several_cards_run_one_process(cards, monkeypatch):
     cards(2, 79)
-    monkeypatch.setattr(workers, "has_ray", lambda: False)
-    assert workers.choose_crew(None, options()) is None
+    monkeypatch.setattr(crews, "has_ray", lambda: False)
+    assert crews.choose_crew(None, options()) is None
 
 
 # ---- what is shown and compared ----------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def hand(number, state, job=None, doing=None):
 
 def shown(hands, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    fleet = workers.Fleet(workers.Crew(len(hands), 0, 1), options(), lambda: None)
+    fleet = workers.Fleet(crews.Crew(len(hands), 0, 1), options(), lambda: None)
     fleet.hands, lines = hands, []
     fleet._show(SimpleNamespace(set_description_str=lines.append))
     return lines[0]
@@ -466,7 +466,7 @@ def test_two_workers_give_what_one_process_gives(go, tmp_path, battery, four):
         "joined": False,
     }
     assert "4 experiments on 2 workers, each on torch.float32 cpu" in err and "blend_linear" in out
-    assert not worker_processes() and not list(Path("/tmp").glob(f"{workers.FOLDER}{os.getpid()}-*"))
+    assert not worker_processes() and not list(Path("/tmp").glob(f"{crews.FOLDER}{os.getpid()}-*"))
 
 
 SIX = ["--experiments", "swap_adjacent_30_35", "swap_distant_10_55", "perturb_all_5pct", "blend_linear"]

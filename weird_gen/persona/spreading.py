@@ -13,10 +13,10 @@ from typing import Any
 from tqdm import tqdm
 
 from errors import FrankenError
+from runner.crews import Crew, choose_crew, connected
 from runner.known_pairs import PAIRS
 from runner.replica import ModelOptions
 from runner.threads import set_threads
-from runner.workers import Crew, choose_crew, connected
 from weird_gen.persona.asking import cases_for, header_of
 from weird_gen.persona.journal import Journal, requests_for
 from weird_gen.persona.loading import open_engine
