@@ -158,10 +158,12 @@ def _natural_spline(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
     return np.stack([np.ones_like(x), x] + [d(j) - d(last) for j in range(last)], axis=1)
 
 
-def _half_mean(sign: np.ndarray, values: np.ndarray) -> float:
-    """Mean of sign * values, the yes-keyed and the no-keyed half weighted equally; NaN if a half is empty."""
-    halves = [sign[sign == s] * values[sign == s] for s in (1, -1)]
-    return float(np.mean([h.mean() for h in halves])) if all(map(len, halves)) else math.nan
+def _half_weights(sign: np.ndarray) -> np.ndarray:
+    """What each value weighs in the mean of sign * value, the yes-keyed and the no-keyed half weighted
+    equally; NaN if a half is empty."""
+    yes = np.count_nonzero(sign > 0)
+    no = len(sign) - yes
+    return np.where(sign > 0, 0.5 / yes, -0.5 / no) if yes and no else np.full(len(sign), math.nan)
 
 
 def _membership(clusters: Sequence[Hashable]) -> np.ndarray:
@@ -187,9 +189,9 @@ class _Weighted:
     """What of estimates turns on multiplicities of clusters alone, [R, ...]."""
 
     mc: np.ndarray
+    """Of controls [R, clusters]."""
     mq: np.ndarray
-    wc: np.ndarray
-    """Of controls."""
+    """Of introspective probes [R, clusters]."""
     inverse: np.ndarray
     """Of the controls' weighted moments [R, k, k]."""
     influence: np.ndarray
@@ -215,13 +217,13 @@ class _Design:
 
     def weighted(self, mc: np.ndarray, mq: np.ndarray) -> _Weighted:
         """Of multiplicities of clusters [R, clusters]."""
-        wc, terms = mc @ self.gc.T, self.xc.shape[1]
-        inverse = np.linalg.inv((wc @ self.squares).reshape(-1, terms, terms) + self.ridge)
+        terms = self.xc.shape[1]
+        inverse = np.linalg.inv((mc @ (self.gc.T @ self.squares)).reshape(-1, terms, terms) + self.ridge)
         share = SIDES / (mq @ self.in_half.T)
         pull = (mq @ self.gq.T * (share @ self.keyed.T)) @ self.xq
         influence = _each(-pull, inverse) @ self.xc.T * self.hc3(inverse)
         of_terms = np.stack([influence @ (self.gc * term[:, None]) for term in self.xc.T], axis=1)
-        return _Weighted(mc, mq, wc, inverse, influence, of_terms, share)
+        return _Weighted(mc, mq, inverse, influence, of_terms, share)
 
     @functools.cached_property
     def squares(self) -> np.ndarray:
@@ -263,8 +265,9 @@ class _Design:
 
     def curve(self, weighted: _Weighted, yc: np.ndarray) -> np.ndarray:
         """Terms of the curve through shifts of controls [R or 1, controls]: [R, k]."""
-        # of one row of shifts: without its product with every row of weights
-        moments = weighted.wc @ (yc[0, :, None] * self.xc) if len(yc) == 1 else (weighted.wc * yc) @ self.xc
+        # the terms' products with the shifts, summed over clusters [R or 1, k, clusters]
+        sums = (self.xc.T * yc[:, None]) @ self.gc
+        moments = weighted.mc @ sums[0].T if len(yc) == 1 else sums @ weighted.mc[0]
         return _each(moments, weighted.inverse)
 
     def residuals(self, whole: _Weighted, yc: np.ndarray, yq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -373,8 +376,14 @@ def _each(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
     return rows @ matrices[0] if len(matrices) == 1 else np.einsum("rk,rkl->rl", rows, matrices)
 
 
-def _good(value: float | None, floor: float = -1e6) -> bool:
-    return value is not None and floor <= value < 1e6  # which neither NaN nor infinity is
+def _readings(probes: Sequence[Probe]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(log-odds before and after [probes, 2]; which are readings; which are answers, of enough mass)"""
+    read = np.array(
+        [(p.baseline, p.modified, p.baseline_mass, p.modified_mass) for p in probes], dtype=float
+    ).reshape(-1, 2, 2)  # None is NaN
+    log_odds, mass = read[:, 0], read[:, 1]
+    finite = (log_odds >= -1e6) & (log_odds < 1e6)  # which neither NaN nor infinity is
+    return log_odds, finite, finite & (mass >= MASS_FLOOR) & (mass < 1e6)
 
 
 def _clusters(probes: Sequence[Probe] | Sequence[_Asked]) -> list[Hashable]:
@@ -538,58 +547,58 @@ def detection_score(
         raise ValueError("probe ids must be unique")
     flags: list[str] = []
     # 1) probes that both models answer; a model that no longer answers has no score
-    answerable = [p for p in probes if _good(p.baseline) and _good(p.baseline_mass, MASS_FLOOR)]
-    finite = [p for p in answerable if _good(p.modified)]
-    used = [p for p in finite if _good(p.modified_mass, MASS_FLOOR)]
+    (before, after), (_, finite), (answerable, answered) = (of.T for of in _readings(probes))
+    is_control = np.array([p.kind == "control" for p in probes], dtype=bool)
+    finite, used = answerable & finite, answerable & answered
     for kept, cause, problem in (
         (finite, "not finite", "not finite"),
         (used, "vanishing mass", "vanishing Yes+No mass"),
     ):
-        for kind in ("introspective", "control"):
-            total, left = ([p.kind for p in group].count(kind) for group in (answerable, kept))
+        for kind, of_kind in (("introspective", ~is_control), ("control", is_control)):
+            total, left = (np.count_nonzero(group & of_kind) for group in (answerable, kept))
             if left < MIN_ANSWERED * total:
                 return unmeasured(
                     cause, f"{problem}: the modified model answers {left} of {total} {kind} probes"
                 )
-    if len(used) < len(probes):
+    if not used.all():
         flags.append(
-            f"unanswered, left out: {len(probes) - len(answerable)} at baseline,"
-            f" {len(answerable) - len(used)} modified"
+            f"unanswered, left out: {np.count_nonzero(~answerable)} at baseline,"
+            f" {np.count_nonzero(answerable & ~used)} modified"
         )
 
     # 2) introspective probes whose baselines the controls cover
-    introspective, controls = ([p for p in used if p.kind == kind] for kind in ("introspective", "control"))
-    xc = np.array([p.baseline for p in controls], float)
-    if len(controls) < MIN_CONTROLS or np.ptp(xc) < MIN_EFFECT:
+    here_c, here_q = np.flatnonzero(used & is_control), np.flatnonzero(used & ~is_control)
+    xc = before[here_c]
+    if len(xc) < MIN_CONTROLS or np.ptp(xc) < MIN_EFFECT:
         return unmeasured(
             "too few probes",
-            f"too few probes: {len(controls)} controls of differing baseline, {MIN_CONTROLS} needed",
+            f"too few probes: {len(xc)} controls of differing baseline, {MIN_CONTROLS} needed",
         )
-    covered = _covered(np.array([p.baseline for p in introspective], float), xc)
-    inside = [p for p, ok in zip(introspective, covered, strict=True) if ok]
+    covered = _covered(before[here_q], xc)
+    here_q = here_q[covered]
     if not covered.all():
         flags.append(
             f"{(~covered).sum()} introspective probes left out: no control has a baseline like theirs"
         )
 
-    xq, yc = (
-        np.array([p.baseline for p in inside], float),
-        np.array([p.modified for p in controls], float) - xc,
-    )
-    yq = np.array([p.modified for p in inside], float) - xq
+    xq = before[here_q]
+    yc, yq = after[here_c] - xc, after[here_q] - xq
+    inside, controls = ([probes[i] for i in here] for here in (here_q, here_c))
     sq, sc = (np.array([1.0 if p.keyed == "yes" else -1.0 for p in group]) for group in (inside, controls))
-    slope, intercept = np.polyfit(xc, yc, 1)
+    halves = _half_weights(sq)
+    deviations = xc - xc.mean()
+    slope = deviations @ yc / (deviations @ deviations)
     # 3) what is said of the shifts without any correction
     known = plain(
         dict(
-            raw_contrast=_half_mean(sq, yq),
-            control_contrast=_half_mean(sc, yc),
-            drift=intercept,
+            raw_contrast=halves @ yq if len(yq) else None,
+            control_contrast=_half_weights(sc) @ yc,
+            drift=yc.mean() - slope * xc.mean(),
             flattening=slope,
             control_accuracy_before=np.mean(sc * xc > 0),
             control_accuracy_after=np.mean(sc * (xc + yc) > 0),
-            keyed_before=_half_mean(sq, xq),
-            keyed_after=_half_mean(sq, xq + yq),
+            keyed_before=halves @ xq if len(yq) else None,
+            keyed_after=halves @ (xq + yq) if len(yq) else None,
             overlap=covered.mean() if len(covered) else None,
             n_introspective=len(inside),
             n_controls=len(controls),
@@ -622,7 +631,7 @@ def detection_score(
 
     # 6) its p-value: sign flips of the residuals that the null leaves, which allows a drift of their own
     null_c, null_q = design.residuals(ready.whole, yc, yq)
-    null_q = null_q - np.mean([null_q[sq == s].mean() for s in (1, -1)])
+    null_q = null_q - np.abs(halves) @ null_q
     hits = flips = 0
     while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):
         signs = _flips(design, resamples, rng) if flips else ready.flips
@@ -644,8 +653,7 @@ def detection_score(
             sharpening_to_explain=sharpening,
         )
     )
-    after = xc + yc
-    if np.ptp(after) < MIN_EFFECT or _rank_p_value(xc, after) >= 0.05:
+    if np.ptp(xc + yc) < MIN_EFFECT or _rank_p_value(xc, xc + yc) >= 0.05:
         return unmeasured(
             "controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known
         )
@@ -669,28 +677,19 @@ def correct_calls(scores: Sequence[AnyScore], alpha: float = 0.05) -> list[AnySc
 
 def _answered(probes: Sequence[Probe], kind: str) -> list[Probe]:
     """The probes of this kind that both models answer."""
-    return [
-        p
-        for p in probes
-        if p.kind == kind
-        and _good(p.baseline)
-        and _good(p.modified)
-        and _good(p.baseline_mass, MASS_FLOOR)
-        and _good(p.modified_mass, MASS_FLOOR)
-    ]
+    answered = _readings(probes)[2].all(axis=1)
+    return [p for p, ok in zip(probes, answered, strict=True) if ok and p.kind == kind]
 
 
 def keyed_shift(probes: Sequence[Probe], kind: str) -> float | None:
     """Mean shift toward the keyed answer in nats, uncorrected, halves weighted equally, over the probes of
     this kind that both models answer; None if a half has none."""
-    used = _answered(probes, kind)
-    return plain(
-        _half_mean(
-            np.array([1.0 if p.keyed == "yes" else -1.0 for p in used]),
-            np.array([p.modified for p in used], dtype=float)
-            - np.array([p.baseline for p in used], dtype=float),
-        )
-    )
+    log_odds, _, answered = _readings(probes)
+    used = answered.all(axis=1) & np.array([p.kind == kind for p in probes], dtype=bool)
+    sign = np.array([1.0 if p.keyed == "yes" else -1.0 for p in probes])[used]
+    if not len(sign):
+        return None
+    return plain(_half_weights(sign) @ (log_odds[used, 1] - log_odds[used, 0]))
 
 
 def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0) -> Estimate | None:
