@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -338,11 +338,11 @@ def _narrow(draw: Draw) -> str | None:
     return None if figure is None else pages.data_uri(figures.save(figure, ("svg",))["svg"])
 
 
-def _replies(folder: Path, lines: Sequence[Line], values: dict, made: Mapping[str, Digest]) -> None:
+def _replies(folder: Path, lines: Sequence[Line], run: str, made: Mapping[str, Digest]) -> None:
     """Write the pages of these experiments' replies."""
     for line in lines:
         digest = made[line.row.name]
-        page = pages.render("experiment.html.j2", line=line, digest=digest, run=values["run"])
+        page = pages.render("experiment.html.j2", line=line, digest=digest, run=run)
         write_text(folder / f"{line.row.name}.html", page, lasting=False)
 
 
@@ -352,11 +352,13 @@ def write_html(
     comparison: Comparison,
     results: Mapping[str, Digest],
     forms: Sequence[str] = FORMS,
+    besides: Sequence[Callable[[], None]] = (),
 ) -> None:
     """Write run.path/report.html, whole or not at all, and its figures beside it in `forms`; of more than
     LARGE experiments the replies are pages of their own in REPLIES, which the report links to.
 
-    `results`: what is kept of each experiment, by name. Raises FrankenError if the disk refuses.
+    `results`: what is kept of each experiment, by name. `besides`: what else is to be done of the run, in the
+    processes that draw the figures. Raises FrankenError if the disk refuses.
     """
     # 1) the lines of the results and of what is folded away, with footnotes numbered over both
     rows = comparison.experiments
@@ -366,7 +368,7 @@ def write_html(
         (title, [_line(row, vocabulary.serious(row), notes) for row in of])
         for title, of in vocabulary.folded(rows)
     ]
-    # 2) figures, each for phones too
+    # 2) figures, each for phones too; of a large run, each experiment's replies on a page of its own
     kept_probe = inside.on_disk(run)
     described = [
         *_figures(manifest, comparison, results),
@@ -377,12 +379,19 @@ def write_html(
             inside.caption(kept_probe),
         ),
     ]
-    pictures = processes.made(
-        [partial(_wide, run.path / "figures", name, draw, forms) for name, draw, *_ in described]
-        + [partial(_narrow, draw) for _, draw, *_ in described],
-        meanwhile=pages.read_templates,
-    )
-    uris = list(pictures)
+    lines = table + [line for _, of in folded for line in of]
+    apart = REPLIES if len(results) > LARGE else None
+    replies = []
+    if apart:
+        (run.path / apart).mkdir(exist_ok=True)
+        replies = [
+            partial(_replies, run.path / apart, lines[k : k + SHARE], comparison.run, results)
+            for k in range(0, len(lines), SHARE)
+        ]
+    draws = [partial(_wide, run.path / "figures", name, draw, forms) for name, draw, *_ in described]
+    draws += [partial(_narrow, draw) for _, draw, *_ in described]
+    made = list(processes.made([*besides, *draws, *replies], meanwhile=pages.read_templates))
+    uris = made[len(besides) :][: len(draws)]
     drawn = [
         {
             "name": name,
@@ -452,12 +461,4 @@ def write_html(
         wanting=vocabulary.wanting,
         word=word,
     )
-    # 4) of a large run, each experiment's replies on a page of its own
-    apart = REPLIES if len(results) > LARGE else None
-    if apart:
-        (run.path / apart).mkdir(exist_ok=True)
-        lines = table + [line for _, of in folded for line in of]
-        shares = [lines[k : k + SHARE] for k in range(0, len(lines), SHARE)]
-        for _ in processes.made([partial(_replies, run.path / apart, of, values, results) for of in shares]):
-            pass
     write_text(run.path / "report.html", pages.render("report.html.j2", apart=apart, **values))

@@ -164,6 +164,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        auto_reload=False,  # no look at a template's file each time that it is used
         loader=jinja2.FileSystemLoader(TEMPLATES),
     )
     environment.filters |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib import import_module
 
 from threadpoolctl import threadpool_limits
@@ -40,6 +41,10 @@ def _import_pages() -> None:
         import_module("reporting.html_report")
 
 
+def _write_comparison(run: Run, comparison: Comparison) -> None:
+    write_computed(run.path / "comparison.json", to_json(comparison))
+
+
 # matrices of a few hundred rows: threads of the processes that share the work would only wait for each other
 @threadpool_limits.wrap(limits=1, user_api="blas")
 def write_reports(run: Run, every_form: bool = False) -> str:
@@ -58,7 +63,6 @@ def write_reports(run: Run, every_form: bool = False) -> str:
     from reporting.inside import phases_section, probe_section, probed
 
     comparison = compared(run, manifest, made)
-    write_computed(run.path / "comparison.json", to_json(comparison))
     lines = phases_section(run, adjusted([score for digest in made.values() for score in digest.phases]))
     lines += probe_section(probed(run, made, comparison, manifest))
     kept = [digest.kept for digest in made.values()]
@@ -67,5 +71,6 @@ def write_reports(run: Run, every_form: bool = False) -> str:
     write_text(
         run.path / "summary.md", summary(comparison, manifest) + "\n".join([*lines, ""] if lines else [])
     )
-    write_html(run, manifest, comparison, made, EVERY_FORM if every_form else FORMS)
+    besides = [partial(_write_comparison, run, comparison)]
+    write_html(run, manifest, comparison, made, EVERY_FORM if every_form else FORMS, besides)
     return f"{terminal_table(comparison)}\n\n{LEGEND}\n\nReport: {run.path / 'report.html'}"
