@@ -325,6 +325,8 @@ class _Prepared:
 
     design: _Design
     flags: tuple[str, ...]
+    ranks: np.ndarray
+    """Of the controls' baselines."""
     whole: _Weighted
     """Every cluster once."""
     resampled: _Weighted
@@ -359,6 +361,7 @@ def _prepared(
     return _Prepared(
         design=design,
         flags=tuple(flags),
+        ranks=_ranks(np.array([p.baseline for p in controls])),
         whole=design.weighted(np.ones((1, design.gc.shape[1])), np.ones((1, design.gq.shape[1]))),
         resampled=design.weighted(drawn_c, drawn_q),
         flips=_flips(design, resamples, rng),
@@ -500,17 +503,17 @@ def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
     return REPORTS if score > 0 else DENIES, reason
 
 
-def _rank_p_value(x: np.ndarray, y: np.ndarray) -> float:
-    """One-sided p-value of a Spearman correlation above 0, by Student's t, as in scipy.stats.spearmanr."""
-    a, b = (_ranks(snapped(side)) - (len(x) + 1) / 2 for side in (x, y))
-    r, rest = float(a @ b / math.sqrt((a @ a) * (b @ b))), len(x) - 2
+def _rank_p_value(a: np.ndarray, b: np.ndarray) -> float:
+    """One-sided p-value of a Spearman correlation above 0, by Student's t, as in scipy.stats.spearmanr; of
+    both sides' `_ranks`."""
+    r, rest = float(a @ b / math.sqrt((a @ a) * (b @ b))), len(a) - 2
     return float(special.stdtr(rest, -r * math.sqrt(rest / max((1 + r) * (1 - r), 1e-300))))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, of ties their mean."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+    """Ranks, of ties their mean, less the mean of all."""
+    _, which, counts = np.unique(snapped(values), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which] - (len(values) + 1) / 2
 
 
 def detection_score(
@@ -653,7 +656,7 @@ def detection_score(
             sharpening_to_explain=sharpening,
         )
     )
-    if np.ptp(xc + yc) < MIN_EFFECT or _rank_p_value(xc, xc + yc) >= 0.05:
+    if np.ptp(xc + yc) < MIN_EFFECT or _rank_p_value(ready.ranks, _ranks(xc + yc)) >= 0.05:
         return unmeasured(
             "controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known
         )

@@ -62,7 +62,10 @@ class Table(Generic[Line]):
 
 def figure(name: str, title: str, read: Read[Line], show: Show = number) -> Column[Line]:
     """A column of numbers, sorted by what is read and printed as `show` says."""
-    return Column(name, title, lambda line: show(read(line)), read, show=show)
+    form = ".2f" if show is number else ""
+    if isinstance(show, partial) and show.func is number:
+        form = show.keywords["form"]
+    return Column(name, title, lambda line: show(read(line)), read, show=show, form=form)
 
 
 def words(name: str, title: str, text: Callable[[Line], str], **layout) -> Column[Line]:
@@ -454,12 +457,7 @@ def _dim(line: Entry) -> str:
 _KEYED: Column[Entry] = words("keyed", "keyed", lambda line: line[0]["keyed"])
 _LOG_ODDS: list[Column[Entry]] = [
     _field("log_odds", "log-odds", signed),
-    Column(
-        "shift",
-        "shift",
-        lambda line: difference(line[0]["log_odds"], line[1]["log_odds"]) if line[1] else "",
-        _shift,
-    ),
+    figure("shift", "shift", _shift, signed),
 ]
 
 PROBES: Table[Entry] = Table(

@@ -19,6 +19,7 @@ from analysis.verdicts import MAX_PERCENT
 from errors import HIDDEN, many, printable  # noqa: F401  the pages' tests ask for HIDDEN here
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+PLAIN = 1e5  # from there on numbers are written with a power of ten
 LONGEST_REPLY, LONGEST_TOKEN = 4000, 30  # characters shown; the experiment's JSON has the rest
 
 
@@ -89,7 +90,7 @@ def percent(p: float | None) -> str:
 def number(x: float | None, form: str = ".2f") -> str:
     if x is None:
         return "-"
-    return f"{x:{form}}" if abs(x) < 1e5 else f"{x:.1e}"
+    return f"{x:{form}}" if abs(x) < PLAIN else f"{x:.1e}"
 
 
 def size(count: float | None) -> str:
