@@ -58,7 +58,7 @@ def compare(results: Mapping[str, dict], manifest: dict, run: str, baseline_name
     before, seed = baseline_of(results.get(baseline_name)), manifest["protocol"]["seed"]
     return together(
         [row_of(result, before, seed) for result in results.values()],
-        {name: result["experiment"]["recipe"] for name, result in results.items()},
+        {name: str(result["experiment"]["recipe"]) for name, result in results.items()},
         [r["measurements"]["injection"] for r in results.values() if "injection" in r["measurements"]],
         manifest,
         run,
@@ -74,7 +74,7 @@ def baseline_of(result: dict | None) -> dict | None:
 
 def together(
     rows: list[Row],
-    recipes: Mapping[str, dict],
+    recipes: Mapping[str, str],
     injected: Sequence[dict],
     manifest: dict,
     run: str,
@@ -83,7 +83,7 @@ def together(
     """What `compare` makes of rows that were made one by one (row_of), in the manifest's order.
 
     Args:
-        recipes: of each experiment, as JSON, by name.
+        recipes: what is equal for equal recipes, of each experiment, by name.
         injected: what the suite "injection" measured, wherever it was asked.
         run: the run's name.
         baseline: the experiment that the rows are contrasted with, None if they are not.
@@ -93,7 +93,8 @@ def together(
     rows = _with_equals(rows, recipes)
     rows = _corrected(rows)
     band = _placebo_band(rows)
-    rows = [_placed(row, band) for row in rows]
+    if band:
+        rows = [_placed(row, band.scores, list(band.scores.values())) for row in rows]
     twins = {row.matched.of: row for row in rows if row.matched}
     rows = [_beside_noise(row, twins.get(row.name)) for row in rows]
     # 2) Verdicts, which weigh all of that.
@@ -316,14 +317,14 @@ def paired_probes(before: dict, after: dict) -> list[detection.Probe]:
 # ---- what needs the other rows
 
 
-def _with_equals(rows: Iterable[Row], recipes: Mapping[str, dict]) -> list[Row]:
+def _with_equals(rows: Iterable[Row], recipes: Mapping[str, str]) -> list[Row]:
     """Name, for each row, the first experiment of the same recipe; concept injection changes no weights."""
     first: dict[str, str] = {}
     out = []
     for row in rows:
-        recipe = str(recipes[row.name])
-        out.append(row if row.control == "injection" else replace(row, same_as=first.get(recipe)))
-        first.setdefault(recipe, row.name)
+        same = first.setdefault(recipes[row.name], row.name)
+        another = same != row.name and row.control != "injection"
+        out.append(replace(row, same_as=same) if another else row)
     return out
 
 
@@ -390,9 +391,11 @@ def _placebo_band(rows: list[Row]) -> PlaceboBand | None:
     return PlaceboBand(len(scores), scores, min(scores.values()), max(scores.values()))
 
 
-def _placed(row: Row, band: PlaceboBand | None) -> Row:
-    """The row with its score's place among the placebos' (a placebo's own: among the others')."""
-    others = [score for name, score in band.scores.items() if name != row.name] if band else []
+def _placed(row: Row, placebos: Mapping[str, float], others: list[float]) -> Row:
+    """The row with its score's place among the placebos', which are given by name and as a list (a placebo's
+    own: among the others')."""
+    if row.name in placebos:
+        others = [score for name, score in placebos.items() if name != row.name]
     score = _score(row)
     if row.detection is None or score is None or not others:
         return row

@@ -25,6 +25,7 @@ from errors import RecipeError
 from experiments import BASELINE
 from reporting import page_tables, pages, processes
 from runner.results import Run
+from runner.tables import key_of
 from surgery.recipes import Recipe
 
 # Suites whose measurements are read over several experiments. Few experiments of a run are asked these.
@@ -37,6 +38,8 @@ class Digest:
 
     row: Row
     recipe: dict
+    recipe_key: str
+    """Equal for equal recipes."""
     hypothesis: str
     performance: dict
     shifts: dict[tuple[str, str], float] | None
@@ -92,6 +95,7 @@ def digest_of(result: dict, baseline: dict | None, manifest: dict) -> Digest:
     return Digest(
         row=row,
         recipe=experiment["recipe"],
+        recipe_key=key_of(experiment["recipe"]),
         hypothesis=experiment["hypothesis"],
         performance=result["performance"],
         shifts=(
@@ -133,7 +137,7 @@ def compared(run: Run, manifest: dict, made: dict[str, Digest]) -> Comparison:
     baseline = made.get(BASELINE)
     return together(
         [digest.row for digest in made.values()],
-        {name: digest.recipe for name, digest in made.items()},
+        {name: digest.recipe_key for name, digest in made.items()},
         [digest.kept["injection"] for digest in made.values() if "injection" in digest.kept],
         manifest,
         run.path.name,
