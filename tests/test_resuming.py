@@ -16,6 +16,7 @@ import run_all
 from files import ROOT
 from runner import pairs, resuming
 from runner.results import Run
+from runner.settings import SETTINGS, can_set, resume_settings
 
 
 @pytest.fixture(autouse=True)
@@ -230,7 +231,7 @@ def test_committed_runs_can_be_compared_in_what_they_recorded(name):
         assert set(known) == {"sources", "dtype"}
     assert resuming.changes(known, json.loads(json.dumps(known))) == []
     args = run_all.parse_arguments(["--resume", str(run.path)])
-    run_all.resume_settings(args, str(run.path), manifest)
+    resume_settings(args, str(run.path), manifest, run_all.make_parser()._actions)
     assert args.batch_size is None and args.pair == manifest["pair"]
 
 
@@ -313,9 +314,9 @@ def test_a_setting_that_no_command_line_makes_is_one_line(begun, capfd, name):
 def test_every_setting_of_a_run_can_be_set(begun):
     """All options of the command line are looked at, and what a run writes passes."""
     settings = json.loads((begun / "manifest.json").read_text())["settings"]
-    actions = [a for a in run_all.make_parser()._actions if a.dest in run_all.SETTINGS]
-    assert {a.dest for a in actions} == set(run_all.SETTINGS) == set(settings)
-    assert all(run_all.can_set(a, settings) for a in actions)
+    actions = [a for a in run_all.make_parser()._actions if a.dest in SETTINGS]
+    assert {a.dest for a in actions} == set(SETTINGS) == set(settings)
+    assert all(can_set(a, settings) for a in actions)
 
 
 def test_a_run_without_code_of_its_own_takes_none_on(begun, tmp_path, capfd):
