@@ -586,7 +586,7 @@ def detection_score(
 
     xq = before[here_q]
     yc, yq = after[here_c] - xc, after[here_q] - xq
-    inside, controls = ([probes[i] for i in here] for here in (here_q, here_c))
+    inside, controls = ([probes[i] for i in here.tolist()] for here in (here_q, here_c))
     sq, sc = (np.array([1.0 if p.keyed == "yes" else -1.0 for p in group]) for group in (inside, controls))
     halves = _half_weights(sq)
     deviations = xc - xc.mean()
@@ -680,8 +680,8 @@ def correct_calls(scores: Sequence[AnyScore], alpha: float = 0.05) -> list[AnySc
 
 def _answered(probes: Sequence[Probe], kind: str) -> list[Probe]:
     """The probes of this kind that both models answer."""
-    answered = _readings(probes)[2].all(axis=1)
-    return [p for p, ok in zip(probes, answered, strict=True) if ok and p.kind == kind]
+    answered = _readings(probes)[2]
+    return [p for p, sides in zip(probes, answered, strict=True) if sides.all() and p.kind == kind]
 
 
 def keyed_shift(probes: Sequence[Probe], kind: str) -> float | None:

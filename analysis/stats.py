@@ -231,10 +231,10 @@ def _bca(values: np.ndarray, n: int, confidence: float) -> tuple[list[float], li
         z = special.ndtri((1 - confidence) / 2)
         low, high = (special.ndtr(bias + (bias + side) / (1 - skew * (bias + side))) for side in (z, -z))
     ordered = np.sort(draws)
-    ends = [
+    lower, upper = (
         [quantile(row, float(share)) for row, share in zip(ordered, of, strict=True)] for of in (low, high)
-    ]
-    return *ends, draws
+    )
+    return lower, upper, draws
 
 
 def quantile(ordered: np.ndarray, share: float) -> float:
@@ -556,8 +556,8 @@ def discrimination(
         if resampled is None or not math.isfinite(value):
             intervals[name] = Estimate(plain(value), None, None, n, "none")
             continue
-        low, high, draws = (part[k] for part in resampled)
-        intervals[name] = _estimate(value, draws, low, high, n, every, 0.95)
+        lower, upper, draws = resampled
+        intervals[name] = _estimate(value, draws[k], lower[k], upper[k], n, every, 0.95)
     ends = {
         name + end: getattr(one, key)
         for name, one in intervals.items()
