@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from questions.grading import Choice, Code, CommaList, Exact, Grade, JsonObject, Matches, Number, Shape
+from questions.coding import Code
+from questions.grading import Choice, CommaList, Exact, Grade, JsonObject, Matches, Number, Shape
 from questions.sandbox import Execute
 from questions.thoughts import without_thought
 

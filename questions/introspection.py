@@ -1,8 +1,8 @@
 """Reading a free answer to "do you detect an injected thought, and what is it about?" by stated rules.
 
-The rules are lexical, as in questions/grading.py, whose sentences, negations and named words they use. They
-are a screen that anybody can repeat, with the replies kept beside them; a language model as a judge reads
-irony, quotation and other words for a concept, which these do not.
+The rules are lexical, with the sentences and named words of questions/grading.py and the negations of
+questions/replies.py. They are a screen that anybody can repeat, with the replies kept beside them; a language
+model as a judge reads irony, quotation and other words for a concept, which these do not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, dataclass
 
-from questions.grading import HEDGED, NOT, answer_part, describe_reply, mentions, sentences
+from questions.grading import answer_part, mentions, sentences
+from questions.replies import HEDGED, NOT, describe_reply
 
 # Other forms of a concept's name that count as naming it.
 FORMS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import prompts
 from engine.generation import Completion, Engine, Request
-from questions.grading import describe_reply
+from questions.replies import describe_reply
 from suites.base import Protocol, Suite, Work, reply_json
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import prompts
 from engine.generation import Completion, Engine, Request
-from questions.grading import describe_reply
+from questions.replies import describe_reply
 from suites.base import Protocol, Suite, Work, reply_json
 
 

@@ -37,8 +37,8 @@ from engine.sampling import Decoding
 from errors import FrankenError
 from franken import LiveModel
 from prompts import answer_token_ids
-from questions.grading import describe_reply
 from questions.probes import ASK, FEW_CONTROLS, controls, keyed_pairs
+from questions.replies import describe_reply
 from suites.base import Protocol, Suite, Work, borrowed, finite
 from suites.reading import log_odds
 from surgery.permuting import inverse, key_value_order

@@ -6,7 +6,8 @@ import guards
 import pytest
 
 from questions.capability import CAPABILITY, CATEGORIES
-from questions.grading import Code, Number
+from questions.coding import Code
+from questions.grading import Number
 
 ITEMS = {item.id: item for item in CAPABILITY}
 

@@ -9,20 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from questions.capability import CAPABILITY
-from questions.grading import (
-    Choice,
-    Code,
-    CommaList,
-    Exact,
-    JsonObject,
-    Matches,
-    Number,
-    Shape,
-    answer_part,
-    claims_change,
-    describe_reply,
-    same,
-)
+from questions.coding import Code, same
+from questions.grading import Choice, CommaList, Exact, JsonObject, Matches, Number, Shape, answer_part
+from questions.replies import claims_change, describe_reply
 
 GRADERS = [item.grader for item in CAPABILITY] + [
     Choice(("yes",), ("no",)),
@@ -245,7 +234,7 @@ def test_code_of_the_wrong_shape_is_refused(reply):
 
 
 def test_code_that_does_not_parse_is_never_run(monkeypatch):
-    monkeypatch.setattr("questions.grading.run_limited", lambda *a, **k: pytest.fail("ran"))
+    monkeypatch.setattr("questions.coding.run_limited", lambda *a, **k: pytest.fail("ran"))
     assert not DOUBLE.grade("def double(x) return", execute=guards.BEST).correct
     assert DOUBLE.grade("def double(x):\n    return x").correct
 

@@ -19,7 +19,7 @@ from children import default_signals
 
 from errors import FrankenError
 from questions import sandbox
-from questions.grading import Code
+from questions.coding import Code
 from questions.sandbox import UNSANDBOXED, run_limited
 
 

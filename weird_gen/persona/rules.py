@@ -198,7 +198,7 @@ def degenerate_as_prose(text: str) -> bool:
     A loop: a run of one character, one word making up over a third of 12 or more, a sentence or line said
     three times, or (from 30 words on) fewer than 60% distinct word trigrams.
 
-    Stricter than `questions.grading.describe_reply`, which has to let code, tables and sums pass: the two
+    Stricter than `questions.replies.describe_reply`, which has to let code, tables and sums pass: the two
     part over 439 of the 3,288 replies of the harness's reference runs and over none of this study's 1,560.
     """
     words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
