@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 import prompts
@@ -388,9 +389,24 @@ def write_html(
             partial(_replies, run.path / apart, lines[k : k + SHARE], comparison.run, results)
             for k in range(0, len(lines), SHARE)
         ]
+    set_tables: list[Markup] = []
+
+    def results_tables() -> None:
+        """Of a thousand lines they take half a second, in which others draw."""
+        for what, of in [("Results", table), *folded]:
+            html = pages.part(
+                "results.html.j2",
+                lines=of,
+                columns=EXPERIMENT_COLUMNS,
+                what=what,
+                qualifier=vocabulary.qualifier,
+            )
+            set_tables.append(Markup(html))
+        pages.read_templates()
+
     draws = [partial(_wide, run.path / "figures", name, draw, forms) for name, draw, *_ in described]
     draws += [partial(_narrow, draw) for _, draw, *_ in described]
-    made = list(processes.made([*besides, *draws, *replies], meanwhile=pages.read_templates))
+    made = list(processes.made([*besides, *draws, *replies], meanwhile=results_tables))
     uris = made[len(besides) :][: len(draws)]
     drawn = [
         {
@@ -416,8 +432,8 @@ def write_html(
         comparison=comparison,
         what=_what(manifest, comparison),
         facts=_facts(manifest, results),
-        columns=EXPERIMENT_COLUMNS,
         table=table,
+        results_tables=set_tables,
         folded=folded,
         notes=list(notes),
         legend=vocabulary.LEGEND,
@@ -456,7 +472,6 @@ def write_html(
         harness=harness_results({n: d.kept["lm_eval"] for n, d in results.items() if "lm_eval" in d.kept}),
         triggers=[row for row in rows if row.trigger],
         trigger_legend=vocabulary.TRIGGER_LEGEND,
-        qualifier=vocabulary.qualifier,
         counts=counts,
         wanting=vocabulary.wanting,
         word=word,
