@@ -521,7 +521,7 @@ def test_a_cluster_is_a_question_in_all_its_wordings_and_conversations():
 
 
 @pytest.mark.real
-@pytest.mark.timeout(170)
+@pytest.mark.timeout(400)
 def test_real_models_answer_on_each_others_caches(monkeypatch):
     """A placebo's cache reads as the model's own, another model's does not."""
     from runner.pairs import open_pair
