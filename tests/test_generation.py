@@ -2,22 +2,18 @@
 goes wrong."""
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from moves import BRANCHES, MOVES, STARTS, instruct
+from moves import BRANCHES, MOVES, STARTS
 from moves import SHORT as PROMPTS
 
-from engine import generation, reading
+from engine import generation
 from engine.chat_template import find_stop_ids
-from engine.generation import Completion, Engine, Request, draw
+from engine.generation import Completion, Engine, Request
 from engine.layers import spread_linear
-from engine.sampling import nucleus_by_bisection, nucleus_by_sorting
 from errors import FrankenError
 from runner.pairs import open_pair
 from surgery import recipes as r
@@ -253,174 +249,6 @@ def test_chat_and_text_ids(tiny_pair):
     assert engine.tokenizer.decode(ids) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == 2 and ids.count(2) == 2 and 3 in ids  # special tokens, not their spelling
     assert engine.tokenizer.decode(engine.text_ids("Hi there")) == "Hi there"
-
-
-# ---- distributions and likelihoods -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_logprobs_equal_transformers(tiny_pair, family):
-    pair = tiny_pair(family)
-    live = pair.live()
-    engine = pair.engine(live)
-    live.apply(r.repeat(r.swap(live.original, 0, 1), 0, 3))
-    rebuilt = pair.rebuilt(instruct(1, 0, 2, 1, 0, 2, 3, 4, 5))
-    got = engine.next_token_logprobs(PROMPTS)
-    assert got.dtype == torch.float32 and got.shape == (len(PROMPTS), tiny.VOCAB)
-    for prompt, row in zip(PROMPTS, got, strict=True):
-        torch.testing.assert_close(
-            row, tiny.hf_logits(rebuilt, prompt)[-1].log_softmax(-1), atol=3e-4, rtol=1e-4
-        )
-    pairs = [(p[:k], p[k:]) for p in PROMPTS if len(p) > 2 for k in (1, len(p) - 1)]
-    for (prefix, target), found in zip(pairs, engine.loglikelihood(pairs), strict=True):
-        logp = tiny.hf_logits(rebuilt, prefix + target).log_softmax(-1)
-        want = [float(logp[len(prefix) + k - 1, t]) for k, t in enumerate(target)]
-        assert found.dtype == np.float32 and found.shape == (len(target),)
-        np.testing.assert_allclose(found, want, atol=3e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_likelihoods_from_parts_of_the_vocabulary(tiny_pair, monkeypatch, family):
-    """On a CPU few rows of the head at once; Gemma 2 bends its logits."""
-    engine = tiny_pair(family).engine()
-    pairs = [(p[:2], p[2:]) for p in PROMPTS]
-    whole = [
-        engine.logits(engine.prefill([a + b])[0])
-        .log_softmax(-1)[len(a) - 1 : -1]
-        .gather(1, torch.tensor([b]).T)
-        for a, b in pairs
-    ]
-    monkeypatch.setattr(reading, "VOCABULARY_ON_CPU", 7)
-    monkeypatch.setattr(reading, "TOKENS_ON_CPU", 5)
-    for got, want in zip(engine.loglikelihood(pairs), whole, strict=True):
-        np.testing.assert_allclose(got, want[:, 0], atol=1e-5)
-
-
-def test_likelihoods_longer_than_one_block_and_of_nothing(tiny_pair):
-    engine = tiny_pair("llama").engine()
-    text = tiny.random_prompt(3, 400)
-    whole = engine.loglikelihood([(text[:1], text[1:])])[0]
-    assert whole.shape == (399,)
-    np.testing.assert_allclose(engine.loglikelihood([(text[:200], text[200:])])[0], whole[199:], atol=1e-4)
-    assert engine.loglikelihood([(text[:3], ())])[0].shape == (0,)
-    assert engine.next_token_logprobs([]).shape == (0, tiny.VOCAB)
-    with pytest.raises(ValueError, match="context"):
-        engine.loglikelihood([((), (1, 2))])
-
-
-def test_bf16_logits_are_computed_in_float32(tmp_path):
-    """The readout: hidden states of the bf16 model times the output rows, without rounding the products."""
-    pair = tiny.Tiny(tmp_path, "qwen2", names=("instruct",))
-    live = pair.live(dtype=torch.bfloat16)
-    engine = pair.engine(live)
-    prompts = [tiny.random_prompt(k, 9) for k in range(60)]
-    logits = []
-    head = live.model.lm_head.weight
-    # twins one bf16 step apart in one weight: once rounded, their logits are mostly equal
-    head[1::2] = head[::2]
-    head[1::2, 0] *= 1 + 2**-7
-    for prompt in prompts:
-        hidden = live.backbone.norm(engine.prefill([prompt])[0, -1])
-        logits.append(head.double() @ hidden.double())
-        torch.testing.assert_close(
-            engine.next_token_logprobs([prompt])[0].double(), logits[-1].log_softmax(-1), atol=1e-5, rtol=0
-        )
-    engine.stop_ids = []
-    assert sum(len(set(row.bfloat16().topk(2).values.tolist())) == 1 for row in logits) > 20
-    # greedy too, though the decode step's products are rounded
-    for prompt, row in zip(prompts, logits, strict=True):
-        assert row[engine.complete([Request("k", prompt, 1)])[0].token_ids[0]] == row.max()
-
-
-# ---- sampling ----------------------------------------------------------------------------------------------
-
-
-def slow_nucleus(logits, temperature, top_p, u):
-    """Sort, cut, renormalize, walk the cumulative sum in order of token id; None where u is too near a
-    boundary."""
-    x = logits.astype(np.float64) / temperature
-    p = np.exp(x - x.max())
-    p /= p.sum()
-    kept, total = set(), 0.0
-    for token in np.argsort(-p, kind="stable"):
-        if total >= top_p:
-            break
-        if abs(total + p[token] - top_p) < 1e-5:
-            return None
-        kept.add(int(token))
-        total += p[token]
-    walked = 0.0
-    for token in sorted(kept):
-        walked += p[token]
-        if abs(walked / total - u) < 1e-5:
-            return None
-        if walked / total > u:
-            return token
-    return max(kept)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    seed=st.integers(0, 10**6),
-    temperature=st.floats(0.2, 3),
-    top_p=st.floats(0.05, 1),
-    u=st.floats(0, 1, exclude_max=True, width=32),
-    spread=st.floats(0.1, 8),
-    vocab=st.sampled_from([60, 512, 1300]),
-)
-def test_draw_equals_sorting_the_vocabulary(seed, temperature, top_p, u, spread, vocab):
-    logits = np.random.default_rng(seed).normal(size=vocab).astype(np.float32) * np.float32(spread)
-    want = slow_nucleus(logits, temperature, top_p, u)
-    if want is not None:
-        vectors = [torch.tensor([v], dtype=torch.float32) for v in (temperature, top_p, u)]
-        assert int(draw(torch.tensor(logits)[None], vectors[0], vectors[1], vectors[2])) == want
-
-
-@pytest.mark.parametrize("spread", [0.3, 3, 12])
-def test_both_ways_to_a_nucleus_keep_the_same_tokens(spread):
-    """One for a CPU and one for a GPU; a row that is no distribution loses nothing in either."""
-    torch.manual_seed(0)
-    p = (torch.randn(40, 3000) * spread).softmax(-1)
-    p[7] = math.nan
-    top_p = torch.linspace(0.02, 1, 40)
-    kept = [p >= low(p, top_p)[:, None] for low in (nucleus_by_sorting, nucleus_by_bisection)]
-    apart = (kept[0] != kept[1]).nonzero().tolist()
-    for row, token in apart:  # only where the sum of all before it is top_p itself, to rounding
-        before = p[row][p[row] > p[row, token]].double().sum()
-        assert min(abs(before - top_p[row]), abs(before + p[row, token] - top_p[row])) < 1e-5
-    assert len(apart) < 40
-    assert nucleus_by_sorting(p, top_p)[7] == nucleus_by_bisection(p, top_p)[7] == 0
-
-
-def test_draw_follows_the_distribution():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf")])
-    n = 20000
-    u = (torch.arange(n) + 0.5) / n
-    for top_p, kept in ((None, 4), (0.9, 3), (0.6, 1)):
-        p = logits.softmax(-1).clone()
-        p[kept:] = 0
-        nucleus = None if top_p is None else torch.full((n,), top_p)
-        tokens = draw(logits.expand(n, -1), torch.ones(n), nucleus, u)
-        np.testing.assert_allclose(torch.bincount(tokens, minlength=5) / n, p / p.sum(), atol=2 / n)
-    # never a token of probability 0
-    assert int(draw(logits[None], torch.ones(1), None, torch.tensor([1 - 2**-24]))) == 3
-    assert int(draw(logits[None].roll(1), torch.ones(1), None, torch.zeros(1))) == 1
-    late = torch.full((1, 2000), float("-inf"))
-    late[0, [1500, 1501]] = 0.0
-    for u, want in ((0.0, 1500), (0.49, 1500), (0.51, 1501), (1 - 2**-24, 1501)):
-        assert int(draw(late, torch.ones(1), None, torch.tensor([u]))) == want
-
-
-def test_a_row_without_a_nucleus_loses_nothing_to_a_neighbor_with_one():
-    """Many heads whose float32 probabilities may round up to a sum of 1 without the tail, and a draw from
-    that tail."""
-    u = torch.tensor([1 - 2**-24] * 2)
-    for heads in range(2, 300):
-        logits = torch.cat([torch.zeros(heads), torch.full((10,), math.log(2e-8 * heads))])[None].expand(
-            2, -1
-        )
-        both = draw(logits, torch.ones(2), torch.tensor([1.0, 0.5]), u)
-        assert both[0] == draw(logits[:1], torch.ones(1), None, u[:1])[0] >= heads, heads
 
 
 # ---- broken models and full memory -------------------------------------------------------------------------
