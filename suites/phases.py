@@ -299,9 +299,10 @@ def head_orders(live: LiveModel) -> list[torch.Tensor]:
 
 def handed_over(caches: list[KV], moves: Sequence[torch.Tensor]) -> list[KV]:
     """Copies of caches, their heads in another order: head i of position p is what was head moves[p][i]."""
+    orders = (move.to(cache.k.device) for cache, move in zip(caches, moves, strict=True))
     return [
-        KV(*(part.index_select(1, move.to(part.device)) for part in (cache.k, cache.v)))
-        for cache, move in zip(caches, moves, strict=True)
+        KV(cache.k.index_select(1, order), cache.v.index_select(1, order))
+        for cache, order in zip(caches, orders, strict=True)
     ]
 
 
