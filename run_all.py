@@ -17,6 +17,7 @@ from command_line import (
     add_model,
     ended_by_signals,
     ends_in_one_line,
+    importing,
     refuse_empty,
 )
 from errors import FrankenError, first_line, many, printable
@@ -395,19 +396,20 @@ def execute(args) -> int:
     suites = refuse_at_once(args, choose_pair(args.pair, args.base, args.instruct))
     check_writable(run.path / "experiments" if run else args.output)
     followers = followers_of(args)  # a missing package or token is told before anything is loaded
-    import torch
-    from tqdm import tqdm
+    with importing():
+        import torch
+        from tqdm import tqdm
 
-    from experiments import TWIN
-    from files import read_json
-    from reporting.reports import write_reports
-    from runner.batch import Alone, Record
-    from runner.choosing import look_up_tasks, make_plans, make_protocol, settle_short
-    from runner.crews import choose_crew
-    from runner.estimate import short_hint
-    from runner.manifest import commit, new_manifest, protocol_json
-    from runner.replica import ModelOptions
-    from runner.workers import Fleet
+        from experiments import TWIN
+        from files import read_json
+        from reporting.reports import write_reports
+        from runner.batch import Alone, Record
+        from runner.choosing import look_up_tasks, make_plans, make_protocol, settle_short
+        from runner.crews import choose_crew
+        from runner.estimate import short_hint
+        from runner.manifest import commit, new_manifest, protocol_json
+        from runner.replica import ModelOptions
+        from runner.workers import Fleet
 
     register_suites()
     look_up_tasks(suites)

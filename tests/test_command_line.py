@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from textwrap import dedent
 
 import pytest
 
@@ -149,3 +150,28 @@ def test_a_commands_end_does_not_look_through_all_that_it_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and done.stdout == "frozen True\n", done.stderr
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_imports_collect_no_garbage_and_what_they_made_is_looked_through_never_again(fails):
+    """In a process of its own: what is frozen stays so until the process ends."""
+    code = """
+        import gc, sys
+        from command_line import importing
+        frozen = gc.get_freeze_count()
+        try:
+            with importing("colorsys"):
+                assert not gc.isenabled()
+                import colorsys
+                made = [[] for _ in range(1000)]
+                if {fails}:
+                    raise ImportError
+        except ImportError:
+            pass
+        assert gc.isenabled() and gc.get_freeze_count() > frozen + 1000
+        gc.unfreeze()
+        with importing("colorsys"):  # imported already
+            assert gc.isenabled()
+        assert gc.get_freeze_count() == 0
+    """
+    subprocess.run([sys.executable, "-c", dedent(code.format(fails=fails))], check=True, cwd=ROOT)
