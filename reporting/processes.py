@@ -58,7 +58,8 @@ def made(
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _begin, (parts,))
     done = 0
     try:
-        results = pool.map(_make, range(len(parts)))  # which starts all of them
+        # which starts all of them; a hundredth of many small parts is handed over at once
+        results = pool.map(_make, range(len(parts)), chunksize=max(1, len(parts) // (100 * count)))
         meanwhile()
         for result in results:
             done += 1
