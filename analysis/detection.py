@@ -166,6 +166,11 @@ def _half_weights(sign: np.ndarray) -> np.ndarray:
     return np.where(sign > 0, 0.5 / yes, -0.5 / no) if yes and no else np.full(len(sign), math.nan)
 
 
+def _half_mean(weights: np.ndarray, values: np.ndarray) -> float:
+    """That mean, by `_half_weights`; NaN of no values."""
+    return float(weights @ values) if len(values) else math.nan
+
+
 def _membership(clusters: Sequence[Hashable]) -> np.ndarray:
     """[n, clusters] 0/1 matrix, clusters in order of first appearance."""
     codes = {label: k for k, label in enumerate(dict.fromkeys(clusters))}
@@ -594,14 +599,14 @@ def detection_score(
     # 3) what is said of the shifts without any correction
     known = plain(
         dict(
-            raw_contrast=halves @ yq if len(yq) else None,
-            control_contrast=_half_weights(sc) @ yc,
+            raw_contrast=_half_mean(halves, yq),
+            control_contrast=_half_mean(_half_weights(sc), yc),
             drift=yc.mean() - slope * xc.mean(),
             flattening=slope,
             control_accuracy_before=np.mean(sc * xc > 0),
             control_accuracy_after=np.mean(sc * (xc + yc) > 0),
-            keyed_before=halves @ xq if len(yq) else None,
-            keyed_after=halves @ (xq + yq) if len(yq) else None,
+            keyed_before=_half_mean(halves, xq),
+            keyed_after=_half_mean(halves, xq + yq),
             overlap=covered.mean() if len(covered) else None,
             n_introspective=len(inside),
             n_controls=len(controls),
@@ -690,9 +695,7 @@ def keyed_shift(probes: Sequence[Probe], kind: str) -> float | None:
     log_odds, _, answered = _readings(probes)
     used = answered.all(axis=1) & np.array([p.kind == kind for p in probes], dtype=bool)
     sign = np.array([1.0 if p.keyed == "yes" else -1.0 for p in probes])[used]
-    if not len(sign):
-        return None
-    return plain(_half_weights(sign) @ (log_odds[used, 1] - log_odds[used, 0]))
+    return plain(_half_mean(_half_weights(sign), log_odds[used, 1] - log_odds[used, 0]))
 
 
 def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0) -> Estimate | None:

@@ -346,7 +346,7 @@ def unsealed(content: bytes, place: str) -> Any:
     if not isinstance(written, dict) or "sha256" not in written:
         return written
     rest = _without_seal(written)
-    # by the data, however they are laid out: results of before 2026-11-27
+    # older seals are of the data, however they are laid out
     if written["sha256"] != _sha256(json.dumps(rest, sort_keys=True)):
         raise FrankenError(f"{place} is corrupt (it is not what was written)")
     return rest

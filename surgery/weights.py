@@ -528,7 +528,7 @@ class Stream:
                 torch.cuda.synchronize(device)
 
     def _threads(self, on_gpu: bool) -> contextlib.AbstractContextManager[ThreadPoolExecutor]:
-        """Threads that keep their pinned buffers; on a CPU new ones, which end: each that lives on keeps a
+        """Threads that stay, for a GPU; on a CPU new ones, which end: each that lives on keeps a
         team of torch's threads, and with more of those than processors all of them sleep early where they
         wait for each other (products of a decode step on two cores: 45 ms, so 80; runner/threads.py)."""
         if on_gpu:
