@@ -15,16 +15,18 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jsonschema
 import jsonschema_rs
-from pydantic import TypeAdapter
-from pydantic.json_schema import GenerateJsonSchema
 
 from analysis.detection import DetectionScore
 from analysis.stats import Json
 from errors import FrankenError
+from files import ROOT, read_json
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 COMPARISON_VERSION = 3
 
@@ -446,23 +448,25 @@ class Comparison(Json):
 
 @functools.cache
 def _adapter() -> TypeAdapter[Comparison]:
+    from pydantic import TypeAdapter  # a tenth of a second, and only what reads a comparison needs it
+
     return TypeAdapter(Comparison)
 
 
-class _Plain(GenerateJsonSchema):
-    """Without titles that repeat the fields' names, or defaults: in a file every field is there."""
-
-    def field_title_should_be_set(self, schema) -> bool:
-        return False
-
-    def default_schema(self, schema):
-        return self.generate_inner(schema["schema"])
-
-
-@functools.cache
 def schema() -> dict[str, Any]:
-    """The JSON Schema of comparison.json, every field with its sentence."""
-    made = _adapter().json_schema(mode="serialization", schema_generator=_Plain)
+    """The JSON Schema of comparison.json, every field with its sentence, made from the types."""
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Plain(GenerateJsonSchema):
+        """Without titles that repeat the fields' names, or defaults: in a file every field is there."""
+
+        def field_title_should_be_set(self, schema) -> bool:
+            return False
+
+        def default_schema(self, schema):
+            return self.generate_inner(schema["schema"])
+
+    made = _adapter().json_schema(mode="serialization", schema_generator=Plain)
     kinds = made["$defs"]
     for name, field in kinds["DetectionScore"]["properties"].items():  # inherited ones come without
         kinds["Score"]["properties"][name]["description"] = field["description"]
@@ -471,14 +475,20 @@ def schema() -> dict[str, Any]:
 
 
 @functools.cache
+def _committed_schema() -> dict[str, Any]:
+    """The same as it was made once and stands in schema/, which takes no time."""
+    return read_json(ROOT / "schema" / "comparison.json")
+
+
+@functools.cache
 def _validator() -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(schema())
+    return jsonschema.Draft202012Validator(_committed_schema())
 
 
 @functools.cache
 def _quick() -> Any:
     """Says whether something is wrong in a hundredth of the time, and the other says what."""
-    return jsonschema_rs.validator_for(schema())
+    return jsonschema_rs.validator_for(_committed_schema())
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup
 
 from analysis.compare import baseline_of, row_of, together
@@ -64,7 +64,7 @@ def group_shifts(before: dict, after: dict) -> dict[tuple[str, str], float]:
         new, was = probe["log_odds"], old.get(probe["id"])
         if new is not None and was is not None:
             shifts[probe["kind"], probe["keyed"]].append(new - was)
-    return {key: float(np.mean(values)) for key, values in shifts.items()}
+    return {key: fmean(values) for key, values in shifts.items()}
 
 
 def recipe_text(recipe: dict) -> str:

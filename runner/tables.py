@@ -251,9 +251,8 @@ def _columns(columns, rows, texts: dict) -> list[Named]:
     that a whole column is looked at."""
     if not isinstance(columns, list) or not isinstance(rows, list):
         raise Corrupt("a table without columns and rows")
-    for row in rows:
-        if not isinstance(row, list) or len(row) != len(columns):
-            raise Corrupt(f"a row that is not one value for each of {len(columns)} columns")
+    if not ({list}.issuperset(map(type, rows)) and {len(columns)}.issuperset(map(len, rows))):
+        raise Corrupt(f"a row that is not one value for each of {len(columns)} columns")
     cells = zip(*rows, strict=True) if rows else [()] * len(columns)
     return [_column(column, of, texts) for column, of in zip(columns, cells, strict=True)]
 

@@ -6,6 +6,7 @@ of them touches a tensor. `franken.LiveModel.apply` makes a model out of one.
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -208,7 +209,7 @@ class Slot:
     @property
     def weights(self) -> Slot:
         """What has to lie in memory for this position: the slot without its scale."""
-        return self if self.scale == 1 else replace(self, scale=1.0)
+        return _scaled(self, 1.0)
 
     def __str__(self) -> str:
         text = " + ".join(
@@ -225,8 +226,14 @@ class Slot:
         return text if self.scale == 1 else f"{text} scaled by {self.scale:g}"
 
 
+@functools.lru_cache(maxsize=4096, typed=True)
 def plain(source: str, layer: int) -> Slot:
+    """One layer of one source, as it is."""
     return Slot(((Ref(source, layer), 1.0),))
+
+
+def _scaled(slot: Slot, scale: float) -> Slot:
+    return slot if slot.scale == scale else replace(slot, scale=scale)
 
 
 @dataclass(frozen=True)
@@ -265,8 +272,8 @@ class Recipe:
             stop, first = k + 1, self.slots[k]
             if first.weights.is_plain:
                 ((ref, _),) = first.mix
-                while stop < len(self) and self.slots[stop] == replace(
-                    plain(ref.source, ref.layer + stop - k), scale=first.scale
+                while stop < len(self) and self.slots[stop] == _scaled(
+                    plain(ref.source, ref.layer + stop - k), first.scale
                 ):
                     stop += 1
                 ending = str(first).removeprefix(str(first.weights))
@@ -315,6 +322,10 @@ class Recipe:
         try:
             slots = []
             for entry in data["slots"]:
+                match entry:
+                    case {"mix": [[source, layer, 1]]} if len(entry) == 1:  # as most are
+                        slots.append(plain(source, int(layer)))
+                        continue
                 edits = tuple(
                     kinds[e["kind"]](**{k: v for k, v in e.items() if k != "kind"})
                     for e in entry.get("edits", ())
