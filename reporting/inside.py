@@ -2,7 +2,7 @@
 
 Both are made from what the suites `phases` and `activations` measured, and stand in files of their own in the
 run's folder: phases.json and probe.json. The activations themselves may be left out of what is kept of a run;
-the report then takes the probe's result from probe.json.
+the report then takes the probe's result from probe.json, or leaves what summary.md says of it as it stands.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from analysis.rows import UNCALLED, word
 from analysis.verdicts import WEAK, answering, tells
 from errors import many
 from experiments import BASELINE
+from files import read_bytes
 from reporting.digests import Digest
 from reporting.figures import BAND, MUTED, SERIES, STYLE, handle, legend, new_figure
 from reporting.pages import number
@@ -29,6 +30,7 @@ from runner.results import Run, read_json, write_computed
 from surgery.recipes import identity
 
 PROBE_VERSION, ALPHA = 1, 0.05
+READ = "## What is there to be read"
 
 
 # ---- who changed is not who answers
@@ -200,7 +202,7 @@ def probe_section(data: dict | None) -> list[str]:
     if data is None:
         return []
     outcome = Probed.from_json(data["probe"])
-    lines = ["", "## What is there to be read", "", finding(data), ""]
+    lines = ["", READ, "", finding(data), ""]
     if data.get("stale"):
         lines += ["probe.json was made of other results than those that stand here now.", ""]
     kinds = ", ".join(f"{name} {count}" for name, count in outcome.kinds.items())
@@ -223,6 +225,16 @@ def probe_section(data: dict | None) -> list[str]:
         "",
         "moved: median distance from the unmodified model's activations, in shares of their norm.",
     ]
+
+
+def standing_section(run: Run, results: Mapping[str, Digest]) -> list[str]:
+    """Such lines as they stand in the run's summary.md, where activations were asked of `results`: of a run
+    that was kept without them and without probe.json they cannot be made again."""
+    path = run.path / "summary.md"
+    if not path.exists() or not any("activations" in result.kept for result in results.values()):
+        return []
+    _, heading, after = read_bytes(path).decode(errors="replace").partition(f"\n{READ}\n")
+    return ["", READ, *after.partition("\n## ")[0].rstrip().split("\n")] if heading else []
 
 
 def depth_figure(data: dict | None, narrow: bool = False) -> Figure | None:

@@ -60,11 +60,12 @@ def write_reports(run: Run, every_form: bool = False) -> str:
     manifest = read_json(run.manifest_path)
     made = digests(run, manifest, meanwhile=_import_pages)
     from reporting.html_report import EVERY_FORM, FORMS, write_html
-    from reporting.inside import phases_section, probe_section, probed
+    from reporting.inside import phases_section, probe_section, probed, standing_section
 
     comparison = compared(run, manifest, made)
     lines = phases_section(run, adjusted([score for digest in made.values() for score in digest.phases]))
-    lines += probe_section(probed(run, made, comparison, manifest))
+    read = probed(run, made, comparison, manifest)
+    lines += probe_section(read) if read else standing_section(run, made)
     kept = [digest.kept for digest in made.values()]
     lines += injected_section(run, kept, manifest["protocol"]["seed"])
     lines += harness_section({n: d.kept["lm_eval"] for n, d in made.items() if "lm_eval" in d.kept})

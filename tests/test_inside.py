@@ -11,6 +11,7 @@ from errors import FrankenError
 from experiments import BASELINE
 from reporting import figures, inside
 from reporting.digests import compared, digests
+from reporting.reports import write_reports
 from runner.arrays import save_arrays
 from runner.results import Run
 from suites.activations import packed
@@ -105,6 +106,22 @@ def test_the_probe_is_not_made_again_and_outlives_the_activations(probed, tmp_pa
     (run.path / "probe.json").unlink()
     assert inside.probed(run, results, comparison, manifest) is None
     assert inside.probe_section(None) == [] and inside.depth_figure(None) is None
+
+
+def test_what_cannot_be_read_again_stands_in_the_summary(tmp_path):
+    """As the committed runs are kept: neither activations nor probe.json."""
+    run, *_ = apart(tmp_path)
+    summary = run.path / "summary.md"
+    write_reports(run)
+    whole = summary.read_text()
+    assert inside.READ in whole and whole.count("\n## ") > 1
+    for file in [*run.path.glob("experiments/*.npz"), run.path / "probe.json"]:
+        file.unlink()
+    write_reports(run)
+    assert summary.read_text() == whole
+    summary.unlink()
+    write_reports(run)
+    assert inside.READ not in summary.read_text()
 
 
 def test_activations_of_another_run_are_refused(tmp_path):
