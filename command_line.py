@@ -226,14 +226,14 @@ def interruptible() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def importing(first: str = "torch") -> Iterator[None]:
+def importing() -> Iterator[None]:
     """For the first import of torch and what stands on it: collect no garbage meanwhile, and never look
     through what it made.
 
     Its million objects stay until the end, and to look through them again and again took 1.5 of the 8.5
-    processor seconds of all imports. Nothing is done where `first` has been imported already.
+    processor seconds of all imports. Nothing is done where torch has been imported already.
     """
-    if first in sys.modules or not gc.isenabled():
+    if "torch" in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()

@@ -160,9 +160,8 @@ def test_imports_collect_no_garbage_and_what_they_made_is_looked_through_never_a
         from command_line import importing
         frozen = gc.get_freeze_count()
         try:
-            with importing("colorsys"):
+            with importing():
                 assert not gc.isenabled()
-                import colorsys
                 made = [[] for _ in range(1000)]
                 if {fails}:
                     raise ImportError
@@ -170,7 +169,8 @@ def test_imports_collect_no_garbage_and_what_they_made_is_looked_through_never_a
             pass
         assert gc.isenabled() and gc.get_freeze_count() > frozen + 1000
         gc.unfreeze()
-        with importing("colorsys"):  # imported already
+        sys.modules["torch"] = gc  # imported already
+        with importing():
             assert gc.isenabled()
         assert gc.get_freeze_count() == 0
     """
