@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from scipy import special
 
+from analysis.curve import RESOLUTION, Asked, clusters_of, covered_by, flips_of, membership, prepared, ranks
 from analysis.stats import (
     MASS_FLOOR,
     Discrimination,
@@ -36,27 +37,18 @@ UNMEASURED = (BROKEN, TOO_LITTLE)
 MIN_EFFECT = (
     0.1  # nats; smaller detection scores are never called, being the size of one bf16 step of a large logit
 )
-RESOLUTION = (
-    0.01  # nats; added in quadrature to standard errors: noiseless data are not infinitely significant
-)
 # Without any noticing, introspective answers may shrink or grow by a factor of their own: they lose less than
 # this share of the log-odds that controls of equal baseline keep, or reach less than this multiple of them (a
 # factor of two each way). A score that a factor within these bounds explains is not called.
 MIN_FLATTENING, MIN_SHARPENING = 0.5, 2.0
-MIN_CONTROLS, MIN_PER_HALF, MIN_PER_FRAMING = 10, 4, 8
+MIN_CONTROLS, MIN_PER_HALF = 10, 4
 MIN_ANSWERED = 0.8  # share of probes, of either kind, that the modified model must answer for a score
-SIDES = np.array([0.5, -0.5])  # what the yes- and the no-keyed half weigh in the score
 # studentized scores (errors are at least RESOLUTION) this close are equal: their last bits are the
 # processor's
 TIE = 1e-9
 # a small p-value takes this many times the sign flips: Holm over hundreds of a sweep's experiments asks for
 # it
 FINEST = 10
-# holes and overhang over which the control curve is trusted, in shares of its range
-MAX_GAP, MARGIN = (
-    0.25,
-    0.05,
-)
 
 
 @dataclass(frozen=True)
@@ -148,16 +140,6 @@ class DetectionScore(Json):
 AnyScore = TypeVar("AnyScore", bound=DetectionScore)
 
 
-def _natural_spline(x: np.ndarray, knots: np.ndarray) -> np.ndarray:
-    """Natural cubic spline basis [n, K], straight beyond the end knots (Hastie et al., ESL, eq. 5.4)."""
-
-    def d(j):
-        return (np.maximum(x - knots[j], 0) ** 3 - np.maximum(x - knots[-1], 0) ** 3) / (knots[-1] - knots[j])
-
-    last = len(knots) - 2
-    return np.stack([np.ones_like(x), x] + [d(j) - d(last) for j in range(last)], axis=1)
-
-
 def _half_weights(sign: np.ndarray) -> np.ndarray:
     """What each value weighs in the mean of sign * value, the yes-keyed and the no-keyed half weighted
     equally; NaN if a half is empty."""
@@ -171,219 +153,6 @@ def _half_mean(weights: np.ndarray, values: np.ndarray) -> float:
     return float(weights @ values) if len(values) else math.nan
 
 
-def _membership(clusters: Sequence[Hashable]) -> np.ndarray:
-    """[n, clusters] 0/1 matrix, clusters in order of first appearance."""
-    codes = {label: k for k, label in enumerate(dict.fromkeys(clusters))}
-    # the shape of none, too
-    return np.eye(len(codes))[[codes[c] for c in clusters]].reshape(len(clusters), len(codes))
-
-
-def _resample(groups: np.ndarray, sign: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Bootstrap multiplicities [count, clusters], in strata of clusters alike in keyed composition: no half
-    empties."""
-    composition = np.stack([groups.T @ (sign > 0), groups.T @ (sign < 0)], axis=1)
-    out = np.zeros((count, groups.shape[1]))
-    for stratum in np.unique(composition, axis=0):
-        members = np.flatnonzero((composition == stratum).all(axis=1))
-        out[:, members] = rng.multinomial(len(members), np.full(len(members), 1 / len(members)), size=count)
-    return out
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """What of estimates turns on multiplicities of clusters alone, [R, ...]."""
-
-    mc: np.ndarray
-    """Of controls [R, clusters]."""
-    mq: np.ndarray
-    """Of introspective probes [R, clusters]."""
-    inverse: np.ndarray
-    """Of the controls' weighted moments [R, k, k]."""
-    influence: np.ndarray
-    """Of a control's residual on the score, as HC3 has it [R, controls]."""
-    influence_of_terms: np.ndarray
-    """Of each term of the curve on the score, by way of each cluster's controls [R, k, clusters]."""
-    share: np.ndarray
-    """Of one copy of a yes- or a no-keyed probe in the score [R, 2]."""
-
-
-@dataclass(frozen=True)
-class _Design:
-    """Design matrices and cluster memberships: controls (xc, gc), introspective (xq, gq) with their keyed
-    sign."""
-
-    xc: np.ndarray
-    xq: np.ndarray
-    gc: np.ndarray
-    gq: np.ndarray
-    sign: np.ndarray
-    # on curvature, which bootstrap copies may not identify; on the rest only against singularity
-    ridge: np.ndarray
-
-    def weighted(self, mc: np.ndarray, mq: np.ndarray) -> _Weighted:
-        """Of multiplicities of clusters [R, clusters]."""
-        terms = self.xc.shape[1]
-        inverse = np.linalg.inv((mc @ (self.gc.T @ self.squares)).reshape(-1, terms, terms) + self.ridge)
-        share = SIDES / (mq @ self.in_half.T)
-        pull = (mq @ self.gq.T * (share @ self.keyed.T)) @ self.xq
-        influence = _each(-pull, inverse) @ self.xc.T * self.hc3(inverse)
-        of_terms = np.stack([influence @ (self.gc * term[:, None]) for term in self.xc.T], axis=1)
-        return _Weighted(mc, mq, inverse, influence, of_terms, share)
-
-    @functools.cached_property
-    def squares(self) -> np.ndarray:
-        """Products of two terms of each control [controls, k * k]: a product with these is faster than what
-        makes them anew."""
-        return (self.xc[:, :, None] * self.xc[:, None, :]).reshape(len(self.xc), -1)
-
-    def hc3(self, inverse: np.ndarray) -> np.ndarray:
-        """By which residuals of controls are multiplied [R, controls]; `inverse`: of their moments."""
-        leverage = inverse.reshape(len(inverse), -1) @ self.squares.T
-        return 1 / np.minimum(np.maximum(1 - leverage, 0.1), 1)
-
-    @functools.cached_property
-    def keyed(self) -> np.ndarray:
-        """Whether an introspective probe is yes- or no-keyed [probes, 2]."""
-        return np.stack([self.sign > 0, self.sign < 0], axis=1).astype(float)
-
-    @functools.cached_property
-    def halves(self) -> np.ndarray:
-        """Whether an introspective probe is in the yes- or the no-keyed half of a cluster
-        [probes, 2 * clusters]."""
-        return (self.keyed[:, :, None] * self.gq[:, None, :]).reshape(len(self.gq), -1)
-
-    @functools.cached_property
-    def terms_of_halves(self) -> np.ndarray:
-        """Sums of the terms of the probes in each half of a cluster [k, 2 * clusters]."""
-        return self.xq.T @ self.halves
-
-    @functools.cached_property
-    def in_half(self) -> np.ndarray:
-        """How many probes of each half a cluster has [2, clusters]."""
-        return self.keyed.T @ self.gq
-
-    @functools.cached_property
-    def unbiased(self) -> np.ndarray:
-        """What a half's deviations are multiplied by for its mean being their own [2]."""
-        clusters = np.count_nonzero(self.in_half, axis=1)
-        return np.sqrt(clusters / (clusters - 1))
-
-    def curve(self, weighted: _Weighted, yc: np.ndarray) -> np.ndarray:
-        """Terms of the curve through shifts of controls [R or 1, controls]: [R, k]."""
-        # the terms' products with the shifts, summed over clusters [R or 1, k, clusters]
-        sums = (self.xc.T * yc[:, None]) @ self.gc
-        moments = weighted.mc @ sums[0].T if len(yc) == 1 else sums @ weighted.mc[0]
-        return _each(moments, weighted.inverse)
-
-    def residuals(self, whole: _Weighted, yc: np.ndarray, yq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of controls (HC3) and of introspective probes, from shifts [probes]."""
-        beta = self.curve(whole, yc[None])[0]
-        return (yc - self.xc @ beta) * self.hc3(whole.inverse)[0], yq - self.xq @ beta
-
-    def measure(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Score and HC3 standard error [R], from shifts [R or 1, probes]."""
-        score, zc, zq = self.parts(weighted, yc, yq)
-        return score, _error(zc, zq, weighted)
-
-    def parts(self, weighted: _Weighted, yc: np.ndarray, yq: np.ndarray):
-        """The score [R], and what each cluster of controls and of introspective probes adds to its error
-        [R, clusters]. All are linear in the shifts."""
-        beta = self.curve(weighted, yc)
-        # influence times residuals of controls, summed over clusters, without the residuals [R, controls]
-        # of every draw: arrays of that size took longer than the products
-        zc = (
-            weighted.influence @ (yc[0, :, None] * self.gc)
-            if len(yc) == 1
-            else weighted.influence * yc @ self.gc
-        )
-        zc -= (beta[:, None] @ weighted.influence_of_terms)[:, 0]
-        # residuals of introspective probes, summed over each half of a cluster: [R, 2, clusters]
-        eq = (yq @ self.halves - beta @ self.terms_of_halves).reshape(len(beta), 2, -1)
-        of_half = np.einsum("rc,rhc->rh", weighted.mq, eq) * weighted.share
-        # deviations from the mean of its half, in the score's units
-        scale = weighted.share * self.unbiased
-        eq *= scale[:, :, None]
-        zq = eq[:, 0] + eq[:, 1] - (of_half / SIDES * scale) @ self.in_half
-        return of_half.sum(axis=1), zc, zq
-
-    def flipped(self, whole: _Weighted, null_c: np.ndarray, null_q: np.ndarray, flips: np.ndarray):
-        """Score and standard error [R] of shifts whose clusters' signs are flipped: `flips` [R, clusters of
-        controls and of introspective probes]. Both come from what each cluster's shifts give alone."""
-        nc = self.gc.shape[1]
-        alone = np.eye(flips.shape[1])
-        score, zc, zq = self.parts(
-            whole, alone[:, :nc] @ self.gc.T * null_c, alone[:, nc:] @ self.gq.T * null_q
-        )
-        together = flips @ np.column_stack([score, zc, zq])
-        return together[:, 0], _error(together[:, 1 : 1 + nc], together[:, 1 + nc :], whole)
-
-
-def _error(zc: np.ndarray, zq: np.ndarray, weighted: _Weighted) -> np.ndarray:
-    """Standard errors [R] of what each cluster adds [R, clusters]."""
-    variance = sum(np.einsum("rc,rc->r", m, z * z) for m, z in ((weighted.mc, zc), (weighted.mq, zq)))
-    return np.sqrt(variance + RESOLUTION**2)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """All that a score needs which the changed model's answers do not decide."""
-
-    design: _Design
-    flags: tuple[str, ...]
-    ranks: np.ndarray
-    """Of the controls' baselines."""
-    whole: _Weighted
-    """Every cluster once."""
-    resampled: _Weighted
-    """The bootstrap's draws."""
-    flips: np.ndarray
-    """Signs of the clusters of controls and of introspective probes [resamples, clusters], drawn next."""
-    state: dict
-    """The random generator's, after them."""
-
-
-class _Asked(NamedTuple):
-    """Of a probe what the changed model does not decide."""
-
-    id: str
-    keyed: str
-    baseline: float
-    framing: str
-    pair: str | None
-
-
-@functools.lru_cache(maxsize=5)  # some 10 MB each: an experiment has one of these and one for each format
-def _prepared(
-    inside: tuple[_Asked, ...], controls: tuple[_Asked, ...], resamples: int, seed: int
-) -> _Prepared:
-    """Of probes without the changed model's answers; remembered, as a run's experiments are mostly asked the
-    same questions and contrasted with the same answers."""
-    flags: list[str] = []
-    sq, sc = (np.array([1.0 if p.keyed == "yes" else -1.0 for p in group]) for group in (inside, controls))
-    design = _design(inside, controls, sq, flags)
-    rng = np.random.default_rng(seed)
-    drawn_c, drawn_q = (_resample(g, sign, resamples, rng) for g, sign in ((design.gc, sc), (design.gq, sq)))
-    return _Prepared(
-        design=design,
-        flags=tuple(flags),
-        ranks=_ranks(np.array([p.baseline for p in controls])),
-        whole=design.weighted(np.ones((1, design.gc.shape[1])), np.ones((1, design.gq.shape[1]))),
-        resampled=design.weighted(drawn_c, drawn_q),
-        flips=_flips(design, resamples, rng),
-        state=dict(rng.bit_generator.state),
-    )
-
-
-def _flips(design: _Design, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Signs for every cluster of controls, then of introspective probes [resamples, clusters]."""
-    return np.hstack([rng.choice([-1.0, 1.0], size=(resamples, g.shape[1])) for g in (design.gc, design.gq)])
-
-
-def _each(rows: np.ndarray, matrices: np.ndarray) -> np.ndarray:
-    """Each row [R or 1, k] times its matrix [R or 1, k, k]."""
-    return rows @ matrices[0] if len(matrices) == 1 else np.einsum("rk,rkl->rl", rows, matrices)
-
-
 def _readings(probes: Sequence[Probe]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(log-odds before and after [probes, 2]; which are readings; which are answers, of enough mass)"""
     read = np.array(
@@ -392,50 +161,6 @@ def _readings(probes: Sequence[Probe]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     log_odds, mass = read[:, 0], read[:, 1]
     finite = (log_odds >= -1e6) & (log_odds < 1e6)  # which neither NaN nor infinity is
     return log_odds, finite, finite & (mass >= MASS_FLOOR) & (mass < 1e6)
-
-
-def _clusters(probes: Sequence[Probe] | Sequence[_Asked]) -> list[Hashable]:
-    return [("alone", p.id) if p.pair is None else ("pair", p.pair) for p in probes]
-
-
-def _design(
-    inside: Sequence[_Asked], controls: Sequence[_Asked], sign: np.ndarray, flags: list[str]
-) -> _Design:
-    xq, xc = (np.array([p.baseline for p in group], float) for group in (inside, controls))
-    scale = xc.std()
-    knots = (
-        np.quantile(xc, [0.05, 0.25, 0.42, 0.58, 0.75, 0.95] if len(xc) >= 20 else [0.1, 0.4, 0.6, 0.9])
-        / scale
-    )
-    if np.diff(knots).min() < 0.01:
-        knots = knots[[0, -1]]
-        flags.append("control baselines too alike for a curve: straight line fitted")
-    basis = [_natural_spline(x / scale, knots) for x in (xq, xc)]
-    linear = [True, True] + [False] * (len(knots) - 2)
-    framings = sorted({p.framing for p in [*inside, *controls]})
-    if min(sum(p.framing == f for p in controls) for f in framings) >= MIN_PER_FRAMING:
-        for f in framings[1:]:
-            for i, (group, x) in enumerate(((inside, xq), (controls, xc))):
-                here = np.array([p.framing == f for p in group], float)
-                basis[i] = np.column_stack([basis[i], here, here * x / scale])
-            linear += [True, True]
-    elif len(framings) > 1:
-        flags.append("too few controls in a framing for its own drift and flattening: framings pooled")
-    ridge = np.diag(np.where(linear, 1e-9, 1e-7) * len(xc))
-    return _Design(
-        basis[1], basis[0], _membership(_clusters(controls)), _membership(_clusters(inside)), sign, ridge
-    )
-
-
-def _covered(x: np.ndarray, controls: np.ndarray) -> np.ndarray:
-    """Which baselines lie where the controls show what the change does: near one, or in no wide hole of
-    theirs."""
-    edges = np.concatenate([[-np.inf], np.sort(controls), [np.inf]])
-    right = np.clip(np.searchsorted(edges, x), 1, len(edges) - 1)
-    nearest = np.abs(x[:, None] - controls).min(axis=1)
-    return (nearest <= MARGIN * np.ptp(controls)) | (
-        edges[right] - edges[right - 1] <= MAX_GAP * np.ptp(controls)
-    )
 
 
 def scaling_to_explain(score: float, expected: float, scale: float) -> tuple[float | None, float | None]:
@@ -510,15 +235,9 @@ def _call(score, low, high, p, alpha, explained: str | None) -> tuple[str, str]:
 
 def _rank_p_value(a: np.ndarray, b: np.ndarray) -> float:
     """One-sided p-value of a Spearman correlation above 0, by Student's t, as in scipy.stats.spearmanr; of
-    both sides' `_ranks`."""
+    both sides' `ranks`."""
     r, rest = float(a @ b / math.sqrt((a @ a) * (b @ b))), len(a) - 2
     return float(special.stdtr(rest, -r * math.sqrt(rest / max((1 + r) * (1 - r), 1e-300))))
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks, of ties their mean, less the mean of all."""
-    _, which, counts = np.unique(snapped(values), return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which] - (len(values) + 1) / 2
 
 
 def detection_score(
@@ -582,7 +301,7 @@ def detection_score(
             "too few probes",
             f"too few probes: {len(xc)} controls of differing baseline, {MIN_CONTROLS} needed",
         )
-    covered = _covered(before[here_q], xc)
+    covered = covered_by(before[here_q], xc)
     here_q = here_q[covered]
     if not covered.all():
         flags.append(
@@ -616,17 +335,17 @@ def detection_score(
         "controls_after": _discrimination(controls, "modified", min(resamples, 2000)),
     }
     for key in ("yes", "no"):
-        n = len(set(_clusters([p for p in inside if p.keyed == key])))
+        n = len(set(clusters_of([p for p in inside if p.keyed == key])))
         if n < MIN_PER_HALF:
             reason = f"too few probes: {n} {key}-keyed introspective with baselines like the controls'"
             return unmeasured("too few probes", f"{reason}, {MIN_PER_HALF} needed", **known)
 
     # 4) the score: what is left of introspective shifts once the controls' curve is taken off
     asked = [
-        tuple(_Asked(p.id, p.keyed, p.baseline or 0.0, p.framing, p.pair) for p in group)
+        tuple(Asked(p.id, p.keyed, p.baseline or 0.0, p.framing, p.pair) for p in group)
         for group in (inside, controls)
     ]
-    ready = _prepared(*asked, resamples, seed)
+    ready = prepared(*asked, resamples, seed)
     design = ready.design
     flags += ready.flags
     (score,), (error,) = design.measure(ready.whole, yc[None], yq[None])
@@ -642,7 +361,7 @@ def detection_score(
     null_q = null_q - np.abs(halves) @ null_q
     hits = flips = 0
     while flips == 0 or (hits < resamples / 300 and flips < FINEST * resamples):
-        signs = _flips(design, resamples, rng) if flips else ready.flips
+        signs = flips_of(design, resamples, rng) if flips else ready.flips
         scores, errors = design.flipped(ready.whole, null_c, null_q, signs)
         hits, flips = (
             hits + np.count_nonzero(np.abs(scores / errors) >= abs(score / error) - TIE),
@@ -661,7 +380,7 @@ def detection_score(
             sharpening_to_explain=sharpening,
         )
     )
-    if np.ptp(xc + yc) < MIN_EFFECT or _rank_p_value(ready.ranks, _ranks(xc + yc)) >= 0.05:
+    if np.ptp(xc + yc) < MIN_EFFECT or _rank_p_value(ready.ranks, ranks(xc + yc)) >= 0.05:
         return unmeasured(
             "controls collapsed", "controls collapsed: their answers no longer follow the baseline's", **known
         )
@@ -710,9 +429,9 @@ def yes_drift(probes: Sequence[Probe], *, resamples: int = 49999, seed: int = 0)
     """
     used = _answered(probes, "introspective")
     halves = {key: [p for p in used if p.keyed == key] for key in ("yes", "no")}
-    if min(len(set(_clusters(half))) for half in halves.values()) < MIN_PER_HALF:
+    if min(len(set(clusters_of(half))) for half in halves.values()) < MIN_PER_HALF:
         return None
-    groups = _membership(_clusters(used))
+    groups = membership(clusters_of(used))
     # the units' mean is the mean of halves
     share = np.array([0.5 / len(halves[p.keyed]) for p in used]) * groups.shape[1]
     before, after = (

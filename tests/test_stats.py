@@ -9,7 +9,7 @@ import pytest
 from scipy import stats as scipy_stats
 from scipy.stats import norm
 
-from analysis import detection, stats
+from analysis import curve, detection, stats
 
 
 def dumps(value):
@@ -400,7 +400,7 @@ def test_tests_of_counts_are_scipys(seed):
 def test_a_rank_correlation_is_scipys(seed):
     x, y = np.random.default_rng(seed).normal(size=(2, 15)).round(1)
     theirs = scipy_stats.spearmanr(x, y, alternative="greater").pvalue
-    assert detection._rank_p_value(detection._ranks(x), detection._ranks(y)) == pytest.approx(theirs)
+    assert detection._rank_p_value(curve.ranks(x), curve.ranks(y)) == pytest.approx(theirs)
 
 
 def test_counting_or_picking_makes_the_same_resamples():
