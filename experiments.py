@@ -399,7 +399,8 @@ def for_source(name: str) -> list[Experiment]:
 MOVED = {
     "recipes": "the operations moved: write `from franken import swap, perturb, ...`",
     "weights": (
-        "FrankenError moved: write `from errors import FrankenError`; the rest is in `surgery.weights`"
+        "FrankenError moved: write `from errors import FrankenError`; the rest is in `surgery.weights` and"
+        " `surgery.streaming`"
     ),
 }
 

@@ -40,7 +40,8 @@ from surgery.hashing import tensor_hash
 from surgery.mixing import edit_in_place, mix, mix_in_place
 from surgery.permuting import permute_units_in_place
 from surgery.recipes import *  # the operations are offered here too: `from franken import swap, perturb`
-from surgery.weights import OUTER_PARTS, Layer, Source, Stream, outer_part
+from surgery.streaming import Stream
+from surgery.weights import OUTER_PARTS, Layer, Source, outer_part
 
 
 @dataclass

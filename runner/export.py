@@ -33,8 +33,9 @@ from surgery.demands import add_delta, check_recipe, layer_jobs, outer_refs
 from surgery.hashing import tensor_hash
 from surgery.mixing import edit_in_place, mix, mix_in_place
 from surgery.recipes import Outer, Permute, Recipe, Ref, Slot
+from surgery.streaming import Stream
 from surgery.tensors import TensorRef
-from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, Stream, outer_part
+from surgery.weights import OUTER_PARTS, Adapter, Layer, Source, outer_part
 
 # What a checkpoint has for its tokenizer. Other files beside the weights may say anything and stay behind.
 TOKENIZER_FILES = (

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from command_line import ends_in_one_line
 from errors import FrankenError, first_line
-from files import read_json
+from files import ROOT, read_json
 from runner.addresses import checked_address, without_secrets
-from surgery.weights import ROOT, shown_path
+from surgery.weights import shown_path
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 UNWANTED = ["consolidated*", "original/*"]  # the same weights once more, under other names

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from errors import FrankenError
 from surgery import pages
 from surgery.pages import PIECE, Pages, pieces
+from surgery.streaming import Stream
 from surgery.tensors import read_tensor
-from surgery.weights import Checkpoint, Stream
+from surgery.weights import Checkpoint
 
 NUMBERS = st.integers(0, 3 * PIECE)
 

@@ -21,7 +21,7 @@ from files import ROOT
 from reporting import processes
 from reporting.digests import digests
 from surgery.recipes import splice
-from surgery.weights import Stream
+from surgery.streaming import Stream
 
 MANY = 3 * processes.FEWEST
 

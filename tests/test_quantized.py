@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, FineGrainedFP
 from errors import FrankenError
 from franken import LiveModel, swap
 from runner.pairs import open_pair, read_config
+from surgery.streaming import Stream
 from surgery.tensors import read_tensor
-from surgery.weights import Checkpoint, Stream, parameters_of
+from surgery.weights import Checkpoint, parameters_of
 
 WIDE = dict(hidden_size=256, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
 
