@@ -1,8 +1,8 @@
 """What a column is: its title, what it says of a row, what it is sorted by, and how it is set.
 
 Defined once, for the terminal, Markdown, the HTML pages and several runs side by side. A column of one's own
-is one line in the list of its table: here for experiments and triggers, in page_tables.py for what the page
-alone has.
+is one line in the list of its table: here for experiments and triggers, in page_tables.py and
+experiment_tables.py for what the page alone has.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from analysis.comparison import Comparison, Row
 from analysis.rows import UNCALLED, controls, named, span, sweeps, word
 from analysis.verdicts import lacking
 from errors import FrankenError
-from reporting import figures_experiments, pages, vocabulary
+from reporting import figures_runs, pages, vocabulary
 from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, pick
 from reporting.html_report import EVERY_FORM, save
 from reporting.page_tables import Table
@@ -261,7 +261,7 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
     except OSError as e:
         raise FrankenError(f"cannot write the comparison to {folder}: {e.strerror}") from e
     (names, _), apart = shared(loaded), differences(loaded)
-    figure = figures_experiments.runs(names, {name: run.rows for name, run in loaded.items()})
+    figure = figures_runs.runs(names, {name: run.rows for name, run in loaded.items()})
     write_text(folder / "comparison.md", markdown(loaded))
     write_text(
         folder / "comparison.html",

@@ -23,7 +23,7 @@ from analysis.phases import PhaseScore, scores_of
 from analysis.rows import named
 from errors import RecipeError
 from experiments import BASELINE
-from reporting import page_tables, pages, processes
+from reporting import experiment_tables, pages, processes
 from runner.results import Run
 from runner.tables import key_of
 from surgery.recipes import Recipe
@@ -89,7 +89,7 @@ def digest_of(result: dict, baseline: dict | None, manifest: dict) -> Digest:
         brief=not named([row]),
         matched=row.matched,
         layers=manifest["layers"],
-        parts=page_tables,
+        parts=experiment_tables,
         recipe_text=recipe_text,
     )
     return Digest(

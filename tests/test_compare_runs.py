@@ -119,7 +119,7 @@ def test_no_difference_is_told_where_there_is_none_to_know(two, tmp_path):
 
 def test_a_figure_holds_both_runs(two):
     loaded = compare_runs.load(two)
-    p_yes, scores = compare_runs.figures_experiments.runs(
+    p_yes, scores = compare_runs.figures_runs.runs(
         ["x", "y", "z"], {name: run.rows for name, run in loaded.items()}
     ).axes
 

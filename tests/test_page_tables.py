@@ -10,12 +10,16 @@ from markupsafe import Markup
 
 from analysis.comparison import DetectionScore, FormatScore, InjectionRow, Rate, Trigger
 from analysis.verdicts import lacking_for
-from reporting import page_tables, pages
+from reporting import experiment_tables, page_tables, pages
 from reporting.columns import Column
 from reporting.page_tables import Table, figure, words
 
 BOTH = ("triggered", "untriggered")
-TABLES = {name: value for name, value in vars(page_tables).items() if isinstance(value, Table)}
+TABLES = {
+    name: value
+    for name, value in (vars(page_tables) | vars(experiment_tables)).items()
+    if isinstance(value, Table)
+}
 
 
 def rows_of(table: Table, lines: list) -> list[list[tuple[str, str]]]:
