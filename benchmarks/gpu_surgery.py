@@ -90,7 +90,7 @@ def _splices(bench: Bench, direct: bool) -> None:
         " kernel; all: " + ", ".join(f"{r / 1e9:.1f}" for r in rates),
     )
     ones = []
-    for p in range(bench.n // 2, bench.n // 2 + 4):
+    for p in range(bench.n // 2, min(bench.n // 2 + 4, bench.n)):
         ones.append(live.apply(recipes.splice(whole, "base", p, p + 1)).seconds)
         live.apply(whole)
     bench.details[f"one_layer_seconds_{'direct' if direct else 'staged'}"] = ones

@@ -55,3 +55,8 @@ def test_every_row_says_what_was_measured_and_whether_the_target_was_reached(mea
     assert table.splitlines()[4:] == printed[printed.index("| what |") :].splitlines()
     (back,) = (row for row in figures["rows"] if row["what"] == "fingerprint of all weights")
     assert back["ok"] is True and back["target"] == "back to the bit"
+
+
+def test_a_trial_with_few_layers_moves_no_layer_that_is_not_there(tmp_path):
+    done = bench("--only", "surgery", "--layers", 2, "--work", tmp_path)
+    assert "splice of 1 base layers" in done.stdout and "Traceback" not in done.stderr, done.stderr
