@@ -142,15 +142,24 @@ def row_of(result: dict, baseline: dict | None, seed: int) -> Row:
         control=experiment.get("control"),
         sweep=picked(Sweep, sweep) if sweep else None,
         suites=None if suites is None else tuple(suites),
-        matched=_match(matched) if matched else None,
+        matched=_match(matched, before) if matched else None,
         detection=score,
         yes_drift=drift,
         **{name: part(result["measurements"], before, seed) for name, part in PARTS.items()},
     )
 
 
-def _match(matched: dict) -> Match:
-    return picked(Match, matched | {"evaluations": tuple(map(tuple, matched["evaluations"]))})
+def _match(matched: dict, before: dict) -> Match:
+    """Results of before damage was looked at call `ok` whatever has the perplexity within 2%."""
+    unmodified = before["perplexity"]["perplexity"] if "perplexity" in before else None
+    share = stats.share_of_damage(matched["reached_perplexity"], matched["target_perplexity"], unmodified)
+    return picked(
+        Match,
+        matched,
+        evaluations=tuple(map(tuple, matched["evaluations"])),
+        share=share,
+        ok=matched["ok"] and (share is None or stats.as_damaged(share)),
+    )
 
 
 def _published(measured: dict, before: dict, seed: int) -> PublishedProbe | None:

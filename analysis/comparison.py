@@ -28,7 +28,7 @@ from files import ROOT, read_json
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-COMPARISON_VERSION = 3
+COMPARISON_VERSION = 4
 
 Made = TypeVar("Made")
 
@@ -90,7 +90,10 @@ class Match(Json):
     within: float | None
     """|reached / target - 1|."""
     ok: bool
-    """Whether that is close enough for the noise to be compared."""
+    """Whether perplexity and damage are close enough for the noise to be compared."""
+    share: float | None = None
+    """How far it raises the mean nats per token above the unmodified model's, as a share of how far the
+    experiment does; None where that is undefined."""
 
 
 @dataclass(frozen=True)

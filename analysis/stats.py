@@ -566,6 +566,22 @@ def discrimination(
     return Discrimination(**ends, n=n)
 
 
+DAMAGE = 0.1  # of the rise in nats per token; noise that does another damage is no match
+
+
+def share_of_damage(reached: float | None, target: float | None, unmodified: float | None) -> float | None:
+    """How far noise raises the mean nats per token above the unmodified model's, as a share of how far an
+    experiment does, from three perplexities; None where one is undefined or the experiment raises nothing."""
+    if reached is None or target is None or unmodified is None or target <= unmodified:
+        return None
+    return math.log(reached / unmodified) / math.log(target / unmodified)
+
+
+def as_damaged(share: float | None) -> bool:
+    """Whether noise does as much damage as the experiment that it is matched to, within DAMAGE."""
+    return share is not None and abs(share - 1) <= DAMAGE
+
+
 def holm(pvalues: Sequence[float | None]) -> list[float | None]:
     """Holm (1979) step-down adjusted p-values (family-wise error); None stays None and does not count."""
     out = plain(list(pvalues))

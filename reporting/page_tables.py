@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe, Row, Score
 from analysis.detection import DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import word
+from analysis.stats import as_damaged
 from analysis.verdicts import MAX_PERCENT, called, lacking
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, Line, cells, pick, place
 from reporting.pages import breakable, number, percent, rate, size, verdict, visible
@@ -191,7 +192,9 @@ def _reached(twin: Twin) -> str:
     noise = _noise(twin)
     off = "" if noise.within is None else percent(noise.within)
     if noise.ok:
-        return f"within {off}"
+        return f"within {off}" + ("" if noise.share is None else f", {noise.share:.0%} of the damage")
+    if noise.share is not None and not as_damaged(noise.share):
+        return f"no, {noise.share:.0%} of the damage"
     return f"no, {off} off" if off else "no"
 
 

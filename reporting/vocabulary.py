@@ -13,6 +13,7 @@ from analysis import published
 from analysis.comparison import Area, Comparison, DetectionScore, Row
 from analysis.detection import BROKEN, DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import UNCALLED, controls, counts, named, span, sweeps, tally, word
+from analysis.stats import as_damaged
 from analysis.verdicts import NO_CHANGE, WEAK, answering, lacking, scaling, tells
 from errors import HIDDEN, many
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
@@ -142,6 +143,8 @@ def remarks(row: Row) -> list[Remark]:
     if row.matched and not row.matched.ok:
         reached, target = row.matched.reached_perplexity, row.matched.target_perplexity
         missed = f"its noise reached perplexity {number(reached)}, not {number(target)}"
+        if (share := row.matched.share) is not None and not as_damaged(share):
+            missed += f": {share:.0%} of the rise in nats per token"
         out.append(Remark(missed, Severity.SERIOUS))
     out += map(Remark, row.notes)
     if row.same_as:
@@ -285,11 +288,14 @@ def control_lines(comparison: Comparison) -> list[tuple[str, str]]:
         )
     if twins := controls(rows, "matched noise"):
         missed = sum(not (row.matched and row.matched.ok) for row in twins)
+        # slight changes of like perplexity have the same noise
+        different = len({row.matched.fraction for row in twins if row.matched})
+        shared = f", {many(different, 'different noise')}" if different < len(twins) else ""
         out.append(
             (
                 "noise of equal perplexity",
-                f"{many(len(twins), 'experiment')}: {_scores(twins)}{counts(twins)}"
-                + (f"; {missed} did not reach the perplexity" if missed else ""),
+                f"{many(len(twins), 'experiment')}{shared}: {_scores(twins)}{counts(twins)}"
+                + (f"; {missed} not matched" if missed else ""),
             )
         )
     if injection := comparison.injection:

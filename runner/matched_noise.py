@@ -13,13 +13,16 @@ from dataclasses import replace
 from math import inf, log
 
 import evaluate
+from analysis.stats import DAMAGE, as_damaged, share_of_damage
 from engine.generation import Engine
 from errors import FrankenError
 from experiments import QUICK, TWIN, Experiment, Plan, with_suites
 from surgery.recipes import perturb
 
 MARGIN = 0.01  # below this share above the unmodified model's perplexity there is no damage to match
-TOLERANCE = 0.02  # relative deviation of perplexity at which the bisection ends
+TOLERANCE = (
+    0.02  # relative deviation of perplexity at which the bisection ends, once the damage agrees as well
+)
 BISECTION = "bisection of the noise"  # what progress calls it
 EVALUATIONS = 12  # at most; each halves the range of the logarithm of the fraction
 # noise, as a share of each tensor's own standard deviation: invisible, and nothing left
@@ -32,8 +35,11 @@ LOWEST, HIGHEST = (
 Tried = list[tuple[float, float | None]]  # [(fraction, perplexity), ...] in the order tried
 
 
-def search(target: float | None) -> Generator[float, float | None, Tried]:
+def search(target: float | None, unmodified: float | None) -> Generator[float, float | None, Tried]:
     """A bisection that yields the fractions to measure and is sent their perplexities; returns all it tried.
+
+    It ends where perplexity is the target's within TOLERANCE, and has risen from the unmodified model's as
+    far (analysis.stats.as_damaged): two percent of it are more than all that a slight change does.
 
     On a fixed grid: the fractions depend on the answers alone. The perplexity of a fraction is expected to
     rise, None (undefined) counting as above everything; where it does not, the search still ends, after
@@ -47,7 +53,7 @@ def search(target: float | None) -> Generator[float, float | None, Tried]:
         fraction = float(f"{LOWEST * (HIGHEST / LOWEST) ** middle:.6g}")
         reached = yield fraction
         tried.append((fraction, reached))
-        if deviation(reached, target) <= TOLERANCE:
+        if is_match(reached, target, unmodified):
             break
         if reached is None or reached > target:
             high = middle
@@ -56,9 +62,11 @@ def search(target: float | None) -> Generator[float, float | None, Tried]:
     return tried
 
 
-def bisect(target: float | None, perplexity: Callable[[float], float | None]) -> Tried:
+def bisect(
+    target: float | None, unmodified: float | None, perplexity: Callable[[float], float | None]
+) -> Tried:
     """`search`, answered by a function."""
-    steps = search(target)
+    steps = search(target, unmodified)
     fraction = next(steps)
     while True:
         try:
@@ -75,6 +83,14 @@ def wants(experiment: Experiment) -> bool:
 def deviation(reached: float | None, target: float | None) -> float:
     """|reached / target - 1|; infinite where either is undefined."""
     return inf if reached is None or target is None else abs(reached / target - 1)
+
+
+def is_match(reached: float | None, target: float | None, unmodified: float | None) -> bool:
+    """Whether noise does what an experiment did, by perplexities: its own, the target, the unmodified
+    model's."""
+    return deviation(reached, target) <= TOLERANCE and as_damaged(
+        share_of_damage(reached, target, unmodified)
+    )
 
 
 def nearest(tried: Sequence[tuple[float, float | None]], target: float | None) -> tuple[float, float | None]:
@@ -95,8 +111,8 @@ class Twins:
         also: what --also says: suites that the twins are asked besides.
 
     `known` has the perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they
-    begin with the same fractions, so that 20 experiments measure about 50 of the 126 points they ask for. The
-    answers are the same.
+    begin with the same fractions, so that 20 experiments measure fewer than half of the points they ask for.
+    The answers are the same.
     """
 
     def __init__(
@@ -156,7 +172,7 @@ class Twins:
             "fraction": fraction,
             "evaluations": [list(one) for one in tried],
             "within": None if off == inf else off,
-            "ok": off <= TOLERANCE,
+            "ok": is_match(reached, matched["target_perplexity"], self.unmodified()),
         }
         return self._plan(matched["of"], fraction, noise)
 
@@ -174,7 +190,8 @@ class Twins:
         return replace(
             plan,
             matched=matched,
-            notes=plan.notes + ([] if matched["ok"] or not fraction else [_shortfall(matched)]),
+            notes=plan.notes
+            + ([] if matched["ok"] or not fraction else [_shortfall(matched, self.unmodified())]),
         )
 
 
@@ -220,7 +237,7 @@ class Matcher(Twins):
             count += 1
             return self.perplexity(fraction)
 
-        return self.found(twin, bisect(matched["target_perplexity"], measured))
+        return self.found(twin, bisect(matched["target_perplexity"], self.unmodified(), measured))
 
 
 def noised_perplexity(engine: Engine, protocol: evaluate.Protocol, fraction: float) -> float | None:
@@ -238,7 +255,7 @@ def unmeasured(e: Exception) -> FrankenError:
     return FrankenError(f"the unmodified model's perplexity cannot be measured: {type(e).__name__}: {reason}")
 
 
-def _shortfall(matched: dict) -> str:
+def _shortfall(matched: dict, unmodified: float | None) -> str:
     """A sentence about noise that did not reach the perplexity asked for."""
     target, reached = matched["target_perplexity"], matched["reached_perplexity"]
     if target is None:
@@ -246,12 +263,15 @@ def _shortfall(matched: dict) -> str:
             f"{matched['of']} has no finite perplexity, which no noise can be matched to: this is the"
             " strongest that is tried"
         )
+    share = share_of_damage(reached, target, unmodified)
     got = (
         "left the perplexity undefined"
         if reached is None
-        else f"reached {reached:.2f}, off by {matched['within']:.0%}"
+        else f"reached {reached:.2f}, off by {matched['within']:.1%}"
+        + ("" if share is None else f", and {share:.0%} of the rise in nats per token")
     )
     return (
-        f"no noise was found that raises perplexity to {target:.2f} within {TOLERANCE:.0%}: the nearest of"
+        f"no noise was found that raises perplexity to {target:.2f} within {TOLERANCE:.0%}, and by as many"
+        f" nats per token within {DAMAGE:.0%}: the nearest of"
         f" {len(matched['evaluations'])} tries {got}"
     )

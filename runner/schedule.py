@@ -162,7 +162,7 @@ class Schedule:
         original = self.record.finished[name]
         assert original is not None
         target = original["measurements"]["perplexity"]["perplexity"]
-        steps = search(target)
+        steps = search(target, self.twins.unmodified())
         self._ask(_Search(place, self.twins.twin(plan, target), steps, next(steps)))
 
     def _ask(self, one: _Search) -> None:

@@ -153,6 +153,44 @@ def test_items_and_probes_that_are_not_shared_are_left_out(tmp_path):
     assert found.capability.difference == 0.5 and found.published_probe is None
 
 
+MATCHED = {
+    "target_perplexity": 9.0,
+    "reached_perplexity": 9.1,
+    "fraction": 0.1,
+    "evaluations": [[0.1, 9.1]],
+    "within": 0.01,
+    "ok": True,
+}
+# (perplexity reached, wanted, whether the run called that matched, share of the rise in nats, is it matched)
+NOISES = {
+    "as committed, a slight change": (
+        28.77,
+        29.12,
+        True,
+        math.log(28.77 / 28.73) / math.log(29.12 / 28.73),
+        False,
+    ),
+    "half of a slight change": (15.81, 15.92, True, math.log(15.81 / 15.70) / math.log(15.92 / 15.70), False),
+    "all of it": (29.10, 29.12, True, math.log(29.10 / 28.73) / math.log(29.12 / 28.73), True),
+    "of much": (400.0, 407.0, True, math.log(400 / 28.73) / math.log(407 / 28.73), True),
+    "not by the run": (300.0, 400.0, False, math.log(300 / 28.73) / math.log(400 / 28.73), False),
+    "of nothing finite": (1e6, None, False, None, False),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_is_matched_by_how_much_it_damages(name):
+    """2% of perplexity are more than all that a slight change does."""
+    reached, target, said, share, ok = NOISES[name]
+    unmodified = 15.70 if "half" in name else 28.73
+    matched = MATCHED | {"of": "x", "reached_perplexity": reached, "target_perplexity": target, "ok": said}
+    before = {"perplexity": made.perplexity([math.log(unmodified)] * 3)}
+    found = compare.row_of(
+        made.result("x__matched_noise", {}, experiment__matched=matched), before, 0
+    ).matched
+    assert found.share == (None if share is None else pytest.approx(share)) and found.ok == ok
+
+
 # ---- controls, formats, injection --------------------------------------------------------------------------
 
 
@@ -166,14 +204,6 @@ def scattered(seed, effect=0.0, drift=0.0, noise=0.3):
 
 
 PLACEBOS = {f"placebo_{k}": scattered(k) for k in range(4)}
-MATCHED = {
-    "target_perplexity": 9.0,
-    "reached_perplexity": 9.1,
-    "fraction": 0.1,
-    "evaluations": [[0.1, 9.1]],
-    "within": 0.01,
-    "ok": True,
-}
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ def test_a_measured_run_is_read_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda d: d | {"schema_version": 1}, "no comparison of version 3"),
-        (lambda d: [d], "no comparison of version 3"),
+        (lambda d: d | {"schema_version": 1}, "no comparison of version 4"),
+        (lambda d: [d], "no comparison of version 4"),
         (lambda d: d | {"baseline": 3}, r"corrupt \(\$.baseline"),
         (lambda d: d | {"unheard": 3}, "'unheard' was unexpected"),
         (lambda d: {k: v for k, v in d.items() if k != "run"}, "'run' is a required property"),

@@ -277,7 +277,7 @@ def test_controls_are_a_line_each(study):
     )
     assert (
         lines["noise of equal perplexity"]
-        == "9 experiments: scores -0.04 to +0.17; 9 do not report it; 1 did not reach the perplexity"
+        == "9 experiments, 1 different noise: scores -0.04 to +0.17; 9 do not report it; 1 not matched"
     )
     assert lines["positive control"] == "concept injection seen: " + study.injection.reason
     assert (
