@@ -1,5 +1,7 @@
 """Which tokens a converted GGUF file makes of a text, against tokenizers built from llama.cpp's own rules."""
 
+import json
+
 import gguf
 import pytest
 import tiny
@@ -7,13 +9,13 @@ from gguf.gguf_writer import GGUFValue
 from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from errors import FrankenError
 from evaluate import SUITES
 from prompts import NEUTRAL_TEXTS
-from runner.gguf import from_gguf
+from runner.gguf import from_gguf, open_gguf, own_tokenizer
 from runner.pairs import load_tokenizer, locate
 from suites.base import Protocol
 
@@ -173,7 +175,14 @@ def test_pieces_are_joined_by_their_scores(tmp_path):
     assert (made.bos_token, made.eos_token) == ("<s>", "</s>")
 
 
-# ---- the real SmolLM2
+# ---- the pairs' real files
+
+
+def asked_texts():
+    suites = ("informed", "blind", "binary", "formats", "capability", "chat", "injection_short", "phases")
+    return list(
+        dict.fromkeys(t for name in suites for t in SUITES[name]().work(Protocol(suites=(name,))).texts)
+    )
 
 
 def digits_apart(tokenizer):
@@ -187,10 +196,8 @@ def digits_apart(tokenizer):
 @pytest.mark.real
 def test_the_pair_smollm2_makes_the_models_own_tokens_of_every_text(smollm2):
     pair, own = load_tokenizer(smollm2), digits_apart(load_tokenizer(smollm2))
-    asked = ("informed", "blind", "binary", "formats", "capability", "chat", "injection_short", "phases")
-    texts = [text for name in asked for text in SUITES[name]().work(Protocol(suites=(name,))).texts]
-    assert len(texts) > 1000
-    for text in dict.fromkeys(texts):
+    assert len(asked_texts()) > 400
+    for text in asked_texts():
         said = [{"role": "user", "content": text}]
         chat = pair.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         assert ids(pair, chat) == ids(own, chat)
@@ -223,3 +230,25 @@ def test_smollm2_from_a_file_of_ones_own_is_the_pairs(smollm2, tmp_path):
     known = locate(str(file), None)[0]
     assert known.name == smollm2.name and known != smollm2
     assert (known / "tokenizer.json").read_bytes() == (smollm2 / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.real
+def test_of_a_qwen_pair_the_files_own_tokenizer_has_more_special_tokens_and_the_same_of_every_text(
+    qwen_gguf, tmp_path
+):
+    """So the pairs of Qwen keep what transformers makes (see `convert`)."""
+    (tmp_path / "model.gguf").symlink_to(qwen_gguf)
+    read = {"pretrained_model_name_or_path": tmp_path, "gguf_file": "model.gguf"}
+    pair, config = AutoTokenizer.from_pretrained(**read), AutoConfig.from_pretrained(**read)
+    pair.save_pretrained(tmp_path / "own")
+    config.save_pretrained(tmp_path / "own")
+    made = json.loads((tmp_path / "own" / "tokenizer.json").read_text("utf-8"))
+    own_tokenizer(open_gguf(qwen_gguf), tmp_path / "own")
+    files = json.loads((tmp_path / "own" / "tokenizer.json").read_text("utf-8"))
+    assert {key for key in files if files[key] != made.get(key)} == {"added_tokens"}
+    assert len(made["added_tokens"]) == 3 and len(files["added_tokens"]) == 22
+    own = load_tokenizer(tmp_path / "own")
+    for text in (*asked_texts(), *NEUTRAL_TEXTS.values(), *TEXTS):
+        said = [{"role": "user", "content": text}]
+        chat = pair.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        assert ids(pair, chat) == ids(own, chat) and ids(pair, text) == ids(own, text)
