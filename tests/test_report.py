@@ -112,6 +112,23 @@ def test_the_terminal_table_lines_up(compared):
     assert lines[4][column:].startswith("reports it") and lines[8][column:].startswith("failed: RuntimeError")
 
 
+@pytest.mark.parametrize(
+    ("verdict", "shift", "said"),
+    [
+        ("answers drift towards Yes", -0.78, "answers drift towards Yes: P(Yes), of one question, falls"),
+        ("answers drift towards No", 0.78, "answers drift towards No: P(Yes), of one question, rises"),
+        ("answers drift towards Yes", 0.78, "answers drift towards Yes"),
+        ("answers drift towards Yes", -0.01, "answers drift towards Yes"),
+        ("does not report it", -0.78, "does not report it"),
+    ],
+)
+def test_a_drift_that_p_yes_goes_against_says_so_in_its_row(verdict, shift, said):
+    row = made_rows.row("x", verdict)
+    row = replace(row, published_probe=replace(row.published_probe, shift=shift))
+    (column,) = columns.pick(columns.EXPERIMENT_COLUMNS, "verdict")
+    assert column.text(row) == said
+
+
 def test_what_stands_beside_detects():
     def found(**known):
         numbers = {"keyed_before": -2.0, "keyed_after": -0.5, "flattening_to_explain": 0.4} | known
