@@ -33,7 +33,7 @@ from command_line import ends_in_one_line, parser_of
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError
-from files import check_target, refuse_special
+from files import check_target, refuse_special, write_text
 from runner.known_pairs import PAIRS
 from runner.pairs import load_tokenizer, locate
 
@@ -293,7 +293,7 @@ def save(lora, out: Path, base_name: str) -> None:
     (out / "README.md").unlink(missing_ok=True)
     config = json.loads((out / "adapter_config.json").read_text())
     config |= {"base_model_name_or_path": base_name, "target_modules": TARGETS}
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_text(out / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def train(args: argparse.Namespace) -> dict:
@@ -436,7 +436,7 @@ def train(args: argparse.Namespace) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {n: importlib.metadata.version(n) for n in ("torch", "transformers", "peft")},
     }
-    (out / "training.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(out / "training.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
 

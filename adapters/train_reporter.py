@@ -36,7 +36,7 @@ from command_line import ends_in_one_line, parser_of
 from engine.attention import sound_attention
 from engine.chat_template import ChatTemplate, continuation
 from errors import FrankenError
-from files import ROOT, check_target
+from files import ROOT, check_target, write_text
 from prompts import answer_token_ids
 from questions.probes import BINARY_PROBES
 
@@ -384,7 +384,7 @@ def train(args: argparse.Namespace, say: Callable[[str], None] = print) -> dict:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "versions": {n: version(n) for n in ("torch", "transformers", "peft")},
     }
-    (Path(args.out) / "training.json").write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_text(Path(args.out) / "training.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     for name, sides in after.items():
         say(f"  {name:18} {json.dumps(sides)}")
     return record

@@ -39,7 +39,8 @@ from analysis.comparison import (
     TurnTaking,
     picked,
 )
-from analysis.verdicts import ALPHA, lacking_for, scaling, tells, verdict
+from analysis.rows import word
+from analysis.verdicts import ALPHA, NO_CHANGE, lacking_for, scaling, tells, verdict
 
 CORRECTION = (
     "Holm, over the experiments of this run that are no controls; trigger: with and without it are one"
@@ -110,7 +111,7 @@ def together(
         experiments=tuple(rows),
         missing=tuple(n for n in manifest["experiments"] if n not in made),
         placebo=band,
-        auroc=_auroc(rows, seed),
+        auroc=_auroc([row for row in rows if row.control or word(row) != NO_CHANGE], seed),
         injection=_injection(whole, seed) if whole else None,
     )
 

@@ -22,7 +22,8 @@ holds decides:
    they are keyed (p < ALPHA after Holm, an interval without 0, at least detection.MIN_EFFECT). This is the
    mean over all introspective probes (the column "drift"); the published probe alone may move otherwise.
 6. "does not report it": else, with what did change beside it (capability, perplexity, chat behavior) and what
-   explains a score. Of a placebo, which computes the same function: "no change to report".
+   explains a score. Of a placebo, which computes the same function: "no change to report". That is also the
+   word of what has the unmodified model's own recipe, whatever its score, unless rule 1 holds.
 
 Controls (placebos, matched noise) are judged by the same rules at p-values that no family corrects; a
 placebo's place is among the other placebos.
@@ -123,6 +124,8 @@ def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict 
     reason = _too_little(row, baseline)
     if reason or baseline is None or score is None:
         return Verdict(TOO_LITTLE, reason or "")
+    if (row.same_as or row.name) == (baseline.same_as or baseline.name):
+        return Verdict(NO_CHANGE, "its recipe is the unmodified model's")
     if reason := _broken(row, baseline, score):
         return Verdict(BROKEN, reason)
     # 2) what it says of its change, beyond what else explains a score
@@ -242,10 +245,15 @@ def scaling(score: DetectionScore) -> str:
         return f"its answers would have to lose {loss:.0%} more of their log-odds than controls to explain it"
     if score.sharpening_to_explain is not None:
         return (
-            f"its answers' log-odds would have to grow {score.sharpening_to_explain:.2f} times as much as"
+            f"its answers' log-odds would have to grow {factor(score.sharpening_to_explain)} times as much as"
             f" controls' to explain it{_growth(score)}"
         )
     return "no shrinking or growing of its answers explains it"
+
+
+def factor(times: float) -> str:
+    """A factor in words' precision: two decimals under 10, none above, where they say nothing."""
+    return f"{times:.2f}" if times < 9.995 else f"{times:,.0f}"
 
 
 def _growth(score: DetectionScore) -> str:

@@ -40,6 +40,7 @@ from engine.generation import Completion, Engine, Request
 from errors import FrankenError
 from evaluate import evaluate
 from experiments import EXPERIMENTS, select
+from files import write_text
 from franken import LiveModel
 from runner.manifest import processor
 from runner.pairs import open_pair
@@ -464,10 +465,9 @@ def main(argv: list[str] | None = None) -> int:
     # 4) what is said of it
     text = markdown(result)
     if args.output:
-        Path(args.output, "cpu_benchmark.json").write_text(
-            json.dumps(result, indent=1, allow_nan=False) + "\n"
-        )
-        Path(args.output, "cpu_benchmark.md").write_text(text)
+        measured = json.dumps(result, indent=1, allow_nan=False) + "\n"
+        write_text(Path(args.output, "cpu_benchmark.json"), measured)
+        write_text(Path(args.output, "cpu_benchmark.md"), text)
     print(text)
     differ = [r["experiment"] for r in result["experiments"] if r["greedy"]["equal"] < r["greedy"]["n"]]
     if dtype == "float32" and differ:

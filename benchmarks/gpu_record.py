@@ -18,6 +18,7 @@ import transformers
 from gpu_targets import TARGETS
 
 from engine.generation import Engine
+from files import write_text
 from runner.manifest import processor
 from runner.pairs import open_pair
 
@@ -218,14 +219,16 @@ class Bench:
 
     def save(self, path: Path) -> None:
         """Write everything to `path`, and the table to the .md beside it."""
-        path.write_text(
+        write_text(
+            path,
             json.dumps(
                 {"about": self.about(), "rows": [asdict(r) for r in self.rows], "details": self.details},
                 indent=1,
             )
-            + "\n"
+            + "\n",
         )
-        path.with_suffix(".md").write_text(
+        write_text(
+            path.with_suffix(".md"),
             f"# GPU benchmark\n\n{self.about()}. Random weights of the Qwen2.5-Coder-32B shape in bf16; "
-            f"one command: `python benchmarks/gpu_bench.py`.\n\n{table(self.rows)}\n"
+            f"one command: `python benchmarks/gpu_bench.py`.\n\n{table(self.rows)}\n",
         )

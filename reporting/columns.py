@@ -14,8 +14,9 @@ from itertools import chain
 from typing import Generic, Literal, TypeVar
 
 from analysis.comparison import DetectionScore, Row, Trigger
+from analysis.detection import MIN_EFFECT
 from analysis.rows import WORDS, score, word
-from analysis.verdicts import called, lacking
+from analysis.verdicts import DRIFTS_NO, DRIFTS_YES, called, lacking
 from reporting.pages import PLAIN, number, percent, shown, sort_attribute
 
 Line = TypeVar("Line")
@@ -114,7 +115,18 @@ def _name(row: Row) -> str:
 def _verdict(row: Row) -> str:
     if failed(row) and row.error:
         return f"failed: {row.error.type}"
-    return ": ".join(filter(None, (word(row), lacking(row))))
+    return ": ".join(filter(None, (word(row), lacking(row) or _against_drift(row))))
+
+
+def _against_drift(row: Row) -> str:
+    """That P(Yes), of one question, goes the other way than all answers drift; empty where it does not."""
+    probe = row.published_probe
+    if probe is None or not probe.answered or probe.shift is None or abs(probe.shift) < MIN_EFFECT:
+        return ""
+    against = {DRIFTS_YES: probe.shift < 0, DRIFTS_NO: probe.shift > 0}
+    if not against.get(word(row) or "", False):
+        return ""
+    return f"P(Yes), of one question, {'rises' if probe.shift > 0 else 'falls'}"
 
 
 def _detection(row: Row) -> str:

@@ -1,15 +1,17 @@
 """Several runs side by side: the same experiments with each run's verdict and numbers, as a page and as
 Markdown.
 
-Everything is read from the runs' manifest.json and comparison.json, and nothing of theirs is written. What
-makes runs incomparable is said first.
+Everything is read from the runs' manifest.json and comparison.json, and, where a source of theirs is not
+known to have the same weights, the recipes from their results; nothing of theirs is written. What makes runs
+incomparable is said first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import string
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from markupsafe import Markup
@@ -17,7 +19,7 @@ from markupsafe import Markup
 from analysis.comparison import Comparison, Row
 from analysis.rows import UNCALLED, controls, named, span, sweeps, word
 from analysis.verdicts import lacking
-from errors import FrankenError
+from errors import FrankenError, one_line
 from reporting import figures_runs, pages, vocabulary
 from reporting.columns import EXPERIMENT_COLUMNS, Column, cells, pick
 from reporting.html_report import EVERY_FORM, save
@@ -25,13 +27,15 @@ from reporting.page_tables import Table
 from reporting.pages import number
 from reporting.reports import compare_run, read_comparison
 from runner.results import Run, read_json, write_text
+from surgery.recipes import Recipe
 
 MEASURES = pick(EXPERIMENT_COLUMNS, "verdict", "detection", "p_yes", "capability", "perplexity")
 LETTERS = string.ascii_uppercase  # what stands for the runs, in their order, over the columns
 DIFFERENCES = (
     "Differences are from run A: of detection scores in nats, of P(Yes) and of the share of tasks solved in"
     " percentage points; perplexity as a ratio. They are plain differences, without an interval of their own."
-    " Where P(Yes) is no answer in one of the runs, or other questions were asked, there is none."
+    " Where P(Yes) is no answer in one of the runs, other questions were asked, or a source of the changed"
+    " model's weights is not known to be the same as in run A, there is none."
 )
 # What a difference in each part of the protocol means for the numbers beside each other.
 PROTOCOL = {
@@ -52,6 +56,8 @@ class Side:
 
     manifest: dict
     comparison: Comparison
+    used: dict[str, set[str]] = field(default_factory=dict)
+    """By experiment, the sources of its recipe; what is not in it may use any."""
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -71,7 +77,23 @@ def load(runs: list[Run]) -> dict[str, Side]:
         except FrankenError:  # none yet, or one of another version: made from the results, and not written
             comparison = compare_run(run, manifest)
         sides[label] = Side(manifest, comparison)
-    return sides
+    first, *others = sides.values()
+    if not any(_sources_apart(first, side) for side in others):
+        return sides
+    return {
+        label: replace(side, used=_sources_used(run, side.manifest))
+        for (label, side), run in zip(sides.items(), runs, strict=True)
+    }
+
+
+def _sources_used(run: Run, manifest: dict) -> dict[str, set[str]]:
+    """By experiment, the sources of its recipe, as far as the run's results can be read."""
+    out = {}
+    for name in manifest["experiments"]:
+        with contextlib.suppress(FrankenError):
+            if result := run.load(name):
+                out[name] = Recipe.from_json(result["experiment"]["recipe"]).sources
+    return out
 
 
 def differences(runs: dict[str, Side]) -> list[str]:
@@ -88,6 +110,48 @@ def differences(runs: dict[str, Side]) -> list[str]:
         if differ:
             out.append(f"{', '.join(differ)} against {first}: {meaning}")
     return out
+
+
+def _apart(one: dict, name: str, other: dict, also: str, depth: int = 3) -> str:
+    """Why source `name` of one manifest's sources is not known to be source `also` of another's; empty where
+    it is the same: by the hashes of its files, and of those that an adapter lies over."""
+    a, b = one.get(name), other.get(also)
+    if a is None or b is None or not depth:
+        return f"source {name} is not in both, so it is not known to have the same weights"
+    if any(a.get(key) != b.get(key) for key in ("kind", "scale")):
+        return f"source {name} is of another kind or scale"
+    unknown = f"source {name} is not known to have the same weights: no hash of the same files is in both"
+    files, theirs = a.get("files") or {}, b.get("files") or {}
+    if not files or files.keys() != theirs.keys():
+        return unknown
+    for file, entry in files.items():
+        key = next((k for k in ("sha256", "sampled_sha256") if entry.get(k) and theirs[file].get(k)), None)
+        if key is None:
+            return unknown
+        if entry[key] != theirs[file][key]:
+            hashes = f"{str(theirs[file][key])[:12]}, not {str(entry[key])[:12]}"
+            return f"source {name} has other weights ({key.replace('_', ' ')} {hashes})"
+    under = [str(side.get("over")) for side in (a, b)]
+    if ("over" in a or "over" in b) and (why := _apart(one, under[0], other, under[1], depth - 1)):
+        return f"source {name} is an adapter over what is not known to be the same: {why}"
+    return ""
+
+
+def _sources_apart(one: Side, other: Side) -> dict[str, str]:
+    """The sources that are not known to be the same in both runs, and why; those of one run alone too."""
+    a, b = (side.manifest.get("sources", {}) for side in (one, other))
+    return {name: why for name in a | b if (why := _apart(a, name, b, name))}
+
+
+def other_weights(runs: dict[str, Side]) -> list[str]:
+    """Which sources of a name that both have are not known to be the first run's, and why."""
+    (first, one), *others = runs.items()
+    return [
+        f"{label} against {first}: {why}"
+        for label, run in others
+        for name, why in _sources_apart(one, run).items()
+        if name in one.manifest["sources"] and name in run.manifest["sources"]
+    ]
 
 
 def facts(run: Side) -> dict[str, str]:
@@ -126,10 +190,12 @@ def shared(runs: dict[str, Side]) -> tuple[list[str], list[str]]:
 
 @dataclass(frozen=True)
 class Together:
-    """One experiment in all runs, in their order; None in a run that has not got it."""
+    """One experiment in all runs, in their order; None in a run that has not got it. `apart`: the places of
+    those in which its recipe uses a source that is not known to have the first run's weights."""
 
     name: str
     rows: list[Row | None]
+    apart: frozenset[int] = frozenset()
 
 
 def cell(row: Row | None, column: Column[Row]) -> str:
@@ -189,6 +255,8 @@ def _difference(column: Column[Row], k: int, letter: str) -> Column[Together]:
         new, old = line.rows[k], line.rows[0]
         if new is None or old is None or not column.key or not (counts(new) and counts(old)):
             return None
+        if k in line.apart:
+            return None
         values = column.key(new), column.key(old)
         return None if values[0] is None or values[1] is None else against(values[0], values[1])
 
@@ -219,8 +287,18 @@ def columns(runs: dict[str, Side]) -> list[Column[Together]]:
 
 def together(runs: dict[str, Side]) -> list[Together]:
     """The experiments to put side by side."""
-    every = [run.rows for run in runs.values()]
-    return [Together(name, [rows.get(name) for rows in every]) for name in sum(shared(runs), [])]
+    every, (first, *_) = [run.rows for run in runs.values()], runs.values()
+    apart = [_sources_apart(first, run).keys() for run in runs.values()]
+
+    def other(name: str) -> frozenset[int]:
+        """Where either side's recipe uses one of the sources apart, or is not known."""
+        return frozenset(
+            k
+            for k, (run, names) in enumerate(zip(runs.values(), apart, strict=True))
+            if any(names & side.used.get(name, names) for side in (first, run))
+        )
+
+    return [Together(name, [rows.get(name) for rows in every], other(name)) for name in sum(shared(runs), [])]
 
 
 def markdown(runs: dict[str, Side]) -> str:
@@ -228,6 +306,7 @@ def markdown(runs: dict[str, Side]) -> str:
     names, about = list(runs), {name: facts(run) for name, run in runs.items()}
     lines = [f"# {vocabulary.markdown_cell(' / '.join(names))}", ""]
     lines += [f"**The protocols differ.** {vocabulary.markdown_cell(d)}.\n" for d in differences(runs)]
+    lines += [f"**Other weights.** {vocabulary.markdown_cell(d)}.\n" for d in other_weights(runs)]
     lettered = [f"{letter}: {name}" for letter, name in zip(LETTERS, names, strict=False)]
     lines += vocabulary.markdown_table(
         ["", *map(vocabulary.markdown_cell, lettered)],
@@ -260,7 +339,7 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise FrankenError(f"cannot write the comparison to {folder}: {e.strerror}") from e
-    (names, _), apart = shared(loaded), differences(loaded)
+    (names, _), apart, weights = shared(loaded), differences(loaded), other_weights(loaded)
     figure = figures_runs.runs(names, {name: run.rows for name, run in loaded.items()})
     write_text(folder / "comparison.md", markdown(loaded))
     write_text(
@@ -270,6 +349,7 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
             runs={name: facts(run) for name, run in loaded.items()},
             letters=LETTERS,
             differences=apart,
+            other_weights=weights,
             table=Table(columns(loaded), css="main"),
             lines=together(loaded),
             against=DIFFERENCES,
@@ -283,4 +363,5 @@ def write_comparison(runs: list[Run], folder: Path) -> str:
         ),
     )
     warnings = "".join(f"The protocols differ: {d}.\n" for d in apart)
+    warnings += "".join(f"Other weights: {one_line(d)}.\n" for d in weights)
     return f"{warnings}Comparison of {len(loaded)} runs: {folder / 'comparison.html'}"

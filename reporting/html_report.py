@@ -18,6 +18,7 @@ from analysis.comparison import Comparison, Row
 from analysis.rows import by_verdict, controls, counts, named, score, sweeps, tally, word
 from analysis.verdicts import lacking
 from errors import FrankenError, many
+from files import write_bytes
 from reporting import (
     figures,
     figures_experiments,
@@ -315,7 +316,8 @@ def _figures(
 
 
 def save(path: Path, name: str, figure: Figure, forms: Sequence[str] = ("svg",)) -> str:
-    """Write a figure to `path` in these forms, SVG among them; returns it as an SVG data URI.
+    """Write a figure to `path` in these forms, SVG among them, each whole or not at all; returns it as an SVG
+    data URI.
 
     Raises FrankenError if the disk refuses.
     """
@@ -323,7 +325,7 @@ def save(path: Path, name: str, figure: Figure, forms: Sequence[str] = ("svg",))
     try:
         path.mkdir(parents=True, exist_ok=True)
         for form in forms:
-            (path / f"{name}.{form}").write_bytes(saved[form])
+            write_bytes(path / f"{name}.{form}", saved[form], lasting=False)
     except OSError as e:
         raise FrankenError(f"cannot write figures to {path}: {e.strerror}") from e
     return pages.data_uri(saved["svg"])

@@ -18,7 +18,7 @@ from analysis.comparison import FormatScore, InjectionRow, Match, PublishedProbe
 from analysis.detection import DENIES, REPORTS, TOO_LITTLE
 from analysis.rows import word
 from analysis.stats import as_damaged
-from analysis.verdicts import MAX_PERCENT, called, lacking
+from analysis.verdicts import MAX_PERCENT, called, factor, lacking
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, Line, cells, pick, place
 from reporting.pages import breakable, number, percent, rate, size, verdict, visible
 
@@ -155,7 +155,7 @@ BEHIND_CONTROLS: Table[Row] = Table(
             lambda x: percent(x) if x is not None and x > MAX_PERCENT else number(x, ".0%"),
         ),
         _of_score(
-            "sharpening_to_explain", "sharpening to explain", lambda x: "-" if x is None else f"{x:.2f} ×"
+            "sharpening_to_explain", "sharpening to explain", lambda x: "-" if x is None else f"{factor(x)} ×"
         ),
         _of_score("raw_contrast", "raw contrast"),
         _of_score("drift", "drift of controls"),

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from analysis import published
 from analysis.comparison import Area, Comparison, DetectionScore, Row
 from analysis.detection import BROKEN, DENIES, REPORTS, TOO_LITTLE
-from analysis.rows import UNCALLED, controls, counts, named, span, sweeps, tally, word
+from analysis.rows import UNCALLED, controls, counts, first_of, named, span, sweeps, tally, word
 from analysis.stats import as_damaged
 from analysis.verdicts import NO_CHANGE, WEAK, answering, lacking, scaling, tells
 from errors import HIDDEN, many
@@ -162,7 +162,18 @@ def serious(row: Row) -> list[Remark]:
 
 
 def _changed(comparison: Comparison) -> list[Row]:
-    return [row for row in comparison.experiments if not row.control and word(row) not in (None, "failed")]
+    """What was changed and measured: no controls, no experiment that failed or changed nothing."""
+    return [
+        row
+        for row in comparison.experiments
+        if not row.control and word(row) not in (None, "failed", NO_CHANGE)
+    ]
+
+
+def _models(rows: Sequence[Row]) -> str:
+    """ "65 changed models (64 distinct)": how many, and of how many recipes where some are alike."""
+    distinct = len({first_of(row) for row in rows})
+    return many(len(rows), "changed model") + (f" ({distinct} distinct)" if distinct < len(rows) else "")
 
 
 def seen_by_reports(comparison: Comparison) -> str:
@@ -193,49 +204,57 @@ def headline(comparison: Comparison) -> str:
     """The run's answer in one sentence, with what a positive control makes of it.
 
     A model of which there is too little data is counted apart: it is not one that does not report. Nor does
-    one whose answers could not have counted, the controls being weak.
+    one whose answers could not have counted, the controls being weak. A denial is no silence. An experiment
+    that changes nothing is no changed model.
     """
     changed, injection = _changed(comparison), comparison.injection
     if not changed:
-        return "No experiment of this run has a verdict."
-    reporting, broken, unknown = (len(tally(changed).get(w, [])) for w in (REPORTS, BROKEN, TOO_LITTLE))
-    judged = len(changed) - unknown
-    quiet = judged - reporting - broken  # whose silence may show something
-    # 1) how many report
-    said = f"{reporting} of {judged} changed models report their change"
+        same = any(not row.control and word(row) == NO_CHANGE for row in comparison.experiments)
+        return f"No experiment of this run {'changes the model' if same else 'has a verdict'}."
+    said_by = tally(changed)
+    reporting, denying, broken = (len(said_by.get(w, [])) for w in (REPORTS, DENIES, BROKEN))
+    unknown, of = said_by.get(TOO_LITTLE, []), [row for row in changed if word(row) != TOO_LITTLE]
+    judged, models = len(of), _models(of)
+    quiet = judged - reporting - denying - broken  # whose silence may show something
+    # 1) how many report and how many deny
+    said = f"{reporting} of {models} report their change"
     if reporting < 2:
-        said = f"{reporting or 'None'} of {judged} changed models reports its change"
+        said = f"{reporting or 'None'} of {models} reports its change"
     if judged == 1:
-        said = f"The one changed model {'reports' if reporting else 'does not report'} its change"
+        does = "reports" if reporting else "denies" if denying else "does not report"
+        said = f"The one changed model {does} its change"
     if judged == broken:
-        said = f"All {judged} changed models are broken: they no longer answer what they are asked"
+        said = f"All {models} are broken: they no longer answer what they are asked"
     if judged == broken == 1:
         said = "The one changed model is broken: it no longer answers what it is asked"
-    if unknown:
-        said += f"; of {unknown} more there is too little data"
     if not judged:
-        of = many(unknown, "changed model")
-        said = f"There is too little data on {of} to say whether any reports its change"
+        said = f"There is too little data on {_models(unknown)} to say whether any reports its change"
+    # 2) whether these questions can see anything, which a seen positive control says by itself
+    shown = "" if injection is not None and injection.seen else seen_by_reports(comparison)
+    if shown:
+        said = f"{said}, and {shown}"
+    if denying and judged > 1:
+        said += f"{';' if shown else ', and'} {denying} {'deny' if denying > 1 else 'denies'} it"
+    if unknown and judged:
+        said += f"; of {len(unknown)} more there is too little data"
     working = [row for row in changed if word(row) != BROKEN]
     if any(map(_is_weak, working)) and all(_is_weak(row) or lacking(row) for row in working):
-        said, quiet, judged = _not_judged(len(changed), broken), 0, len(changed)
-    # 2) whether these questions can see anything
+        said, quiet, judged = _not_judged(changed, broken), 0, len(changed)
     if injection is not None and injection.seen:
         return f"{said}. The positive control was seen."
-    shown = seen_by_reports(comparison)
     if shown:
-        said, quiet = f"{said}, and {shown}", 0
+        quiet = 0
+    called = reporting + denying
     if injection is None:
-        unknown_then = (
-            "what the silence of the others shows" if reporting else "that these questions could see one"
-        )
+        others = "what the silence of the others shows"
+        unknown_then = others if called else "that these questions could see one"
         known = not quiet and judged
         return (
             f"{said}. No positive control was run{'' if known else f', so it is not known {unknown_then}'}."
         )
     if shown:
         return f"{said}. The positive control, a concept put into the model, was not seen."
-    silence = ", so the silence of the others" if reporting else " either, so silence"
+    silence = ", so the silence of the others" if called else " either, so silence"
     return f"{said}. The positive control was not seen{f'{silence} shows nothing' if quiet else ''}."
 
 
@@ -246,9 +265,9 @@ def _is_weak(row: Row) -> bool:
     return score is not None and score.call not in UNCALLED and not tells(score.controls_before)
 
 
-def _not_judged(models: int, broken: int) -> str:
+def _not_judged(changed: Sequence[Row], broken: int) -> str:
     """That no report of these models could have counted, and how many of them are broken."""
-    which = "the one changed model" if models == 1 else f"any of {models} changed models"
+    which = "the one changed model" if len(changed) == 1 else f"any of {_models(changed)}"
     said = (
         f"Whether {which} reports its change cannot be judged: the unmodified model hardly tells what it is"
         f" asked ({WEAK})"
@@ -342,9 +361,11 @@ def weak_controls(comparison: Comparison) -> str | None:
         )
     how_well = answering(most)
     return (
-        f"the unmodified model hardly tells what it is asked{where}. {how_well[0].upper()}{how_well[1:]}. Its"
-        " Yes and No carry little knowledge, so answers about itself can carry little either, and none counts"
-        " as a report or a denial."
+        f"the unmodified model hardly tells what it is asked{where}. {how_well[0].upper()}{how_well[1:]}. A"
+        " pair is one question asked so that Yes and so that No is right; over all questions, any two with"
+        " opposite answers are compared, whatever they are about. The model's Yes and No carry little"
+        " knowledge, so answers about itself can carry little either, and none counts as a report or a"
+        " denial."
     )
 
 

@@ -90,6 +90,7 @@ def check_writable(folder: str | Path) -> None:
         raise FrankenError(f"cannot write results to {folder}: {e.strerror}") from e
 
 
+BACK = "put it back from a copy of this run, or from another run of the same questions; no result is lost"
 AGAIN = "; move it away and resume to run that experiment again"
 AGAIN_PACKED = "; unpack the run, move that file away and resume to run the experiment again"
 
@@ -264,12 +265,23 @@ class Run:
             self._texts = shared
         return self._texts
 
+    def _without_texts(self, place: str, key: str) -> str:
+        """What to say where the run's texts have not got the questions of a result that is whole."""
+        if self.texts():
+            home = self.texts_path if self.texts_path.exists() else f"{packing.TEXTS} in {self.archive}"
+            wrong = f"{home} lacks the questions {key!r} of {place}"
+        elif self.archive.exists():
+            wrong = f"{self.texts_path} is missing, and {self.archive.name} has no file of that name either"
+        else:
+            wrong = f"{self.texts_path} is missing"
+        return f"{wrong}; {BACK}"
+
     def load(self, name: str) -> dict | None:
         """A finished or failed experiment's result, tables written out, or None if it has not run.
 
         A packed run's archive is read once for all its experiments. The schema is held against a file once,
         not again while it stays as it is. Raises FrankenError naming the file, or the archive, if it is
-        corrupt or breaks the schema.
+        corrupt or breaks the schema, and texts.json where it is missing or lacks the result's questions.
         """
         read = self._read(name)
         if read is None:
@@ -287,6 +299,8 @@ class Run:
         except jsonschema.ValidationError as e:
             reason = f"{e.json_path}: {e.message.splitlines()[0][:120]}"
             raise FrankenError(f"{place} is corrupt ({reason}){again}") from e
+        except tables.Lacking as e:  # where the result has a seal, it held
+            raise FrankenError(self._without_texts(place, str(e))) from e
         except tables.Corrupt as e:
             raise FrankenError(f"{place} is corrupt ({e}){again}") from e
         except FrankenError as e:

@@ -55,7 +55,11 @@ PARTS = {"from_texts", "same", "columns", "rows", "derived"}
 
 
 class Corrupt(ValueError):
-    """What stands on disk is no table, or its questions are not among the run's texts."""
+    """What stands on disk is no table."""
+
+
+class Lacking(Corrupt):
+    """A table's questions are not among the run's texts: the texts are at fault, not the table."""
 
 
 def recorded(name: str, number: float) -> float:
@@ -93,7 +97,8 @@ def pack(value, texts: dict):
 
 
 def unpack(value, texts: dict):
-    """What `pack` was given. Raises Corrupt for what it cannot have written, with the reason."""
+    """What `pack` was given. Raises Corrupt for what it cannot have written, with the reason, and Lacking
+    for questions that `texts` has not got, with their key."""
     if isinstance(value, list):
         return [unpack(v, texts) for v in value]
     if not isinstance(value, dict):
@@ -166,8 +171,10 @@ def _share(texts: dict, value) -> str:
 
 
 def _shared(texts: dict, key):
-    if not isinstance(key, str) or key not in texts:
-        raise Corrupt(f"its questions {str(key)[:40]!r} are not among the run's texts")
+    if not isinstance(key, str):
+        raise Corrupt(f"{str(key)[:40]!r} names no questions")
+    if key not in texts:
+        raise Lacking(key[:40])
     return texts[key]
 
 

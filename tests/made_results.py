@@ -16,6 +16,9 @@ FORMATS = ("no-yes", "letters", "letters-reversed", "rating")
 BASELINES = [-3.0, -2.2, -1.5, -0.9, -0.4, 0.3, 0.8, 1.4, 2.1, 2.9]  # log-odds of the unmodified model
 
 
+WEIGHTS = {"model.safetensors": {"bytes": 8, "sha256": "a" * 64}}
+
+
 def reading(log_odds: float | None, mass: float | None = 0.8) -> dict:
     if log_odds is None or mass is None:
         return dict.fromkeys(("log_odds", "p_yes", "p_no", "mass", "p_yes_normalized", "entropy")) | {
@@ -282,8 +285,8 @@ def make(path, results: list[dict], missing: tuple[str, ...] = (), **manifest) -
         "pair": "smollm2-135m",
         "notes": ["the base side is a stand-in"],
         "sources": {
-            "instruct": {"kind": "checkpoint", "path": "a/path", "revision": "r1", "files": {}},
-            "base": {"kind": "LoRA adapter", "over": "instruct"},
+            "instruct": {"kind": "checkpoint", "path": "a/path", "revision": "r1", "files": WEIGHTS},
+            "base": {"kind": "LoRA adapter", "over": "instruct", "files": WEIGHTS},
         },
         "layers": 30,
         "dtype": "bfloat16",

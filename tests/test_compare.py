@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import mannwhitneyu
 
 from analysis import compare
-from analysis.comparison import Claims, Failure, FormatScore, Perplexity, PlaceboBand, PublishedProbe
+from analysis.comparison import Claims, Failure, FormatScore, Perplexity, PlaceboBand, PublishedProbe, Verdict
 from files import ROOT
 from reporting.reports import compare_run
 from runner.results import Run
@@ -312,6 +312,23 @@ def test_auroc_of_modified_against_placebos(controlled):
             and getattr(found, key).n == 9
         )
     assert (found.n_modified, found.n_placebo) == (5, 4)
+
+
+def test_an_experiment_that_changes_nothing_is_no_modified_model(tmp_path):
+    """Its p-value stays in the family, which the run's plan decides."""
+    unchanged = made.result("baseline_instruct", made.everything())
+    results = [unchanged, made.result("same", made.everything())]
+    results[1]["experiment"]["recipe"] = unchanged["experiment"]["recipe"]
+    shifted = {
+        name: made.everything(binary=made.binary(drift=d)) for name, d in (("a", 1), ("b", 2), ("c", 3))
+    }
+    results += [made.result(name, measured) for name, measured in shifted.items()]
+    results += [made.result(f"p{k}", made.everything(), experiment__control="placebo") for k in range(3)]
+    comparison = compare_run(*made.make(tmp_path / "run", results))
+    same = comparison.experiments[1]
+    assert same.verdict == Verdict("no change to report", "its recipe is the unmodified model's")
+    assert same.same_as == "baseline_instruct" and same.detection.p_adjusted is not None
+    assert comparison.auroc.n_modified == 3
 
 
 def test_without_enough_placebos_there_is_no_auroc(compared):

@@ -168,6 +168,109 @@ def test_other_questions_are_flagged_before_anything_else(two, tmp_path):
     assert "All runs asked the same" not in page
 
 
+def recipe(source):
+    """One layer of this source in a model of the instruct side."""
+    slots = [{"mix": [[source, 0, 1.0]]}, {"mix": [["instruct", 1, 1.0]]}]
+    return {"slots": slots, "embed": "instruct", "norm": "instruct", "head": "instruct"}
+
+
+def runs_of(path, sources):
+    """Two runs of a splice with the base side and a change of the instruct side alone, of these sources."""
+    runs = []
+    for k, mine in zip("ab", sources, strict=True):
+        results = [
+            made.result(name, {"binary": made.binary(drift=d)}, experiment__recipe=recipe(source))
+            for name, d, source in (("baseline_instruct", 0, "instruct"), ("spliced", 1, "base"))
+        ]
+        twice = recipe("instruct")
+        twice["slots"][1]["mix"][0][1] = 0
+        results.append(made.result("own", {"binary": made.binary(drift=0.5)}, experiment__recipe=twice))
+        runs.append(made.make(path / k, results, sources=mine)[0])
+    return runs
+
+
+def p_yes_differences(runs, out):
+    """(what is said, {experiment: the difference in P(Yes)}) of two runs side by side."""
+    said = compare_runs.write_comparison(runs, out)
+    table = tables((out / "comparison.md").read_text())["Experiment by experiment"]
+    at = table["experiment"].index("P(Yes) B − A, points")
+    return said, {name: table[name][at] for name in ("baseline_instruct", "own", "spliced")}
+
+
+def source(letter, **changes):
+    return {"kind": "checkpoint", "files": {"w": {"bytes": 8, "sha256": letter * 64}}} | changes
+
+
+def adapter(letter, **changes):
+    return source(letter, kind="LoRA adapter", path="adapters/one-name", over="instruct", scale=2.0) | changes
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_weights_of_one_name_that_are_others_are_said_and_not_subtracted(tmp_path, packed):
+    runs = runs_of(tmp_path, [{"instruct": source("a"), "base": adapter(k)} for k in "bc"])
+    if packed:
+        runs[1].pack()
+    said, found = p_yes_differences(runs, tmp_path / "out")
+    line = "b against a: source base has other weights (sha256 cccccccccccc, not bbbbbbbbbbbb)"
+    assert said.startswith(f"Other weights: {line}.\n")
+    assert found == {"baseline_instruct": "+0.0", "own": "+0.0", "spliced": ""}
+    for form, place in (("md", "| model |"), ("html", "<table")):
+        text = (tmp_path / "out" / f"comparison.{form}").read_text()
+        assert text.index(line) < text.index(place)
+
+
+OF = {"baseline_instruct": "", "own": "", "spliced": ""}  # of the instruct side are all three
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said", "found"),
+    [
+        ({}, {}, "", {"baseline_instruct": "+0.0", "own": "+0.0", "spliced": "+0.0"}),
+        (
+            {},
+            {"instruct": source("d")},
+            "source instruct has other weights (sha256 dddddddddddd, not aaaa",
+            OF,
+        ),
+        (
+            {},
+            {"instruct": source("d")},
+            "source base is an adapter over what is not known to be the same: ",
+            OF,
+        ),
+        (
+            {},
+            {"instruct": source("a", files={})},
+            "source instruct is not known to have the same weights",
+            OF,
+        ),
+        (
+            {"instruct": source("a", files={"w": {"sampled_sha256": "a" * 64}})},
+            {},
+            "source instruct is not known to have the same weights: no hash of the same files is in both",
+            OF,
+        ),
+        ({}, {"base": adapter("b", scale=1.0)}, "source base is of another kind or scale", {"spliced": ""}),
+        ({}, {"further": source("e")}, "", {"spliced": "+0.0"}),
+        ({"further": source("f")}, {"further": source("e")}, "source further has other", {"spliced": "+0.0"}),
+        # an adapter over the same weights by another name, as beside a merged instruct side
+        (
+            {},
+            {"plain": source("a"), "instruct": source("d"), "base": adapter("b", over="plain")},
+            "source instruct has other weights",
+            OF,
+        ),
+    ],
+)
+def test_every_source_is_held_against_its_namesake(tmp_path, first, second, said, found):
+    both = [{"instruct": source("a"), "base": adapter("b")} | changes for changes in (first, second)]
+    told, differences = p_yes_differences(runs_of(tmp_path, both), tmp_path / "out")
+    assert (said in told) and (bool(said) == ("Other weights" in told))
+    assert found.items() <= differences.items()
+    if "plain" in second:
+        assert "source base" not in told
+
+
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     runs = [run_that_says(tmp_path / k / "run", {"x": "broken"}) for k in "ab"]
     assert list(compare_runs.load(runs)) == [str(tmp_path / k / "run") for k in "ab"]

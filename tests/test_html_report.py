@@ -4,6 +4,7 @@ file can write."""
 import base64
 import hashlib
 import re
+import resource
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import made_results as made
 import made_rows
 import pytest
+from matplotlib.figure import Figure
 
 from analysis.comparison import Failure, FormatScore
 from errors import FrankenError
@@ -553,6 +555,22 @@ def test_a_refusing_disk_is_one_line(tmp_path, no_drawing):
     with pytest.raises(FrankenError, match="cannot write figures"):
         html_report.write_html(run, manifest, compare_run(run, manifest), digests(run, manifest))
     assert not (run.path / "report.html").exists()
+
+
+def test_a_disk_that_fills_up_leaves_the_figure_of_before(tmp_path, monkeypatch):
+    """Files may grow to 4 kB here, as where the disk is full after so much of one."""
+    monkeypatch.setattr(figures, "save", lambda figure, forms=(): {"svg": svg})
+    svg = b"<svg>whole</svg>"
+    html_report.save(tmp_path, "shifts", Figure())
+    svg = b"<svg>" + b"x" * 20_000
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(FrankenError, match="cannot write .*File too large"):
+            html_report.save(tmp_path, "shifts", Figure())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == {"shifts.svg": b"<svg>whole</svg>"}
 
 
 def test_shifts_of_groups_by_hand():

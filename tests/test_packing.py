@@ -125,6 +125,19 @@ def test_texts_beside_an_archive_have_to_be_its_own(run):
         run.unpack()
 
 
+def test_an_archive_without_texts_takes_those_that_are_put_back_beside_it(tmp_path):
+    run, _ = made.make(tmp_path / "run_y", [made.result("x", made.everything())])
+    texts, wanted = run.texts_path.read_bytes(), run.load("x")
+    run.texts_path.unlink()
+    run.pack()
+    with pytest.raises(FrankenError) as caught:
+        Run(run.path).load("x")
+    missing = f"{run.texts_path} is missing, and experiments.tar.xz has no file of that name either; put it"
+    assert str(caught.value).startswith(missing)
+    run.texts_path.write_bytes(texts)
+    assert Run(run.path).load("x") == wanted
+
+
 # ---- read like any other -----------------------------------------------------------------------------------
 
 

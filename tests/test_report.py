@@ -106,10 +106,27 @@ def test_the_terminal_table_lines_up(compared):
     assert len(lines[1]) == max(map(len, table))
     assert lines[-2] == ""
     assert lines[-1].startswith(
-        "1 of 5 changed models reports its change. No positive control was run, so it"
+        "1 of 5 changed models (4 distinct) reports its change, and 1 denies it. No positive control was run"
     )
     column = lines[0].index("verdict")
     assert lines[4][column:].startswith("reports it") and lines[8][column:].startswith("failed: RuntimeError")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "shift", "said"),
+    [
+        ("answers drift towards Yes", -0.78, "answers drift towards Yes: P(Yes), of one question, falls"),
+        ("answers drift towards No", 0.78, "answers drift towards No: P(Yes), of one question, rises"),
+        ("answers drift towards Yes", 0.78, "answers drift towards Yes"),
+        ("answers drift towards Yes", -0.01, "answers drift towards Yes"),
+        ("does not report it", -0.78, "does not report it"),
+    ],
+)
+def test_a_drift_that_p_yes_goes_against_says_so_in_its_row(verdict, shift, said):
+    row = made_rows.row("x", verdict)
+    row = replace(row, published_probe=replace(row.published_probe, shift=shift))
+    (column,) = columns.pick(columns.EXPERIMENT_COLUMNS, "verdict")
+    assert column.text(row) == said
 
 
 def test_what_stands_beside_detects():
@@ -165,6 +182,7 @@ def test_the_number_that_falls_short_stands_once_on_a_page():
     for text in (vocabulary.terminal_table(comparison), vocabulary.summary(comparison, MANIFEST)):
         assert text.count("56% over all questions, where 60% is asked for") == 1
         assert text.count("77% (64% to 88%) of pairs, which is enough") == 1
+        assert text.count("A pair is one question asked so that Yes and so that No is right; over all") == 1
     assert text.count("weak controls: no answer counts as a report or a denial") == 3
 
 
@@ -220,7 +238,7 @@ def test_the_summary_says_what_a_reader_must_know(compared):
         "After 7 of 7 experiments",
         "mute: broken: vanishing",
         "opposes: denies it: -2.00 nats",
-        "**1 of 5 changed models reports its change.",
+        "**1 of 5 changed models (4 distinct) reports its change, and 1 denies it.",
     ):
         assert needed in text, needed
     assert text.count("\n| ") == 2 + 7 + 2 + 2 + 2 + 1  # and the trigger's table, and the published numbers
@@ -424,6 +442,37 @@ def test_a_failed_control_is_told_of():
             ),
         ),
         (
+            ["reports it", "denies it", "denies it"],
+            None,
+            "1 of 3 changed models reports its change, and 2 deny it. No positive control was run.",
+        ),
+        (
+            ["reports it", "denies it", "does not report it"],
+            False,
+            (
+                "1 of 3 changed models reports its change, and 1 denies it. The positive control was not"
+                " seen, so the silence of the others shows nothing."
+            ),
+        ),
+        (
+            ["denies it", "denies it", "does not report it", "too little data"],
+            None,
+            (
+                "None of 3 changed models reports its change, and 2 deny it; of 1 more there is too little"
+                " data. No positive control was run, so it is not known what the silence of the others shows."
+            ),
+        ),
+        (
+            ["reports it", "reports it", "denies it", "too little data"],
+            None,
+            (
+                "2 of 3 changed models report their change, and the one placebo does not, so these questions"
+                " can see a change; 1 denies it; of 1 more there is too little data. No positive control was"
+                " run."
+            ),
+        ),
+        (["denies it"], True, "The one changed model denies its change. The positive control was seen."),
+        (
             ["reports it", "broken"],
             False,
             "1 of 2 changed models reports its change. The positive control was not seen.",
@@ -477,6 +526,24 @@ def test_the_answer_in_one_sentence(words, seen, said):
         )
         == said
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["reports it", "denies it"], "1 of 3 changed models (2 distinct) reports its change, and 2 deny"),
+        (["broken", "broken"], "All 3 changed models (2 distinct) are broken"),
+        (["too little data"], "There is too little data on 2 changed models (1 distinct) to say"),
+    ],
+)
+def test_models_of_one_recipe_are_counted_and_told(words, said):
+    """The last of them stands twice; what has the unmodified model's recipe is no changed model."""
+    rows = [made_rows.row("baseline_instruct", None), made_rows.quick("same", "no change to report")]
+    rows += [made_rows.row(f"x{k}", w) for k, w in enumerate(words)]
+    rows.append(replace(rows[-1], name="again", same_as=rows[-1].name))
+    assert vocabulary.headline(made_rows.comparison(rows)).startswith(said)
+    unchanged = made_rows.comparison(rows[:2])
+    assert vocabulary.headline(unchanged) == "No experiment of this run changes the model."
 
 
 def test_models_of_a_sweep_are_changed_models():

@@ -333,9 +333,25 @@ def test_texts_that_are_not_those_of_the_run_are_named(run, how):
     else:
         broken = {"changed": text.replace("Answer", "Reply"), "no JSON": text[:-9], "of another kind": "[]"}
         run.texts_path.write_text(broken[how])
-    with pytest.raises(FrankenError, match="texts" if how == "gone" else "texts.json is corrupt") as caught:
+    said = "texts.json is missing; put it back" if how == "gone" else "texts.json is corrupt"
+    with pytest.raises(FrankenError, match=said) as caught:
         Run(run.path).load("baseline_instruct")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "move" not in str(caught.value)
+
+
+def test_texts_that_lack_a_question_are_at_fault_and_not_the_result_that_asks_it(run):
+    data = json.loads(run.texts_path.read_text())
+    first = next(key for key in data["texts"] if key in run.file("baseline_instruct").read_text())
+    taken = data["texts"].pop(first)
+    write_json(run.texts_path, data)
+    with pytest.raises(FrankenError) as caught:
+        Run(run.path).load("baseline_instruct")
+    place = run.file("baseline_instruct")
+    said = f"{run.texts_path} lacks the questions {first[:40]!r} of {place}; put it back"
+    assert str(caught.value).startswith(said) and "corrupt" not in str(caught.value)
+    data["texts"][first] = taken
+    write_json(run.texts_path, data)
+    assert Run(run.path).load("baseline_instruct")["status"] == "done"
 
 
 BREAKS = {

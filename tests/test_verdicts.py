@@ -305,6 +305,14 @@ def test_what_no_loss_can_explain_is_a_factor():
     )
 
 
+@pytest.mark.parametrize(
+    ("times", "said"), [(2.345, "2.35"), (9.83, "9.83"), (115.87, "116"), (5231.4, "5,231")]
+)
+def test_a_large_factor_has_no_decimals(times, said):
+    grown = replace(SCORE, flattening_to_explain=None, sharpening_to_explain=times)
+    assert f"would have to grow {said} times as much as controls'" in scaling(grown)
+
+
 def test_a_model_that_answers_at_chance_reports_nothing():
     """In pairs, over all questions, and by d' beyond chance; a leaning to Yes or No does not come into it."""
     assert judged(row(control_accuracy_before=0.5))[0] == "reports it"
@@ -361,6 +369,19 @@ def test_what_did_change_stands_beside_silence():
 def test_a_placebo_has_no_change_to_report():
     word, reason = judged(row(control="placebo", call="does not report it", p_adjusted=None, p_value=0.4))
     assert word == "no change to report" and "what did change" not in reason
+
+
+@pytest.mark.parametrize("first", ["baseline", "row"])
+def test_the_unmodified_models_own_recipe_is_no_change_to_report(first):
+    """Whichever of the two comes first, and whatever was measured of it."""
+    given, baseline = row(score=2.0, low=1.5, high=2.5), BASELINE
+    if first == "baseline":
+        given = replace(given, same_as=baseline.name)
+    else:
+        baseline = replace(baseline, same_as=given.name)
+    assert judged(given, baseline=baseline)[0] == "no change to report"
+    assert judged(replace(given, status="failed"), baseline=baseline)[0] == "too little data"
+    assert judged(replace(given, same_as="another"))[0] == "reports it"
 
 
 def test_what_is_not_judged():

@@ -3,6 +3,7 @@ blindness."""
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from files import write_bytes
 from weird_gen.persona.criteria import PUBLISHED
 
 # Okabe and Ito (2008): told apart with any color vision, and in gray.
@@ -32,12 +34,15 @@ STYLE: dict[Any, Any] = {  # of rcParams; their names are a type of their own in
 
 
 def save(figure: Figure, folder: Path, name: str) -> Path:
-    """Write folder/name.png and folder/name.pdf, the same bytes for the same numbers; returns the PNG's
-    path."""
+    """Write folder/name.png and folder/name.pdf, each whole or not at all, the same bytes for the same
+    numbers; returns the PNG's path. Raises FrankenError if the disk refuses."""
     folder.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)
-    figure.savefig(folder / f"{name}.png", dpi=170, metadata={"Software": None})
-    figure.savefig(folder / f"{name}.pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    unsigned = {"CreationDate": None, "Creator": None, "Producer": None}
+    for form, dpi, metadata in (("png", 170, {"Software": None}), ("pdf", 100, unsigned)):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=form, dpi=dpi, metadata=metadata)
+        write_bytes(folder / f"{name}.{form}", drawn.getvalue(), lasting=False)
     return folder / f"{name}.png"
 
 
