@@ -74,10 +74,22 @@ def parser_of(doc: str | None) -> Parser:
     return Parser(description=(doc or "").partition("\n\n")[0], formatter_class=DefaultsThatSay)
 
 
+class _OneModel(argparse.Action):
+    """Keeps the value; --pair beside --base or --instruct, whichever stands first, would go unread."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        said = [*getattr(namespace, "models_said", ()), "pair" if self.dest == "pair" else "path"]
+        namespace.models_said = said
+        if len(set(said)) > 1:
+            raise FrankenError("--pair stands for both sides: give it, or --instruct with or without --base")
+
+
 def add_model(model) -> None:
     """The options that say which pair is operated on, for a parser or a group of one."""
     model.add_argument(
         "--pair",
+        action=_OneModel,
         default="qwen2.5-coder-32b",
         help=(
             "from the model hub: qwen2.5-coder-32b, -14b, -7b, -3b; from the package index:"
@@ -86,11 +98,14 @@ def add_model(model) -> None:
         ),
     )
     model.add_argument(
-        "--base", help="path (a folder or a .gguf file) or hub id of a base checkpoint, with --instruct"
+        "--base",
+        action=_OneModel,
+        help="path (a folder or a .gguf file) or hub id of a base checkpoint, with --instruct",
     )
     model.add_argument(
         "--instruct",
         "--model",
+        action=_OneModel,
         help=(
             "path or hub id of the chat-tuned checkpoint, instead of --pair; without --base, what needs a"
             " base is left out"

@@ -465,12 +465,14 @@ def load_file(path: str) -> list[Experiment]:
         if not hasattr(module, "EXPERIMENTS"):
             raise FrankenError(f"{path}: there is no EXPERIMENTS in it")
         experiments = list(module.EXPERIMENTS)
+        if not experiments:
+            raise FrankenError(f"{path}: EXPERIMENTS is empty")
     except FrankenError:
         raise
     except ModuleNotFoundError as e:
         hint = f"; {MOVED[e.name]}" if e.name in MOVED else ""
         raise FrankenError(f"{path}: cannot be used as an experiments file: {one_line(e)}{hint}") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:  # sys.exit(0) would end the command as if all were done
         raise FrankenError(f"{path}: cannot be used as an experiments file: {one_line(e)}") from e
     names = set()
     for entry in experiments:

@@ -386,6 +386,8 @@ def execute(args) -> int:
     if args.resume:
         run, manifest = Run.resume(args.resume)
         run.refuse_packed()
+        with run.alone():  # told before a second model is loaded beside the first; held once this one is
+            pass
         resume_settings(args, args.resume, manifest, make_parser()._actions)
         then = resuming.recorded(manifest)
     depends_on = resuming.known_before(args)

@@ -103,7 +103,7 @@ def _check_published(start: int, stop: int) -> None:
 USER_FILE = "user_experiments"  # what a user's file of experiments is called as a module
 
 
-def one_line(e: Exception) -> str:
+def one_line(e: Exception | SystemExit) -> str:
     """An error's kind and the first line of its message, with the place in a user's file that led to it."""
     frames = [(frame, line) for frame, line in walk_tb(e.__traceback__)]
     own = [(f.f_code.co_filename, line) for f, line in frames if f.f_globals.get("__name__") == USER_FILE]
@@ -111,7 +111,7 @@ def one_line(e: Exception) -> str:
     return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}{place}{_meant(e, frames)}"
 
 
-def _meant(e: Exception, frames: Sequence[tuple[FrameType, int]]) -> str:
+def _meant(e: Exception | SystemExit, frames: Sequence[tuple[FrameType, int]]) -> str:
     """The nearest name, where a user's file asks for one that there is not."""
     if isinstance(e, ImportError) and (wanted := re.match(r"cannot import name '(\w+)'", str(e))):
         return nearest(wanted[1], [*recipes.__all__, "Experiment"])
@@ -144,7 +144,7 @@ class Experiment:
             recipe = self.build(model)
         except RecipeError as e:
             raise FrankenError(f"experiment {self.name}: {e}") from e
-        except Exception as e:  # a user's own function may raise anything
+        except (Exception, SystemExit) as e:  # a user's own function may raise anything
             raise FrankenError(f"experiment {self.name}: {one_line(e)}") from e
         if not isinstance(recipe, Recipe):
             raise FrankenError(

@@ -146,15 +146,19 @@ def make_plans(
     """(plans of what is asked for and these sources can make, notes on what is left out).
 
     Which sources an experiment takes layers from, its recipe says. Raises FrankenError for one that is asked
-    for by name and takes them from a source there is not, and if none is left.
+    for by name and takes them from a source there is not, for one of the user's own whose source is neither a
+    base side nor given, and if none is left.
     """
-    plans, left_out = [], []
-    for e in choose(args, n_layers, suites):
+    plans, left_out, chosen = [], [], choose(args, n_layers, suites)
+    mine = {e.name for e in args.own_experiments}
+    for e in chosen:
         plan = e.plan(n_layers, args.seed, getattr(args, "models", None))
         if not (lacking := plan.recipe.sources - sources):
             plans.append(plan)
         elif args.experiments and e.name in args.experiments:
             raise FrankenError(_lacks(e.name, lacking))
+        elif e.name in mine and (unknown := lacking - {"base"}):
+            raise FrankenError(f"{_lacks(e.name, unknown)}{nearest(min(unknown), sources)}")
         else:
             left_out.append((e.name, lacking))
     if not plans:

@@ -26,6 +26,8 @@ RUN = {
         ["--instruct", "wheel:smollm2"],
         "no such model; there are wheel:qwen2.5-coder-1.5b",
     ),
+    "a pair beside a path": (["--instruct", "x", *PAIR], "--pair stands for both sides"),
+    "a path beside a pair": ([*PAIR, "--base", "x"], "--pair stands for both sides"),
     "a pair as a model": (["--instruct", "smolm2-135m"], "owner/name; the nearest pair is 'smollm2-135m'"),
     "a source": ([*PAIR, "--source", "x=/no/such"], "no such directory"),
     "a folder of tasks": (["--lm-eval", "x", "--include-path", "/no/such"], "no such folder"),
@@ -61,6 +63,12 @@ FILES = {
     "what a model has": (
         MINE + "EXPERIMENTS = [Experiment('x', 'mine', lambda m: swap(m.recip, 1, 2))]\n",
         "'Model' object has no attribute 'recip' (mine.py, line 3); the nearest is 'recipe'",
+    ),
+    "nothing": (MINE + "EXPERIMENTS = []\n", "mine.py: EXPERIMENTS is empty"),
+    "an end of the program": ("import sys\nsys.exit(0)\n", "SystemExit: 0 (mine.py, line 2)"),
+    "an end of the program, later": (
+        MINE + "EXPERIMENTS = [Experiment('x', 'mine', lambda m: exit(0))]\n",
+        "experiment x: SystemExit: 0 (mine.py, line 3)",
     ),
     "a layer": (
         MINE + "EXPERIMENTS = [Experiment('x', 'mine', lambda m: swap(m.recipe, 1, 99))]\n",
@@ -118,7 +126,9 @@ def test_an_experiments_file_has_all_of_franken_and_torch_only_for_what_needs_it
     (tmp_path / "light.py").write_text(MINE + "EXPERIMENTS = [Experiment('x', 'mine', lambda m: m.recipe)]\n")
     (tmp_path / "whole.py").write_text(
         "from franken import *\nimport franken\nfrom franken import find_layers\n"
-        "assert LiveModel is franken.LiveModel and torch and swap\nEXPERIMENTS = []\n"
+        "assert LiveModel is franken.LiveModel and torch and swap\n"
+        "from experiments import Experiment\n"
+        "EXPERIMENTS = [Experiment('x', 'mine', lambda m: m.recipe)]\n"
     )
     code, said, imported = ran(["run_all.py", "--list", "--experiments-file", "DIR/light.py"], tmp_path)
     assert code == 0, said

@@ -63,6 +63,20 @@ def test_without_a_base_everything_runs_that_needs_none(pair, tmp_path, capfd, m
     )
 
 
+def test_a_source_that_nobody_gave_is_no_base_that_is_left_out(pair, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("runner.replica.open_pair", lambda *args: pytest.fail("loaded"))
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from experiments import Experiment, splice\n"
+        "EXPERIMENTS = [Experiment('mine', 'mine', lambda m: splice(m.recipe, 'instrct', 0, 2))]\n"
+    )
+    assert run_all.main(alone(pair, tmp_path / "out", "--experiments-file", str(mine))) == 1
+    assert capfd.readouterr().err == (
+        "run_all.py: mine takes layers from instrct, which is not there; see --source; the nearest is"
+        " 'instruct'\n"
+    )
+
+
 @pytest.mark.parametrize("name", ["baseline_base", "blend_linear"])
 def test_what_needs_a_base_is_refused_by_name_before_anything_is_loaded(
     pair, tmp_path, capfd, monkeypatch, name

@@ -463,6 +463,14 @@ def test_a_finished_run_is_not_run_again(finished, capsys, monkeypatch):
     assert json.loads((finished / "comparison.json").read_text()) == comparison | {"run": "copy"}
 
 
+def test_a_run_that_another_process_works_on_is_told_before_a_model_is_loaded(finished, capsys, monkeypatch):
+    """A second 32B model beside the first would end one of the two for want of memory."""
+    monkeypatch.setattr(replica, "open_pair", lambda *args, **kwargs: pytest.fail("loaded"))
+    with results.Run(finished).alone():
+        assert run_all.main(["--resume", str(finished)]) == 1
+    assert "another process is at work on" in capsys.readouterr().err
+
+
 def test_resuming_takes_its_settings_from_the_manifest(finished, four):
     for name in ("blend_linear", "baseline_instruct"):
         (finished / "experiments" / f"{name}.json").unlink()
