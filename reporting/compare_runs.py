@@ -150,7 +150,7 @@ def other_weights(runs: dict[str, Side]) -> list[str]:
         f"{label} against {first}: {why}"
         for label, run in others
         for name, why in _sources_apart(one, run).items()
-        if name in one.manifest["sources"] and name in run.manifest["sources"]
+        if all(name in side.manifest.get("sources", {}) for side in (one, run))
     ]
 
 

@@ -271,6 +271,16 @@ def test_every_source_is_held_against_its_namesake(tmp_path, first, second, said
         assert "source base" not in told
 
 
+def test_a_run_of_before_sources_were_recorded_has_no_differences(tmp_path):
+    new, old = runs_of(tmp_path, [{"instruct": source("a")}] * 2)
+    manifest = json.loads(old.manifest_path.read_text())
+    del manifest["sources"]
+    old.manifest_path.write_text(json.dumps(manifest))
+    for k, runs in enumerate(([new, old], [old, new])):
+        _, differences = p_yes_differences(runs, tmp_path / f"out{k}")
+        assert set(differences.values()) == {""}
+
+
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     runs = [run_that_says(tmp_path / k / "run", {"x": "broken"}) for k in "ab"]
     assert list(compare_runs.load(runs)) == [str(tmp_path / k / "run") for k in "ab"]
