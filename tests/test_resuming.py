@@ -334,11 +334,13 @@ def test_bytecode_beside_a_users_file_is_not_run(tmp_path):
 
     source, cached = tmp_path / "mine.py", tmp_path / "cached.py"
     cached.write_text("raise SystemExit('bytecode was run')")
-    source.write_text("EXPERIMENTS = []")
+    source.write_text(
+        "from experiments import *\nEXPERIMENTS = [Experiment('x', 'mine', lambda m: m.recipe)]\n"
+    )
     target = tmp_path / "__pycache__" / f"mine.{os.sys.implementation.cache_tag}.pyc"
     mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
     py_compile.compile(str(cached), str(target), invalidation_mode=mode)
-    assert experiments.load_file(str(source)) == []
+    assert [e.name for e in experiments.load_file(str(source))] == ["x"]
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/b", "..", "a\x1b[31m", "", "a b", "x" * 201])

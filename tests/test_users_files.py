@@ -31,10 +31,10 @@ def test_a_users_file_adds_an_experiment_in_one_line(tmp_path):
     assert found.plan(64).recipe == swap(ex.identity(64), 5, 6)
     text = (
         "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x:"
-        " int = 1\nEXPERIMENTS = ()\n"
+        " int = 1\nfrom experiments import *\nEXPERIMENTS = (Experiment('x', 'g', lambda m: m.recipe),)\n"
     )
     (tmp_path / "other").mkdir()
-    assert ex.load_file(str(user_file(tmp_path / "other", text))) == []
+    assert [e.name for e in ex.load_file(str(user_file(tmp_path / "other", text)))] == ["x"]
 
 
 BROKEN_FILES = {
@@ -72,8 +72,8 @@ def test_broken_files_are_one_line(tmp_path, text, words):
 def test_missing_files_and_other_kinds_of_files(tmp_path):
     with pytest.raises(FrankenError, match="No such file"):
         ex.load_file(str(tmp_path / "none.py"))
-    (tmp_path / "mine.txt").write_text(HEAD + "EXPERIMENTS = []")
-    assert ex.load_file(str(tmp_path / "mine.txt")) == []
+    (tmp_path / "mine.txt").write_text(HEAD + "EXPERIMENTS = [Experiment('a', 'g', identity)]")
+    assert [e.name for e in ex.load_file(str(tmp_path / "mine.txt"))] == ["a"]
 
 
 @pytest.mark.parametrize(
