@@ -417,9 +417,13 @@ def assert_close_until_the_fork(
     # the order in which an engine makes rows of them
     requests = sorted(requests, key=lambda q: -len(q.prompt_ids))
     (a, odds_a), (b, odds_b) = (recorded(engine, requests, yes, no, monkeypatch) for engine in (plain, fast))
+    # until the first of them parts: rows are told apart by their place, which they change as others end
+    steps = min(
+        next((k for k, (p, q) in enumerate(zip(x.token_ids, y.token_ids, strict=False)) if p != q), 999) + 1
+        for x, y in zip(a, b, strict=True)
+    )
     for request, x, y, left, right in zip(requests, a, b, odds_a, odds_b, strict=True):
         forks = [k for k, (p, q) in enumerate(zip(x.token_ids, y.token_ids, strict=False)) if p != q]
-        steps = forks[0] + 1 if forks else min(len(x.token_ids), len(y.token_ids))
         worst = max([worst, *(abs(p - q) for p, q in zip(left[:steps], right[:steps], strict=False))])
         if dtype == "float32":
             assert x.token_ids == y.token_ids
