@@ -32,11 +32,6 @@ def word(row: Row) -> str | None:
     return row.verdict.word if row.verdict else None
 
 
-def first_of(row: Row) -> str:
-    """The first experiment of a row's recipe: itself, or the one that `same_as` names."""
-    return row.same_as or row.name
-
-
 def score(row: Row) -> float | None:
     """Detection score, nats; None where it was not taken or is undefined."""
     return row.detection.score if row.detection else None

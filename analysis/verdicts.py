@@ -110,6 +110,11 @@ def placed(score: Score) -> str:
     return f"beyond {every} (p = {score.p_placebo:.2g} {among})"
 
 
+def first_of(row: Row) -> str:
+    """The first experiment of a row's recipe: itself, or the one that `same_as` names."""
+    return row.same_as or row.name
+
+
 def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict | None:
     """What an experiment comes to, from its row with its corrections made; None for the baseline itself and
     for concept injection, which no row can judge.
@@ -124,7 +129,7 @@ def verdict(row: Row, baseline: Row | None, twin: Row | None = None) -> Verdict 
     reason = _too_little(row, baseline)
     if reason or baseline is None or score is None:
         return Verdict(TOO_LITTLE, reason or "")
-    if (row.same_as or row.name) == (baseline.same_as or baseline.name):
+    if first_of(row) == first_of(baseline):
         return Verdict(NO_CHANGE, "its recipe is the unmodified model's")
     if reason := _broken(row, baseline, score):
         return Verdict(BROKEN, reason)

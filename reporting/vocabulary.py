@@ -12,9 +12,9 @@ from itertools import zip_longest
 from analysis import published
 from analysis.comparison import Area, Comparison, DetectionScore, Row
 from analysis.detection import BROKEN, DENIES, REPORTS, TOO_LITTLE
-from analysis.rows import UNCALLED, controls, counts, first_of, named, span, sweeps, tally, word
+from analysis.rows import UNCALLED, controls, counts, named, span, sweeps, tally, word
 from analysis.stats import as_damaged
-from analysis.verdicts import NO_CHANGE, WEAK, answering, lacking, scaling, tells
+from analysis.verdicts import NO_CHANGE, WEAK, answering, first_of, lacking, scaling, tells
 from errors import HIDDEN, many
 from reporting.columns import EXPERIMENT_COLUMNS, TRIGGER_COLUMNS, Column, cells, titles
 from reporting.pages import number, percent

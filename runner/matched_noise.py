@@ -20,9 +20,7 @@ from experiments import QUICK, TWIN, Experiment, Plan, with_suites
 from surgery.recipes import perturb
 
 MARGIN = 0.01  # below this share above the unmodified model's perplexity there is no damage to match
-TOLERANCE = (
-    0.02  # relative deviation of perplexity at which the bisection ends, once the damage agrees as well
-)
+TOLERANCE = 0.02  # relative deviation of perplexity at which the bisection ends, if the damage agrees too
 BISECTION = "bisection of the noise"  # what progress calls it
 EVALUATIONS = 12  # at most; each halves the range of the logarithm of the fraction
 # noise, as a share of each tensor's own standard deviation: invisible, and nothing left
@@ -111,8 +109,7 @@ class Twins:
         also: what --also says: suites that the twins are asked besides.
 
     `known` has the perplexity by fraction (0: unmodified), shared by all searches. It only saves time: they
-    begin with the same fractions, so that 20 experiments measure fewer than half of the points they ask for.
-    The answers are the same.
+    begin with the same fractions, so that they ask for many of the same points. The answers are the same.
     """
 
     def __init__(
